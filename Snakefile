@@ -1,0 +1,92 @@
+"""The grids: a row of grids/<grid>.csv and a seed make one papermill run, all rows make one table.
+
+    make grid GRID=mvam_views DATASET=scenes SCALE=tiny SEEDS=0,1,2
+
+* A run is papermill_runs/<grid>/<dataset>.<scale>.<row>.s<seed>/ and is done when its metrics.json is there.
+  The executed notebook and the checkpoint are not declared as outputs, so they survive a failure: the one
+  shows its traceback, from the other the next attempt resumes.
+* A cell of the CSV is a parameter of notebooks/<method>/2_train, an empty one leaves the notebook's default.
+  `{run:clip-cls}/encoder` is a path in that row's run folder with the same seed, and waits for that run.
+* A finished run is repeated when the parameters of its row change, or of a row it builds on; not when a
+  notebook or the library is edited: metrics.json says which commit made it, FORCE=1 repeats the grid.
+* With smoke the scale reads `smoke` in every name, so that such a run is never taken for a real one.
+"""
+
+import csv
+import re
+import sys
+
+if "grid" not in config:
+    raise WorkflowError("Which grid? Give --config grid=NAME, NAME one of the files in grids/.")
+GRID = config["grid"]
+METHOD = GRID.split("_")[0]
+DATASET = config.get("dataset", "scenes")
+SCALE = config.get("scale", "tiny")
+SEEDS = str(config.get("seeds", "0,1,2")).split(",")
+DATA_ROOT = config.get("data_root", "data")
+SMOKE = "-p smoke True" if config.get("smoke") else ""
+NAME = f"{DATASET}.{'smoke' if SMOKE else SCALE}"
+RUN = f"papermill_runs/{GRID}/{NAME}.{{row}}.s{{seed}}"
+TABLE = f"figures/{GRID}.{NAME}"
+LINK = re.compile(r"\{run:([a-z0-9-]+)\}")
+PAPERMILL = f"{sys.executable} -m papermill --no-progress-bar --log-output"
+
+with open(f"grids/{GRID}.csv", newline="") as file:
+    ROWS = {row.pop("name"): {key: cell for key, cell in row.items() if cell} for row in csv.DictReader(file)}
+
+
+def links(row):
+    """The rows whose runs this row builds on."""
+    return [name for cell in ROWS[row].values() for name in LINK.findall(cell)]
+
+
+def prerequisites(wildcards):
+    return [f"{RUN}/metrics.json".format(row=row, seed=wildcards.seed) for row in links(wildcards.row)]
+
+
+def cells(wildcards):
+    """The row as papermill's arguments: -p column cell ..."""
+    path = lambda link: RUN.format(row=link[1], seed=wildcards.seed)
+    return [word for key, cell in ROWS[wildcards.row].items() for word in ("-p", key, LINK.sub(path, cell))]
+
+
+wildcard_constraints:
+    row="[a-z0-9-]+",
+    seed="[0-9]+",
+
+
+localrules:
+    table,
+
+
+rule table:
+    input:
+        expand(f"{RUN}/metrics.json", row=ROWS, seed=SEEDS),
+    output:
+        multiext(TABLE, ".csv", ".md", ".svg"),
+    log:
+        notebook=f"papermill_runs/{GRID}/{NAME}.table.ipynb",
+    shell:
+        "mkdir -p papermill_runs/{GRID} figures && "
+        "{PAPERMILL} notebooks/{METHOD}/3_ablations.ipynb {log.notebook}"
+        " -p grid {GRID} -p dataset {DATASET} -p scale {SCALE} -p data_root {DATA_ROOT:q} {SMOKE}"
+
+
+rule run:
+    input:
+        ancient(prerequisites),  # a fresh clone's modification times say nothing: `upstream` tells of changes
+    output:
+        f"{RUN}/metrics.json",
+    log:
+        notebook=f"{RUN}/run.ipynb",
+    params:
+        cells=cells,
+        upstream=lambda wildcards: [ROWS[row] for row in links(wildcards.row)],
+        out=RUN,
+    threads: 1
+    retries: 1
+    shell:
+        "mkdir -p {params.out} && "
+        "{PAPERMILL} notebooks/{METHOD}/2_train.ipynb {log.notebook} -p out {params.out}"
+        " -p dataset {DATASET} -p scale {SCALE} -p data_root {DATA_ROOT:q} -p seed {wildcards.seed}"
+        " {params.cells:q} {SMOKE}"

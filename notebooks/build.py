@@ -1,0 +1,81 @@
+"""Builds each notebook's .ipynb from its percent-format .py, the text that people edit.
+
+    python notebooks/build.py           write the .ipynb files that differ
+    python notebooks/build.py --check   write nothing; list the stale pairs, exit 1 if there are any
+
+The .ipynb holds what the .py says and nothing that depends on the machine, the day or jupytext's version:
+numbered cell ids, no outputs, the kernel `python3`, of the cells' metadata only `tags` and `jupyter`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+
+KERNEL = {
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+KEPT = ("tags", "jupyter")  # `jupyter` folds a cell's source: {"source_hidden": true}
+
+
+def sources(folder: Path) -> list[Path]:
+    """Every notebook's .py under `folder`, in order; this file is none."""
+    return sorted(path for path in folder.rglob("*.py") if path.name != "build.py" and _visible(path, folder))
+
+
+def build(source: Path) -> str:
+    """The text of the .ipynb that belongs to `source`."""
+    parsed = jupytext.reads(source.read_text(encoding="utf-8"), fmt="py:percent")
+    cells = []
+    for number, cell in enumerate(parsed.cells, start=1):
+        new = {"code": nbformat.v4.new_code_cell, "markdown": nbformat.v4.new_markdown_cell}.get(
+            cell.cell_type
+        )
+        if new is None:
+            raise ValueError(f"{source}: cell {number} is a {cell.cell_type} cell: make it code or markdown")
+        kept = {key: cell.metadata[key] for key in KEPT if key in cell.metadata}
+        cells.append(new(cell.source, id=f"cell-{number:03d}", metadata=kept))
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=KERNEL, nbformat_minor=5)
+    nbformat.validate(notebook)
+    return nbformat.writes(notebook, version=nbformat.NO_CONVERT) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: with `--check` 1 for a stale pair or an .ipynb that has no .py."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="only compare")
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="where the notebooks are")
+    options = parser.parse_args(arguments)
+
+    stale = []
+    for source in sources(options.folder):
+        target, text = source.with_suffix(".ipynb"), build(source)
+        if not target.exists() or target.read_text(encoding="utf-8") != text:
+            stale.append(target)
+            print(
+                f"{target}: {'is not what its .py says: run make notebooks' if options.check else 'written'}"
+            )
+            if not options.check:
+                target.write_text(text, encoding="utf-8", newline="\n")
+    orphans = [
+        path
+        for path in sorted(options.folder.rglob("*.ipynb"))
+        if _visible(path, options.folder) and not path.with_suffix(".py").exists()
+    ]
+    for path in orphans:
+        print(f"{path}: has no .py: make one (jupytext --to py:percent) or delete it")
+    return int(options.check and bool(stale or orphans))
+
+
+def _visible(path: Path, folder: Path) -> bool:
+    """False inside .ipynb_checkpoints and the like."""
+    return not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Datasets by name: `load("flickr8k", data_root, "train")` gives records, whatever the format on disk."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from finematch.data.coco import categories, load_coco
+from finematch.data.entities import load_entities
+from finematch.data.karpathy import load_karpathy
+from finematch.data.precomp import Regions, RegionsWriter, finished, load_regions
+from finematch.data.record import Box, DataError, Object, Phrase, Record, open_rgb
+
+__all__ = [
+    "Box",
+    "DataError",
+    "Object",
+    "Phrase",
+    "Record",
+    "Regions",
+    "RegionsWriter",
+    "categories",
+    "dataset_help",
+    "finished",
+    "load",
+    "load_coco",
+    "load_entities",
+    "load_karpathy",
+    "load_regions",
+    "open_rgb",
+]
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    """What a name stands for: what is read, from which paths below the data root (`{s}` is the split)."""
+
+    what: str
+    paths: tuple[str, ...]
+    read: Callable[..., list[Record]]
+
+
+def _karpathy(json_path: str, image_dir: str) -> tuple[tuple[str, ...], Callable[..., list[Record]]]:
+    def read(root: Path, split: str, **options) -> list[Record]:
+        return load_karpathy(root / json_path, root / image_dir, split, **options)
+
+    return (json_path, image_dir), read
+
+
+def _coco(images: str, captions: str, instances: str) -> tuple[tuple[str, ...], Callable[..., list[Record]]]:
+    def read(root: Path, split: str, **options) -> list[Record]:
+        folder, texts, boxes = (root / path.format(s=split) for path in (images, captions, instances))
+        return load_coco(folder, **{"captions": texts, "instances": boxes, "split": split, **options})
+
+    return (captions, instances, images), read
+
+
+def _entities(folder: str, images: str) -> tuple[tuple[str, ...], Callable[..., list[Record]]]:
+    def read(root: Path, split: str, **options) -> list[Record]:
+        return load_entities(root / folder, split, **{"image_dir": root / images, **options})
+
+    return (f"{folder}/{{s}}.txt", f"{folder}/Sentences", f"{folder}/Annotations", images), read
+
+
+_DATASETS = {
+    "scenes": _Dataset(
+        "the embedded set, drawn on first use", *_karpathy("scenes/dataset_scenes.json", "scenes/images")
+    ),
+    "scenes_coco": _Dataset(
+        "its captions and boxes",
+        *_coco(
+            "scenes/images",
+            "scenes/annotations/captions_{s}.json",
+            "scenes/annotations/instances_{s}.json",
+        ),
+    ),
+    "scenes_entities": _Dataset("its phrases and boxes", *_entities("scenes/entities", "scenes/images")),
+    "flickr8k": _Dataset(
+        "Karpathy's splits (train, val, test)",
+        *_karpathy("flickr8k/dataset_flickr8k.json", "flickr8k/images"),
+    ),
+    "flickr30k": _Dataset(
+        "Karpathy's splits (train, val, test)",
+        *_karpathy("flickr30k/dataset_flickr30k.json", "flickr30k/images"),
+    ),
+    "coco_karpathy": _Dataset(
+        "Karpathy's splits and restval, trainrestval; pictures in coco/{train2014,val2014}",
+        *_karpathy("coco/dataset_coco.json", "coco"),
+    ),
+    "coco": _Dataset(
+        "captions and instances of 2017 (train, val)",
+        *_coco(
+            "coco/{s}2017",
+            "coco/annotations/captions_{s}2017.json",
+            "coco/annotations/instances_{s}2017.json",
+        ),
+    ),
+    "flickr8k_entities": _Dataset(
+        "Flickr30k Entities' format on Flickr8k", *_entities("flickr8k_entities", "flickr8k_entities/images")
+    ),
+    "flickr30k_entities": _Dataset(
+        "Flickr30k Entities (train, val, test)", *_entities("flickr30k_entities", "flickr30k_entities/images")
+    ),
+}
+
+
+def dataset_help(dataset: str | None = None) -> str:
+    """The files that a dataset (or every dataset) is expected to have under the data root, one a line."""
+    lines = []
+    for name in _DATASETS if dataset is None else (dataset,):
+        lines.append(f"{name}: {_DATASETS[name].what}")
+        lines += [f"    <data_root>/{path.format(s='<split>')}" for path in _DATASETS[name].paths]
+    return "\n".join(lines)
+
+
+def load(dataset: str, data_root: str | Path, split: str, **options) -> list[Record]:
+    """The records of one split of a dataset.
+
+    Args:
+        dataset: a name that `dataset_help()` lists.
+        data_root: folder above the dataset's own. `scenes` is drawn there if it is absent.
+        split: as the format has them: `train`, `val`, `test`, for COCO also `restval` and `trainrestval`.
+        options: passed to the format's loader (`load_karpathy`, `load_coco`, `load_entities`).
+
+    Raises:
+        DataError: an unknown name, a dataset that is not under `data_root`, or what the loader raises.
+    """
+    if dataset not in _DATASETS:
+        close = difflib.get_close_matches(dataset, _DATASETS, n=1)
+        problem = "is not known" + (f"; near to {close[0]!r}" if close else "")
+        raise DataError("(no file)", f"dataset {dataset!r}", problem, f"Choose one of {', '.join(_DATASETS)}")
+    root = Path(data_root)
+    if dataset.startswith("scenes") and not (root / "scenes").exists():
+        from finematch.data.scenes import generate  # here, because drawing imports more than reading needs
+
+        generate(root / "scenes")
+    first = root / Path(_DATASETS[dataset].paths[0]).parts[0]
+    if not first.is_dir():
+        raise DataError(
+            first,
+            f"dataset {dataset!r}",
+            "the folder does not exist",
+            "Set data_root to the folder that has "
+            + ", ".join(_DATASETS[dataset].paths).replace("{s}", split),
+        )
+    return _DATASETS[dataset].read(root, split, **options)

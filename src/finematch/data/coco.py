@@ -1,0 +1,140 @@
+"""COCO: captions and instance boxes, read through pycocotools.
+
+Lin et al., ECCV 2014. The files give boxes as `[x, y, width, height]` in pixels of the picture; records give
+`(x1, y1, x2, y2)`. Category ids run from 1 to 90 with holes, so records carry names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections import Counter
+from pathlib import Path
+
+from pycocotools.coco import COCO
+
+from finematch.data.files import BoxPolicy, clean_caption, read_json, reading, require_pictures
+from finematch.data.record import DataError, Object, Record
+
+
+def load_coco(
+    image_dir: str | Path,
+    *,
+    captions: str | Path | None = None,
+    instances: str | Path | None = None,
+    split: str = "",
+    invalid_boxes: str = "skip",
+    check_images: bool = True,
+) -> list[Record]:
+    """Read the pictures that the files list, with their captions, their objects, or both.
+
+    Args:
+        image_dir: folder of the pictures.
+        captions: `captions_*.json`. Without it records have no captions.
+        instances: `instances_*.json`. Without it records have no objects. A picture without objects is kept.
+        split: copied into the records.
+        invalid_boxes: `"skip"` leaves out boxes of no area or outside the picture, with one counted warning
+            (boxes are clipped to the picture where they stand out by at most a pixel); `"raise"` stops.
+        check_images: look for every picture now, not when it is first opened.
+
+    Returns:
+        Records in the order of the file, `image_id` being COCO's id as text.
+
+    Raises:
+        DataError: malformed JSON, an annotation of an unknown picture or category, an empty caption, a
+            picture without captions (where captions are asked for), the two files disagreeing about a
+            picture, a missing picture file.
+    """
+    files = [path for path in (captions, instances) if path is not None]
+    if not files:
+        raise ValueError("give captions=, instances= or both")
+    policy = BoxPolicy(invalid_boxes)
+    tables = {path: _index(path) for path in files}
+    images: dict = {}
+    for path, table in tables.items():
+        for image_id, image in table.imgs.items():
+            with reading(path, f"image {image_id}"):
+                entry = (image["file_name"], (int(image["width"]), int(image["height"])))
+            if images.setdefault(image_id, entry) != entry:
+                raise DataError(
+                    path,
+                    f"image {image_id}",
+                    f"is {entry} here but {images[image_id]} in {files[0]}",
+                    "Use captions and instances of the same release",
+                )
+    if not images:
+        raise DataError(files[0], "the list `images`", "is empty", "Download the file again")
+    records = []
+    for image_id, (name, size) in images.items():
+        texts = () if captions is None else _captions(tables[captions], image_id, captions)
+        objects = () if instances is None else _objects(tables[instances], image_id, size, instances, policy)
+        source = f"{files[0]}: image {image_id}"
+        records.append(
+            Record(str(image_id), split, texts, Path(image_dir) / name, size, objects, source=source)
+        )
+    policy.report(files[-1])
+    if check_images:
+        require_pictures((record.image for record in records), files[0])
+    return records
+
+
+def categories(instances: str | Path) -> list[str]:
+    """Category names in file order."""
+    return [category["name"] for category in _index(instances).dataset.get("categories", [])]
+
+
+def _index(path: str | Path) -> COCO:
+    """A pycocotools index (its prints silenced) over a file whose references all resolve."""
+    table = COCO()
+    table.dataset = read_json(path)
+    with reading(path, "the lists `images` and `annotations`"), contextlib.redirect_stdout(io.StringIO()):
+        images, annotations = table.dataset["images"], table.dataset["annotations"]
+        table.createIndex()
+    if repeated := [key for key, count in Counter(image["id"] for image in images).items() if count > 1]:
+        raise DataError(path, f"image {repeated[0]}", "is listed more than once", "Remove the repetition")
+    for number, annotation in enumerate(annotations):
+        with reading(path, f"annotation number {number}"):
+            name, image_id = f"annotation {annotation['id']}", annotation["image_id"]
+        if image_id not in table.imgs:
+            raise DataError(
+                path,
+                name,
+                f"refers to image {image_id}, which the file does not list",
+                "Add the image or remove the annotation",
+            )
+    return table
+
+
+def _captions(table: COCO, image_id: int, path: str | Path) -> tuple[str, ...]:
+    found = []
+    for annotation in table.imgToAnns.get(image_id, ()):
+        name = f"image {image_id}, caption {annotation['id']}"
+        with reading(path, name):
+            found.append(clean_caption(annotation["caption"], path, name))
+    if not found:
+        raise DataError(
+            path, f"image {image_id}", "has no captions", "Remove the image, or load without captions"
+        )
+    return tuple(found)
+
+
+def _objects(
+    table: COCO, image_id: int, size: tuple[int, int], path, policy: BoxPolicy
+) -> tuple[Object, ...]:
+    found = []
+    for annotation in table.imgToAnns.get(image_id, ()):
+        name = f"image {image_id}, annotation {annotation['id']}"
+        with reading(path, name):
+            category = table.cats.get(annotation["category_id"])
+            if category is None:
+                raise DataError(
+                    path,
+                    name,
+                    f"refers to category {annotation['category_id']}, which is not listed",
+                    "Add the category or remove the annotation",
+                )
+            x, y, width, height = annotation["bbox"]
+            box = policy.check((x, y, x + width, y + height), size, path, name)
+            if box is not None:
+                found.append(Object(box, category["name"], bool(annotation.get("iscrowd", 0))))
+    return tuple(found)

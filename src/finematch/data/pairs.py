@@ -1,0 +1,136 @@
+"""Picture-caption pairs as training batches, whatever the pictures and the texts are made of.
+
+A source has `batch(index) -> dict of tensors`, the keywords of a tower; `Pairs` joins one of each. Batches are
+index gathers from arrays that are in memory or memory-mapped: no worker process is needed, and none is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from finematch.data.precomp import Regions
+from finematch.data.record import Record
+from finematch.text import padded
+
+
+class Source(Protocol):
+    """What `Pairs` needs of either side."""
+
+    def __len__(self) -> int: ...
+    def batch(self, index: Sequence[int]) -> dict[str, Tensor]: ...
+
+
+class RegionSource:
+    """Precomputed region or cell features: `features` "b r d", `mask` "b r", and `places` "b r 5" with boxes.
+
+    Places are (x1, y1, x2, y2, area) as fractions of the picture.
+    """
+
+    def __init__(self, regions: Regions, *, places: bool = True):
+        self.regions = regions
+        self.places = None
+        if places and regions.boxes is not None:
+            boxes = np.asarray(regions.boxes, np.float32) / np.tile(regions.sizes, 2)[:, None].astype(np.float32)
+            area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+            self.places = np.concatenate([boxes, area[..., None]], -1).astype(np.float32)
+
+    def __len__(self) -> int:
+        return len(self.regions.features)
+
+    def batch(self, index: Sequence[int]) -> dict[str, Tensor]:
+        features = torch.from_numpy(np.asarray(self.regions.features[np.asarray(index)], np.float32))
+        out = {"features": features, "mask": torch.ones(features.shape[:2], dtype=torch.bool)}
+        if self.places is not None:
+            out["places"] = torch.from_numpy(self.places[np.asarray(index)])
+        return out
+
+
+class PixelSource:
+    """Pictures from disk: `pixels` "b 3 h w". `keep=True` holds the decoded tensors (small sets)."""
+
+    def __init__(self, records: list[Record], transform: Callable[[Image.Image], Tensor], *, keep: bool = False):
+        self.records, self.transform = records, transform
+        self.cache = torch.stack([transform(r.open()) for r in records]) if keep else None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def batch(self, index: Sequence[int]) -> dict[str, Tensor]:
+        if self.cache is not None:
+            return {"pixels": self.cache[torch.as_tensor(np.asarray(index))]}
+        return {"pixels": torch.stack([self.transform(self.records[i].open()) for i in index])}
+
+
+@dataclass
+class StateSource:
+    """Cached token states of a frozen text model, ragged: `features` "b n d", `mask`, `special`."""
+
+    states: np.ndarray  # tokens d, fp16, may be memory-mapped
+    special: np.ndarray
+    start: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.start) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.start)
+
+    def batch(self, index: Sequence[int]) -> dict[str, Tensor]:
+        where, mask = padded(self.start, np.asarray(index))
+        states = torch.from_numpy(self.states[where].astype(np.float32))
+        keep = torch.from_numpy(mask)
+        return {"features": states * keep[..., None], "mask": keep,
+                "special": torch.from_numpy(self.special[where] & mask)}  # fmt: skip
+
+
+class Pairs(Dataset):
+    """All (picture, caption) pairs: item c is caption c with the picture it describes.
+
+    Raises:
+        ValueError: If captions and `image_of` differ in length, or a caption points at no picture: a shifted
+            pair is never made.
+    """
+
+    def __init__(self, images: Source, texts: Source, image_of: np.ndarray):
+        image_of = np.asarray(image_of)
+        if len(texts) != len(image_of):
+            raise ValueError(f"{len(texts)} captions, but {len(image_of)} picture numbers for them")
+        if len(image_of) and not (0 <= image_of.min() and image_of.max() < len(images)):
+            raise ValueError(f"captions point at pictures {image_of.min()} to {image_of.max()}, "
+                             f"but there are {len(images)}")
+        self.images, self.texts, self.image_of = images, texts, image_of
+
+    def __len__(self) -> int:
+        return len(self.image_of)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])
+
+    def __getitems__(self, index: list[int]) -> dict:
+        picture = self.image_of[np.asarray(index)]
+        return {
+            "image": self.images.batch(picture),
+            "text": self.texts.batch(index),
+            "image_id": torch.from_numpy(picture.astype(np.int64)),
+        }
+
+
+def to_pixels(size: int, mean: Sequence[float], sd: Sequence[float]) -> Callable[[Image.Image], Tensor]:
+    """RGB picture to a normalised "3 size size" tensor: bicubic resize of both sides, no crop, so that boxes
+    stay fractions of the picture."""
+    mean_, sd_ = (torch.tensor(v, dtype=torch.float32).reshape(3, 1, 1) for v in (mean, sd))
+
+    def transform(picture: Image.Image) -> Tensor:
+        array = np.array(picture.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
+        return (torch.from_numpy(array).permute(2, 0, 1) - mean_) / sd_
+
+    return transform

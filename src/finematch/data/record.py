@@ -1,0 +1,107 @@
+"""The one record that every dataset yields, and the errors every loader raises.
+
+Boxes are absolute pixels of the stored picture, `(x1, y1, x2, y2)`, no "+1"; character spans are
+half-open `[start, end)` into the caption they belong to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+Box = tuple[float, float, float, float]
+
+
+class DataError(ValueError):
+    """Bad input. The message names the file, the record in it, and the remedy."""
+
+    def __init__(self, file: str | Path, record: str, problem: str, remedy: str):
+        super().__init__(f"{file}: {record}: {problem}. {remedy}.")
+        self.file, self.record, self.problem, self.remedy = str(file), record, problem, remedy
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """A labelled box. `crowd` is COCO's `iscrowd`."""
+
+    box: Box
+    category: str
+    crowd: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Phrase:
+    """Characters `[start, end)` of caption number `caption`, and the boxes they name (none for "scene")."""
+
+    caption: int
+    start: int
+    end: int
+    boxes: tuple[Box, ...] = ()
+    kind: str = "other"
+    entity: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One picture and what is known of it. `image` is None where only features are published."""
+
+    image_id: str
+    split: str
+    captions: tuple[str, ...]
+    image: Path | None = None
+    size: tuple[int, int] | None = None  # (width, height) in pixels, where the source states it
+    objects: tuple[Object, ...] = ()
+    phrases: tuple[Phrase, ...] = ()
+    source: str = field(default="", compare=False)  # file and entry, for error messages
+
+    def open(self) -> Image.Image:
+        """The picture as RGB (greyscale, palette, alpha and CMYK are converted); DataError if unreadable."""
+        return open_rgb(self.image, self.source or self.image_id)
+
+
+def open_rgb(path: Path | None, record: str = "") -> Image.Image:
+    """Decode a whole picture to RGB.
+
+    Raises DataError for a missing, truncated or undecodable file: a picture that cannot be read is never
+    replaced, because that would pair a caption with the wrong pixels.
+    """
+    if path is None:
+        raise DataError("(no file)", record, "this dataset publishes features, no pictures",
+                        "Use the feature arrays, or a dataset with pictures")
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture.convert("RGB")
+    except FileNotFoundError:
+        raise DataError(path, record, "the picture is missing", "Restore it or remove its record") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise DataError(path, record, f"the picture cannot be decoded ({error})",
+                        "Download it again or remove its record") from error
+
+
+def check_box(box, size: tuple[int, int] | None, file: str | Path, record: str, *, slack: float = 1.0) -> Box:
+    """`box` (xyxy pixels) as floats, clipped to the picture; DataError if it has no area or lies outside.
+
+    `slack` pixels beyond the border are clipped silently: published boxes are rounded.
+    """
+    x1, y1, x2, y2 = (float(v) for v in box)
+    if not np.isfinite([x1, y1, x2, y2]).all():
+        raise DataError(file, record, f"box {box} is not finite", "Correct or remove the annotation")
+    if size is not None:
+        width, height = size
+        if x1 < -slack or y1 < -slack or x2 > width + slack or y2 > height + slack:
+            raise DataError(file, record, f"box {(x1, y1, x2, y2)} lies outside the {width} x {height} picture",
+                            "Correct the box, or scale it with the picture")
+        x1, x2 = (min(max(v, 0.0), float(width)) for v in (x1, x2))
+        y1, y2 = (min(max(v, 0.0), float(height)) for v in (y1, y2))
+    if x2 <= x1 or y2 <= y1:
+        raise DataError(file, record, f"box {(x1, y1, x2, y2)} has no area", "Correct or remove the annotation")
+    return x1, y1, x2, y2
+
+
+def pairs(records) -> list[tuple[int, str]]:
+    """`(index of the picture, caption)` for every caption, in order: the text side of a retrieval gallery."""
+    return [(i, caption) for i, record in enumerate(records) for caption in record.captions]

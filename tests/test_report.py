@@ -1,0 +1,369 @@
+"""Published numbers (checked by the papers' own arithmetic), metrics files, tables and verdicts."""
+
+import json
+import math
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from finematch.data.record import DataError
+from finematch.report import (
+    FIELDS,
+    Claim,
+    claims,
+    git_commit,
+    judge,
+    measured,
+    published,
+    replace_block,
+    summary,
+    t_quantile,
+    table,
+    to_markdown,
+    write_metrics,
+)
+
+RECALLS = ["i2t@1", "i2t@5", "i2t@10", "t2i@1", "t2i@5", "t2i@10"]
+
+
+def wide(number):
+    return published("MVAM", number).pivot(index="row", columns="column", values="value")
+
+
+# --- published.csv
+
+
+def test_every_cell_of_mvam_is_there_once():
+    frame = published("MVAM")
+    assert frame["table"].value_counts().to_dict() == {"1": 144, "2": 69, "4": 24, "5": 18, "3": 12}
+    assert not frame.duplicated(["paper", "table", "row", "column"]).any()
+    assert frame["value"].between(20, 100).all()
+    assert set(published("MVAM", 1)["column"]) == {f"MSCOCO-{k} {r}" for k in ("1K", "5K") for r in RECALLS}
+    assert all(set(published("MVAM", k)["column"]) == set(RECALLS) for k in (2, 3, 4, 5))
+    # recall grows with k, in every row: a digit mistyped in front breaks this
+    for number in range(1, 6):
+        cells = wide(number)
+        for prefix in ("MSCOCO-1K ", "MSCOCO-5K ") if number == 1 else ("",):
+            for way in ("i2t", "t2i"):
+                for low, high in ((1, 5), (5, 10)):
+                    pair = cells[[f"{prefix}{way}@{low}", f"{prefix}{way}@{high}"]].dropna()
+                    assert (pair.iloc[:, 0] < pair.iloc[:, 1]).all(), (number, prefix, way)
+
+
+@pytest.mark.parametrize(
+    ("number", "prefix", "improvements"),
+    [
+        (1, "MSCOCO-1K ", {"ViT": 1.61, "FRCNN": 2.17, "CLIP": 0.71}),
+        (1, "MSCOCO-5K ", {"ViT": 2.755, "FRCNN": 4.055, "CLIP": 0.915}),
+        (2, "", {"ViT": 0.56, "FRCNN": 5.54, "CLIP": 0.83}),
+    ],
+)
+def test_average_improvement_over_attention_is_what_the_paper_says(number, prefix, improvements):
+    # The paper's text: 1.62/2.17/0.71, 2.76/4.06/0.92, 0.56/5.54/0.83. The cells give 1.61 for the first.
+    cells = wide(number)[[prefix + recall for recall in RECALLS]]
+    for backbone, value in improvements.items():
+        gain = (cells.loc[f"{backbone} +MVAM"] - cells.loc[f"{backbone} +Attn"]).mean()
+        assert gain == pytest.approx(value, abs=0.0052), backbone
+
+
+def test_tables_of_mvam_repeat_each_other():
+    main = wide(1)[[f"MSCOCO-5K {recall}" for recall in RECALLS]]
+    attention, mvam = main.loc["FRCNN +Attn"].tolist(), main.loc["FRCNN +MVAM"].tolist()
+    assert wide(4).loc["1", RECALLS].tolist() == attention
+    for number, row in ((3, "MVAM-FRCNN"), (4, "16"), (5, "base diversity loss")):
+        assert wide(number).loc[row, RECALLS].tolist() == mvam
+
+
+def test_published_names_what_there_is():
+    assert list(dict.fromkeys(published("MVAM", 4)["row"])) == ["1", "8", "16", "32"]
+    with pytest.raises(DataError, match=r"paper MVAN.*MVAM"):
+        published("MVAN")
+    with pytest.raises(DataError, match=r"table 6.*1, 2, 3, 4, 5"):
+        published("MVAM", 6)
+
+
+# --- metrics files
+
+
+def run(folder, seed, value, **parameters):
+    return write_metrics(
+        folder,
+        {"seed": seed, **parameters},
+        {"i2t_r1": value, "rsum": 6 * value},
+        seconds=1.5,
+        protocol="scenes test: 500 images",
+    )
+
+
+def test_a_metrics_file_round_trips(tmp_path):
+    parameters = {"seed": 3, "dataset": "scenes", "out": tmp_path, "lr": 1e-4, "smoke": False, "limit": None}
+    metrics = {
+        "i2t_r1": np.float64(12.5),
+        "rsum": torch.tensor(75.0),
+        "images": 500,
+        "protocol": "scenes test",
+    }
+    file = write_metrics(tmp_path / "new" / "run", parameters, metrics, seconds=2.0)
+    assert file == tmp_path / "new" / "run" / "metrics.json"
+    assert [f.name for f in file.parent.iterdir()] == ["metrics.json"]  # nothing temporary is left
+    content = json.loads(file.read_text())
+    assert tuple(content) == FIELDS
+    assert content["parameters"] == {**parameters, "out": str(tmp_path)}
+    assert content["metrics"] == {"i2t_r1": 12.5, "rsum": 75.0, "images": 500}
+    assert content["protocol"] == "scenes test"
+    assert content["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert set(content["versions"]) == {"python", "torch", "transformers", "timm", "numpy", "finematch"}
+    assert content["peak_memory_bytes"] > 10_000_000
+    assert content["device"]
+    assert "protocol" in metrics  # the caller's dictionary is left alone
+    (line,) = measured(tmp_path).to_dict("records")
+    assert line["i2t_r1"] == 12.5
+    assert line["dataset"] == "scenes"
+    assert line["run_protocol"] == "scenes test"
+    assert line["run_file"] == str(file)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, np.float32("nan"), torch.tensor(math.nan)])
+def test_non_finite_metrics_are_refused(tmp_path, value):
+    with pytest.raises(DataError, match=r"metrics\.i2t_r1"):
+        write_metrics(tmp_path, {"seed": 0}, {"i2t_r1": value}, seconds=1, protocol="p")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_metric_without_protocol_or_that_is_no_number_is_refused(tmp_path):
+    with pytest.raises(DataError, match="protocol"):
+        write_metrics(tmp_path, {"seed": 0}, {"i2t_r1": 1.0}, seconds=1)
+    for value in ([1.0], None, {"a": 1}):
+        with pytest.raises(DataError, match=r"metrics\.i2t_r1"):
+            write_metrics(tmp_path, {"seed": 0}, {"i2t_r1": value}, seconds=1, protocol="p")
+
+
+def test_an_old_metrics_file_survives_a_failed_write(tmp_path):
+    file = run(tmp_path, 0, 10.0)
+    before = file.read_text()
+    with pytest.raises(DataError):
+        run(tmp_path, 0, math.nan)
+    assert file.read_text() == before
+
+
+def test_measured_takes_folders_patterns_and_files(tmp_path):
+    files = [run(tmp_path / f"grid/run{k}", k, 10.0 + k, views=16) for k in range(3)]
+    run(tmp_path / "other", 0, 1.0, views=1)
+    assert len(measured(tmp_path)) == 4
+    assert measured(tmp_path / "grid")["seed"].tolist() == [0, 1, 2]
+    assert measured(str(tmp_path / "grid/*/metrics.json"))["i2t_r1"].tolist() == [10, 11, 12]
+    assert len(measured(files[:2])) == 2
+    assert measured(tmp_path / "nothing*/metrics.json").empty
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "not a whole metrics file"),
+        (lambda text: "", "not a whole metrics file"),
+        (lambda text: "[]", "not a JSON object"),
+        (lambda text: text.replace("10.0", "NaN"), "contains NaN"),
+        (lambda text: text.replace('"protocol"', '"protocl"'), "lacks protocol"),
+        (lambda text: text.replace('"seed"', '"rsum"'), "parameters and metrics at once"),
+    ],
+)
+def test_a_broken_metrics_file_is_named(tmp_path, damage, message):
+    run(tmp_path / "good", 0, 10.0)
+    bad = run(tmp_path / "bad", 1, 10.0)
+    bad.write_text(damage(bad.read_text()))
+    with pytest.raises(DataError, match=message) as error:
+        measured(tmp_path)
+    assert str(bad) in str(error.value)
+
+
+def test_a_missing_metrics_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"gone/metrics\.json"):
+        measured([tmp_path / "gone/metrics.json"])
+
+
+def test_commit_is_that_of_the_checkout_and_says_when_sources_differ(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(["git", "-C", tmp_path, *identity, *arguments], capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
+    package = tmp_path / "src" / "package"
+    package.mkdir(parents=True)
+    assert git_commit(package) == "unknown"  # no repository
+    git("init")
+    (package / "a.py").write_text("x = 1\n")
+    assert git_commit(package) == "unknown"  # nothing of it is tracked: an environment inside a repository
+    git("add", ".")
+    git("commit", "-m", "one")
+    commit = git("rev-parse", "HEAD")
+    assert git_commit(package) == commit
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "table.md").write_text("results are no sources\n")
+    assert git_commit(package) == commit
+    (package / "a.py").write_text("x = 2\n")
+    assert git_commit(package) == f"{commit}-dirty"
+
+
+# --- tables
+
+
+def runs(**values):
+    """A frame of runs: `runs(a=[...])` is one run per value, seeds 0, 1, ..."""
+    return pd.DataFrame(
+        [
+            {"method": m, "seed": k, "dataset": "scenes", "i2t_r1": v}
+            for m, vs in values.items()
+            for k, v in enumerate(vs)
+        ]
+    )
+
+
+def test_summary_is_mean_sd_and_n():
+    result = summary(runs(b=[1.0, 2.0, 4.0], a=[7.0]), ["method"], ["i2t_r1"])
+    assert list(result.columns) == ["method", "i2t_r1", "i2t_r1 sd", "n"]
+    assert result["method"].tolist() == ["b", "a"]  # order of appearance
+    assert result["i2t_r1"].tolist() == pytest.approx([7 / 3, 7])
+    assert result["i2t_r1 sd"][0] == pytest.approx(1.5275252)  # n - 1
+    assert np.isnan(result["i2t_r1 sd"][1])
+    assert result["n"].tolist() == [3, 1]
+    assert summary(pd.DataFrame(), ["method"], ["i2t_r1"]).empty
+
+
+def test_summary_refuses_to_average_what_differs():
+    frame = runs(a=[1.0, 2.0])
+    other = frame.assign(dataset="flickr8k")
+    with pytest.raises(ValueError, match=r"2 runs have method=a, seed=0; .*\(dataset\)"):
+        summary(pd.concat([frame, other]), ["method"], ["i2t_r1"])
+    with pytest.raises(ValueError, match="no column views"):
+        summary(frame, ["views"], ["i2t_r1"])
+    with pytest.raises(ValueError, match="has no i2t_r1"):
+        summary(pd.concat([frame, frame.iloc[:1].assign(seed=5, i2t_r1=None)]), ["method"], ["i2t_r1"])
+
+
+def test_table_puts_measured_beside_published():
+    frame = pd.DataFrame({"views": [16, 16, 4], "seed": [0, 1, 0], "i2t_r1": [50.0, 52.0, 40.0]})
+    result = table(
+        published("MVAM", 4), summary(frame, ["views"], ["i2t_r1"]), row="views", columns={"i2t@1": "i2t_r1"}
+    )
+    assert result["row"].tolist() == ["1", "8", "16", "32", "4"]
+    assert result["n"].tolist() == [0, 0, 2, 0, 1]
+    assert result.loc[2, "i2t@1 published"] == 54.08
+    assert result.loc[2, "i2t@1 measured"] == 51
+    assert np.isnan(result.loc[0, "i2t@1 measured"])
+    assert np.isnan(result.loc[4, "i2t@1 published"])
+    text = to_markdown(result)
+    assert text.splitlines()[0] == "| row | i2t@1 published | i2t@1 measured | n |"
+    assert text.splitlines()[1] == "| :-- | --: | --: | --: |"
+    assert text.splitlines()[4] == "| 16 | 54.08 | 51.00 ± 1.41 | 2 |"
+    assert text.splitlines()[6] == "| 4 | – | 40.00 | 1 |"
+    with_others = pd.concat([frame, pd.DataFrame({"seed": [7], "i2t_r1": [1.0]})])  # a run without views
+    ours = summary(with_others.dropna(), ["views"], ["i2t_r1"])
+    again = table(published("MVAM", 4), ours, row="views", columns={"i2t@1": "i2t_r1"})
+    assert again["n"].tolist() == [0, 0, 2, 0, 1]
+    assert to_markdown(result, digits=1).splitlines()[2] == "| 1 | 47.5 | – | 0 |"
+
+
+def test_table_maps_names_and_refuses_ambiguity():
+    printed = published("MVAM", 5)
+    ours = summary(runs(base=[1.0, 2.0], none=[0.0]), ["method"], ["i2t_r1"])
+    names = {"base": "base diversity loss", "none": "w/o diversity loss"}
+    result = table(printed, ours, row="method", columns={"i2t@1": "i2t_r1"}, rows=names)
+    assert result["n"].tolist() == [1, 0, 2]
+    same = {"base": "base diversity loss", "none": "base diversity loss"}
+    with pytest.raises(ValueError, match="two measured lines"):
+        table(printed, ours, row="method", columns={"i2t@1": "i2t_r1"}, rows=same)
+    with pytest.raises(ValueError, match="no column"):
+        table(printed, ours, row="method", columns={"R@1": "i2t_r1"}, rows=names)
+    nothing = summary(pd.DataFrame(), ["method"], ["i2t_r1"])
+    assert table(printed, nothing, row="method", columns={"i2t@1": "i2t_r1"})["n"].tolist() == [0, 0, 0]
+
+
+def test_replace_block_changes_only_what_is_between_the_markers(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text("before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter é\n", encoding="utf-8")
+    assert replace_block(file, "results", "| new |\n") is True
+    expected = "before\n<!-- results:begin -->\n| new |\n<!-- results:end -->\nafter é\n"
+    assert file.read_text(encoding="utf-8") == expected
+    assert replace_block(file, "results", "| new |") is False
+    with pytest.raises(DataError, match="block gallery"):
+        replace_block(file, "gallery", "x")
+    file.write_text(expected + expected, encoding="utf-8")
+    with pytest.raises(DataError, match="block results"):
+        replace_block(file, "results", "x")
+
+
+# --- claims
+
+
+def verdict(a, b, **options):
+    return judge(runs(a=a), runs(b=b), "i2t_r1", **options)["verdict"]
+
+
+def test_verdicts():
+    assert verdict([50.0, 51.0, 52.0], [40.0, 41.0, 42.0]) == "holds"
+    assert verdict([40.0, 41.0, 42.0], [50.0, 51.0, 52.0]) == "does not hold"
+    assert verdict([50.0, 51.0], [50.0, 51.0]) == "does not hold"  # no difference is no advantage
+    assert verdict([50.0, 60.0, 40.0], [49.0, 61.0, 38.0]) == "not separated"
+    assert verdict([50.0], [40.0, 41.0]) == "one seed only"
+    assert verdict([50.0, 51.0], [60.0]) == "one seed only"
+    assert verdict([2.0, 2.0], [1.0, 1.0]) == "holds"  # no spread at all
+    assert verdict([10.0, 11.0], [20.0, 21.0], higher_is_better=False) == "holds"
+    for nothing in (pd.DataFrame(), runs(b=[1.0]).iloc[:0]):
+        assert judge(nothing, runs(a=[1.0, 2.0]), "i2t_r1")["verdict"] == "not run"
+        assert judge(runs(a=[1.0, 2.0]), nothing, "i2t_r1")["verdict"] == "not run"
+
+
+def test_the_interval_is_welchs():
+    # by hand: means 12 and 10, variances 1 and 4, n = 3; se² = 5/3, ν = (5/3)² / ((1/9 + 16/9) / 2) = 50/17
+    result = judge(runs(a=[11.0, 12.0, 13.0]), runs(b=[8.0, 10.0, 12.0]), "i2t_r1")
+    assert result["difference"] == 2
+    assert result["lower"] == pytest.approx(2 - t_quantile(0.95, 50 / 17) * math.sqrt(5 / 3), abs=1e-9)
+    assert result["verdict"] == "not separated"
+    assert (result["n_a"], result["n_b"]) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("level", "freedom", "value"),
+    [(0.95, 1, 6.3138), (0.95, 2, 2.9200), (0.95, 4, 2.1318), (0.975, 10, 2.2281), (0.95, 1000, 1.6464)],
+)
+def test_quantiles_of_students_t_are_those_of_the_tables(level, freedom, value):
+    assert t_quantile(level, freedom) == pytest.approx(value, abs=1e-4)
+
+
+def test_the_verdict_errs_as_often_as_its_level_says():
+    # without any difference, about 5 % of the pairs must "hold"
+    rng = np.random.default_rng(0)
+    held = sum(verdict(rng.normal(size=4), rng.normal(size=4)) == "holds" for _ in range(400))
+    assert 6 <= held <= 36
+
+
+def test_judge_refuses_a_seed_that_counts_twice_and_a_missing_metric():
+    twice = pd.concat([runs(a=[1.0]), runs(a=[2.0])])
+    with pytest.raises(ValueError, match="seed 0 occurs twice"):
+        judge(twice, runs(b=[0.0, 1.0]), "i2t_r1")
+    with pytest.raises(ValueError, match="no t2i_r1"):
+        judge(runs(a=[1.0, 2.0]), runs(b=[0.0, 1.0]), "t2i_r1")
+
+
+def test_claims_select_their_runs_and_name_where():
+    frame = pd.concat(
+        [runs(mvam=[50.0, 51.0], cls=[40.0, 41.0]), runs(mvam=[1.0]).assign(dataset="flickr8k")]
+    )
+    base = {"metric": "i2t_r1", "better": {"method": "mvam"}, "worse": {"method": "cls"}}
+    card = claims(
+        frame,
+        [
+            Claim(text="views help", where={"dataset": "scenes"}, **base),
+            Claim(text="views help", where={"dataset": "flickr8k"}, **base),
+        ],
+    )
+    assert card["verdict"].tolist() == ["holds", "not run"]
+    assert card["where"].tolist() == ["dataset=scenes", "dataset=flickr8k"]
+    assert card["n_a"].tolist() == [2, 1]
+    assert "–" in to_markdown(card)
+    with pytest.raises(ValueError, match="no run has the parameter metod"):
+        Claim("typo", "i2t_r1", {"metod": "mvam"}, {"method": "cls"}, {}).judge(frame)
+    assert Claim("x", "i2t_r1", {}, {}, {}).judge(pd.DataFrame())["verdict"] == "not run"

@@ -1,0 +1,226 @@
+"""fit(): schedules, refusals, kill and resume, two processes."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import training_target as target
+
+from finematch.training import EpochBatches, Plan, TrainingError, check_writable, fit, make_optimizer, make_schedule
+from finematch.training import seed_everything, unique_state
+
+SCRIPT = Path(target.__file__)
+
+
+def run(out, *, kill_after=None):
+    """The target in a process of its own; kill -9 after so many batches if asked. Returns its last line."""
+    sleep = "0.02" if kill_after else "0"
+    process = subprocess.Popen([sys.executable, str(SCRIPT), str(out), sleep], stdout=subprocess.PIPE, text=True)
+    seen, last = 0, ""
+    for line in process.stdout:
+        last = line
+        seen += line.startswith("batch")
+        if kill_after and seen == kill_after:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return None
+    assert process.wait() == 0
+    return last
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path):
+    whole = run(tmp_path / "whole")
+    assert whole.startswith("END")
+    when = random.Random().randrange(2, 30)  # any of the 32 batches
+    assert run(tmp_path / "killed", kill_after=when) is None
+    assert not (tmp_path / "killed" / "log.jsonl").exists() or (
+        len((tmp_path / "killed" / "log.jsonl").read_text().splitlines()) < 4
+    )
+    assert run(tmp_path / "killed") == whole, f"killed at batch {when}"
+    logs = [[json.loads(line) for line in (tmp_path / d / "log.jsonl").open()] for d in ("whole", "killed")]
+    for a, b in zip(*logs, strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    seed_everything(0)
+    model = target.Toy()
+    first = fit(model, target.Data(), target.plan(), tmp_path, echo=None)
+    again = target.Toy()
+    second = fit(again, target.Data(), target.plan(), tmp_path, echo=None)
+    assert target.digest(model) == target.digest(again)
+    assert first["history"] == second["history"]
+
+
+def torchrun(script, *arguments):
+    """Two gloo processes of one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_train_as_one(tmp_path):
+    torchrun(SCRIPT, tmp_path / "two", "parallel")
+    seed_everything(0)
+    model = target.Toy()
+    model.net[1].p = 0.0
+    fit(model, target.Data(), target.plan(epochs=2), tmp_path / "one", echo=None)
+    for rank in (0, 1):
+        theirs = torch.load(tmp_path / "two" / f"weights{rank}.pt", weights_only=True)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(theirs[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_epoch_batches_partition_an_epoch():
+    whole = list(EpochBatches(20, 6, seed=3, epoch=1))
+    assert len(whole) == 3
+    assert len({i for b in whole for i in b}) == 18
+    halves = [list(EpochBatches(20, 6, seed=3, epoch=1, rank=r, world=2)) for r in (0, 1)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == whole
+    assert list(EpochBatches(20, 6, seed=3, epoch=1, first=2)) == whole[2:]
+    assert list(EpochBatches(20, 6, seed=3, epoch=2)) != whole
+    assert list(EpochBatches(20, 6, seed=4, epoch=1)) != whole
+
+
+def test_epoch_batches_refuse():
+    with pytest.raises(ValueError, match="divide"):
+        EpochBatches(20, 5, seed=0, epoch=0, world=2)
+    with pytest.raises(ValueError, match="lower batch_size"):
+        EpochBatches(4, 5, seed=0, epoch=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"schedule": "constant"}, [1, 1, 1, 1, 1, 1, 1, 1]),
+        ({"schedule": "step", "milestones": (1.0, 3.0)}, [1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01]),
+        ({"schedule": "cosine", "warmup": 0.25}, [0.5, 1, 1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873]),
+    ],
+)
+def test_schedules_by_hand(options, expected):
+    plan = Plan(epochs=4, batch_size=1, lr=1.0, **options)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, seen = make_schedule(optimizer, plan, 8), []
+    for _ in range(8):
+        seen.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert seen == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_optimizers_do_not_decay_biases(name):
+    groups = make_optimizer(list(target.Toy().parameters()), target.plan(optimizer=name, weight_decay=0.3)).param_groups
+    assert [(g["weight_decay"], {p.ndim for p in g["params"]}) for g in groups] == [(0.3, {2}), (0.0, {1})]
+
+
+def test_accumulated_batches_give_the_gradient_of_their_mean(tmp_path):
+    results = []
+    for accumulate, batch in ((1, 16), (2, 8)):
+        seed_everything(0)
+        model = target.Toy()
+        model.net[1].p = 0.0
+        fit(model, target.Data(), target.plan(epochs=1, batch_size=batch, accumulate=accumulate, optimizer="sgd",
+                                              warmup=0.0), tmp_path / str(accumulate), echo=None)  # fmt: skip
+        results.append(model.state_dict())
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name])
+
+
+def test_best_epoch_by_validation_is_kept(tmp_path):
+    seed_everything(0)
+    model, scores, kept = target.Toy(), iter([1.0, 3.0, 2.0, 2.5]), []
+
+    def evaluate(m):
+        kept.append({k: v.clone() for k, v in m.state_dict().items()})
+        return {"rsum": next(scores)}
+
+    summary = fit(model, target.Data(), target.plan(), tmp_path, evaluate=evaluate, echo=None)
+    assert summary["best_epoch"] == 2
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, kept[1][name])
+
+
+def test_frozen_parameters_stay(tmp_path):
+    seed_everything(0)
+    model = target.Toy()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fit(model, target.Data(), target.plan(epochs=1), tmp_path, trainable=lambda n: n.startswith("net.2"), echo=None)
+    after = model.state_dict()
+    assert torch.equal(after["net.0.weight"], before["net.0.weight"])
+    assert not torch.equal(after["net.2.weight"], before["net.2.weight"])
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(TrainingError, match="no parameter"):
+        fit(model, target.Data(), target.plan(epochs=1), tmp_path / "none", trainable=lambda n: False, echo=None)
+
+
+def test_nan_stops_and_names_step_and_terms(tmp_path):
+    data = target.Data()
+    data.y[5] = float("nan")
+    with pytest.raises(TrainingError, match=r"epoch 1, step \d+ of 8.*'error': nan"):
+        fit(target.Toy(), data, target.plan(), tmp_path, echo=None)
+
+
+def test_another_plan_or_model_is_refused(tmp_path):
+    fit(target.Toy(), target.Data(), target.plan(epochs=1), tmp_path, echo=None)
+    with pytest.raises(TrainingError, match=r"another plan.*'lr': \(0.01, 0.5\)"):
+        fit(target.Toy(), target.Data(), target.plan(epochs=1, lr=0.5), tmp_path, echo=None)
+    other = target.Toy()
+    other.net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Dropout(0.3), torch.nn.Linear(16, 4))
+    with pytest.raises(TrainingError, match="another model"):
+        fit(other, target.Data(), target.plan(epochs=1), tmp_path, echo=None)
+
+
+def test_missing_selection_metric_is_named(tmp_path):
+    with pytest.raises(TrainingError, match="rsum"):
+        fit(target.Toy(), target.Data(), target.plan(epochs=1), tmp_path, evaluate=lambda m: {"r1": 1.0}, echo=None)
+
+
+def test_broken_checkpoint_is_named(tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(TrainingError, match=r"checkpoint\.pt cannot be read"):
+        fit(target.Toy(), target.Data(), target.plan(), tmp_path, echo=None)
+
+
+def test_unwritable_out_fails_before_training(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(TrainingError, match="cannot hold this run"):
+        fit(target.Toy(), target.Data(), target.plan(), tmp_path / "file" / "out", echo=None)
+
+
+def test_full_disk_fails_before_training(tmp_path):
+    """The kernel's file size limit stands in for a full disk: the same write, the same OSError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+        check_writable(tmp_path / "small", room=500_000)
+        with pytest.raises(TrainingError, match=r"cannot hold this run \(2.0 MB\)"):
+            check_writable(tmp_path / "large", room=2_000_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert not list(tmp_path.rglob(".probe"))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"epochs": 0}, {"lr": float("nan")}, {"lr": -1.0}, {"optimizer": "lion"}, {"schedule": "exp"}, {"warmup": 1.0}],
+)
+def test_plan_refuses(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        target.plan(**bad)
+
+
+def test_unique_state_keeps_shared_tensors_once():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
+    model["b"].weight = model["a"].weight
+    assert set(unique_state(model)) == {"a.weight", "a.bias", "b.bias"}
