@@ -2,7 +2,8 @@
 
     make grid GRID=mvam_views DATASET=scenes SCALE=tiny SEEDS=0,1,2
 
-* A run is papermill_runs/<grid>/<dataset>.<scale>.<row>.s<seed>/ and is done when its metrics.json is there.
+* A run is papermill_runs/<method>/<dataset>.<scale>.<row>.s<seed>/ and is done when its metrics.json is there.
+  Rows of one name in two grids of a method are one run: a table never pays again for what another has run.
   The executed notebook and the checkpoint are not declared as outputs, so they survive a failure: the one
   shows its traceback, from the other the next attempt resumes.
 * A cell of the CSV is a parameter of notebooks/<method>/2_train, an empty one leaves the notebook's default.
@@ -26,7 +27,7 @@ SEEDS = str(config.get("seeds", "0,1,2")).split(",")
 DATA_ROOT = config.get("data_root", "data")
 SMOKE = "-p smoke True" if config.get("smoke") else ""
 NAME = f"{DATASET}.{'smoke' if SMOKE else SCALE}"
-RUN = f"papermill_runs/{GRID}/{NAME}.{{row}}.s{{seed}}"
+RUN = f"papermill_runs/{METHOD}/{NAME}.{{row}}.s{{seed}}"
 TABLE = f"figures/{GRID}.{NAME}"
 LINK = re.compile(r"\{run:([a-z0-9-]+)\}")
 PAPERMILL = f"{sys.executable} -m papermill --no-progress-bar --log-output"
@@ -65,9 +66,9 @@ rule table:
     output:
         multiext(TABLE, ".csv", ".md", ".svg"),
     log:
-        notebook=f"papermill_runs/{GRID}/{NAME}.table.ipynb",
+        notebook=f"papermill_runs/{METHOD}/{NAME}.{GRID}.ipynb",
     shell:
-        "mkdir -p papermill_runs/{GRID} figures && "
+        "mkdir -p papermill_runs/{METHOD} figures && "
         "{PAPERMILL} notebooks/{METHOD}/3_ablations.ipynb {log.notebook}"
         " -p grid {GRID} -p dataset {DATASET} -p scale {SCALE} -p data_root {DATA_ROOT:q} {SMOKE}"
 

@@ -129,25 +129,25 @@ def main() -> None:
     square = torch.randn(side, side)
     retrieval(image[:64], text[: 64 * CAPTIONS], image_of[: 64 * CAPTIONS])
 
+    scores = image @ text.T
+    load = {"before": os.getloadavg()[0]}
     ours = seconds(lambda: retrieval(image, text, image_of, block=options.block), options.repeats)
     gemm = seconds(lambda: square @ square, 3 * options.repeats)
+    given = seconds(lambda: retrieval_from_scores(scores, image_of, block=options.block), options.repeats)
+    load["after_ours"] = os.getloadavg()[0]
     rate = 2 * side**3 / gemm["min"]
     floor = 2 * b * c * d / rate
     result = retrieval(image, text, image_of, block=options.block)
-
-    x, y, owner = image.numpy(), text.numpy(), image_of.numpy()
-    theirs = {}
-    loop = seconds(lambda: theirs.update(argsort_loop(lambda i: x[i] @ y.T, lambda j: y[j] @ x.T, owner)), 1)
-    difference = largest_difference(result, theirs)
-
-    scores = image @ text.T
-    given = seconds(lambda: retrieval_from_scores(scores, image_of, block=options.block), options.repeats)
     result_given = retrieval_from_scores(scores, image_of, block=options.block)
-    matrix = scores.numpy()
-    theirs_given = {}
+
+    x, y, matrix, owner = image.numpy(), text.numpy(), scores.numpy(), image_of.numpy()
+    theirs, theirs_given = {}, {}
     loop_given = seconds(
         lambda: theirs_given.update(argsort_loop(lambda i: matrix[i], lambda j: matrix[:, j], owner)), 1
     )
+    loop = seconds(lambda: theirs.update(argsort_loop(lambda i: x[i] @ y.T, lambda j: y[j] @ x.T, owner)), 1)
+    load["after_loop"] = os.getloadavg()[0]
+    difference = largest_difference(result, theirs)
     difference_given = largest_difference(result_given, theirs_given)
     matrix_bytes = scores.numel() * 4
     del scores, matrix
@@ -182,6 +182,7 @@ def main() -> None:
         },
         "ties": {"i2t": result["ties_i2t"], "t2i": result["ties_t2i"]},
         "recall": {name: value for name, value in result.items() if "_r" in name},
+        "load_average": load,
         "device": device_name(),
         "versions": versions(),
         "commit": git_commit(),

@@ -92,7 +92,7 @@ def test_a_failed_row_keeps_its_traceback_and_only_it_is_repeated(tmp_path):
     build.main(["--folder", str(book / "notebooks")])
     (book / "grids" / "toy_rows.csv").write_text("name,views,weights\none,1,\neight,8,{run:one}/encoder\n")
     (book / "broken").touch()
-    runs = book / "papermill_runs" / "toy_rows"
+    runs = book / "papermill_runs" / "toy"
     names = {f"scenes.tiny.{row}.s{seed}" for row in ("one", "eight") for seed in (0, 1)}
     failed = runs / "scenes.tiny.eight.s1"
     assert planned(book) == names
@@ -118,10 +118,10 @@ def test_a_failed_row_keeps_its_traceback_and_only_it_is_repeated(tmp_path):
         "data_root": "my data",
         "scale": "tiny",
         "seed": 1,
-        "out": "papermill_runs/toy_rows/scenes.tiny.eight.s1",
+        "out": "papermill_runs/toy/scenes.tiny.eight.s1",
         "smoke": False,
         "views": 8,
-        "weights": "papermill_runs/toy_rows/scenes.tiny.one.s1/encoder",
+        "weights": "papermill_runs/toy/scenes.tiny.one.s1/encoder",
         "resumed": True,
         "threads": "1",
     }
@@ -135,7 +135,7 @@ def test_a_failed_row_keeps_its_traceback_and_only_it_is_repeated(tmp_path):
     assert planned(book, data_root="elsewhere") == set()
     assert len(planned(book, smoke="1")) == 4, "a smoke run never stands for a real one"
     (book / "grids" / "toy_rows.csv").write_text("name,views,weights\none,2,\neight,8,{run:one}/encoder\n")
-    ones = [f"papermill_runs/toy_rows/scenes.tiny.one.s{seed}/metrics.json" for seed in (0, 1)]
+    ones = [f"papermill_runs/toy/scenes.tiny.one.s{seed}/metrics.json" for seed in (0, 1)]
     assert planned(book) == {"scenes.tiny.one.s0", "scenes.tiny.one.s1"}, "changed parameters repeat a row"
     snakemake(book, *ones, "--touch")  # as if they had been repeated
     assert planned(book) == {"scenes.tiny.eight.s0", "scenes.tiny.eight.s1"}, "... and then what builds on it"

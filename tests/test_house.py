@@ -139,13 +139,13 @@ def test_no_machine_paths():
 @pytest.mark.parametrize(
     ("path", "ignored"),
     [
-        ("papermill_runs/mvam_views/scenes.tiny.views-1.s0/metrics.json", False),
-        ("papermill_runs/mvam_views/scenes.tiny.views-1.s0/run.ipynb", True),
-        ("papermill_runs/mvam_views/scenes.tiny.views-1.s0/log.jsonl", True),
-        ("papermill_runs/mvam_views/scenes.tiny.views-1.s0/checkpoint/state.pt", True),
-        ("papermill_runs/mvam_views/scenes.tiny.clip-cls.s0/encoder/metrics.json", True),
-        ("papermill_runs/mvam_views/scenes.tiny.table.ipynb", True),
-        ("papermill_runs/mvam_views/scenes.smoke.views-1.s0/metrics.json", True),
+        ("papermill_runs/mvam/scenes.tiny.views-1.s0/metrics.json", False),
+        ("papermill_runs/mvam/scenes.tiny.views-1.s0/run.ipynb", True),
+        ("papermill_runs/mvam/scenes.tiny.views-1.s0/log.jsonl", True),
+        ("papermill_runs/mvam/scenes.tiny.views-1.s0/checkpoint/state.pt", True),
+        ("papermill_runs/mvam/scenes.tiny.clip-cls.s0/encoder/metrics.json", True),
+        ("papermill_runs/mvam/scenes.tiny.table.ipynb", True),
+        ("papermill_runs/mvam/scenes.smoke.views-1.s0/metrics.json", True),
         ("papermill_runs/workbook/1_data.ipynb", True),
         ("papermill_runs/workbook/mvam/metrics.json", True),
         ("figures/mvam_views.scenes.tiny.svg", False),
@@ -195,12 +195,12 @@ def test_a_grid_resolves_to_its_runs(grid, profile):
     assert set(re.findall(r"^table +(\d+)$", said, re.M)) == {"1"}
     for row in rows:
         for seed in (0, 1):
-            run = f"papermill_runs/{grid.stem}/flickr8k.paper.{row['name']}.s{seed}"
+            run = f"papermill_runs/{grid.stem.split("_")[0]}/flickr8k.paper.{row['name']}.s{seed}"
             (line,) = (line for line in said.splitlines() if f"-p out {run} " in line and "papermill" in line)
             for key, cell in row.items():
                 if key != "name" and cell:
                     linked = re.sub(
-                        r"\{run:([^}]*)\}", rf"papermill_runs/{grid.stem}/flickr8k.paper.\1.s{seed}", cell
+                        r"\{run:([^}]*)\}", rf"papermill_runs/{grid.stem.split("_")[0]}/flickr8k.paper.\1.s{seed}", cell
                     )
                     assert f"-p {key} {linked}" in line
 

@@ -244,3 +244,13 @@ def test_jupyterlab_writes_the_py_beside_the_notebook(tmp_path):
     opened["cells"][1]["source"] = opened["cells"][1]["source"].replace("16", "8")
     manager.save({"type": "notebook", "format": "json", "content": opened}, "tiny.ipynb")
     assert source.read_text() == TINY.replace("16", "8")
+
+
+def test_rows_of_one_name_are_one_run():
+    """Two grids of a method share the run folder of a row's name, so its parameters must agree."""
+    seen: dict[tuple[str, str], dict] = {}
+    for grid in GRIDS:
+        for row in rows(grid):
+            name, cells_ = row["name"], {k: v for k, v in row.items() if k != "name" and v}
+            first = seen.setdefault((grid.stem.split("_")[0], name), cells_)
+            assert first == cells_, f"{grid.stem}: {name} is {cells_}, elsewhere {first}"

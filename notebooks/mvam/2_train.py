@@ -7,7 +7,7 @@
 # | scale | data | cost of one run |
 # |---|---|---|
 # | `smoke` | 160 pictures | seconds; the numbers mean nothing |
-# | `tiny`, scenes | 4,000 pictures of 64 px | 2 to 4 minutes on one core, after 3 minutes for the backbone that all runs share |
+# | `tiny`, scenes | 4,000 pictures of 64 px | 1 to 2 minutes on one core, after 3 minutes for the backbone that all runs share |
 # | `tiny`, flickr8k | 6,000 photos, frozen MobileNetV2 | about 8 minutes on one core, after 2 minutes of extraction |
 # | `paper` | COCO or Flickr30k, batch 1024, 20 epochs | 8 GPUs |
 #
@@ -32,7 +32,7 @@ view_dim: int = 64  # width of a view, for projection=shared
 scoring: str = "dot"  # dot, scaled or tanh (M2)
 include_special: bool = True  # attend to [IMG], [CLS], [SEP] (M3)
 diversity: str = "base"  # base (Eq. 10), sqrt (Eq. 11) or none
-diversity_weight: float = 10.0  # lambda of Eq. 13
+diversity_weight: float = -1.0  # lambda of Eq. 13; -1 is the scale's (10 in the paper)
 diversity_power: int = 2  # the Frobenius norm, squared or not (M4)
 diversity_reduce: str = "mean"  # over the batch: mean or sum (M4)
 normalise: str = "after"  # after the concatenation, or per_view (M6)
@@ -45,6 +45,7 @@ vision_weights: str = ""  # safetensors file for it, or hub
 text_weights: str = ""  # folder or hub name of the text model
 clip_weights: str = ""  # folder or hub name of a CLIP; empty trains a small one from scratch
 proposals: str = "auto"  # regions by auto, selective_search or grid
+regions: int = 0  # proposals a picture; 0 is the scale's
 width: int = 0  # of the randomly initialised Transformers; 0 is the scale's
 depth: int = 0  # their layers; 0 is the scale's
 epochs: int = 0  # 0 is the scale's
@@ -60,10 +61,10 @@ p = strict(
     globals(), scale={"tiny", "paper"}, seed=(0, 2**31), backbone={"grid", "regions", "clip"},
     text={"bert", "gru", "minilm", "clip"}, pooling={"cls", "mean", "attention", "mvam"}, views=(1, 256),
     total_dim=(0, 65536), projection={"split", "shared", "full"}, view_dim=(1, 4096),
-    scoring={"dot", "scaled", "tanh"}, diversity={"base", "sqrt", "none"}, diversity_weight=(0, 1e6),
+    scoring={"dot", "scaled", "tanh"}, diversity={"base", "sqrt", "none"}, diversity_weight=(-1, 1e6),
     diversity_power={1, 2}, diversity_reduce={"mean", "sum"}, normalise={"after", "per_view"},
     reduction={"mean", "sum"}, tau=(0.01, 10), ensemble=(1, 64), proposals={"auto", "selective_search", "grid"},
-    width=(0, 8192), depth=(0, 48), epochs=(0, 1000), batch_size=(0, 65536), lr=(0, 1),
+    regions=(0, 1000), width=(0, 8192), depth=(0, 48), epochs=(0, 1000), batch_size=(0, 65536), lr=(0, 1),
     precision={"no", "bf16", "fp16"}, threads=(0, 256),
 )  # fmt: skip
 
@@ -97,7 +98,7 @@ bench = open_bench(
     dataset=p.dataset, data_root=root() / p.data_root, cache=root() / p.cache, scale=p.scale,
     backbone=p.backbone, text=p.text, width=s["width"], depth=s["depth"], vision=p.vision,
     vision_weights=p.vision_weights, text_weights=p.text_weights, clip_weights=p.clip_weights,
-    proposals=p.proposals, smoke=p.smoke,
+    proposals=p.proposals, regions=s["regions"], smoke=p.smoke,
 )  # fmt: skip
 {name: f"{len(side.records)} pictures, {len(side.captions)} captions" for name, side in bench.splits.items()}
 
@@ -111,7 +112,8 @@ bench = open_bench(
 # %%
 def build(member: int) -> MVAM:
     seed_everything(p.seed * 1000 + member)
-    options = {name: getattr(p, name) for name in SWITCHES} | {"total_dim": s["total_dim"] // p.ensemble}
+    options = {name: getattr(p, name) for name in SWITCHES} | {
+        "total_dim": s["total_dim"] // p.ensemble, "diversity_weight": s["diversity_weight"]}  # fmt: skip
     return MVAM(*bench.towers(), **options)
 
 

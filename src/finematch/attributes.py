@@ -6,7 +6,6 @@ anyone trained a matcher on its regions. It sees boxes and labels of the train s
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from finematch.data.record import Record
 from finematch.encoders import Cells
-from finematch.features import Backbone, pool_regions
+from finematch.features import Backbone, fingerprint, pool_regions
 from finematch.training import Plan, fit, seed_everything
 
 
@@ -112,6 +111,5 @@ def attribute_backbone(
     plan = Plan(epochs=epochs, batch_size=32, lr=2e-3, weight_decay=0.02, warmup=0.1, seed=seed)
     fit(model, BoxLabels(*train, classes, jitter=True), plan, out, evaluate=evaluate, select="accuracy", echo=echo)
     net = model.cells.eval().requires_grad_(False)
-    digest = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in net.state_dict().values())).hexdigest()
-    return Backbone(net, size, {"backbone": name, "weights": digest, "size": size, "stage": stage,
+    return Backbone(net, size, {"backbone": name, "weights": fingerprint(net), "size": size, "stage": stage,
                                 "trained_on": "attributes of the train split"})  # fmt: skip

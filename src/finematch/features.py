@@ -9,6 +9,7 @@ Axes: `n` pictures, `r` cells or regions, `d` width.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 from collections.abc import Callable
@@ -53,9 +54,12 @@ class Backbone:
 def timm_backbone(name: str, *, weights: str | Path = "", size: int = 0, **options) -> Backbone:
     """A timm network ready to extract: `weights` as in `Cells` (`""` random, `"hub"`, or a file).
 
-    The key holds the weights' SHA-256, or "random": features of a random network say so.
+    The key holds the file's SHA-256, or "random": features of a random network say so. A random network is
+    always the same one, whatever was drawn before: splits extracted in two processes belong together.
     """
-    net = Cells(name, weights=weights, **options).eval().requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = Cells(name, weights=weights, **options).eval().requires_grad_(False)
     if weights in ("", "hub"):
         digest = weights or "random"
     else:
@@ -70,15 +74,25 @@ def mobilenet(weights: str | Path) -> Backbone:
     return timm_backbone("mobilenetv2_100", weights=weights, mean=0.5, sd=0.5, options={"pad_type": "same"})
 
 
+def fingerprint(net: torch.nn.Module) -> str:
+    """SHA-256 of a network's weights: features cached under it are never another network's."""
+    digest = hashlib.sha256()
+    for value in net.state_dict().values():
+        digest.update(value.cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
 # ------------------------------------------------------------------------------------------- proposals
 def selective_search(picture: Image.Image, top: int) -> Float[np.ndarray, "r 4"]:
     """The first `top` distinct boxes of OpenCV contrib's fast selective search, xyxy pixels.
 
     Boxes under 4 % of the picture's shorter side are dropped; a picture with fewer proposals than `top` is
-    filled up from the multi-scale grid, so that every picture has as many.
+    filled up from the multi-scale grid, so that every picture has as many. OpenCV ranks its proposals with
+    the C library's `rand`; it is seeded here, or a picture's boxes would depend on the pictures before it.
     """
     import cv2
 
+    ctypes.CDLL(None).srand(1)
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(np.asarray(picture)[:, :, ::-1].copy())
     search.switchToSelectiveSearchFast()
@@ -155,7 +169,9 @@ def extract(
     meta = {**backbone.key, "kind": kind, "proposals": method, "regions": 0 if kind == "cells" else regions}
     ids = [r.image_id for r in records]
     if finished(folder, split, meta, ids):
-        return load_regions(folder, split)
+        made = load_regions(folder, split)
+        if made.features.dtype == dtype:
+            return made
     writer, start = None, 0
     while start < len(records):
         if writer is None:  # the first picture tells the shape
@@ -187,7 +203,7 @@ def pool_regions(
 ) -> Float[Tensor, "b r d"]:
     """Mean of a 3 x 3 RoI-align for boxes in xyxy pixels of pictures of `sizes` "b 2" (width, height)."""
     h, w = maps.shape[2:]
-    scale = torch.tensor([w, h, w, h]) / sizes.repeat(1, 2)[:, None]  # b 1 4, pixels to cells
+    scale = sizes.new_tensor([w, h, w, h]) / sizes.repeat(1, 2)[:, None]  # b 1 4, pixels to cells
     scaled = (boxes * scale).to(maps)
     pooled = roi_align(maps, list(scaled), output_size=3, sampling_ratio=2, aligned=True)
     return pooled.mean((2, 3)).unflatten(0, boxes.shape[:2])
@@ -207,12 +223,16 @@ def text_states(
 ) -> StateSource:
     """Token states of a frozen text model for every caption, cached in fp16 under `key` and memory-mapped.
 
-    The key and the captions' hash name the file: other captions or another model make another file.
+    The hash of `key` (the model's, see `fingerprint`) and of the captions names the file: other captions or
+    another model make another file.
+
+    Raises:
+        ValueError: For a caption whose states are not finite in fp16, or without a known word.
     """
     digest = hashlib.sha256(json.dumps([key, max_length, captions]).encode()).hexdigest()[:16]
     path = Path(folder) / f"{split}_text_{digest}.npz"
     states_path = path.with_suffix(".npy")
-    if not path.exists():
+    if not (path.exists() and states_path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
         ragged = tokenise(captions, tokenizer, max_length=max_length)
         device = next(tower.parameters()).device
@@ -222,8 +242,13 @@ def text_states(
         for i in range(0, len(order), block):
             index = order[i : i + block]
             tokens = tower.eval()(**{k: v.to(device) for k, v in ragged.batch(index).items()})
+            found = tokens.states.half()
+            if not torch.isfinite(found[tokens.mask]).all():
+                bad = (~torch.isfinite(found).all(-1) & tokens.mask).any(1).int().argmax()
+                raise ValueError(f"caption {index[bad]} ({captions[index[bad]]!r}): a state is not finite in fp16; "
+                                 "check the model's weights")
             for row, c in enumerate(index):
-                states[ragged.start[c] : ragged.start[c + 1]] = tokens.states[row, : ragged.lengths[c]].cpu().numpy()
+                states[ragged.start[c] : ragged.start[c + 1]] = found[row, : ragged.lengths[c]].cpu().numpy()
         states.flush()
         del states
         part.replace(states_path)

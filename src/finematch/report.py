@@ -69,8 +69,12 @@ def write_metrics(
 
 
 def write_json(path: str | Path, content: Mapping) -> None:
-    """Strict JSON (no NaN), written beside `path` and moved into place: a reader never sees half a file."""
-    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    """Strict JSON (no NaN), as `write_text` writes."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """UTF-8 with line feeds, written beside `path` and moved into place: a reader never sees half a file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(Path(path), lambda part: part.write_bytes(text.encode()))
 

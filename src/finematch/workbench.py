@@ -15,7 +15,7 @@ towers that fit them. What it opens depends on four names:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,13 +33,14 @@ from finematch.data.record import DataError, Record, pairs
 from finematch.data.scenes import TOKENIZER, attributes, generate
 from finematch.data.scenes_language import TABLES
 from finematch.encoders import (
-    BertTower, CLIPText, CLIPVision, GRUTower, TokenTransformer, open_clip_model, small_bert, small_clip,
+    BertTower, CLIPText, CLIPVision, GRUTower, TokenTransformer, config_of, open_clip_model, small_bert, small_clip,
 )  # fmt: skip
-from finematch.features import Backbone, extract, mobilenet, text_states, timm_backbone
+from finematch.features import Backbone, extract, fingerprint, mobilenet, text_states, timm_backbone
 from finematch.text import tokenise, word_level, wordpiece
 from finematch.training import to_device
 
 SMOKE = {"train": 160, "val": 40, "test": 40}
+KEEP = 2**30  # bytes of decoded pictures that a split may hold in memory
 
 
 @dataclass
@@ -60,12 +61,15 @@ class Side:
 
 @dataclass
 class Bench:
-    """Everything a run stands on. `towers()` makes a fresh pair; seed before calling it."""
+    """Everything a run stands on. `towers()` makes a fresh pair; seed before calling it.
+
+    `clip` is the CLIPModel that the last `towers()` made, its tokenizer and its image processor.
+    """
 
     splits: dict[str, Side]
     reported: str
     towers: Callable[[], tuple[nn.Module, nn.Module]]
-    clip: tuple | None = None  # the CLIPModel, its tokenizer, its image processor
+    clip: tuple | None = None
     facts: dict = field(default_factory=dict)
 
     @property
@@ -74,7 +78,13 @@ class Bench:
         return "epoch" if self.reported == "val" else "rsum"
 
     def save_clip(self, folder: str | Path) -> None:
-        """Write the CLIP with its tokenizer and processor, so that `from_pretrained` opens the folder."""
+        """Write the CLIP with its tokenizer and processor, so that `from_pretrained` opens the folder.
+
+        Raises:
+            ValueError: If there is none: another backbone, or `towers()` was not called.
+        """
+        if self.clip is None:
+            raise ValueError("no CLIP to save: open the bench with backbone='clip' and call towers() first")
         for part in self.clip:
             part.save_pretrained(folder)
 
@@ -94,6 +104,7 @@ def open_bench(
     text_weights: str = "",
     clip_weights: str = "",
     proposals: str = "auto",
+    regions: int = 36,
     smoke: bool = False,
     echo: Callable[[str], None] | None = print,
 ) -> Bench:
@@ -102,55 +113,78 @@ def open_bench(
     Args:
         data_root: folder above the dataset's own; the embedded set is drawn there if absent.
         cache: folder for what is made here (backbone, features, text states).
+        scale: `tiny` or `paper`. Regions at paper scale are published arrays with captions of their own
+            (`published_regions`); neither pictures nor Karpathy's file are looked for.
+        backbone, text: see the table above.
         width, depth: of the randomly initialised Transformers.
         vision, vision_weights: a timm name and a safetensors file (or "hub") in place of the scale's own.
         text_weights: folder or hub name of the BERT (paper) or the MiniLM.
         clip_weights: folder or hub name of a CLIP; empty is a small one from scratch.
+        regions: proposals a picture, where regions are extracted here.
         smoke: a few pictures, so that everything runs in seconds; says nothing about quality.
 
     Raises:
         DataError: If the data, the weights or the vocabulary are not where they are looked for.
         ValueError: For names that do not go together.
     """
+    for name, value, known in (("scale", scale, ("tiny", "paper")), ("backbone", backbone, ("grid", "regions", "clip")),
+                               ("text", text, ("bert", "gru", "minilm", "clip"))):  # fmt: skip
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; use one of {known}")
     if (backbone == "clip") != (text == "clip"):
         raise ValueError(f"backbone={backbone!r} with text={text!r}: CLIP's two towers go together")
     data_root, cache = Path(data_root), Path(cache)
     if dataset.startswith("scenes") and smoke:
         data_root = cache / "smoke"
         generate(data_root / "scenes", **SMOKE)
-    records = {s: load(dataset, data_root, s) for s in ("train", "val")}
-    reported = "test"
-    try:
-        records["test"] = load(dataset, data_root, "test")
-    except DataError:
-        reported = "val"
-        if echo:
-            echo(f"{dataset} has no test split here: val is reported, and the last epoch is kept unseen")
-    if smoke:
-        records = {s: r[: SMOKE[s]] for s, r in records.items()}
+    arrays = None
+    if scale == "paper" and backbone == "regions":
+        arrays = published_regions(dataset, data_root, smoke)
+        records = {s: a.records() for s, a in arrays.items()}
+    else:
+        records = open_records(dataset, data_root, smoke)
+    reported = "test" if "test" in records else "val"
+    if reported == "val" and echo:
+        echo(f"{dataset} has no test split here: val is reported, and the last epoch is kept unseen")
     cache = cache / (f"{dataset}-smoke" if smoke else dataset)
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / ".lock"):  # runs of a grid start together; one makes what all need
-        return _open(dataset, data_root, cache, records, reported, scale, backbone, text, width, depth, vision,
-                     vision_weights, text_weights, clip_weights, proposals, smoke, echo)  # fmt: skip
+        return _open(dataset, data_root, cache, records, arrays, reported, scale, backbone, text, width, depth, vision,
+                     vision_weights, text_weights, clip_weights, proposals, regions, smoke, echo)  # fmt: skip
 
 
-def _open(dataset, data_root, cache, records, reported, scale, backbone, text, width, depth, vision,
-          vision_weights, text_weights, clip_weights, proposals, smoke, echo) -> Bench:  # fmt: skip
+def open_records(dataset: str, data_root: Path, smoke: bool) -> dict[str, list[Record]]:
+    """The records of train, val and, where the dataset has it, test. COCO trains on train and restval, as papers do."""
+    train = "trainrestval" if dataset == "coco_karpathy" else "train"
+    records = {"train": load(dataset, data_root, train), "val": load(dataset, data_root, "val")}
+    try:
+        records["test"] = load(dataset, data_root, "test")
+    except DataError as error:
+        if error.record != "split 'test'":  # there is one, and it is broken
+            raise
+    return {s: r[: SMOKE[s]] for s, r in records.items()} if smoke else records
+
+
+def _open(dataset, data_root, cache, records, arrays, reported, scale, backbone, text, width, depth, vision,
+          vision_weights, text_weights, clip_weights, proposals, regions, smoke, echo) -> Bench:  # fmt: skip
     """`open_bench` once the records are there and nobody else writes to the cache."""
     sides, facts = {}, {"reported_split": reported}
 
     # ---- pictures
-    parts = None
     if backbone == "clip":
-        parts = open_clip(dataset, data_root, clip_weights, scale)
-        clip, tokenizer, processor = parts
-        transform = to_pixels(clip.config.vision_config.image_size, processor.image_mean, processor.image_std)
-        pictures = {s: PixelSource(r, transform, keep=scale == "tiny") for s, r in records.items()}
-        arrays: dict[str, Regions] = {}
+        source, config, tokenizer, processor = open_clip(dataset, data_root, clip_weights, scale)
+        side = config.vision_config.image_size
+        transform = to_pixels(side, processor.image_mean, processor.image_std)
+        pictures = {s: PixelSource(r, transform, keep=len(r) * 3 * side**2 * 4 < KEEP) for s, r in records.items()}
+        arrays = {}
     else:
-        arrays = region_arrays(dataset, data_root, cache, records, scale, backbone, vision, vision_weights,
-                               proposals, smoke, echo)  # fmt: skip
+        if arrays is None:
+            net = picture_backbone(dataset, data_root, cache, scale, vision, vision_weights, smoke, echo)
+            kind = "cells" if backbone == "grid" else "regions"
+            number = f"{regions}-" if kind == "regions" else ""
+            folder = cache / f"{kind}-{number}{net.key['backbone']}-{str(net.key['weights'])[:8]}"
+            arrays = {s: extract(r, net, folder, s, kind=kind, regions=regions, proposals=proposals, echo=echo)
+                      for s, r in records.items()}  # fmt: skip
         pictures = {s: RegionSource(a) for s, a in arrays.items()}
         facts |= {f"features_{k}": v for k, v in arrays["train"].meta.items() if isinstance(v, (str, int, float))}
 
@@ -160,7 +194,8 @@ def _open(dataset, data_root, cache, records, reported, scale, backbone, text, w
     if text == "minilm":
         folder = Path(text_weights) if text_weights else minilm_folder()
         tower, words = BertTower(folder), AutoTokenizer.from_pretrained(str(folder))
-        texts = {s: text_states(c, tower, words, cache / "minilm", s, key=folder.name) for s, c in captions.items()}
+        key = fingerprint(tower)
+        texts = {s: text_states(c, tower, words, cache / "minilm", s, key=key) for s, c in captions.items()}
     else:
         if backbone != "clip":
             tokenizer = tokenizer_of(dataset, data_root, scale, text_weights)
@@ -172,6 +207,8 @@ def _open(dataset, data_root, cache, records, reported, scale, backbone, text, w
 
     def towers() -> tuple[nn.Module, nn.Module]:
         if backbone == "clip":
+            clip = open_clip_model(source)
+            bench.clip = (clip, tokenizer, processor)
             return CLIPVision(clip), CLIPText(clip)
         first = arrays["train"]
         eye = TokenTransformer(
@@ -186,20 +223,32 @@ def _open(dataset, data_root, cache, records, reported, scale, backbone, text, w
             return eye, BertTower(text_weights or "bert-base-uncased")
         return eye, BertTower(small_bert(len(tokenizer), width=width, depth=depth))
 
-    return Bench(sides, reported, towers, parts, facts)
+    bench = Bench(sides, reported, towers, facts=facts)
+    return bench
 
 
 # ------------------------------------------------------------------------------------------- pictures
-def region_arrays(dataset, data_root, cache, records, scale, backbone, vision, vision_weights, proposals, smoke,
-                  echo) -> dict[str, Regions]:  # fmt: skip
-    """Features of every split: published arrays at paper scale, or extracted with the scale's backbone."""
-    kind = "cells" if backbone == "grid" else "regions"
-    if scale == "paper" and kind == "regions":
-        folder = data_root / f"{ {'flickr30k': 'f30k', 'coco_karpathy': 'coco'}.get(dataset, dataset)}_precomp"
-        return {s: load_regions(folder, {"val": "dev"}.get(s, s)) for s in records}
-    net = picture_backbone(dataset, data_root, cache, scale, vision, vision_weights, smoke, echo)
-    folder = cache / f"{kind}-{net.key['backbone']}-{str(net.key['weights'])[:8]}"
-    return {s: extract(r, net, folder, s, kind=kind, proposals=proposals, echo=echo) for s, r in records.items()}
+def published_regions(dataset: str, data_root: Path, smoke: bool = False) -> dict[str, Regions]:
+    """The published FRCNN arrays of a dataset, `f30k_precomp`, `coco_precomp` or `<dataset>_precomp`.
+
+    Val is their `dev`. COCO's test is `testall`, the 5,000 pictures: their `test` is the first 1,000 alone.
+    """
+    name = {"flickr30k": "f30k", "coco_karpathy": "coco"}.get(dataset, dataset)
+    folder = data_root / f"{name}_precomp"
+    files = {"train": "train", "val": "dev", "test": "testall" if name == "coco" else "test"}
+    if not (folder / f"{files['test']}_ims.npy").exists():
+        del files["test"]
+    arrays = {s: load_regions(folder, file) for s, file in files.items()}
+    return {s: first_pictures(a, SMOKE[s]) for s, a in arrays.items()} if smoke else arrays
+
+
+def first_pictures(a: Regions, n: int) -> Regions:
+    """The first `n` pictures of a split, and their captions."""
+    kept = a.image_of < n
+    boxes, sizes = (None if x is None else x[:n] for x in (a.boxes, a.sizes))
+    captions = [c for c, keep in zip(a.captions, kept, strict=True) if keep]
+    return replace(a, features=a.features[:n], captions=captions, image_of=a.image_of[kept], ids=a.ids[:n],
+                   boxes=boxes, sizes=sizes)  # fmt: skip
 
 
 def picture_backbone(
@@ -234,19 +283,21 @@ def picture_backbone(
 
 
 def open_clip(dataset: str, data_root: Path, weights: str, scale: str):
-    """A CLIP, its tokenizer and its image processor: `from_pretrained`, or a small one from scratch.
+    """What `open_clip_model` opens (a name, or a small configuration to train from scratch), the configuration,
+    the tokenizer and the image processor.
 
     A run that trained a CLIP saves all three (`save_clip`), so its folder opens like a published one.
     """
     if weights or scale == "paper":
         name = weights or "openai/clip-vit-base-patch16"
-        return open_clip_model(name), AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+        tokenizer, processor = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+        return name, config_of(name), tokenizer, processor
     tokenizer = tokenizer_of(dataset, data_root, scale, "")
-    clip = open_clip_model(small_clip(len(tokenizer), eos=tokenizer.sep_token_id, bos=tokenizer.cls_token_id))
-    side = clip.config.vision_config.image_size
+    config = small_clip(len(tokenizer), eos=tokenizer.sep_token_id, bos=tokenizer.cls_token_id)
+    side = config.vision_config.image_size
     processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side},
                                    image_mean=[0.5] * 3, image_std=[0.25] * 3)  # fmt: skip
-    return clip, tokenizer, processor
+    return config, config, tokenizer, processor
 
 
 # ------------------------------------------------------------------------------------------- texts
@@ -277,8 +328,11 @@ def minilm_folder() -> Path:
 def embed(model: nn.Module, side: Side, *, block: int = 256) -> tuple[Tensor, Tensor]:
     """Unit vectors of every picture "b D" and every caption "c D" of a split, by a two-stream `model`.
 
-    Captions of like length share a batch, so that little padding is computed; rows come back in order.
+    Captions of like length share a batch, so that little padding is computed; rows come back in order. The
+    model is put into eval mode for it, and left as it was.
     """
+    training = model.training
+    model.eval()
     device = next(model.parameters()).device
     images = [
         model.encode_image(**to_device(side.pictures.batch(range(i, min(i + block, len(side.pictures)))), device)).vector
@@ -289,5 +343,6 @@ def embed(model: nn.Module, side: Side, *, block: int = 256) -> tuple[Tensor, Te
         model.encode_text(**to_device(side.texts.batch(order[i : i + block]), device)).vector
         for i in range(0, len(order), block)
     ]
+    model.train(training)
     back = torch.from_numpy(np.argsort(order, kind="stable"))
     return torch.cat(images).cpu(), torch.cat(texts).cpu()[back]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,27 +17,37 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from finematch.data.precomp import Regions
-from finematch.data.record import Record
+from finematch.data.record import DataError, Record
 from finematch.text import padded
 
 
+Index = Sequence[int] | np.ndarray
+
+
+@runtime_checkable
 class Source(Protocol):
     """What `Pairs` needs of either side."""
 
     def __len__(self) -> int: ...
-    def batch(self, index: Sequence[int]) -> dict[str, Tensor]: ...
+    def batch(self, index: Index) -> dict[str, Tensor]: ...
 
 
 class RegionSource:
     """Precomputed region or cell features: `features` "b r d", `mask` "b r", and `places` "b r 5" with boxes.
 
     Places are (x1, y1, x2, y2, area) as fractions of the picture.
+
+    Raises:
+        DataError: If there are boxes (in pixels) but not the pictures' sizes.
     """
 
     def __init__(self, regions: Regions, *, places: bool = True):
         self.regions = regions
         self.places = None
         if places and regions.boxes is not None:
+            if regions.sizes is None:
+                raise DataError(f"{regions.split}_boxes.npy", f"split {regions.split}",
+                                "has boxes but no picture sizes", "Add the sizes file, or give places=False")
             boxes = np.asarray(regions.boxes, np.float32) / np.tile(regions.sizes, 2)[:, None].astype(np.float32)
             area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
             self.places = np.concatenate([boxes, area[..., None]], -1).astype(np.float32)
@@ -45,7 +55,7 @@ class RegionSource:
     def __len__(self) -> int:
         return len(self.regions.features)
 
-    def batch(self, index: Sequence[int]) -> dict[str, Tensor]:
+    def batch(self, index: Index) -> dict[str, Tensor]:
         features = torch.from_numpy(np.asarray(self.regions.features[np.asarray(index)], np.float32))
         out = {"features": features, "mask": torch.ones(features.shape[:2], dtype=torch.bool)}
         if self.places is not None:
@@ -63,7 +73,7 @@ class PixelSource:
     def __len__(self) -> int:
         return len(self.records)
 
-    def batch(self, index: Sequence[int]) -> dict[str, Tensor]:
+    def batch(self, index: Index) -> dict[str, Tensor]:
         if self.cache is not None:
             return {"pixels": self.cache[torch.as_tensor(np.asarray(index))]}
         return {"pixels": torch.stack([self.transform(self.records[i].open()) for i in index])}
@@ -84,11 +94,11 @@ class StateSource:
     def lengths(self) -> np.ndarray:
         return np.diff(self.start)
 
-    def batch(self, index: Sequence[int]) -> dict[str, Tensor]:
+    def batch(self, index: Index) -> dict[str, Tensor]:
         where, mask = padded(self.start, np.asarray(index))
         states = torch.from_numpy(self.states[where].astype(np.float32))
         keep = torch.from_numpy(mask)
-        return {"features": states * keep[..., None], "mask": keep,
+        return {"features": states.masked_fill_(~keep[..., None], 0.0), "mask": keep,
                 "special": torch.from_numpy(self.special[where] & mask)}  # fmt: skip
 
 

@@ -1,0 +1,37 @@
+"""An extraction for test_features.py, started as a process of its own: `python extract_target.py RECORDS FOLDER`.
+
+RECORDS is a folder of pictures. It says after every block how far it is, and waits to be killed.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from finematch.data.record import Record
+from finematch.features import extract, timm_backbone
+
+BLOCK = 3
+
+
+def records(folder: Path) -> list[Record]:
+    return [Record(p.stem, "train", (f"caption of {p.stem}",), image=p) for p in sorted(folder.glob("*.png"))]
+
+
+def run(pictures: Path, folder: Path, echo=None):
+    backbone = timm_backbone("test_resnet", size=64)
+    return extract(records(pictures), backbone, folder, "train", kind="regions", regions=12,
+                   proposals="selective_search", block=BLOCK, echo=echo)  # fmt: skip
+
+
+if __name__ == "__main__":
+    from finematch.data.precomp import RegionsWriter
+
+    write = RegionsWriter.write
+
+    def slowly(self, *block):
+        write(self, *block)
+        print("block", self.done, flush=True)
+        time.sleep(0.5)
+
+    RegionsWriter.write = slowly
+    run(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,407 @@
+"""Frozen features: where cells and regions lie, proposals, resumable extraction, cached text states."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import extract_target
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import BertConfig, BertModel
+
+from finematch import features as F
+from finematch.boxes import multi_scale_grid
+from finematch.data.record import DataError, Record
+from finematch.encoders import BertTower
+from finematch.text import tokenise, wordpiece
+
+
+@pytest.fixture(scope="module")
+def backbone() -> F.Backbone:
+    return F.timm_backbone("test_resnet", size=96)
+
+
+def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """A few flat rectangles: something that selective search finds, without a file."""
+    rng = np.random.default_rng(seed)
+    array = np.full((size[1], size[0], 3), 128, np.uint8)
+    for _ in range(8):
+        x, y = rng.integers(0, size[0] - 8), rng.integers(0, size[1] - 8)
+        w, h = rng.integers(6, max(8, size[0] // 2)), rng.integers(6, max(8, size[1] // 2))
+        array[y : y + h, x : x + w] = rng.integers(0, 256, 3)
+    return Image.fromarray(array)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(10):
+        noise((60 + 7 * i, 50), i).save(folder / f"p{i}.png")
+    return folder
+
+
+def contents(folder: Path, *names: str) -> dict[str, bytes]:
+    return {name: (folder / f"train_{name}").read_bytes() for name in names}
+
+
+ARRAYS = ("ims.npy", "boxes.npy", "sizes.npy", "caps.txt", "ids.txt", "meta.json")
+
+
+# ------------------------------------------------------------------------------------------ backbones
+def test_key_of_a_random_network_says_so_and_is_one_network():
+    torch.manual_seed(1)
+    a = F.timm_backbone("test_resnet")
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    b = F.timm_backbone("test_resnet")
+    assert a.key == b.key
+    assert a.key["weights"] == "random"
+    assert (a.key["backbone"], a.key["size"]) == ("test_resnet", a.size)
+    assert F.fingerprint(a.net) == F.fingerprint(b.net)
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random state is left alone
+    assert not a.net.training
+    assert not any(p.requires_grad for p in a.net.parameters())
+
+
+def test_key_holds_the_hash_of_the_weights_file(tmp_path):
+    path = tmp_path / "w.safetensors"
+    state = F.timm_backbone("test_resnet").net.net.state_dict()
+    save_file(state, path)
+    one = F.timm_backbone("test_resnet", weights=path)
+    assert one.key["weights"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    name = next(iter(state))
+    save_file({**state, name: state[name] + 1}, path)
+    two = F.timm_backbone("test_resnet", weights=path)
+    assert two.key["weights"] == hashlib.sha256(path.read_bytes()).hexdigest() != one.key["weights"]
+    assert F.fingerprint(one.net) != F.fingerprint(two.net)
+
+
+def test_key_tells_what_else_changes_features():
+    keys = [F.timm_backbone("test_resnet", **o).key for o in ({}, {"size": 64}, {"stage": 2}, {"mean": 0.5})]
+    assert all(a != b for i, a in enumerate(keys) for b in keys[:i])
+
+
+def test_mobilenet_reads_as_its_weights_were_made(real_data):
+    """Padding and range of the TensorFlow release: with others, the wrong classes light up."""
+    net = F.mobilenet(real_data / "weights" / "mobilenetv2_100_tf_imagenet.safetensors")
+    assert net.net.mean.flatten().tolist() == net.net.sd.flatten().tolist() == [0.5] * 3
+    photo = next(iter(sorted((real_data / "flickr8k" / "images").glob("*.jpg"))))
+    with Image.open(photo) as picture:
+        got = net([picture.convert("RGB")])
+    assert got.shape == (1, 1280, 7, 7)
+    assert torch.isfinite(got).all()
+
+
+# ------------------------------------------------------------------------------------------ cells
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize("size", [(120, 60), (50, 110)])
+def test_the_cell_whose_box_holds_a_patch_answers_it(tmp_path, name, size):
+    """A bright patch at a known place of a non-square picture: the cell that changes most is the one there."""
+    net = F.timm_backbone(name, size=160)
+    rows, cols = net([Image.new("RGB", size)]).shape[2:]
+    width, height = size
+    places = [(0, 0), (0, cols - 1), (rows - 1, 0), (rows - 1, cols - 1), (1, cols - 2), (rows // 2, 1)]
+    records = []
+    for i, place in enumerate([None, *places]):
+        array = np.full((height, width, 3), 90, np.uint8)
+        if place is not None:
+            y1, y2 = (round(height * (place[0] + k) / rows) for k in (0, 1))
+            x1, x2 = (round(width * (place[1] + k) / cols) for k in (0, 1))
+            array[y1:y2, x1:x2] = np.random.default_rng(0).integers(0, 256, (y2 - y1, x2 - x1, 3))
+        Image.fromarray(array).save(tmp_path / f"{i}.png")
+        records.append(Record(str(i), "train", ("x",), image=tmp_path / f"{i}.png"))
+    made = F.extract(records, net, tmp_path / name, "train", dtype="float32", echo=None)
+    assert made.features.shape[:2] == (7, rows * cols)
+    for i, (row, col) in enumerate(places, start=1):
+        change = np.abs(made.features[i] - made.features[0]).sum(-1)
+        x1, y1, x2, y2 = made.boxes[i, change.argmax()]
+        centre = ((col + 0.5) * width / cols, (row + 0.5) * height / rows)
+        assert x1 < centre[0] < x2, (row, col)
+        assert y1 < centre[1] < y2, (row, col)
+
+
+def test_cells_boxes_tile_each_picture(pictures, tmp_path, backbone):
+    made = F.extract(extract_target.records(pictures), backbone, tmp_path, "train", echo=None)
+    assert made.sizes[3].tolist() == [81, 50]
+    for (width, height), boxes in zip(made.sizes, made.boxes, strict=True):
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        assert area.sum() == pytest.approx(width * height, rel=1e-5)
+        assert boxes.min() == 0
+        assert boxes[:, 2].max() == width
+        assert boxes[:, 3].max() == height
+    assert made.captions[:2] == ["caption of p0", "caption of p1"]
+
+
+def test_cells_equal_the_networks_own_map(pictures, tmp_path, backbone):
+    records = extract_target.records(pictures)
+    made = F.extract(records, backbone, tmp_path, "train", block=4, echo=None)
+    assert made.features.dtype == np.float16
+    one = backbone([records[5].open()])[0].flatten(1).T
+    np.testing.assert_allclose(made.features[5], one.numpy(), rtol=2e-3, atol=2e-3)
+
+
+# ------------------------------------------------------------------------------------------ regions
+def test_pooling_aligned_boxes_against_a_naive_average():
+    """On maps linear along each axis, RoI-align of whole cells is the mean over those cells; not square on purpose."""
+    b, h, w = 2, 4, 6
+    sizes = torch.tensor([[120, 40], [30, 80]])  # width, height: a cell is 20 x 10 and 5 x 20 pixels
+    y, x = torch.meshgrid(torch.arange(h).float(), torch.arange(w).float(), indexing="ij")
+    maps = torch.stack([torch.stack([x, y, 2 * x - 3 * y]), torch.stack([x + 7, -y, x + y])])
+    cells = torch.tensor([[1, 1, 5, 3], [2, 1, 4, 3], [1, 1, 3, 2]])  # x1 y1 x2 y2 in cells, off the border
+    boxes = torch.stack([cells * (s / torch.tensor([w, h])).repeat(2) for s in sizes])
+    got = F.pool_regions(maps, boxes, sizes)
+    assert got.shape == (b, 3, 3)
+    for i in range(b):
+        for j, (x1, y1, x2, y2) in enumerate(cells.tolist()):
+            torch.testing.assert_close(got[i, j], maps[i, :, y1:y2, x1:x2].mean((1, 2)))
+
+
+def test_pooling_a_constant_map_gives_the_constant():
+    maps = torch.full((1, 5, 3, 7), 2.5)
+    boxes = torch.tensor([[[0.0, 0.0, 64.0, 48.0], [3.3, 1.7, 4.1, 2.2], [50.0, 40.0, 64.0, 48.0]]])
+    torch.testing.assert_close(F.pool_regions(maps, boxes, torch.tensor([[64, 48]])), torch.full((1, 3, 5), 2.5))
+
+
+def test_pooling_does_not_swap_width_and_height():
+    """The right half of a wide picture and the lower half of it, on a map that tells them apart."""
+    maps = torch.zeros(1, 2, 8, 8)
+    maps[0, 0, :, 4:], maps[0, 1, 4:] = 1, 1
+    boxes = torch.tensor([[[100.0, 0.0, 200.0, 50.0], [0.0, 25.0, 200.0, 50.0], [0.0, 0.0, 90.0, 22.0]]])
+    got = F.pool_regions(maps, boxes, torch.tensor([[200, 50]]))[0]
+    assert got[0, 0] > 0.9
+    assert 0.4 < got[0, 1] < 0.6
+    assert got[1, 1] > 0.9
+    assert 0.4 < got[1, 0] < 0.6
+    assert got[2].max() < 0.1
+
+
+def test_regions_are_pooled_at_their_boxes(pictures, tmp_path, backbone):
+    records = extract_target.records(pictures)
+    made = F.extract(records, backbone, tmp_path, "train", kind="regions", regions=5, proposals="grid", echo=None)
+    assert made.features.shape[:2] == (10, 5)
+    assert made.meta["proposals"] == "grid"
+    picture = records[2].open()
+    np.testing.assert_array_equal(made.boxes[2], multi_scale_grid(*picture.size, 5).numpy())
+    boxes, size = torch.from_numpy(np.array(made.boxes[2:3])), torch.tensor([picture.size])
+    one = F.pool_regions(backbone([picture]), boxes, size)[0]
+    np.testing.assert_allclose(made.features[2], one.numpy(), rtol=2e-3, atol=2e-3)
+
+
+# ------------------------------------------------------------------------------------------ proposals
+@pytest.mark.parametrize("size", [(100, 60), (33, 90), (8, 8)])
+@pytest.mark.parametrize("top", [1, 7, 200])
+def test_selective_search_gives_as_many_boxes_as_asked(size, top):
+    picture = noise(size) if min(size) > 8 else Image.new("RGB", size, (9, 9, 9))
+    boxes = F.selective_search(picture, top)
+    assert boxes.shape == (top, 4)
+    assert boxes.dtype == np.float32
+    assert (boxes >= 0).all()
+    assert (boxes[:, [0, 2]] <= size[0]).all()
+    assert (boxes[:, [1, 3]] <= size[1]).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_selective_search_finds_a_thing():
+    array = np.full((80, 120, 3), 60, np.uint8)
+    array[20:60, 70:100] = (250, 30, 30)
+    boxes = F.selective_search(Image.fromarray(array), 20)
+    assert F.iou(torch.from_numpy(boxes), torch.tensor([[70.0, 20.0, 100.0, 60.0]])).max() > 0.85
+
+
+def test_selective_search_of_a_picture_does_not_depend_on_those_before_it():
+    pictures = [noise((90, 70), seed) for seed in range(3)]
+    first = [F.selective_search(p, 12) for p in pictures]
+    again = [F.selective_search(p, 12) for p in reversed(pictures)][::-1]
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_distinct_keeps_the_first_of_near_copies():
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9.5], [20, 0, 30, 10], [0, 0, 10, 5], [20, 0, 30, 10]], np.float32)
+    np.testing.assert_array_equal(F.distinct(boxes), boxes[[0, 2, 3]])
+    np.testing.assert_array_equal(F.distinct(boxes, 0.4), boxes[[0, 2]])
+    assert F.distinct(boxes[:0]).shape == (0, 4)
+
+
+def test_proposals_by_name():
+    assert F.propose("selective_search") == ("selective_search", F.selective_search)
+    name, method = F.propose("grid")
+    assert name == "grid"
+    np.testing.assert_array_equal(method(Image.new("RGB", (40, 20)), 6), multi_scale_grid(40, 20, 6).numpy())
+    with pytest.raises(ValueError, match=r"'edge_boxes'; use 'auto', 'selective_search' or 'grid'"):
+        F.propose("edge_boxes")
+
+
+def test_auto_says_which_it_took(monkeypatch):
+    import cv2
+
+    assert F.propose("auto")[0] == "selective_search"
+    monkeypatch.delattr(cv2.ximgproc.segmentation, "createSelectiveSearchSegmentation")  # plain opencv
+    assert F.propose("auto")[0] == "grid"
+    with pytest.raises(ValueError, match="opencv-contrib"):
+        F.propose("selective_search")
+
+
+# ------------------------------------------------------------------------------------------ extraction
+def test_killed_extraction_resumes_to_the_same_bytes(pictures, tmp_path):
+    command = [sys.executable, extract_target.__file__, str(pictures), str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line == "block 6\n":
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "train_ims.npy").exists()
+    said = []
+    extract_target.run(pictures, tmp_path / "killed", said.append)
+    extract_target.run(pictures, tmp_path / "whole")
+    assert contents(tmp_path / "killed", *ARRAYS) == contents(tmp_path / "whole", *ARRAYS)
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == sorted(f"train_{name}" for name in ARRAYS)
+    assert said == ["train: 10 of 10 pictures (selective_search)"]
+
+
+def test_finished_features_are_reused_and_others_made_again(pictures, tmp_path, backbone):
+    records = extract_target.records(pictures)
+
+    def extract(**options) -> tuple[float, F.Regions]:
+        made = F.extract(options.pop("records", records), options.pop("backbone", backbone), tmp_path, "train",
+                         echo=None, **options)  # fmt: skip
+        return (tmp_path / "train_ims.npy").stat().st_mtime_ns, made
+
+    first, _ = extract()
+    assert extract()[0] == first
+    calls = []
+    other = F.Backbone(backbone.net, backbone.size, {**backbone.key, "weights": "others"})
+    for change in ({"backbone": other}, {}, {"records": records[:4]}, {"dtype": "float32"},
+                   {"kind": "regions", "regions": 3, "proposals": "grid"},
+                   {"kind": "regions", "regions": 4, "proposals": "grid"}):  # fmt: skip
+        stamp, made = extract(**change)
+        assert stamp not in calls, change
+        assert extract(**change)[0] == stamp
+        calls.append(stamp)
+        assert len(made) == len(change.get("records", records))
+        assert made.features.dtype == change.get("dtype", "float16")
+        assert made.features.shape[1] == change.get("regions", 9)
+
+
+@pytest.mark.parametrize("damage", ["text", "cut", "gone"])
+def test_a_picture_that_cannot_be_read_is_named(tmp_path, backbone, damage):
+    for i in range(5):
+        noise((64, 48), i).save(tmp_path / f"p{i}.png")
+    bad = tmp_path / "p3.png"
+    if damage == "gone":
+        records = extract_target.records(tmp_path)
+        bad.unlink()
+    else:
+        bad.write_bytes(b"no picture" if damage == "text" else bad.read_bytes()[:90])
+        records = extract_target.records(tmp_path)
+    with pytest.raises(DataError, match=r"p3\.png"):
+        F.extract(records, backbone, tmp_path / "out", "train", block=2, echo=None)
+    with pytest.raises(DataError):
+        F.load_regions(tmp_path / "out", "train")  # nothing half is taken for whole
+    noise((64, 48), 3).save(bad)
+    assert len(F.extract(records, backbone, tmp_path / "out", "train", block=2, echo=None)) == 5
+
+
+def test_extraction_refuses(tmp_path, backbone):
+    with pytest.raises(ValueError, match="'patches'; use 'cells' or 'regions'"):
+        F.extract([], backbone, tmp_path, "train", kind="patches")
+    with pytest.raises(DataError, match="no pictures"):
+        F.extract([], backbone, tmp_path, "train")
+
+
+# ------------------------------------------------------------------------------------------ text states
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "##s", "run", "##ning", "on", "the", "beach"]
+CAPTIONS = ["a dog", "the dogs running on the beach", "running", "a beach", "the dog on a beach"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    """A tiny BERT with its tokenizer, as `save_pretrained` leaves them."""
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                         intermediate_size=64, max_position_embeddings=40)).save_pretrained(folder)  # fmt: skip
+    (folder / "words.txt").write_text("\n".join(WORDS))
+    wordpiece(folder / "words.txt").save_pretrained(folder)
+    return folder
+
+
+def states(folder, bert, captions=CAPTIONS, **options):
+    options = {"key": "k", "block": 2, **options}
+    return F.text_states(captions, BertTower(bert), wordpiece(bert), folder, "val", **options)
+
+
+def test_cached_states_equal_the_live_towers(tmp_path, bert):
+    source = states(tmp_path, bert)
+    tower, ragged = BertTower(bert).eval(), tokenise(CAPTIONS, wordpiece(bert))
+    assert source.states.dtype == np.float16
+    assert isinstance(source.states, np.memmap)
+    for index in ([0, 1, 2, 3, 4], [4, 1], [2]):
+        got, batch = source.batch(index), ragged.batch(index)
+        with torch.no_grad():
+            live = tower(**batch)
+        assert torch.equal(got["mask"], batch["mask"])
+        assert torch.equal(got["special"], batch["special"])
+        torch.testing.assert_close(got["features"], live.states * live.mask[..., None], rtol=2e-3, atol=4e-3)
+
+
+def test_states_are_made_once(tmp_path, bert):
+    first = states(tmp_path, bert)
+    stamps = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    again = states(tmp_path, bert)
+    assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == stamps
+    np.testing.assert_array_equal(first.states, again.states)
+    assert len(stamps) == 2
+
+
+@pytest.mark.parametrize(
+    "change", [{"captions": CAPTIONS[::-1]}, {"captions": CAPTIONS[:4]}, {"key": "other"}, {"max_length": 5}]
+)
+def test_other_captions_or_another_model_make_another_file(tmp_path, bert, change):
+    first = states(tmp_path, bert)
+    before = set(tmp_path.iterdir())
+    other = states(tmp_path, bert, **change)
+    assert len(set(tmp_path.iterdir()) - before) == 2
+    assert len(other) == len(change.get("captions", CAPTIONS))
+    np.testing.assert_array_equal(states(tmp_path, bert).states, first.states)
+
+
+@pytest.mark.parametrize("when", ["in the states", "before the index"])
+def test_interrupted_states_are_made_again(tmp_path, bert, monkeypatch, when):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((BertTower, "forward") if when == "in the states" else (F, "write_atomically")), stop)
+        with pytest.raises(KeyboardInterrupt):
+            states(tmp_path, bert)
+    assert not list(tmp_path.glob("*.npz"))
+    for left in tmp_path.glob("*.npy"):  # what lies there must not be taken for done
+        np.save(left, np.zeros(np.load(left).shape, np.float16))
+    after = states(tmp_path, bert)
+    assert np.abs(after.states).sum(1).min() > 0
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_an_index_without_states_is_not_done(tmp_path, bert):
+    first = np.array(states(tmp_path, bert).states)
+    next(iter(tmp_path.glob("*.npy"))).unlink()
+    np.testing.assert_array_equal(states(tmp_path, bert).states, first)
+
+
+def test_states_that_overflow_fp16_are_refused(tmp_path, bert):
+    tower = BertTower(bert)
+    with torch.no_grad():
+        tower.net.encoder.layer[-1].output.LayerNorm.weight.mul_(1e6)
+    with pytest.raises(ValueError, match=r"caption \d .*not finite in fp16"):
+        F.text_states(CAPTIONS, tower, wordpiece(bert), tmp_path, "val", key="k")
+    assert not list(tmp_path.glob("*.npz"))

