@@ -35,10 +35,10 @@ INSTALLED := .venv/.installed
 LIBRARY := $(shell find src/finematch -name '*.py')
 WORKBOOK := papermill_runs/workbook
 STEPS := $(patsubst %,$(WORKBOOK)/%.done,0_start_here 1_data mvam/1_lesson mvam/2_train) tiny-grid \
-  $(patsubst %,$(WORKBOOK)/%.done,mvam/3_ablations mvam/4_attention)
+  $(patsubst %,$(WORKBOOK)/%.done,mvam/3_ablations mvam/4_attention 9_scorecard)
 LOAD = from finematch.data import load; print(len(load("$(DATASET)", "$(DATA_ROOT)", "val")), "val pictures")
 
-.PHONY: help install notebooks workbook tiny-grid test lab bench data grid named unlock lint clean
+.PHONY: help install notebooks workbook tiny-grid test lab bench data grid named unlock readme lint clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -84,6 +84,10 @@ named:
 
 unlock: named  ## after a grid was killed: let it run again (GRID)
 	$(SNAKEMAKE) --unlock
+
+readme: $(INSTALLED)  ## rewrite the README's generated tables from the metrics of finished runs
+	mkdir -p $(WORKBOOK)
+	$(PAPERMILL) notebooks/9_scorecard.ipynb $(WORKBOOK)/9_scorecard.ipynb -p readme README.md
 
 lint: $(INSTALLED)  ## style, and whether each notebook is what its .py says
 	$(BIN)/ruff check

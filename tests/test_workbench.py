@@ -26,9 +26,11 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "caption", "of", "picture
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    """One cache for the module: the embedded set's smoke pictures, their backbone, their features."""
-    return tmp_path_factory.mktemp("workbench")
+def root(tmp_path_factory):
+    """One cache for the module: a smaller smoke set than the notebooks', its backbone, its features."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(W, "SMOKE", {"train": 80, "val": 40, "test": 20})
+        yield tmp_path_factory.mktemp("workbench")
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +385,7 @@ def test_a_whole_run(root, tmp_path, pooling):
     def evaluate(m):
         return {"rsum": retrieval(*W.embed(m, side), side.image_of)["rsum"]}
 
-    few = Subset(bench.splits["train"].pairs(), range(0, 800, 4))
+    few = Subset(bench.splits["train"].pairs(), range(0, 400, 2))
     summary = fit(model, few, Plan(epochs=2, batch_size=40, lr=3e-3), tmp_path,
                   evaluate=evaluate, select=bench.select, echo=None)  # fmt: skip
     found = retrieval(*W.embed(model, side), side.image_of, split="scenes val")

@@ -10,8 +10,8 @@
 # **Cost** under a minute on one core (half a minute more where the embedded set has not been drawn yet),
 # under 2 GB of memory.
 #
-# **Expected** every cell passes. A claim in the text is followed by an `assert`: if the page runs to its end,
-# what it says is true of this code.
+# **Expected** every cell passes. A claim in the text is followed by an `assert`: if the page runs to its
+# end, what it says is true of this code.
 #
 # How to read it: short quotations from the paper stand in block quotes. Letters keep their meaning
 # throughout: `b` pictures or captions, `n` tokens (patches, regions, words), `m` view codes, `k` the
@@ -24,7 +24,7 @@ data_root: str = "data"  # folder above the dataset's own
 scale: str = "paper"  # whose batch size and width are set beside the loss: tiny or paper
 seed: int = 0  # of every random tensor below
 out: str = "papermill_runs/mvam_lesson"  # not written to: the lesson leaves one figure in figures/
-smoke: bool = False  # draws 40 pictures instead of 500; the rest is small anyway
+smoke: bool = False  # a small embedded set of its own; the rest is small anyway
 cache: str = "data/cache"  # where the small set of a smoke run goes
 views: int = 16  # views of the toy in section 8: 4, 9, 16, 25 ... (they start on a square)
 side: int = 12  # cells along a side of the toy's picture
@@ -76,6 +76,11 @@ def close(a, b, tolerance: float = 1e-4) -> bool:
     """Equal within a tolerance; lists are taken as tensors."""
     a, b = (torch.as_tensor(x, dtype=torch.float32) for x in (a, b))
     return a.shape == b.shape and bool(torch.allclose(a, b, atol=tolerance))
+
+
+def show(frame: pd.DataFrame) -> None:
+    """A table; its index becomes the first column."""
+    display(Markdown(to_markdown(frame.reset_index())))
 
 
 def tokens(states: Tensor, real: int | None = None) -> Tokens:
@@ -182,8 +187,8 @@ assert close(red(tokens(Y)).vector, [[1.0, 0, 0, 1]])
 #
 # $$H_v = \mathrm{ViT}([\mathrm{IMG}]; x_1; \dots; x_n) \in \mathbb{R}^{(n+1)\times d}, \qquad
 # R_v = \tanh(W\,h_{[\mathrm{IMG}]} + b) \in \mathbb{R}^{D}$$
-# $$H_t = \mathrm{BERT}([\mathrm{CLS}], w_1, \dots, w_l, [\mathrm{SEP}]) \in \mathbb{R}^{(l+2)\times d}, \qquad
-# R_t = \tanh(W'\,h_{[\mathrm{CLS}]} + b')$$
+# $$H_t = \mathrm{BERT}([\mathrm{CLS}], w_1, \dots, w_l, [\mathrm{SEP}]) \in \mathbb{R}^{(l+2)\times d},
+# \qquad R_t = \tanh(W'\,h_{[\mathrm{CLS}]} + b')$$
 #
 # The formulas of this paper were lost when it was converted to text; these are reconstructed from the words
 # around them (section 12 lists all). The tanh and the width $D = 1024$ are printed, in section 4.3. This is
@@ -275,9 +280,9 @@ assert (
 #
 # <details><summary>Solution</summary>
 #
-# There are $\binom B2$ pairs of captions. Given one caption, 4 of the other $5N-1$ belong to the same picture.
-# Expected: $\binom B2 \cdot 4/(5N-1)$, that is 3.7 for COCO and 1.1 for the small case. The next cell also
-# simulates it.
+# There are $\binom B2$ pairs of captions. Given one caption, 4 of the other $5N-1$ belong to the same
+# picture. Expected: $\binom B2 \cdot 4/(5N-1)$, that is 3.7 for COCO and 1.1 for the small case. The next
+# cell also simulates it.
 #
 # </details>
 
@@ -289,7 +294,7 @@ def collisions(batch: int, images: int) -> float:
 
 rng = np.random.default_rng(p.seed)
 batches = [rng.choice(30_000, 128, replace=False) // 5 for _ in range(2000)]  # each caption's picture
-drawn = [sum(n * (n - 1) / 2 for n in np.unique(pictures_, return_counts=True)[1]) for pictures_ in batches]
+drawn = [sum(n * (n - 1) / 2 for n in np.unique(drawn_from, return_counts=True)[1]) for drawn_from in batches]
 print(f"COCO, 1,024: {collisions(1024, 113_287):.2f}; 6,000 pictures, 128: {collisions(128, 6_000):.2f}, "
       f"simulated {np.mean(drawn):.2f}")  # fmt: skip
 assert abs(collisions(1024, 113_287) - 3.70) < 0.01
@@ -315,8 +320,8 @@ assert abs(np.mean(drawn) - collisions(128, 6_000)) < 0.15
 # | weights of view 1 | 4/7 | 1/7 | 2/7 | 4/7 (2,0) + 1/7 (0,2) + 2/7 (1,1) = (10/7, 4/7) |
 # | weights of view 2 | 1/7 | 4/7 | 2/7 | (4/7, 10/7) |
 #
-# $R = (10, 4, 4, 10)/7$. The exponentials of the logits are 4, 1 and 2, which is why the sevenths come out so
-# evenly.
+# $R = (10, 4, 4, 10)/7$. The exponentials of the logits are 4, 1 and 2, which is why the sevenths come out
+# so evenly.
 
 # %%
 keys = torch.tensor([[[2.0, 0], [0, 2], [1, 1]]])
@@ -330,6 +335,7 @@ padded = views(tokens(keys, real=2))
 assert close(5 * padded.attention, [[[4.0, 1, 0], [1, 4, 0]]])
 
 # %%
+arrow = {"arrowstyle": "-|>", "linewidth": 1.6, "shrinkA": 0, "shrinkB": 0}
 fig, (left, right) = plt.subplots(1, 2, figsize=(6.6, 2.6), layout="constrained", width_ratios=[1, 1.25])
 for j, (x, y) in enumerate(keys[0].tolist()):
     left.plot(x, y, "o", color=figures.INK, markersize=6)
@@ -337,8 +343,9 @@ for j, (x, y) in enumerate(keys[0].tolist()):
 for v, (code, answer) in enumerate(
     zip(views.codes.tolist(), pooled.vector.reshape(2, 2).tolist(), strict=True)
 ):
-    left.annotate("", code, (0, 0), arrowprops={"arrowstyle": "-|>", "color": figures.PALETTE[v], "linewidth": 1.6,
-                                                "linestyle": ("-", "--")[v], "shrinkA": 0, "shrinkB": 0})  # fmt: skip
+    left.annotate(
+        "", code, (0, 0), arrowprops={**arrow, "color": figures.PALETTE[v], "linestyle": ("-", "--")[v]}
+    )
     left.plot(*answer, figures.MARKERS[v + 1], color=figures.PALETTE[v], markersize=7)
     left.annotate(f"answer {v + 1}", answer, xytext=(6, 2), textcoords="offset points", fontsize=7)
     left.annotate(f"code {v + 1}", code, xytext=(4, 4), textcoords="offset points", fontsize=7)
@@ -368,8 +375,8 @@ assert close(
 # <details><summary>Solution</summary>
 #
 # No: the length of a code *is* its temperature. Ten times the code is ten times the logit, so the weights
-# become nearly one-hot. The codes are learnt, so each view learns its own sharpness. The `scaled` switch only
-# changes where the learning starts.
+# become nearly one-hot. The codes are learnt, so each view learns its own sharpness. The `scaled` switch
+# only changes where the learning starts.
 #
 # </details>
 
@@ -386,18 +393,23 @@ assert sharp.max(-1).values.min() > 0.99
 # > "first transforms the hidden states into 1024-dimensional vectors using a linear projection layer, and
 # > then aggregates these vectors using an attention head with only one view code"
 #
-# That is MVAM with $m = 1$. The paper's tables agree: the row "1" of Table 4 and the row FRCNN +Attn of Table
-# 1 (MSCOCO-5K) are the same numbers.
+# That is MVAM with $m = 1$. The paper's tables agree: the row "1" of Table 4 and the row FRCNN +Attn of
+# Table 1 (MSCOCO-5K) are the same numbers.
+
 
 # %%
-one, attn = published("MVAM", 4), published("MVAM", 1)
-rows = {
-    "Table 4, 1 view": one[one.row == "1"].set_index("column")["value"],
-    "Table 1, FRCNN +Attn": attn[attn.row == "FRCNN +Attn"].assign(column=lambda t: t.column.str.removeprefix("MSCOCO-5K "))
-    .set_index("column")["value"].reindex(["i2t@1", "i2t@5", "i2t@10", "t2i@1", "t2i@5", "t2i@10"]),
-}  # fmt: skip
-display(Markdown(to_markdown(pd.DataFrame(rows).T.rename_axis("printed").reset_index())))
-assert rows["Table 4, 1 view"].equals(rows["Table 1, FRCNN +Attn"])
+def printed(table: int) -> pd.DataFrame:
+    """A table of the paper as it is printed; of Table 1 the columns of MSCOCO-5K."""
+    numbers = published("MVAM", table)
+    if table == 1:
+        numbers = numbers[numbers.column.str.startswith("MSCOCO-5K")]
+    numbers = numbers.assign(column=numbers.column.str.removeprefix("MSCOCO-5K "))
+    return numbers.pivot(index="row", columns="column", values="value")[list(numbers.column.unique())]
+
+
+one, attn = printed(4).loc["1"], printed(1).loc["FRCNN +Attn"]
+show(pd.DataFrame({"Table 4, 1 view": one, "Table 1, FRCNN +Attn": attn}).T.rename_axis("printed"))
+assert (one == attn).all()
 
 
 # %%
@@ -448,7 +460,7 @@ facts = pd.DataFrame(
     }
     for kind in ("split", "shared", "full")
 )
-display(Markdown(to_markdown(facts.replace({True: "✓", False: "·"}).astype(str))))
+show(facts.replace({True: "✓", False: "·"}).astype(str).set_index("projection"))
 held = facts.set_index("projection")[["a", "b", "c", "d"]]
 assert held.loc["split"].tolist() == [True, True, True, False]
 assert held.loc["shared"].tolist() == [False, False, True, True]
@@ -459,22 +471,23 @@ assert held.loc["full"].tolist() == [True, True, False, True]
 # the ensemble against sixteen, at one and the same length of vector. At $m = 16$ `split` and `shared` give
 # vectors of the same shape; they differ in whether every view has a projection of its own.
 #
-# > **A look at the code.** `split` is one `Linear(d, 1024)` whose output is cut into $m$ pieces of $1024/m$.
-# > Each view attends in its own piece.
+# > **A look at the code.** `split` is one `Linear(d, 1024)` whose output is cut into $m$ pieces of
+# > $1024/m$. Each view attends in its own piece.
 
 # %% [markdown]
 # ## 7. What concatenation does: the score is a sum over views
 #
 # The cosine of two concatenated vectors comes apart:
 #
-# $$\cos(R_v, R_t) = \frac{\sum_k r_v^k\cdot r_t^k}{\|R_v\|\,\|R_t\|} = \sum_{k=1}^{m} w_k\,\cos(r_v^k, r_t^k), \qquad
+# $$\cos(R_v, R_t) = \frac{\sum_k r_v^k\cdot r_t^k}{\|R_v\|\,\|R_t\|}
+# = \sum_{k=1}^{m} w_k\,\cos(r_v^k, r_t^k), \qquad
 # w_k = \frac{\|r_v^k\|\,\|r_t^k\|}{\|R_v\|\,\|R_t\|}, \qquad \sum_k w_k \le 1$$
 #
 # A view speaks as loudly as its vectors are long. By hand, two views of width 2: picture $[(3,0); (0,1)]$,
 # caption $[(1,0); (0,-2)]$. The first views agree (cosine 1), the second ones disagree (−1). The norms are
-# $\sqrt{10}$ and $\sqrt 5$, so $w = (3, 2)/\sqrt{50} = (0.424, 0.283)$ and the score is $1/\sqrt{50} = 0.141$:
-# the longer view wins. With `normalise="per_view"` (reading M6) each view is made a unit vector first. Then
-# every $w_k = 1/m$, and the score is the plain mean, 0.
+# $\sqrt{10}$ and $\sqrt 5$, so $w = (3, 2)/\sqrt{50} = (0.424, 0.283)$ and the score is
+# $1/\sqrt{50} = 0.141$: the longer view wins. With `normalise="per_view"` (reading M6) each view is made a
+# unit vector first. Then every $w_k = 1/m$, and the score is the plain mean, 0.
 
 # %%
 picture, caption = torch.tensor([[3.0, 0, 0, 1]]), torch.tensor([[1.0, 0, 0, -2]])
@@ -547,8 +560,8 @@ assert cosine(a.flatten(), t[mixed].flatten(), dim=0) < total / 2
 # $$L_{div} = \left\|A A^{\top} - I_m\right\|_F^2 \quad (10) \qquad\qquad
 # L'_{div} = \left\|\sqrt A \sqrt A^{\top} - I_m\right\|_F^2 \quad (11), \ \text{root taken elementwise}$$
 #
-# Entry $(u, v)$ of $AA^{\top}$ says how much views $u$ and $v$ overlap. By hand, two views on three tokens:
-# $A = (½, ½, 0), (0, ½, ½)$.
+# Entry $(u, v)$ of $AA^{\top}$ says how much views $u$ and $v$ overlap. By hand, two views on three
+# tokens: $A = (½, ½, 0), (0, ½, ½)$.
 #
 # | | matrix | minus $I$ | sum of squares |
 # |---|---|---|---|
@@ -652,39 +665,37 @@ def mosaic(attention: Tensor) -> np.ndarray:
     return sheet
 
 
-fig, axes = plt.subplots(2, 3, figsize=(6.6, 4.6), layout="constrained", width_ratios=[1, 1, 1])
+def draw(ax: plt.Axes, attention: Tensor, title: str) -> None:
+    ax.imshow(mosaic(attention), cmap=heat, vmin=0, vmax=1)
+    used, overlap = cells_used(attention).mean(), mean_overlap(attention)
+    ax.set_title(f"{title}\n{used:.1f} cells a view, overlap {overlap:.2f}", fontsize=8)
+    ax.set_axis_off()
+
+
+fig, axes = plt.subplots(2, 3, figsize=(6.8, 4.7), layout="constrained")
 heat = plt.get_cmap("magma").copy()
 heat.set_bad("white")
-for row, gain in enumerate((0.0, p.pull)):
-    for column, (title, attention) in enumerate(
-        (("Eq. 10, base", ended["base", gain]), ("Eq. 11, square root", ended["sqrt", gain])), start=1
-    ):
-        axes[row, column].imshow(mosaic(attention), cmap=heat, vmin=0, vmax=1)
-        axes[row, column].set_title(f"{title}{', with pull' if row else ''}\n{cells_used(attention).mean():.1f} cells a view, "
-                                    f"overlap {mean_overlap(attention):.2f}", fontsize=8)  # fmt: skip
-        axes[row, column].set_axis_off()
-axes[0, 0].imshow(mosaic(started), cmap=heat, vmin=0, vmax=1)
-axes[0, 0].set_title(
-    f"the start\n{cells_used(started).mean():.0f} cells a view, overlap {mean_overlap(started):.2f}",
-    fontsize=8,
-)
-axes[0, 0].set_axis_off()
-spread = [
-    cells_used(ended[key])[:].tolist()
-    for key in (("base", 0.0), ("sqrt", 0.0), ("base", p.pull), ("sqrt", p.pull))
-]
-for k, values in enumerate(spread):
-    jitter = np.linspace(-0.18, 0.18, len(values))
-    axes[1, 0].plot(
-        k + jitter, sorted(values), figures.MARKERS[k % 2], color=figures.PALETTE[k % 2], markersize=3.5
+draw(axes[0, 0], started, "the start")
+for row, (gain, suffix) in enumerate(((0.0, ""), (p.pull, ", with pull"))):
+    draw(axes[row, 1], ended["base", gain], f"Eq. 10, base{suffix}")
+    draw(axes[row, 2], ended["sqrt", gain], f"Eq. 11, square root{suffix}")
+
+ax, share = axes[1, 0], p.side**2 / p.views
+for at, ((variant, _), attention) in enumerate(ended.items()):
+    k = variant == "sqrt"
+    spread = np.linspace(-0.18, 0.18, p.views)
+    ax.plot(
+        at + spread,
+        cells_used(attention).sort().values,
+        figures.MARKERS[k],
+        color=figures.PALETTE[k],
+        markersize=3,
     )
-axes[1, 0].axhline(p.side**2 / p.views, color=figures.FAINT, linestyle="--", marker="")
-axes[1, 0].text(-0.4, p.side**2 / p.views * 1.08, "an equal share", fontsize=7)
-axes[1, 0].set(
-    yscale="log", ylabel="cells a view (log)", xticks=range(4), ylim=(0.9, p.side**2), xlim=(-0.5, 3.5)
-)
-axes[1, 0].set_xticklabels(["10", "11", "10\n+ pull", "11\n+ pull"])
-axes[1, 0].set_xlabel("equation")
+ax.axhline(share, color=figures.FAINT, linestyle="--", marker="")
+ax.text(-0.45, share * 1.1, "an equal share", fontsize=7)
+ax.yaxis.set_major_formatter("{x:g}")
+ax.set(yscale="log", ylim=(0.9, 3 * share), xlim=(-0.5, 3.5), ylabel="cells a view (log scale)", xlabel="Eq.")
+ax.set_xticks(range(4), ["10", "11", "10\n+ pull", "11\n+ pull"])
 name = "mvam_lesson_diversity.smoke.svg" if p.smoke else "mvam_lesson_diversity.svg"
 figures.save(fig, root() / "figures" / name)
 plt.show()
@@ -712,8 +723,8 @@ if (p.views, p.side, p.pull) == (16, 12, 5.0):  # change them and look
 # L = L_c + \lambda\,L_{div}, \quad \lambda = 10 \quad (13)$$
 #
 # At the start codes are random and attention is nearly uniform. Then $AA^{\top} \approx 0$, so Eq. 10 costs
-# nearly $m = 16$ a side. $\sqrt A\sqrt A^{\top}$ is nearly 1 everywhere, so Eq. 11 costs nearly $m(m-1) = 240$.
-# Against them stands $L_c$, which starts near $\ln B$.
+# nearly $m = 16$ a side. $\sqrt A\sqrt A^{\top}$ is nearly 1 everywhere, so Eq. 11 costs nearly
+# $m(m-1) = 240$. Against them stands $L_c$, which starts near $\ln B$.
 
 # %%
 torch.manual_seed(p.seed)
@@ -724,38 +735,41 @@ cost = {
     for variant in ("base", "sqrt")
     for power in (2, 1)
 }
-assert 15 < cost["base", 2] < 16 and 3.8 < cost["base", 1] < 4
-assert 150 < cost["sqrt", 2] < 240 and 12 < cost["sqrt", 1] < 15.5
+assert 15 < cost["base", 2] < 16
+assert 3.8 < cost["base", 1] < 4
+assert 150 < cost["sqrt", 2] < 240
+assert 12 < cost["sqrt", 1] < 15.5
 
 uniform = torch.full((1, 16, 197), 1 / 197)
-assert close(diversity(uniform, variant="base"), 15.84, 0.01) and close(
-    diversity(uniform, variant="sqrt"), 240.0, 0.1
-)
+assert close(diversity(uniform, variant="base"), 15.84, 0.01)
+assert close(diversity(uniform, variant="sqrt"), 240.0, 0.1)
 
-labels = {f"ln B, B = {setting['batch_size']}": math.log(setting["batch_size"]), "base, norm": 20 * cost["base", 1],
-          "base, squared (default)": 20 * cost["base", 2], "root, norm": 20 * cost["sqrt", 1],
-          "root, squared": 20 * cost["sqrt", 2]}  # fmt: skip
+labels = {
+    f"ln B, B = {setting['batch_size']}": math.log(setting["batch_size"]),
+    "base, norm": 20 * cost["base", 1],
+    "base, squared (default)": 20 * cost["base", 2],
+    "root, norm": 20 * cost["sqrt", 1],
+    "root, squared": 20 * cost["sqrt", 2],
+}
 fig, ax = plt.subplots(figsize=(5.4, 1.9), layout="constrained")
-ax.barh(
-    list(labels),
-    list(labels.values()),
-    color=[figures.PALETTE[1], *[figures.PALETTE[0]] * 4],
-    edgecolor="white",
-)
+colours = [figures.PALETTE[1], *[figures.PALETTE[0]] * 4]
+ax.barh(list(labels), list(labels.values()), color=colours, edgecolor="white")
 for y, value in enumerate(labels.values()):
     ax.text(value * 1.1, y, f"{value:,.0f}" if value > 20 else f"{value:.1f}", va="center", fontsize=7)
 ax.invert_yaxis()
 ax.set(xscale="log", xlim=(1, 2e4), xlabel="10 × both sides at the start (nats for ln B; no unit)")
 plt.show()
-assert 20 * cost["base", 2] > 40 * math.log(
-    1024
-)  # the penalty starts at more than 40 times the loss it serves
+assert 20 * cost["base", 2] > 40 * math.log(1024)  # over 40 times the loss that it serves
 
 # %% [markdown]
 # Taken at its word, the paper's λ makes the penalty 45 times as large as the matching loss at the start.
 # Whether the norm is squared, and summed or averaged over the batch (reading M4), decides what "λ = 10"
 # means. Its absolute size says little, though; what trains is its slope. At *exactly* equal views the slope
 # is zero: all views are pushed alike and softmax ignores a common push. Random codes break the tie.
+#
+# For towers that are trained from scratch on small data it is too heavy: all vectors collapse into one
+# before the contrastive loss can tell them apart. The small presets of section 12 therefore use a smaller λ,
+# chosen on val; `grids/mvam_lambda.csv` measures what it does.
 
 # %%
 for variant in ("base", "sqrt"):
@@ -764,8 +778,8 @@ for variant in ("base", "sqrt"):
     assert equal.grad.abs().max() < 1e-5
 
 # Eq. 12 and 13 as the library adds them up, on three random pairs:
-pairs = {"image": batch, "text": {"features": torch.randn(3, 6, 8), "mask": torch.ones(3, 6, dtype=torch.bool)},
-         "image_id": torch.arange(3)}  # fmt: skip
+words = {"features": torch.randn(3, 6, 8), "mask": torch.ones(3, 6, dtype=torch.bool)}
+pairs = {"image": batch, "text": words, "image_id": torch.arange(3)}
 terms = tiny(views=4)(pairs)
 assert close(
     terms["loss"], terms["contrastive"] + 10 * (terms["diversity_image"] + terms["diversity_text"]), 1e-3
@@ -775,16 +789,16 @@ assert "diversity_image" not in tiny(pooling="attention")(pairs)  # one view has
 
 # %% [markdown]
 # **Exercise 4.** A caption often has fewer tokens than there are views. Show that with $l < m$ tokens Eq. 10
-# can never fall below $m - l$, however long one trains. What does this mean for 16 views and a caption of ten
-# words?
+# can never fall below $m - l$, however long one trains. What does this mean for 16 views and a caption of
+# ten words?
 #
 # <details><summary>Solution</summary>
 #
 # $AA^{\top}$ is $m \times m$ but has rank at most $l$, so at least $m - l$ of its eigenvalues are 0.
 # $AA^{\top} - I$ has $-1$ there, and the squared Frobenius norm is the sum of squared eigenvalues: at least
-# $m - l$. With 10 words, [CLS] and [SEP], $l = 12$ and the floor is 4, times λ = 40: a constant that training
-# cannot remove, larger than $\ln 1024 \approx 7$. It has no slope of its own, but comparing losses across
-# captions or settings is misleading. The same holds for Eq. 11.
+# $m - l$. With 10 words, [CLS] and [SEP], $l = 12$ and the floor is 4, times λ = 40: a constant that
+# training cannot remove, larger than $\ln 1024 \approx 7$. It has no slope of its own, but comparing losses
+# across captions or settings is misleading. The same holds for Eq. 11.
 #
 # </details>
 
@@ -812,11 +826,8 @@ assert reached >= 4
 
 # %%
 torch.manual_seed(p.seed)
-clip = (
-    open_clip_model(small_clip(40, bos=38, eos=39, size=32, width=32, depth=2, positions=16))
-    .eval()
-    .requires_grad_(False)
-)
+config = small_clip(40, bos=38, eos=39, size=32, width=32, depth=2, positions=16)
+clip = open_clip_model(config).eval().requires_grad_(False)
 clip.vision_model.post_layernorm.weight.mul_(4)
 pixels = torch.randn(1, 3, 32, 32)
 raw, eye = clip.vision_model(pixel_values=pixels), CLIPVision(clip)(pixels=pixels)
@@ -825,8 +836,13 @@ assert close(eye.states[:, 0], raw.pooler_output)  # on [IMG]: what CLIP itself 
 spread = raw.last_hidden_state.std(-1, correction=0)[0]
 assert (raw.pooler_output.std(correction=0) > 2 * spread[1:]).all()  # beside it, raw patches whisper ...
 assert close(eye.states.std(-1, correction=0), torch.full((1, 17), 4.0), 0.05)  # ... and now all speak alike
-print(f"spread of [IMG] {raw.pooler_output.std(correction=0):.2f}, of raw patches {spread[1:].min():.2f} to "
-      f"{spread[1:].max():.2f}, of the library's patches {eye.states[0, 1:].std(-1, correction=0).mean():.2f}")  # fmt: skip
+spreads = {
+    "[IMG] as CLIP pools it": raw.pooler_output.std(correction=0),
+    "raw patches, smallest": spread[1:].min(),
+    "raw patches, largest": spread[1:].max(),
+    "patches of the library's tower": eye.states[0, 1:].std(-1, correction=0).mean(),
+}
+{name: round(value.item(), 2) for name, value in spreads.items()}
 
 # %% [markdown]
 # **Second trap: what comes after the end.** A caption is padded to a fixed length. CLIP needs no mask for
@@ -883,11 +899,9 @@ plt.show()
 # as well, the views would have taught us nothing. The paper runs this control:
 
 # %%
-control = published("MVAM", 3)
-display(Markdown(to_markdown(control.pivot(index="row", columns="column", values="value")[list(control.column.unique())]
-                             .rename_axis("COCO 5K").reset_index())))  # fmt: skip
-better = control.pivot(index="column", columns="row", values="value")
-assert (better["MVAM-FRCNN"] > better["Base-FRCNN-ensemble"]).all()  # printed: MVAM is ahead in every column
+control = printed(3)
+show(control.rename_axis("COCO 5K"))
+assert (control.loc["MVAM-FRCNN"] > control.loc["Base-FRCNN-ensemble"]).all()  # ahead in every column
 
 # %% [markdown]
 # Each member is a unit vector of its own, so the ensemble's cosine is exactly the mean of the members'
@@ -917,10 +931,11 @@ assert 16 * size(tiny(pooling="attention", total_dim=64 // 16)) > 4 * size(tiny(
 # `mvam/3_ablations` and `8_readings` measure what they change.
 
 # %%
-table = pd.DataFrame(
-    READINGS, columns=["reading", "argument of MVAM", "values, default first", "what the paper says"]
+show(
+    pd.DataFrame(READINGS, columns=["reading", "argument", "values, default first", "the paper"]).set_index(
+        "reading"
+    )
 )
-display(Markdown(to_markdown(table)))
 for _, argument, values, _ in READINGS:  # the table cannot drift from the code: each value is accepted
     for value in values.split(" | ") if argument != "tau" else ["0.07"]:
         value = {"True": True, "False": False}.get(value, float(value) if argument == "tau" else value)
@@ -944,17 +959,14 @@ for _, argument, values, _ in READINGS:  # the table cannot drift from the code:
 # | 12, 13 | image and text summed, λ = 10 | – | the words |
 #
 # Lost for good: every learning rate, the depth of the image Transformer, the number of views in the sentence
-# of 4.4 (Table 4 shows that it is 16). The presets say which numbers are the paper's and which are ours:
+# of 4.4 (Table 4 shows that it is 16). In the preset `paper` below the batch, the epochs, the width
+# `total_dim` and λ are the paper's; the rest is ours (M9, M10):
 
 # %%
-display(
-    Markdown(to_markdown(pd.DataFrame(SETTINGS).T.map("{:g}".format).rename_axis("preset").reset_index()))
-)
-assert (SETTINGS["paper"]["batch_size"], SETTINGS["paper"]["epochs"], SETTINGS["paper"]["total_dim"]) == (
-    1024,
-    20,
-    1024,
-)
+show(pd.DataFrame(SETTINGS).T.map("{:g}".format).rename_axis("preset"))
+paper = SETTINGS["paper"]
+assert (paper["batch_size"], paper["epochs"], paper["total_dim"]) == (1024, 20, 1024)
+assert paper["diversity_weight"] == 10
 
 # %% [markdown]
 # **Exercise 5.** Section 4.5 says that MVAM gains "1.62%, 2.17%, and 0.71%" on MSCOCO-1K for ViT, FRCNN and
@@ -974,11 +986,9 @@ first = first[first.column.str.startswith("MSCOCO-1K")]
 first = first.pivot(index="row", columns="column", values="value")[list(first.column.unique())]
 gain = {name: first.loc[f"{name} +MVAM"] - first.loc[f"{name} +Attn"] for name in ("ViT", "FRCNN", "CLIP")}
 gains = pd.DataFrame(gain).T.rename(columns=lambda c: c.removeprefix("MSCOCO-1K "))
-display(
-    Markdown(to_markdown(gains.assign(mean=gains.mean(axis=1)).rename_axis("+MVAM over +Attn").reset_index()))
-)
-for name, printed in {"ViT": 1.62, "FRCNN": 2.17, "CLIP": 0.71}.items():
-    assert abs(gain[name].mean() - printed) < 0.015
+show(gains.assign(mean=gains.mean(axis=1)).rename_axis("+MVAM over +Attn"))
+for name, claimed in {"ViT": 1.62, "FRCNN": 2.17, "CLIP": 0.71}.items():
+    assert abs(gain[name].mean() - claimed) < 0.015
     assert gain[name]["MSCOCO-1K i2t@1"] > gain[name]["MSCOCO-1K i2t@10"]
 
 # %% [markdown]
@@ -991,5 +1001,5 @@ for name, printed in {"ViT": 1.62, "FRCNN": 2.17, "CLIP": 0.71}.items():
 # * Eq. 10 wants views sharp and apart. Eq. 11 wants them apart.
 # * λ means nothing before one knows whether the norm is squared.
 #
-# Next: `2_train` trains one model, `3_ablations` draws the paper's tables beside ours, `4_attention` shows what
-# each view looks at.
+# Next: `2_train` trains one model, `3_ablations` draws the paper's tables beside ours, `4_attention` shows
+# what each view looks at.

@@ -1,10 +1,12 @@
 # %% [markdown]
 # # MVAM: what the views look at
 #
-# **Paper** *MVAM: Multi-View Attention Method for Fine-grained Image-Text Matching* (arXiv 2402.17237). This notebook serves Figure 3 (the
-# attention of every view), Figure 4 (retrieved pictures) and section 4.6.4, whose claim it measures:
+# **Paper** *MVAM: Multi-View Attention Method for Fine-grained Image-Text Matching* (arXiv 2402.17237). This
+# notebook serves Figure 3 (the attention of every view), Figure 4 (retrieved pictures) and section 4.6.4,
+# whose claim it measures:
 #
-# > "Further analysis reveals a one-to-one mapping relationship between the attention maps of image and text across different views."
+# > "Further analysis reveals a one-to-one mapping relationship between the attention maps of image and text
+# > across different views."
 #
 # It needs a finished run of `mvam/2_train` and trains nothing.
 #
@@ -14,8 +16,9 @@
 # | scenes, 500 test pictures | about half a minute, 1.5 GB |
 # | Flickr8k, 1,000 photos | about a minute, 1.5 GB |
 #
-# **Expected** The retrieval numbers of the run come back from its weights, and an assert holds them together. What the views do is printed
-# as measured; the paper gives one example and no numbers, so there is nothing to match but the claim itself.
+# **Expected** The retrieval numbers of the run come back from its weights, and an assert holds them together.
+# What the views do is printed as measured; the paper gives one example and no numbers, so there is nothing to
+# match but the claim itself.
 
 # %% tags=["parameters"]
 run: str = "papermill_runs/mvam_train"  # folder of the run to look into
@@ -37,6 +40,7 @@ p = strict(globals(), example=(0, 10**7), seed=(0, 2**31))
 # %%
 import json
 import time
+from inspect import signature
 
 import numpy as np
 import torch
@@ -62,8 +66,9 @@ started = time.monotonic()
 # %% [markdown]
 # ## A run comes back
 #
-# `metrics.json` holds the parameters that a run was made with, `best.safetensors` the weights of its best epoch. With both, the model is the
-# same again. A run that trained a given CLIP in two stages keeps its weights under `stage2/`.
+# `metrics.json` holds the parameters that a run was made with, `best.safetensors` the weights of its best
+# epoch. With both, the model is the same again. A run that trained a given CLIP in two stages keeps its
+# weights under `stage2/`.
 
 
 # %%
@@ -71,35 +76,36 @@ def reopen(folder: str) -> tuple[dict, dict, Bench, MVAM]:
     """Parameters, metrics, data and model of a finished run."""
     file = root() / folder / "metrics.json"
     if not file.is_file():
-        raise DataError(file, "the run", "has not finished, or was never started",
-                        f"Run `papermill notebooks/mvam/2_train.ipynb run.ipynb -p out {folder}` first")  # fmt: skip
+        command = f"papermill notebooks/mvam/2_train.ipynb run.ipynb -p out {folder}"
+        raise DataError(file, "the run", "has not finished, or was never started", f"Run first: {command}")
     found = json.loads(file.read_text(encoding="utf-8"))
     was = found["parameters"]
     for name in ("dataset", "scale"):
         if getattr(p, name) not in ("", was[name]):
             raise ValueError(f"{name} = {getattr(p, name)!r}, but {folder} was trained with {was[name]!r}")
     if was["ensemble"] > 1 or was["pooling"] not in ("mvam", "attention"):
-        raise ValueError(f"{folder} has pooling={was['pooling']}, ensemble={was['ensemble']}: it has no views to show")
+        raise ValueError(
+            f"{folder} has no views to show: pooling={was['pooling']}, ensemble={was['ensemble']}"
+        )
     at = {name: str(root() / was[name]) for name in ("vision_weights", "text_weights", "clip_weights")
           if was[name] and (root() / was[name]).exists()}  # fmt: skip
-    names = ("dataset", "scale", "backbone", "text", "width", "depth", "vision", "vision_weights", "text_weights",
-             "clip_weights", "proposals", "smoke")  # fmt: skip
-    opened = open_bench(data_root=root() / (p.data_root or was["data_root"]), cache=root() / was["cache"],
-                        **({name: was[name] for name in names} | at))  # fmt: skip
+    paths = {"data_root": root() / (p.data_root or was["data_root"]), "cache": root() / was["cache"]}
+    asked = {name: was[name] for name in signature(open_bench).parameters if name in was}
+    opened = open_bench(**(asked | at | paths))
     model = MVAM(*opened.towers(), **{name: was[name] for name in SWITCHES}).eval()
     stage2 = root() / folder / "stage2" / "best.safetensors"
     load_best(model, stage2 if stage2.is_file() else root() / folder / "best.safetensors")
     return was | at, found["metrics"], opened, model
 
 
-run_parameters, run_metrics, bench, model = reopen(p.run)
+of_run, run_metrics, bench, model = reopen(p.run)
 side, v = bench.splits[bench.reported], model.views
 if v < 2:
     raise ValueError(f"{p.run} has one view: give a run with pooling=mvam and views=2 or more")
-name = f"mvam_attention.{run_parameters['dataset']}" + (".smoke" if p.smoke or run_parameters["smoke"] else "")
-label = f"{run_parameters['dataset']} {bench.reported}, {run_parameters['backbone']}, {v} views"
+name = f"mvam_attention.{of_run['dataset']}" + (".smoke" if p.smoke or of_run["smoke"] else "")
+label = f"{of_run['dataset']} {bench.reported}, {of_run['backbone']}, {v} views"
 print(f"{label}: {len(side.records)} pictures, {len(side.captions)} captions; "
-      f"diversity loss {run_parameters['diversity']}, best epoch {run_metrics['best_epoch']}")  # fmt: skip
+      f"diversity loss {of_run['diversity']}, best epoch {run_metrics['best_epoch']}")  # fmt: skip
 
 
 def keep(figure: plt.Figure, number: int) -> None:
@@ -109,7 +115,8 @@ def keep(figure: plt.Figure, number: int) -> None:
 
 
 # %% [markdown]
-# Are these the weights that the numbers came from? The retrieval is scored again and must give the numbers of the run.
+# Are these the weights that the numbers came from? The retrieval is scored again and must give the numbers of
+# the run.
 
 # %%
 image, text = embed(model, side)
@@ -117,7 +124,8 @@ again = retrieval(image, text, side.image_of)
 for key in ("i2t_r1", "t2i_r1", "rsum"):
     assert abs(again[key] - run_metrics[key]) < 1.0, (key, again[key], run_metrics[key])
 chance = 100 / len(side.records)
-print(f"text to image R@1 {again['t2i_r1']:.1f} %, R@5 {again['t2i_r5']:.1f} % (chance {chance:.1f} and {5 * chance:.1f} %)")
+print(f"text to image R@1 {again['t2i_r1']:.1f} %, R@5 {again['t2i_r5']:.1f} % "
+      f"(chance {chance:.1f} and {5 * chance:.1f} %)")  # fmt: skip
 if again["t2i_r5"] < 10 * chance:
     print("NOTE: this run has hardly learned anything; read its maps as those of a random model.")
 
@@ -125,8 +133,8 @@ if again["t2i_r5"] < 10 * chance:
 # %% [markdown]
 # ## The attention of a split
 #
-# For every picture the weights of each view on its tokens, "v n", and the same for every caption. The first token of a picture may be
-# [IMG], which lies nowhere in the picture: its weight is stated, not drawn.
+# For every picture the weights of each view on its tokens, "v n", and the same for every caption. The first
+# token of a picture may be [IMG], which lies nowhere in the picture: its weight is stated, not drawn.
 
 
 # %%
@@ -147,11 +155,13 @@ on_text = attend(model.encode_text, side.texts)
 places = getattr(side.pictures, "places", None)
 if places is not None:
     where = [torch.from_numpy(row[:, :4]) for row in places]
-elif run_parameters["backbone"] == "clip":
+elif of_run["backbone"] == "clip":
     cells = round((on_image[0].shape[1] - 1) ** 0.5)
     where = [grid_boxes(1, 1, cells, cells)] * len(on_image)
 else:
-    raise DataError(p.run, "its features", "were published without boxes: no map can be drawn", "Use another run")
+    raise DataError(
+        p.run, "its features", "have no boxes: no map can be drawn", "Give a run on other features"
+    )
 extra = on_image[0].shape[1] - len(where[0])  # tokens before the first box: [IMG]
 assert extra in (0, 1)
 for one in (*on_image, *on_text):
@@ -159,13 +169,13 @@ for one in (*on_image, *on_text):
 
 if bench.clip:
     tokenizer = bench.clip[1]
-elif run_parameters["text"] == "minilm":
+elif of_run["text"] == "minilm":
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(run_parameters["text_weights"] or str(minilm_folder()))
+    tokenizer = AutoTokenizer.from_pretrained(of_run["text_weights"] or str(minilm_folder()))
 else:
-    tokenizer = tokenizer_of(run_parameters["dataset"], root() / (p.data_root or run_parameters["data_root"]),
-                             run_parameters["scale"], run_parameters["text_weights"])  # fmt: skip
+    tokenizer = tokenizer_of(of_run["dataset"], root() / (p.data_root or of_run["data_root"]),
+                             of_run["scale"], of_run["text_weights"])  # fmt: skip
 
 
 def on_words(c: int) -> tuple[list[str], np.ndarray]:
@@ -180,11 +190,12 @@ def on_words(c: int) -> tuple[list[str], np.ndarray]:
 # %% [markdown]
 # ## Figure 3: each view of a picture, beside the same view of its caption
 #
-# The caption is the one that `example` names: the first of the split, unless you ask for another. Each map and each caption is shaded up
-# to its own maximum, so they show *where* a view looks. *How sharply* it looks is its entropy, in the title: 0 is one token, 1 is all alike.
+# The caption is the one that `example` names: the first of the split, unless you ask for another. Each map
+# and each caption is shaded up to its own maximum, so they show *where* a view looks. *How sharply* it looks
+# is its entropy, in the title: 0 is one token, 1 is all alike.
 #
-# One caution. A token is not a patch of pixels: the Transformer below has mixed every token with all the others. A view that looks at a
-# region takes what the network wrote there.
+# One caution. A token is not a patch of pixels: the Transformer below has mixed every token with all the
+# others. A view that looks at a region takes what the network wrote there.
 
 # %%
 c = min(p.example, len(side.captions) - 1)
@@ -203,15 +214,19 @@ sharp = sharpness(on_image[i]), sharpness(on_text[c])
 columns = 4 if v > 8 else 2
 rows = -(-v // columns)
 figure = plt.figure(figsize=(3.05 * columns, 1.42 * rows + 1.5))
-grid = figure.add_gridspec(rows + 1, 2 * columns, width_ratios=[1.15, 1.65] * columns, height_ratios=[1.1] + [1] * rows,
-                           hspace=0.3, wspace=0.06, left=0.01, right=0.99, top=0.95, bottom=0.01)  # fmt: skip
+grid = figure.add_gridspec(
+    rows + 1, 2 * columns, width_ratios=[1.15, 1.65] * columns, height_ratios=[1.1] + [1] * rows,
+    hspace=0.34, wspace=0.06, left=0.01, right=0.99, top=0.95, bottom=0.02,
+)  # fmt: skip
 draw.show_picture(figure.add_subplot(grid[0, 0]), picture)
 head = figure.add_subplot(grid[0, 1:])
 head.set_axis_off()
 head.text(0.01, 0.95, f"{side.captions[c]}", fontsize=12, va="top", transform=head.transAxes)
-head.text(0.01, 0.55, f"Caption {c} of {label}. Left of each pair: the view's weight on the picture; right: on the words.\n"
-          "Bright and dark shades are much weight, each scaled to its own maximum; H is the entropy, 1 is uniform.",
-          fontsize=8, va="top", transform=head.transAxes)  # fmt: skip
+legend = (
+    f"Caption {c} of {label}. Each view on the picture, and beside it the same view on the words.\n"
+    "Lit cells and dark words carry weight, each scaled to its own maximum. H is the entropy: 1 is uniform."
+)
+head.text(0.01, 0.62, legend, fontsize=8, va="top", linespacing=1.5, transform=head.transAxes)
 for k in range(v):
     row, column = divmod(k, columns)
     ax = figure.add_subplot(grid[row + 1, 2 * column])
@@ -219,7 +234,7 @@ for k in range(v):
     draw.show_attention(ax, picture, (where[i] * size).numpy(), weights[extra:].numpy())
     ax.set_title(f"view {k + 1}   H {sharp[0][k]:.2f}", fontsize=7.5, pad=2)
     if extra and weights[0] >= 0.005:
-        ax.text(0, -0.03, f"{weights[0]:.0%} on [IMG]", fontsize=6, va="top", transform=ax.transAxes)
+        ax.text(0, -0.02, f"{weights[0]:.0%} on [IMG]", fontsize=5.5, va="top", transform=ax.transAxes)
     ax = figure.add_subplot(grid[row + 1, 2 * column + 1])
     draw.show_words(ax, words, shades[k], size=7.5)
     ax.set_title(f"H {sharp[1][k]:.2f}", fontsize=7.5, pad=2)
@@ -228,8 +243,8 @@ keep(figure, 1)
 # %% [markdown]
 # ## How much do the views overlap?
 #
-# Overlap of views v and w: $\sum_n \sqrt{A_{vn} A_{wn}}$, averaged over the split; 1 means the same weights, 0 nothing in common. It is the matrix
-# that Eq. 11 pulls to the identity; Eq. 10 does so without the root.
+# Overlap of views v and w: $\sum_n \sqrt{A_{vn} A_{wn}}$, averaged over the split; 1 means the same weights,
+# 0 nothing in common. It is the matrix that Eq. 11 pulls to the identity; Eq. 10 does so without the root.
 
 
 # %%
@@ -261,21 +276,24 @@ keep(figure, 2)
 # %% [markdown]
 # ## Is view k of the text about the same thing as view k of the picture?
 #
-# The paper shows one example: "View-4 of the text concentrates on the phrase 'holding onto,' while View-4 of the image focuses on the area
-# associated with 'holding a rope.'" An example can be found in any set of sixteen maps. Phrases with boxes allow a count:
+# The paper shows one example: "View-4 of the text concentrates on the phrase 'holding onto,' while View-4 of
+# the image focuses on the area associated with 'holding a rope.'" An example can be found in any set of
+# sixteen maps. Phrases with boxes allow a count:
 #
-# 1. *One phrase, which view?* Take the text view with the most weight on the phrase's words and the image view with the most weight inside
-#    its box. How often are they the same view? By chance 1 in v. But a view that often wins on both sides agrees for that alone, so the
-#    phrases of one side are also shuffled: that keeps how often each view wins and destroys what belongs together.
-# 2. *One view, which phrase?* In a caption of several phrases each view has a share of its weight on each. How much of the shares of image
-#    view j and text view k coincide? If the views correspond one to one, the diagonal of that matrix stands out.
+# 1. *One phrase, which view?* Take the text view with the most weight on the phrase's words and the image
+#    view with the most weight inside its box. How often are they the same view? By chance 1 in v. But a view
+#    that often wins on both sides agrees for that alone, so the phrases of one side are also shuffled: that
+#    keeps how often each view wins and destroys what belongs together.
+# 2. *One view, which phrase?* In a caption of several phrases each view has a share of its weight on each.
+#    How much of the shares of image view j and text view k coincide? If the views correspond one to one, the
+#    diagonal of that matrix stands out.
 #
 # The model has never seen a link between a phrase and a box.
 
 # %%
 metrics, tested = {}, None
 try:
-    linked = load(f"{run_parameters['dataset']}_entities", side.records[0].image.parents[2], bench.reported)
+    linked = load(f"{of_run['dataset']}_entities", side.records[0].image.parents[2], bench.reported)
 except DataError as error:
     linked = []
     print(f"Not measured: this dataset has no phrases linked to boxes here ({error.problem}).")
@@ -283,8 +301,7 @@ except DataError as error:
 of_record = {record.image_id: number for number, record in enumerate(side.records)}
 first_caption = np.searchsorted(side.image_of, np.arange(len(side.records)))
 assert (np.diff(side.image_of) >= 0).all()
-weight = {"image": [], "text": []}
-caption_of = []
+weight, caption_of = {"image": [], "text": []}, []
 for record in linked:
     i = of_record.get(record.image_id)
     if i is None:
@@ -302,44 +319,49 @@ for record in linked:
         caption_of.append(c)
 
 if caption_of:
-    tested = correspondence(torch.stack(weight["image"]), torch.stack(weight["text"]), torch.tensor(caption_of),
-                            shuffles=200 if p.smoke else 5000, seed=p.seed)  # fmt: skip
+    images, texts = (torch.stack(weight[kind]) for kind in ("image", "text"))
+    shuffles = 200 if p.smoke else 5000
+    tested = correspondence(images, texts, torch.tensor(caption_of), shuffles=shuffles, seed=p.seed)
     metrics |= {key: value for key, value in tested.items() if key not in ("matrix", "winners")}
     assert 0 <= tested["agreement"] <= 1
     assert np.allclose(tested["winners"].sum(1), 1)
     more = tested["agreement_p"] < 0.05
-    print(f"Same view for {tested['agreement']:.1%} of {tested['phrases']} phrases; 1 in {v} is {1 / v:.1%}, shuffled pairs give "
-          f"{tested['agreement_shuffled']:.1%} (97.5th percentile {tested['agreement_shuffled_high']:.1%}, p = {tested['agreement_p']:.4f}): "
-          f"{'more than chance' if more else 'no more than chance'}.")
+    print(f"Same view for {tested['agreement']:.1%} of {tested['phrases']} phrases; 1 in {v} is {1 / v:.1%}, "
+          f"shuffled pairs give {tested['agreement_shuffled']:.1%} (97.5th percentile "
+          f"{tested['agreement_shuffled_high']:.1%}, p = {tested['agreement_p']:.4f}): "
+          f"{'more than chance' if more else 'no more than chance'}.")  # fmt: skip
     stands_out = tested["diagonal_p"] < 0.05
-    print(f"Coinciding shares: view k with view k {tested['diagonal']:.3f}, with another {tested['off_diagonal']:.3f} "
+    print(f"Coinciding shares: view k with view k {tested['diagonal']:.3f}, "
+          f"with another {tested['off_diagonal']:.3f} "
           f"(p = {tested['diagonal_p']:.4f}, {tested['captions']} captions): "
-          f"the diagonal {'stands out' if stands_out else 'does not stand out'}.")
-    verdict = ("both tests find it" if more and stands_out else "one of two tests finds it" if more or stands_out
-               else "neither test finds it")  # fmt: skip
+          f"the diagonal {'stands out' if stands_out else 'does not stand out'}.")  # fmt: skip
+    verdict = ("neither test finds it", "one of two tests finds it", "both tests find it")[more + stands_out]
     print(f"One-to-one mapping of views, in this run: {verdict}. One to one would mean 100 %.")
 
 # %%
 if tested:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4), width_ratios=[1.15, 1], layout="constrained")
     low, high = float(tested["matrix"].min()), float(tested["matrix"].max())
-    draw.matrix(left, tested["matrix"], ticks, low=low, high=max(high, low + 1e-6), label="share of weight on the same phrases")
-    left.set(xlabel="view of the caption", ylabel="view of the picture",
-             title=f"which phrases: view k with view k {tested['diagonal']:.3f}, else {tested['off_diagonal']:.3f}")  # fmt: skip
-    values = {"measured": tested["agreement"], "shuffled pairs": tested["agreement_shuffled"], f"1 in {v}": 1 / v}
-    high = [0, tested["agreement_shuffled_high"] - tested["agreement_shuffled"], 0]
-    draw.bars(right, list(values), {"same view": [100 * x for x in values.values()]},
-              errors={"same view": [100 * max(0, x) for x in high]}, ylabel="phrases whose best views are the same (%)")  # fmt: skip
+    draw.matrix(left, tested["matrix"], ticks, low=low, high=max(high, low + 1e-6),
+                label="share of weight on the same phrases")  # fmt: skip
+    left.set(xlabel="view of the caption", ylabel="view of the picture")
+    left.set_title(f"which phrases: same view {tested['diagonal']:.3f}, another {tested['off_diagonal']:.3f}")
+    values = {"measured": tested["agreement"], "shuffled pairs\n(95 % of them)": tested["agreement_shuffled"],
+              f"1 in {v}": 1 / v}  # fmt: skip
+    spread = [np.nan, 100 * (tested["agreement_shuffled_high"] - tested["agreement_shuffled"]), np.nan]
+    rates = [100 * rate for rate in values.values()]
+    draw.bars(right, list(values), {"": rates}, errors={"": spread}, ylabel="phrases of one best view (%)")
     right.set_title(f"which view: {tested['phrases']} phrases")
     keep(figure, 3)
 
 # %% [markdown]
 # ## Figure 4: retrieved pictures
 #
-# Three captions, chosen by a rule and not by eye: the first of the split whose picture is ranked first, the first whose picture is at
-# rank 2 to 5, and the first whose picture is not among the top 5. A solid frame with a tick is the caption's own picture, a dashed one with
-# a cross is another. On `scenes` it is known of what else a caption is true; such a picture is marked "also true". No method can know that
-# it is not the one that was meant.
+# Three captions, chosen by a rule and not by eye: the first of the split whose picture is ranked first, the
+# first whose picture is at rank 2 to 5, and the first whose picture is not among the top 5. A solid frame
+# with a tick is the caption's own picture, a dashed one with a cross is another. On `scenes` it is known of
+# what else a caption is true; such a picture is marked "also true". No method can know that it is not the one
+# that was meant.
 
 # %%
 scores = (text @ image.T).numpy()
@@ -352,7 +374,7 @@ for missing in classes.keys() - chosen.keys():
     print(f"No caption has its picture at {missing}.")
 
 meanings = []
-if run_parameters["dataset"].startswith("scenes"):
+if of_run["dataset"].startswith("scenes"):
     truths = attributes(side.records[0].image.parents[1], bench.reported)[: len(side.records)]
     meanings = [meaning for truth in truths for meaning in truth["captions"]]
     assert [meaning["text"] for meaning in meanings] == side.captions
@@ -360,10 +382,13 @@ if run_parameters["dataset"].startswith("scenes"):
 
 def also(c: int):
     """The note under a picture for caption c: whether the caption is true of it too."""
-    return lambda i: "also true" if meanings and i != side.image_of[c] and solutions(truths[i], meanings[c]) else ""
+    return lambda i: (
+        "also true" if meanings and i != side.image_of[c] and solutions(truths[i], meanings[c]) else ""
+    )
 
 
-figure, axes = plt.subplots(len(chosen), 7, figsize=(10.4, 1.75 * len(chosen)), width_ratios=[1.8] + [1] * 6, squeeze=False)
+figure, axes = plt.subplots(len(chosen), 7, figsize=(10.4, 1.75 * len(chosen)), width_ratios=[1.8] + [1] * 6,
+                            squeeze=False)  # fmt: skip
 for line, (kind, c) in zip(axes, chosen.items(), strict=True):
     found = draw.retrieval_strip(line, side.captions[c], lambda i: side.records[i].open(), scores[c],
                                  int(side.image_of[c]), note=also(c))  # fmt: skip
@@ -376,7 +401,8 @@ keep(figure, 4)
 # %% [markdown]
 # ## With and without the diversity loss
 #
-# The loss exists to keep views apart. Whether it does is seen beside the same run without it: entropy of each view, and the overlap of two.
+# The loss exists to keep views apart. Whether it does is seen beside the same run without it: entropy of each
+# view, and the overlap of two.
 
 # %%
 for kind in overlap:
@@ -384,18 +410,26 @@ for kind in overlap:
     metrics[f"{kind}_overlap"] = off_diagonal(overlap[kind])
 if not p.compare:
     print("Skipped: `compare` is empty. This makes a run without diversity loss:\n"
-          "  papermill notebooks/mvam/2_train.ipynb run.ipynb -p diversity none -p out papermill_runs/mvam_train_none\n"
+          "  papermill notebooks/mvam/2_train.ipynb run.ipynb -p diversity none"
+          " -p out papermill_runs/mvam_train_none\n"
           "and this compares: -p compare papermill_runs/mvam_train_none")  # fmt: skip
 else:
-    other_parameters, other_metrics, other_bench, other = reopen(p.compare)
+    of_other, other_metrics, other_bench, other = reopen(p.compare)
     differ = {key for key in (*SWITCHES, "dataset", "backbone", "text", "seed", "smoke")
-              if other_parameters[key] != run_parameters[key]}  # fmt: skip
+              if of_other[key] != of_run[key]}  # fmt: skip
     if unexpected := differ - {"diversity", "diversity_weight", "diversity_power", "diversity_reduce"}:
-        raise ValueError(f"{p.compare} differs from {p.run} in {sorted(unexpected)} too: the difference would have two causes")
-    names = [f"diversity {one['diversity']}" + (" (compare)" if one["diversity"] == run_parameters["diversity"] and n else "")
-             for n, one in enumerate((run_parameters, other_parameters))]  # fmt: skip
+        raise ValueError(
+            f"{p.compare} differs from {p.run} in {sorted(unexpected)} too: two causes, one difference"
+        )
+    if not differ:
+        raise ValueError(f"{p.compare} has the same diversity loss as {p.run}: there is nothing to compare")
+    names = [
+        "none" if one["diversity"] == "none" else f"{one['diversity']}, weight {one['diversity_weight']:g}"
+        for one in (of_run, of_other)
+    ]
     theirs = other_bench.splits[other_bench.reported]
     figure, axes = plt.subplots(2, 2, figsize=(10, 5.2), width_ratios=[2.6, 1], layout="constrained")
+    figure.suptitle("diversity loss: " + " and ".join(names))
     for line, kind in zip(axes, overlap, strict=True):
         source = theirs.pictures if kind == "image" else theirs.texts
         e, o = statistics(attend(getattr(other, f"encode_{kind}"), source))
@@ -409,7 +443,8 @@ else:
         line[1].get_legend().remove()
         print(f"{kind}: overlap {two[0][0]:.3f} with {names[0]}, {two[1][0]:.3f} with {names[1]}; "
               f"entropy {entropy[kind].mean():.3f} and {e.mean():.3f}")  # fmt: skip
-    print(f"t2i R@1 {run_metrics['t2i_r1']:.1f} and {other_metrics['t2i_r1']:.1f} %, one seed each: grids/mvam_diversity.csv has the seeds")
+    print(f"t2i R@1 {run_metrics['t2i_r1']:.1f} and {other_metrics['t2i_r1']:.1f} %, one seed each; "
+          "the grid mvam_diversity has several")  # fmt: skip
     keep(figure, 5)
 
 # %%

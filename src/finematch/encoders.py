@@ -138,7 +138,8 @@ class TokenTransformer(nn.Module):
     ):
         super().__init__()
         self.width = width
-        self.norm_input = nn.LayerNorm(input_dim)
+        # without an affine part: nothing before `project` learns, so no gradient of that width is computed
+        self.norm_input = nn.LayerNorm(input_dim, elementwise_affine=False)
         self.project = nn.Linear(input_dim, width)
         self.place = nn.Linear(5, width) if boxes else None
         self.token = nn.Parameter(torch.randn(width) * 0.02) if token else None

@@ -1,0 +1,244 @@
+"""A training step of MVAM: seconds, where they go, and how far that is from the floor.
+
+Two setups with random features of the right shape, as `SETTINGS` has them: Flickr8k (49 cells of MobileNetV2, cached
+MiniLM states) and scenes (regions of the attribute net, a small BERT from scratch), each with mean pooling, one view
+("attention") and 16 views. The pooling head alone is timed too, against the projection of [CLS].
+
+The floor is the multiply-adds of a step's matrix products (torch.utils.flop_counter, forward and backward) at the
+fp32 rate that this machine reaches on a square product, timed in turn with the steps; the least times are compared,
+which other work on the machine disturbs least. What exceeds the floor is elementwise work and memory traffic.
+
+Peak memory is that of a fresh process that does a few steps, less what it holds before its first one.
+
+    python benchmarks/mvam_step.py          writes benchmarks/mvam_step.json (2 minutes on one core)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from finematch.encoders import BertTower, TokenTransformer, Tokens, small_bert
+from finematch.mvam import MVAM, SETTINGS, TokenPooling, ViewAttention
+from finematch.report import git_commit, versions, write_json
+from finematch.training import Plan, device_name, make_optimizer
+
+VIEWS = 16
+SIDE = 1024  # of the square product that gives the machine's rate
+POOLINGS = ("mean", "attention", "mvam")
+BATCH = 128
+
+
+def flickr8k() -> tuple[tuple, dict]:
+    """Grid cells of MobileNetV2 (49 x 1280) and 16 cached MiniLM states (384-d) a caption."""
+    s = SETTINGS["photos"]
+    eye = TokenTransformer(1280, width=s["width"], depth=s["depth"], boxes=True)
+    words = TokenTransformer(384, width=s["width"], depth=1, token=False)
+    text = {"features": torch.randn(BATCH, 16, 384), "mask": real_words(16), "special": ends(16)}
+    return (eye, words), {"image": pictures(49, 1280), "text": text}
+
+
+def scenes() -> tuple[tuple, dict]:
+    """Regions of the attribute net (128-d) and 15 words of the embedded set's vocabulary through a small BERT."""
+    s = SETTINGS["tiny"]
+    eye = TokenTransformer(128, width=s["width"], depth=s["depth"], boxes=True)
+    words = BertTower(small_bert(164, width=s["width"], depth=s["depth"]))
+    text = {"input_ids": torch.randint(5, 164, (BATCH, 15)), "mask": real_words(15), "special": ends(15)}
+    return (eye, words), {"image": pictures(s["regions"], 128), "text": text}
+
+
+def pictures(n: int, width: int) -> dict[str, Tensor]:
+    """Features, mask and places of a batch of pictures."""
+    return {"features": torch.randn(BATCH, n, width), "mask": torch.ones(BATCH, n, dtype=torch.bool),
+            "places": torch.rand(BATCH, n, 5)}  # fmt: skip
+
+
+def real_words(n: int) -> Tensor:
+    """Captions of 9 to `n` tokens, one at least of `n`."""
+    lengths = torch.randint(9, n + 1, (BATCH,))
+    lengths[0] = n
+    return torch.arange(n)[None] < lengths[:, None]
+
+
+def ends(n: int) -> Tensor:
+    special = torch.zeros(BATCH, n, dtype=torch.bool)
+    special[:, 0] = True
+    return special
+
+
+SETUPS = {"flickr8k": (flickr8k, "photos"), "scenes": (scenes, "tiny")}
+
+
+class Step:
+    """One training step in its parts, as `fit` does it: forward, backward, and clipping with AdamW."""
+
+    def __init__(self, setup: str, pooling: str):
+        make, scale = SETUPS[setup]
+        torch.manual_seed(0)
+        towers, batch = make()
+        s = SETTINGS[scale]
+        self.batch = {**batch, "image_id": torch.arange(BATCH)}
+        self.model = MVAM(*towers, pooling=pooling, views=VIEWS, total_dim=s["total_dim"],
+                          diversity_weight=s["diversity_weight"]).train()  # fmt: skip
+        plan = Plan(epochs=1, batch_size=BATCH, lr=1e-6, weight_decay=s["weight_decay"])
+        self.parameters = list(self.model.parameters())
+        self.optimizer = make_optimizer(self.parameters, plan)
+
+    def __call__(self) -> dict[str, float]:
+        """Seconds of each part."""
+        times = [time.perf_counter()]
+        loss = self.model(self.batch)["loss"]
+        times.append(time.perf_counter())
+        loss.backward()
+        times.append(time.perf_counter())
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        times.append(time.perf_counter())
+        parts = {name: b - a for name, a, b in zip(("forward", "backward", "optimiser"), times, times[1:], strict=False)}
+        return {"step": times[-1] - times[0], **parts}
+
+    def operations(self) -> int:
+        """Floating-point operations (two a multiply-add) of the matrix products, forward and backward."""
+        # the counter knows attention by its products, not the CPU's fused kernel
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            with FlopCounterMode(display=False) as counter:
+                self.model(self.batch)["loss"].backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        return counter.get_total_flops()
+
+
+def head(pooling: str, setup: str) -> Callable[[], dict[str, float]]:
+    """Forward and backward of a picture's pooling head alone, on states of the setup's shape."""
+    s = SETTINGS[SETUPS[setup][1]]
+    torch.manual_seed(0)
+    n = (49 if setup == "flickr8k" else s["regions"]) + 1
+    if pooling == "cls":
+        module = TokenPooling(s["width"], s["total_dim"])
+    else:
+        module = ViewAttention(s["width"], views=VIEWS, total_dim=s["total_dim"])
+    states = torch.randn(BATCH, n, s["width"], requires_grad=True)
+    mask = torch.ones(BATCH, n, dtype=torch.bool)
+    gradient = torch.randn(BATCH, s["total_dim"])
+
+    def run() -> dict[str, float]:
+        start = time.perf_counter()
+        module(Tokens(states, mask, ~mask, states[:, 0])).vector.backward(gradient)
+        seconds = time.perf_counter() - start
+        module.zero_grad(set_to_none=True)
+        states.grad = None
+        return {"step": seconds}
+
+    return run
+
+
+def product() -> Callable[[], dict[str, float]]:
+    """The square product whose rate is the machine's."""
+    a, b = torch.randn(2, SIDE, SIDE)
+    out = torch.empty(SIDE, SIDE)
+
+    def run() -> dict[str, float]:
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        return {"step": time.perf_counter() - start}
+
+    return run
+
+
+def in_turn(jobs: dict[str, Callable[[], dict[str, float]]], repeats: int) -> dict[str, list[dict[str, float]]]:
+    """Every job once a round, so that a busy moment of the machine meets all of them."""
+    found: dict[str, list] = {name: [] for name in jobs}
+    for job in jobs.values():
+        job()
+    for _ in range(repeats):
+        for name, job in jobs.items():
+            found[name].append(job())
+    return found
+
+
+def summary(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Median and least seconds of a step, and the parts of the least."""
+    best = min(runs, key=lambda run: run["step"])
+    return {"median": statistics.median(run["step"] for run in runs), "min": best["step"],
+            **{part: value for part, value in best.items() if part != "step"}}  # fmt: skip
+
+
+def own_peak() -> int:
+    """Peak bytes of this process alone (Linux); getrusage's peak is inherited from the parent process."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+
+def print_peak_growth(setup: str, pooling: str) -> None:
+    step = Step(setup, pooling)
+    before = own_peak()
+    for _ in range(3):
+        step()
+    growth = own_peak() - before
+    assert growth > 0, "the peak did not move: this measurement says nothing"
+    print(growth)
+
+
+def peak_growth(setup: str, pooling: str) -> int:
+    """Bytes by which a fresh process's peak grows with its first steps (run as a child)."""
+    command = [sys.executable, __file__, "--memory", setup, pooling]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--memory", nargs=2, metavar=("SETUP", "POOLING"), help="print the growth of the peak, and stop")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory:
+        print_peak_growth(*options.memory)
+        return
+
+    content: dict = {"parameters": {"batch": BATCH, "views": VIEWS, "threads": options.threads, "repeats": options.repeats}}
+    rows = []
+    for setup, (_, scale) in SETUPS.items():
+        steps = {pooling: Step(setup, pooling) for pooling in POOLINGS}
+        heads = {f"{pooling} head": head(pooling, setup) for pooling in ("cls", "mvam")}
+        found = in_turn({"product": product(), **steps, **heads}, options.repeats)
+        rate = 2 * SIDE**3 / summary(found["product"])["min"]
+        settings = {name: SETTINGS[scale][name] for name in ("width", "depth", "total_dim")}
+        content[setup] = {"settings": settings, "flop_per_second": rate}
+        for pooling, step in steps.items():
+            times, operations = summary(found[pooling]), step.operations()
+            floor = operations / rate
+            line = {"seconds": times, "operations": operations, "floor_seconds": floor,
+                    "times_the_floor": times["min"] / floor, "peak_growth_bytes": peak_growth(setup, pooling)}  # fmt: skip
+            content[setup][pooling] = line
+            rows.append([setup, pooling, *(1e3 * times[k] for k in ("median", "min", "forward", "backward", "optimiser")),
+                         1e3 * floor, line["times_the_floor"], line["peak_growth_bytes"] / 1e6])  # fmt: skip
+        alone = {name: summary(found[name]) for name in heads}
+        ratio = alone["mvam head"]["min"] / alone["cls head"]["min"]
+        content[setup]["heads"] = {**alone, "mvam_over_cls": ratio}
+        rows += [[setup, name, 1e3 * t["median"], 1e3 * t["min"]] for name, t in alone.items()]
+
+    content |= {"device": device_name(), "versions": versions(), "commit": git_commit()}
+    write_json(options.out, content)
+    names = ["setup", "pooling", "median ms", "min ms", "forward", "backward", "optimiser", "floor ms", "x floor", "MB"]
+    print(tabulate(rows, names, floatfmt=".3g"))
+    print(f"{options.threads} thread(s), {rate / 1e9:.0f} GFLOP/s on a square product")
+
+
+if __name__ == "__main__":
+    main()

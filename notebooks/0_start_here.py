@@ -1,0 +1,296 @@
+# %% [markdown]
+# # Start here
+#
+# **finematch** is a workbook on *fine-grained image-text matching*: given a caption, find its picture among
+# many, and the reverse, where the pictures differ in details. It reproduces and teaches four methods, each
+# from its paper: **MVAM** is here; HSLM, FELGA and SLAN are planned.
+#
+# * **You are learning.** Read a lesson, change a parameter, run it again. Every claim that can be checked is
+#   followed by an assert.
+# * **You do research.** One line reruns a table of a paper, over seeds, and prints what came out beside what
+#   was printed. Every number says which data, which protocol and which commit made it.
+# * **You have pictures and captions of your own.** The training notebooks read the formats of the field
+#   (Karpathy's JSON, COCO, Flickr30k Entities, region features) and run headless with other parameters.
+#
+# This page takes about a minute on one core and needs nothing but the embedded set, which the project draws
+# itself. It shows that set, says what is hard about it, trains a very small MVAM and looks at what it looks
+# at. **Expected**: the small model finds the right one of 500 pictures for about 20 % of the captions; chance
+# is 0.2 %. Full models and their numbers come later; this is the idea, not a result.
+
+# %% tags=["parameters"]
+dataset: str = "scenes"  # the embedded set is the only one here
+data_root: str = "data"  # folder above the dataset's own; the set is drawn there if absent
+scale: str = "tiny"  # there is no other here
+seed: int = 0  # of the small model's start and the order of its pairs
+out: str = "papermill_runs/start_here"  # the small model's folder
+figures: str = "figures"  # folder of the figures
+smoke: bool = False  # run everything in seconds
+cache: str = "data/cache"  # a smoke run draws its few pictures here
+pictures: int = 2000  # training pictures of the small model
+epochs: int = 3  # and how often it sees them
+views: int = 4  # of the small model
+
+# %% jupyter={"source_hidden": true}
+from finematch.config import root, strict
+
+p = strict(
+    globals(), dataset={"scenes"}, scale={"tiny"}, seed=(0, 2**31), pictures=(100, 4000), epochs=(1, 50), views=(1, 64)
+)  # fmt: skip
+
+# %% [markdown]
+# ## Pictures that differ in details
+#
+# `scenes` has 4,000 training, 500 validation and 500 test pictures. Each shows two to five shapes with a
+# colour, a size and a texture, on one of six backgrounds, and has five captions. A caption tells a part of
+# the picture, in words of its own: "crimson" for red, "hoop" for ring.
+
+# %%
+import time
+
+started = time.monotonic()
+import numpy as np
+import torch
+from IPython.display import Markdown, display
+from matplotlib import pyplot as plt
+
+from finematch import figures as draw
+from finematch.data import Regions, load
+from finematch.data.pairs import RegionSource
+from finematch.data.record import Record, pairs
+from finematch.data.scenes import TOKENIZER, attributes, generate
+from finematch.data.scenes_baselines import bag_of_words, difficulty, table
+from finematch.data.scenes_language import solutions
+from finematch.encoders import GRUTower, TokenTransformer
+from finematch.evaluation.correspondence import pieces
+from finematch.evaluation.retrieval import retrieval
+from finematch.mvam import MVAM
+from finematch.report import write_metrics
+from finematch.text import tokenise, word_level
+from finematch.training import Plan, fit, seed_everything
+from finematch.workbench import SMOKE, Side, embed
+
+draw.style()
+data_root = root() / p.data_root
+if p.smoke:
+    data_root = root() / p.cache / "smoke"
+    generate(data_root / "scenes", **SMOKE)
+test = load("scenes_entities", data_root, "test")
+name = "start_here.scenes" + (".smoke" if p.smoke else "")
+
+
+def keep(figure: plt.Figure, number: int) -> None:
+    """Save a figure of this notebook as SVG and PNG."""
+    for kind in ("svg", "png"):
+        draw.save(figure, root() / p.figures / f"{name}.{number}.{kind}")
+
+
+figure, axes = plt.subplots(2, 4, figsize=(9.6, 3.6), height_ratios=[2.4, 1], layout="constrained")
+for record, (top, bottom) in zip(test, axes.T, strict=False):
+    draw.show_picture(top, record.open())
+    lines = list(record.captions[:2])
+    draw.show_words(bottom, " / ".join(lines).split(), np.zeros(len(" / ".join(lines).split())), size=7.5)
+keep(figure, 1)
+
+# %% [markdown]
+# ## One picture is one record
+#
+# Every dataset, embedded or real, is read from the files that the field publishes into the same record: the
+# picture, its captions, and where they are known, boxes and the phrases that name them. A model is trained on
+# pictures and captions alone; boxes and phrases are for looking, and for testing.
+
+# %%
+record = test[0]
+named = {phrase.boxes[0]: record.captions[phrase.caption][phrase.start : phrase.end]
+         for phrase in reversed(record.phrases) if len(phrase.boxes) == 1}  # fmt: skip
+figure, ax = plt.subplots(figsize=(3.2, 3.2))
+draw.show_boxes(ax, record.open(), list(named), labels=list(named.values()))
+keep(figure, 2)
+for number, caption in enumerate(record.captions):
+    print(number, caption)
+    for phrase in (one for one in record.phrases if one.caption == number):
+        assert 0 <= phrase.start < phrase.end <= len(caption)
+        print(f"    {caption[phrase.start : phrase.end]!r:34} {len(phrase.boxes)} box(es)")
+
+# %% [markdown]
+# ## What "fine-grained" means, in numbers
+#
+# A matcher scores every caption with every picture. *R@K* is the share of queries whose right answer is among
+# the K best; ties count against the model (in brackets: on average over random orders of what is tied). Three
+# scorers that learn nothing tell how hard the set is:
+#
+# * **chance** gives everything the same score;
+# * **bag of words** is told the true labels of every picture and counts which of them the caption names. It
+#   knows that there is something red and a star. It does not know whether the star is red;
+# * **full** understands every word. Even it is not perfect: a caption that tells a part can be true of
+#   several pictures. No method can do better.
+
+# %%
+hard = difficulty(data_root / "scenes", "test")
+display(Markdown(table(hard)))
+assert (
+    hard["chance"]["t2i R@1 expected"]
+    < hard["bag of words"]["t2i R@1 expected"]
+    < hard["full"]["t2i R@1 expected"]
+)
+
+# %% [markdown]
+# What the bag of words misses is *binding*: which colour belongs to which shape, which one is left of which.
+# Below is the first test caption for which it puts a picture at the top that has all the words, but of which
+# the caption is not true. A solid frame with a tick is the caption's own picture, a dashed one with a cross is
+# another.
+
+# %%
+truths = attributes(data_root / "scenes", "test")
+meanings = [meaning for truth in truths for meaning in truth["captions"]]
+captions = [meaning["text"] for meaning in meanings]
+image_of = np.repeat(np.arange(len(truths)), [len(truth["captions"]) for truth in truths])
+counted = bag_of_words(truths, captions)
+for c in range(len(captions)):
+    rivals = np.flatnonzero(counted[:, c] >= counted[image_of[c], c])
+    fooled = [i for i in rivals if i != image_of[c] and not solutions(truths[i], meanings[c])]
+    if fooled:
+        break
+assert counted[fooled[0], c] >= counted[image_of[c], c]
+
+
+def also_true(i: int) -> str:
+    return "also true" if i != image_of[c] and solutions(truths[i], meanings[c]) else ""
+
+
+figure, axes = plt.subplots(1, 7, figsize=(10.4, 1.8), width_ratios=[1.8] + [1] * 6)
+draw.retrieval_strip(
+    axes, captions[c], lambda i: test[i].open(), counted[:, c], int(image_of[c]), note=also_true
+)
+axes[0].set_title(f"caption {c}, scored by counting words", fontsize=7.5)
+figure.subplots_adjust(wspace=0.12, left=0.01, right=0.99, top=0.9, bottom=0.12)
+keep(figure, 3)
+
+# %% [markdown]
+# ## A very small MVAM
+#
+# Most matchers squeeze a picture into *one* vector and a caption into another, and compare the two. MVAM asks
+# several questions at once: each of its *views* is a learnt code that decides which parts of the picture, or
+# which words, to take in. The views' answers, side by side, are the vector.
+#
+# The real thing (`mvam/2_train`) works on regions that it proposes itself, with features of a trained
+# network. To be ready within a minute, this one gets two gifts that no other notebook gives: it sees the *true
+# boxes* of the shapes (and the whole picture), and each is nothing but 8 x 8 pixels. The captions go through a
+# small recurrent network. Boxes carry no names; what "star" looks like it has to learn from the pairs.
+
+
+# %%
+def crops(records: list[Record], split: str, size: int = 8, regions: int = 6) -> Regions:
+    """The true boxes of each picture, then the whole picture up to `regions`, each shrunk to `size` x `size`."""
+    boxes = np.zeros((len(records), regions, 4), np.float32)
+    features = np.zeros((len(records), regions, size * size * 3), np.float32)
+    for i, record in enumerate(records):
+        picture = record.open()
+        found = [thing.box for thing in record.objects][: regions - 1]
+        boxes[i] = found + [(0, 0, *picture.size)] * (regions - len(found))
+        for j, box in enumerate(boxes[i]):
+            features[i, j] = (
+                np.asarray(picture.resize((size, size), box=tuple(box)), np.float32).ravel() / 255
+            )
+    texts = pairs(records)
+    sizes = np.array([record.size for record in records])
+    ids = [record.image_id for record in records]
+    number = np.array([i for i, _ in texts])
+    return Regions(split, features, [text for _, text in texts], number, ids, boxes, sizes, {})
+
+
+tokenizer = word_level(TOKENIZER)
+sides = {}
+for split in ("train", "test"):
+    records = load("scenes_coco", data_root, split)[: p.pictures]
+    made = crops(records, split)
+    sides[split] = Side(records, made.captions, made.image_of, RegionSource(made),
+                        tokenise(made.captions, tokenizer), made)  # fmt: skip
+side = sides["test"]
+assert side.captions == captions
+
+seed_everything(p.seed)
+eye = TokenTransformer(sides["train"].regions.features.shape[-1], width=64, depth=1, boxes=True)
+model = MVAM(eye, GRUTower(len(tokenizer), embed=64, width=64), views=p.views, total_dim=64 * p.views,
+             diversity_weight=0.01)  # fmt: skip
+where = root() / p.out / f"{len(sides['train'].records)}pictures.{p.epochs}epochs.{p.views}views.s{p.seed}"
+plan = Plan(epochs=1 if p.smoke else p.epochs, batch_size=32 if p.smoke else 128, lr=2e-3, weight_decay=0.02,
+            warmup=0.1, clip_norm=1.0, seed=p.seed)  # fmt: skip
+print(
+    f"{sum(q.numel() for q in model.parameters()) / 1e3:.0f} thousand parameters, {p.views} views of width 64"
+)
+summary = fit(model, sides["train"].pairs(), plan, where)
+
+# %%
+found = retrieval(*embed(model, side), side.image_of, split="scenes test")
+chance = 100 / len(side.records)
+print(f"the right picture first: {found['t2i_r1']:.1f} % of the captions (chance {chance:.1f} %)")
+print(f"the right picture among the first five: {found['t2i_r5']:.1f} % (chance {5 * chance:.1f} %)")
+if not p.smoke:
+    assert found["t2i_r1"] > 10 * chance
+
+# %% [markdown]
+# ## One picture, five captions, four views
+#
+# Above, what each view takes in of the first test picture: lit is much weight, grey is none. Below, what the
+# *same* view takes in of each of its five captions: dark is much weight. On the left, the rank that the
+# picture has among all test pictures for that caption.
+#
+# The maps do not depend on the caption. That is what a *two-stream* model is: pictures and captions meet only
+# in the last step, a dot product, so that a million pictures can be stored as vectors before anyone asks.
+
+# %%
+with torch.no_grad():
+    on_image = model.encode_image(**side.pictures.batch([0])).attention[0]
+    own = np.flatnonzero(side.image_of == 0)
+    batch = side.texts.batch(own)
+    on_text = model.encode_text(**batch).attention
+    image, text = embed(model, side)
+assert torch.allclose(on_image.sum(1), torch.ones(p.views), atol=1e-5)  # a view's weights sum to one
+assert not (on_text * ~batch["mask"][:, None]).any()  # nothing is spent on padding
+scores = (text @ image.T).numpy()
+rank = (scores[own] >= scores[own, 0][:, None]).sum(1)
+
+shown = min(p.views, 4)
+picture = side.records[0].open()
+figure = plt.figure(figsize=(1.2 + 2.3 * shown, 6.6))
+grid = figure.add_gridspec(1 + len(own), 1 + shown, width_ratios=[0.55] + [1] * shown, wspace=0.08, hspace=0.12,
+                           height_ratios=[2.6] + [1] * len(own), left=0.01, right=0.99, top=0.96, bottom=0.01)  # fmt: skip
+draw.show_picture(figure.add_subplot(grid[0, 0]), picture)
+for k in range(shown):
+    ax = figure.add_subplot(grid[0, k + 1])
+    draw.show_attention(ax, picture, side.regions.boxes[0], on_image[k, 1:].numpy())
+    ax.set_title(f"view {k + 1}" + (f", {on_image[k, 0]:.0%} on [IMG]" if on_image[k, 0] >= 0.005 else ""))
+for row, c in enumerate(own):
+    cut = pieces(side.captions[c], tokenizer)
+    ax = figure.add_subplot(grid[row + 1, 0])
+    ax.set_axis_off()
+    ax.text(0, 1, f"caption {row}\nrank {rank[row]} of {len(side.records)}", va="top", fontsize=8)
+    for k in range(shown):
+        weights = on_text[row, k, : len(cut.words)].numpy()
+        draw.show_words(figure.add_subplot(grid[row + 1, k + 1]), cut.words, weights, size=7.5)
+keep(figure, 4)
+
+# %% [markdown]
+# Do the views of the picture and those of the captions look at the same things? The paper says so. One
+# picture cannot tell; `mvam/4_attention` counts.
+#
+# ## Where to go next
+#
+# | notebook | what it is | on one core |
+# |---|---|---|
+# | `1_data` | a tour of the sets and records; where boxes and region features come from | minutes |
+# | `mvam/1_lesson` | the method from its formulas, on tensors small enough to work by hand | a minute |
+# | `mvam/2_train` | one training run; every row of the paper's tables is this notebook with other parameters | minutes |
+# | `mvam/3_ablations` | the paper's tables, its numbers beside ours, over seeds | seconds, from finished runs |
+# | `mvam/4_attention` | what every view looks at, and whether views correspond | a minute, from a finished run |
+#
+# Learning? Take `mvam/1_lesson`. Reproducing? `make grid GRID=mvam_views` reruns a table, and `mvam/3_ablations`
+# draws it. Your own photos? `1_data` says which files are read, and `mvam/2_train` takes `dataset` and
+# `data_root`. **Planned**, and not here yet: HSLM, FELGA and SLAN with lessons of their own, a comparison of
+# all four, and a scorecard of every table.
+
+# %%
+metrics = {"t2i_r1": found["t2i_r1"], "t2i_r5": found["t2i_r5"], "i2t_r1": found["i2t_r1"],
+           "protocol": found["protocol"] + "; a toy that is given the true boxes"}  # fmt: skip
+write_metrics(root() / p.out, p.as_dict(), metrics, seconds=time.monotonic() - started)
+print(f"This page took {time.monotonic() - started:.0f} seconds.")
