@@ -1,12 +1,15 @@
 """A training step of MVAM: seconds, where they go, and how far that is from the floor.
 
-Two setups with random features of the right shape, as `SETTINGS` has them: Flickr8k (49 cells of MobileNetV2, cached
-MiniLM states) and scenes (regions of the attribute net, a small BERT from scratch), each with mean pooling, one view
-("attention") and 16 views. The pooling head alone is timed too, against the projection of [CLS].
+Two setups with random features of the right shape, as `SETTINGS` has them: Flickr8k (49 cells of MobileNetV2,
+cached MiniLM states) and scenes (regions of the attribute net, a small BERT from scratch), each with mean
+pooling, one view ("attention") and 16 views. The pooling head alone is timed too, against [CLS]'s projection.
 
-The floor is the multiply-adds of a step's matrix products (torch.utils.flop_counter, forward and backward) at the
-fp32 rate that this machine reaches on a square product, timed in turn with the steps; the least times are compared,
-which other work on the machine disturbs least. What exceeds the floor is elementwise work and memory traffic.
+The floor is the multiply-adds of a step's matrix products (torch.utils.flop_counter, forward and backward) at
+the fp32 rate that this machine reaches on a square product, timed in turn with the steps; the least times are
+compared. What exceeds the floor is elementwise work, dropout's random numbers and memory traffic.
+
+With one thread the clock is the process's own (CPU seconds): other work on the machine does not count;
+with more it is the wall's, and the machine should be quiet.
 
 Peak memory is that of a fresh process that does a few steps, less what it holds before its first one.
 
@@ -16,13 +19,13 @@ Peak memory is that of a fresh process that does a few steps, less what it holds
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,9 +33,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from tabulate import tabulate
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from finematch.encoders import BertTower, TokenTransformer, Tokens, small_bert
+from finematch.encoders import BertTower, Tokens, TokenTransformer, small_bert
 from finematch.mvam import MVAM, SETTINGS, TokenPooling, ViewAttention
 from finematch.report import git_commit, versions, write_json
 from finematch.training import Plan, device_name, make_optimizer
@@ -53,7 +57,7 @@ def flickr8k() -> tuple[tuple, dict]:
 
 
 def scenes() -> tuple[tuple, dict]:
-    """Regions of the attribute net (128-d) and 15 words of the embedded set's vocabulary through a small BERT."""
+    """Regions of the attribute net (128-d), and 15 words of the embedded set through a small BERT."""
     s = SETTINGS["tiny"]
     eye = TokenTransformer(128, width=s["width"], depth=s["depth"], boxes=True)
     words = BertTower(small_bert(164, width=s["width"], depth=s["depth"]))
@@ -83,6 +87,11 @@ def ends(n: int) -> Tensor:
 SETUPS = {"flickr8k": (flickr8k, "photos"), "scenes": (scenes, "tiny")}
 
 
+def clock() -> float:
+    """CPU seconds of this process where it has one thread, else the wall's."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 class Step:
     """One training step in its parts, as `fit` does it: forward, backward, and clipping with AdamW."""
 
@@ -100,29 +109,28 @@ class Step:
 
     def __call__(self) -> dict[str, float]:
         """Seconds of each part."""
-        times = [time.perf_counter()]
+        times = [clock()]
         loss = self.model(self.batch)["loss"]
-        times.append(time.perf_counter())
+        times.append(clock())
         loss.backward()
-        times.append(time.perf_counter())
+        times.append(clock())
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        times.append(time.perf_counter())
-        parts = {name: b - a for name, a, b in zip(("forward", "backward", "optimiser"), times, times[1:], strict=False)}
-        return {"step": times[-1] - times[0], **parts}
+        times.append(clock())
+        parts = [after - before for before, after in pairwise(times)]
+        return {"step": sum(parts), **dict(zip(("forward", "backward", "optimiser"), parts, strict=True))}
 
     def operations(self) -> int:
         """Floating-point operations (two a multiply-add) of the matrix products, forward and backward."""
         # the counter knows attention by its products, not the CPU's fused kernel
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            with FlopCounterMode(display=False) as counter:
-                self.model(self.batch)["loss"].backward()
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            self.model(self.batch)["loss"].backward()
         self.optimizer.zero_grad(set_to_none=True)
         return counter.get_total_flops()
 
 
-def head(pooling: str, setup: str) -> Callable[[], dict[str, float]]:
+def head(pooling: str, setup: str) -> "Job":
     """Forward and backward of a picture's pooling head alone, on states of the setup's shape."""
     s = SETTINGS[SETUPS[setup][1]]
     torch.manual_seed(0)
@@ -136,9 +144,9 @@ def head(pooling: str, setup: str) -> Callable[[], dict[str, float]]:
     gradient = torch.randn(BATCH, s["total_dim"])
 
     def run() -> dict[str, float]:
-        start = time.perf_counter()
+        start = clock()
         module(Tokens(states, mask, ~mask, states[:, 0])).vector.backward(gradient)
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         module.zero_grad(set_to_none=True)
         states.grad = None
         return {"step": seconds}
@@ -146,20 +154,23 @@ def head(pooling: str, setup: str) -> Callable[[], dict[str, float]]:
     return run
 
 
-def product() -> Callable[[], dict[str, float]]:
+def product() -> "Job":
     """The square product whose rate is the machine's."""
     a, b = torch.randn(2, SIDE, SIDE)
     out = torch.empty(SIDE, SIDE)
 
     def run() -> dict[str, float]:
-        start = time.perf_counter()
+        start = clock()
         torch.mm(a, b, out=out)
-        return {"step": time.perf_counter() - start}
+        return {"step": clock() - start}
 
     return run
 
 
-def in_turn(jobs: dict[str, Callable[[], dict[str, float]]], repeats: int) -> dict[str, list[dict[str, float]]]:
+Job = Callable[[], dict[str, float]]
+
+
+def in_turn(jobs: dict[str, Job], repeats: int) -> dict[str, list[dict[str, float]]]:
     """Every job once a round, so that a busy moment of the machine meets all of them."""
     found: dict[str, list] = {name: [] for name in jobs}
     for job in jobs.values():
@@ -203,7 +214,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--memory", nargs=2, metavar=("SETUP", "POOLING"), help="print the growth of the peak, and stop")
+    parser.add_argument(
+        "--memory",
+        nargs=2,
+        metavar=("SETUP", "POOLING"),
+        help="print the growth of the peak in bytes, and stop",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -211,33 +227,40 @@ def main() -> None:
         print_peak_growth(*options.memory)
         return
 
-    content: dict = {"parameters": {"batch": BATCH, "views": VIEWS, "threads": options.threads, "repeats": options.repeats}}
+    given = {"batch": BATCH, "views": VIEWS, "threads": options.threads, "repeats": options.repeats,
+             "clock": "CPU seconds" if options.threads == 1 else "wall seconds"}  # fmt: skip
+    content: dict = {"parameters": given}
     rows = []
     for setup, (_, scale) in SETUPS.items():
         steps = {pooling: Step(setup, pooling) for pooling in POOLINGS}
         heads = {f"{pooling} head": head(pooling, setup) for pooling in ("cls", "mvam")}
         found = in_turn({"product": product(), **steps, **heads}, options.repeats)
-        rate = 2 * SIDE**3 / summary(found["product"])["min"]
+        times = {name: summary(runs) for name, runs in found.items()}
+        rate = 2 * SIDE**3 / times["product"]["min"]
         settings = {name: SETTINGS[scale][name] for name in ("width", "depth", "total_dim")}
         content[setup] = {"settings": settings, "flop_per_second": rate}
         for pooling, step in steps.items():
-            times, operations = summary(found[pooling]), step.operations()
-            floor = operations / rate
-            line = {"seconds": times, "operations": operations, "floor_seconds": floor,
-                    "times_the_floor": times["min"] / floor, "peak_growth_bytes": peak_growth(setup, pooling)}  # fmt: skip
+            t, operations = times[pooling], step.operations()
+            line = {
+                "seconds": t,
+                "operations": operations,
+                "floor_seconds": operations / rate,
+                "times_the_floor": t["min"] * rate / operations,
+                "peak_growth_bytes": peak_growth(setup, pooling),
+            }
             content[setup][pooling] = line
-            rows.append([setup, pooling, *(1e3 * times[k] for k in ("median", "min", "forward", "backward", "optimiser")),
-                         1e3 * floor, line["times_the_floor"], line["peak_growth_bytes"] / 1e6])  # fmt: skip
-        alone = {name: summary(found[name]) for name in heads}
-        ratio = alone["mvam head"]["min"] / alone["cls head"]["min"]
-        content[setup]["heads"] = {**alone, "mvam_over_cls": ratio}
-        rows += [[setup, name, 1e3 * t["median"], 1e3 * t["min"]] for name, t in alone.items()]
+            parts = (t[name] for name in ("median", "min", "forward", "backward", "optimiser"))
+            rows.append([setup, pooling, *(1e3 * part for part in parts), 1e3 * line["floor_seconds"],
+                         line["times_the_floor"], line["peak_growth_bytes"] / 1e6])  # fmt: skip
+        ratio = times["mvam head"]["min"] / times["cls head"]["min"]
+        content[setup]["heads"] = {**{name: times[name] for name in heads}, "mvam_over_cls": ratio}
+        rows += [[setup, name, 1e3 * times[name]["median"], 1e3 * times[name]["min"]] for name in heads]
+        print(f"{setup}: {rate / 1e9:.0f} GFLOP/s on a square product, {options.threads} thread(s)")
 
     content |= {"device": device_name(), "versions": versions(), "commit": git_commit()}
     write_json(options.out, content)
-    names = ["setup", "pooling", "median ms", "min ms", "forward", "backward", "optimiser", "floor ms", "x floor", "MB"]
-    print(tabulate(rows, names, floatfmt=".3g"))
-    print(f"{options.threads} thread(s), {rate / 1e9:.0f} GFLOP/s on a square product")
+    columns = "setup, pooling, median ms, min ms, forward, backward, optimiser, floor ms, x floor, MB"
+    print(tabulate(rows, columns.split(", "), floatfmt=".4g"))
 
 
 if __name__ == "__main__":

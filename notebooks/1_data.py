@@ -15,8 +15,8 @@
 # | flickr8k | 2 minutes for cells, 3 for regions on the grid; selective search takes an hour |
 #
 # **Expected** on scenes: a bag of words finds the right picture for one caption in five, the full truth for
-# about three in four; selective search covers over nine objects in ten with 36 boxes, a regular grid about
-# half of them. The numbers below are measured when the page runs.
+# about three in four; selective search covers nearly nine objects in ten with 20 boxes, a regular grid
+# little more than a third. The numbers below are measured when the page runs.
 #
 # Real photos are shown here and never saved: only pictures that this project drew itself go into `figures/`.
 
@@ -339,6 +339,7 @@ for name, tokenizer in tokenizers.items():
 # half?
 
 # %%
+count = settings(p.scale, p.dataset, {"regions": p.regions})["regions"]  # boxes a picture that runs take
 methods = dict(propose(name) for name in ("selective_search", "grid"))
 with_boxes = [r for r in boxed if boxes_of(r)]
 sample = with_boxes[: 12 if p.smoke else 200 if embedded else 40]
@@ -350,12 +351,12 @@ def best_overlaps(method: str, record: Record, top: int) -> torch.Tensor:
     return iou(torch.tensor(boxes_of(record)), proposed).cummax(1).values
 
 
-recall, top = {}, 100
+recall, top = {}, max(100, count)
 for method in methods if sample else ():
     covered = torch.cat([best_overlaps(method, r, top) for r in sample]) >= 0.5
     recall[method] = 100 * covered.float().mean(0).numpy()
 if recall:
-    columns = (1, 10, 20, 36, 100)
+    columns = sorted({1, 10, count, 36, 100})
     show(
         pd.DataFrame({f"{n} boxes": {m: recall[m][n - 1] for m in recall} for n in columns}).rename_axis(
             "recall at 0.5, %"
@@ -363,14 +364,14 @@ if recall:
         1,
     )
     if embedded:
-        assert recall["selective_search"][35] > recall["grid"][35]
+        assert recall["selective_search"][count - 1] > recall["grid"][count - 1]
 
 # %%
 view = max((boxed[i] for i in chosen), key=lambda r: len(boxes_of(r)))
 fig, axes = plt.subplots(1, 3 if recall else 2, figsize=(7.2 if recall else 5, 2.5), layout="constrained",
                          width_ratios=[1, 1, 1.35][: 3 if recall else 2])  # fmt: skip
 for ax, method in zip(axes, methods, strict=False):
-    proposed = methods[method](view.open(), 36)
+    proposed = methods[method](view.open(), count)
     if not boxes_of(view):
         figures.show_boxes(ax, view.open(), proposed[:12])
         ax.set_title(f"{method.replace('_', ' ')}: first 12")
@@ -379,11 +380,11 @@ for ax, method in zip(axes, methods, strict=False):
     figures.show_boxes(
         ax, view.open(), proposed[overlap.argmax(1)], labels=[f"{v:.2f}" for v in overlap.max(1).values]
     )
-    ax.set_title(f"{method.replace('_', ' ')}: best of 36, IoU", fontsize=8)
+    ax.set_title(f"{method.replace('_', ' ')}: best of {count}, IoU", fontsize=8)
 if recall:
     for k, (method, values) in enumerate(recall.items()):
         axes[2].plot(np.arange(1, top + 1), values, ("-", "--")[k], marker="", label=method.replace("_", " "))
-    axes[2].axvline(36, color=figures.FAINT, linestyle=":", marker="")
+    axes[2].axvline(count, color=figures.FAINT, linestyle=":", marker="")
     axes[2].set(
         xscale="log", ylim=(0, 100), xlabel="proposals a picture (log scale)", ylabel="recall at IoU 0.5 (%)"
     )
@@ -393,19 +394,19 @@ keep(fig, "data_proposals")
 plt.show()
 
 # %% [markdown]
-# Selective search costs time. It is measured on a few pictures; with `proposals=auto`, a set that would take
-# more than ten minutes gets the grid instead. The features' file says which it was, and training asks for
-# the features by that name.
+# Selective search costs time. It is measured on a few pictures; with `proposals=auto`, photos that would
+# take more than ten minutes get the grid instead. The features' note says which it was, and training
+# compares it with what it asks for.
 
 # %%
 pictures = [r.open() for r in records["train"][:6]]
 begun = time.monotonic()
 for picture in pictures:
-    methods["selective_search"](picture, 36)
+    methods["selective_search"](picture, count)
 each, number = (time.monotonic() - begun) / len(pictures), sum(map(len, records.values()))
 method = p.proposals
 if method == "auto":
-    method = "selective_search" if each * number < 600 else "grid"
+    method = "selective_search" if embedded or each * number < (20 if p.smoke else 600) else "grid"
 print(
     f"Selective search: {1000 * each:.0f} ms a picture, {each * number / 60:.1f} minutes for all {number:,}."
 )
@@ -429,7 +430,6 @@ print(f"Taken here: {method}.")
 # `open_bench` is the call that `2_train` makes, so what it leaves in the cache is what training finds.
 
 # %%
-count = settings(p.scale, p.dataset, {"regions": p.regions})["regions"]
 common = {"dataset": p.dataset, "data_root": root() / p.data_root, "cache": cache, "scale": p.scale}
 made_by = {"text": "bert", "proposals": method, "regions": count, "smoke": p.smoke}
 bench = {kind: open_bench(backbone=kind, **common, **made_by) for kind in p.kinds.split(",")}
@@ -508,7 +508,9 @@ def neighbours(picture: int, region: int, k: int) -> list[tuple[int, int]]:
 fig, axes = plt.subplots(3, 7, figsize=(7.2, 3.3), layout="constrained")
 for line, i in zip(axes, chosen, strict=False):
     i = i % n
-    truth = torch.tensor(boxes_of(boxed[i])) if embedded else places[i, min(9, r - 1)][None]
+    width, height = records["val"][i].open().size
+    middle = torch.tensor([[width, height, 3 * width, 3 * height]]) / 4
+    truth = torch.tensor(boxes_of(boxed[i])) if embedded else middle
     start = int(iou(truth, places[i]).max(0).values.argmax())
     for ax, (a, b) in zip(line, [(i, start), *neighbours(i, start, 6)], strict=True):
         figures.show_boxes(ax, records["val"][a].open(), places[a, b][None])

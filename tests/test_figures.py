@@ -148,7 +148,9 @@ def test_attention_is_bright_where_the_weight_is():
 
 def test_maps_on_one_scale_can_be_compared():
     _, ax = plt.subplots()
-    assert figures.show_attention(ax, PICTURE, CELLS, EVEN).max() == 1
+    sharp = [0.5, 0.1, 0.1, 0.1, 0.1, 0.1]
+    assert figures.show_attention(ax, PICTURE, CELLS, sharp).max() == pytest.approx(1)
+    assert figures.show_attention(ax, PICTURE, CELLS, EVEN).max() == pytest.approx(1 / 3)
     assert figures.show_attention(ax, PICTURE, CELLS, EVEN, top=1 / 400).max() == pytest.approx(1 / 6)
 
 
@@ -198,26 +200,32 @@ def test_what_is_no_picture(picture):
 # --- on words
 
 
-def test_words_wrap_inside_the_axes_and_do_not_touch():
-    figure, ax = plt.subplots(figsize=(3, 2))
-    caption = "there is a tiny crimson star with dots to the left of two golden hearts"
-    words = caption.split()
-    texts = figures.show_words(ax, words, np.linspace(0, 1, len(words)))
-    renderer, frame = figure.canvas.get_renderer(), ax.get_window_extent()
-    extents = [text.get_window_extent(renderer) for text in texts]
+@pytest.mark.parametrize("dpi", [72, 110, 160])
+def test_words_wrap_inside_the_axes_and_do_not_touch(dpi):
+    """Laid out once, at the figure's own resolution, they must still be apart when saved at another."""
+    with figures.style():
+        figure, ax = plt.subplots(figsize=(3, 2))
+        caption = "there is a tiny crimson star with dots to the left of two golden hearts"
+        words = caption.split()
+        texts = figures.show_words(ax, words, np.linspace(0, 1, len(words)))
+        figure.set_dpi(dpi)
+        figure.canvas.draw()
+        renderer, frame = figure.canvas.get_renderer(), ax.get_window_extent()
+        extents = [text.get_window_extent(renderer) for text in texts]
     lines = sorted({round(text.get_position()[1], 4) for text in texts}, reverse=True)
     assert len(lines) > 1
     assert all(frame.x0 - 1 <= e.x0 and e.x1 <= frame.x1 + 1 for e in extents)
     assert all(frame.y0 - 1 <= e.y0 and e.y1 <= frame.y1 + 1 for e in extents)
-    for a, b in pairwise(texts):
-        if a.get_position()[1] == b.get_position()[1]:
-            assert a.get_window_extent(renderer).x1 < b.get_window_extent(renderer).x0
+    for a, b in pairwise(zip(texts, extents, strict=True)):
+        if a[0].get_position()[1] == b[0].get_position()[1]:
+            assert b[1].x0 - a[1].x1 > 0.2 * 9 * dpi / 72
     assert [text.get_text() for text in texts] == words
 
 
 def test_heavier_words_are_darker_and_stay_readable():
     _, ax = plt.subplots(figsize=(6, 2))
-    texts = figures.show_words(ax, list("abcdefghi"), np.linspace(0, 1, 9))
+    texts = figures.show_words(ax, list("abcdefghi"), np.linspace(0, 1, 9), top=1.0)
+    assert figures.show_words(ax, ["a", "b"], [1, 1])[0].get_bbox_patch().get_facecolor()[:3] < (1, 1, 0.9)
     boxes = [luminance(np.array(t.get_bbox_patch().get_facecolor()[:3])) for t in texts]
     assert (np.diff(boxes) < 0).all()
     assert all(abs(luminance(t.get_color()) - box) > 0.35 for t, box in zip(texts, boxes, strict=True))

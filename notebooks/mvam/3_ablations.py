@@ -10,6 +10,7 @@
 # | `mvam_ensemble` | 3 | one model of 16 views, or 16 models of one |
 # | `mvam_views` | 4 | number of views |
 # | `mvam_diversity` | 5 | diversity loss: none, square root, base |
+# | `mvam_photos` | none | real photos, frozen MobileNetV2 cells: pooling × text tower (a frozen MiniLM, or a GRU from scratch) |
 # | `mvam_lambda` | none | our question: how much diversity loss do towers bear that are trained from scratch? |
 #
 # **Cost** seconds. `make grid GRID=mvam_views` makes the runs and ends with this page. Rows that have not been run stay empty; nothing is guessed.
@@ -18,7 +19,7 @@
 # compared is the *order* of the rows.
 
 # %% tags=["parameters"]
-grid: str = "mvam_views"  # mvam_backbones, mvam_ensemble, mvam_views, mvam_diversity or mvam_lambda
+grid: str = "mvam_views"  # mvam_backbones, mvam_ensemble, mvam_views, mvam_diversity, mvam_lambda or mvam_photos
 dataset: str = "scenes"  # the runs' dataset
 data_root: str = "data"  # not read here; every notebook has it
 scale: str = "tiny"  # the runs' scale
@@ -31,7 +32,8 @@ smoke: bool = False  # the runs were smoke runs: their numbers mean nothing
 from finematch.config import root, strict
 
 p = strict(
-    globals(), grid={"mvam_backbones", "mvam_ensemble", "mvam_views", "mvam_diversity", "mvam_lambda"}, scale={"tiny", "paper"},
+    globals(), grid={"mvam_backbones", "mvam_ensemble", "mvam_views", "mvam_diversity", "mvam_lambda",
+                     "mvam_photos"}, scale={"tiny", "paper"},
     seed=(0, 2**31),
 )  # fmt: skip
 
@@ -55,6 +57,10 @@ GRIDS = {
     "mvam_diversity": ("5", "diversity loss", {
         "diversity-none": "w/o diversity loss", "diversity-sqrt": "square root diversity loss",
         "regions-mvam": "base diversity loss"}),
+    "mvam_photos": ("", "text tower and pooling", {
+        "minilm-mean": "MiniLM +mean", "minilm-attention": "MiniLM +Attn", "minilm-mvam": "MiniLM +MVAM",
+        "minilm-mvam-none": "MiniLM +MVAM, no diversity", "minilm-mvam-1e1": "MiniLM +MVAM, lambda 10",
+        "gru-mean": "GRU +mean", "gru-attention": "GRU +Attn", "gru-mvam": "GRU +MVAM"}),
     "mvam_lambda": ("", "weight of the diversity loss", {
         "diversity-none": "0", "lambda-1e-2": "0.01", "lambda-1e-1": "0.1", "lambda-1e0": "1", "lambda-1e1": "10"}),
 }  # fmt: skip
@@ -138,6 +144,9 @@ CLAIMS = {
     "mvam_diversity": [("base diversity beats none", "regions-mvam", "diversity-none"),
                        ("square root diversity beats none", "diversity-sqrt", "diversity-none"),
                        ("base beats square root", "regions-mvam", "diversity-sqrt")],
+    "mvam_photos": [(f"{names[f'{t}-{a}']} beats {names[f'{t}-{b}']}", f"{t}-{a}", f"{t}-{b}")
+                    for t, a, b in (("minilm", "mvam", "attention"), ("minilm", "mvam", "mean"), ("gru", "mvam", "attention"),
+                                    ("gru", "mvam", "mean"), ("minilm", "mvam", "mvam-none"))] if p.grid == "mvam_photos" else [],
     "mvam_lambda": [(f"{w} beats none", w, "diversity-none") for w in ("lambda-1e-2", "lambda-1e-1", "lambda-1e0", "lambda-1e1")],
 }  # fmt: skip
 verdicts = claims(runs, [Claim(t, m, {"row": a}, {"row": b}, {}) for t, a, b in CLAIMS[p.grid] for m in ("t2i_r1", "i2t_r1", "rsum")])

@@ -191,8 +191,9 @@ def on_words(c: int) -> tuple[list[str], np.ndarray]:
 # ## Figure 3: each view of a picture, beside the same view of its caption
 #
 # The caption is the one that `example` names: the first of the split, unless you ask for another. Each map
-# and each caption is shaded up to its own maximum, so they show *where* a view looks. *How sharply* it looks
-# is its entropy, in the title: 0 is one token, 1 is all alike.
+# and each caption has its own scale, up to its maximum, or to three times its mean if the maximum is lower: a
+# view that spreads evenly stays pale. The entropy in the title says it in a number: 0 is one token, 1 is all
+# alike.
 #
 # One caution. A token is not a patch of pixels: the Transformer below has mixed every token with all the
 # others. A view that looks at a region takes what the network wrote there.
@@ -224,7 +225,7 @@ head.set_axis_off()
 head.text(0.01, 0.95, f"{side.captions[c]}", fontsize=12, va="top", transform=head.transAxes)
 legend = (
     f"Caption {c} of {label}. Each view on the picture, and beside it the same view on the words.\n"
-    "Lit cells and dark words carry weight, each scaled to its own maximum. H is the entropy: 1 is uniform."
+    "Lit cells and dark words carry weight, each on its own scale. H is the entropy: 1 is uniform."
 )
 head.text(0.01, 0.62, legend, fontsize=8, va="top", linespacing=1.5, transform=head.transAxes)
 for k in range(v):

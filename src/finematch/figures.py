@@ -44,6 +44,7 @@ HOUSE = {
     "axes.prop_cycle": mpl.cycler(color=PALETTE, marker=MARKERS), "hatch.linewidth": 0.6,
     "figure.figsize": (6.4, 3.2), "figure.dpi": 110, "figure.facecolor": "white", "savefig.dpi": 160,
     "savefig.facecolor": "white", "svg.fonttype": "path",
+    "text.hinting": "no_hinting",  # words laid out at one resolution keep their places at another
 }  # fmt: skip
 
 
@@ -144,7 +145,7 @@ def show_attention(
     Args:
         boxes, weights: see `density`; cells that tile the picture or regions that overlap.
         top: the density that is drawn at full heat, to compare several maps; by default the map's own
-            largest, which shows each map's shape.
+            largest, but at least three times its mean: a view that spreads evenly stays pale.
 
     Returns:
         The map in [0, 1] as drawn, "h w".
@@ -154,7 +155,7 @@ def show_attention(
     """
     array = as_array(picture)
     found = density(boxes, weights, array.shape[1], array.shape[0])
-    top = float(found.max()) if top is None else top
+    top = max(float(found.max()), 3 * float(found.mean())) if top is None else top
     if not top > 0:
         raise ValueError(f"top is {top}: there is no weight to draw")
     heat = np.clip(found / top, 0, 1)
@@ -232,7 +233,7 @@ def show_words(
 
     Args:
         words: in order; weights: one each, not negative.
-        top: the weight that is shaded fully; by default the largest here.
+        top: the weight that is shaded fully; by default the largest here, but at least three times the mean.
 
     Raises:
         ValueError: For no words, lengths that differ, negative or non-finite weights, or a caption that does
@@ -243,7 +244,7 @@ def show_words(
         raise ValueError(f"{len(words)} words, but weights of shape {weights.shape}: one weight a word")
     if not (np.isfinite(weights).all() and (weights >= 0).all()):
         raise ValueError("weights are finite and not negative: give attention after its softmax")
-    top = float(weights.max()) if top is None else top
+    top = max(float(weights.max()), 3 * float(weights.mean())) if top is None else top
     shades = np.clip(weights / max(top, 1e-12), 0, 1)
     ax.set_axis_off()
     ax.set(xlim=(0, 1), ylim=(0, 1))
