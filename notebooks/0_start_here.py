@@ -245,7 +245,7 @@ rank = (scores[own] >= scores[own, 0][:, None]).sum(1)
 
 shown = min(p.views, 4)
 picture = side.records[0].open()
-figure = plt.figure(figsize=(1.2 + 2.2 * shown, 6.2))
+figure = plt.figure(figsize=(1.2 + 2.2 * shown, 5.7))
 grid = figure.add_gridspec(
     1 + len(own), 1 + shown, width_ratios=[0.55] + [1] * shown, height_ratios=[3.4] + [1] * len(own),
     wspace=0.08, hspace=0.12, left=0.01, right=0.99, top=0.96, bottom=0.01,

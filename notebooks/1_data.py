@@ -28,9 +28,7 @@ seed: int = 0  # of the pictures that are picked out
 out: str = "papermill_runs/data"  # nothing is written there: features go to the cache, figures to figures/
 smoke: bool = False  # run everything in seconds
 cache: str = "data/cache"  # backbones and features that runs share
-proposals: str = (
-    "auto"  # auto, selective_search or grid; auto takes the grid where searching takes over 10 minutes
-)
+proposals: str = "auto"  # auto, selective_search or grid; auto takes the grid for many photos
 kinds: str = "grid,regions"  # which features are made: grid, regions or both
 regions: int = 0  # proposals a picture; 0 is what MVAM's runs take at this scale
 

@@ -693,26 +693,28 @@ for at, ((variant, _), attention) in enumerate(ended.items()):
     )
 ax.axhline(share, color=figures.FAINT, linestyle="--", marker="")
 ax.text(-0.45, share * 1.1, "an equal share", fontsize=7)
-ax.yaxis.set_major_formatter("{x:g}")
 ax.set(yscale="log", ylim=(0.9, 3 * share), xlim=(-0.5, 3.5), ylabel="cells a view (log scale)", xlabel="Eq.")
+ax.yaxis.set_major_formatter("{x:g}")
 ax.set_xticks(range(4), ["10", "11", "10\n+ pull", "11\n+ pull"])
 name = "mvam_lesson_diversity.smoke.svg" if p.smoke else "mvam_lesson_diversity.svg"
 figures.save(fig, root() / "figures" / name)
 plt.show()
 
 # %% [markdown]
-# Under Eq. 10 every view ends on a single cell, each on its own, whether or not it would like to be wide.
-# Under Eq. 11 views also part, but they keep as many cells as they can use: with the pull nearly an equal
-# share of the picture. Note what the top row says: *alone*, Eq. 11 does not make views wide, it merely
-# allows it.
+# Alone, both losses part the views, and Eq. 10 leaves each on a single cell. With the pull the two differ:
+# under Eq. 11 the views spread until they fill nearly an equal share of the picture, still apart; under Eq.
+# 10 they stay on their cells. Try `seed=7`, `views=9` or a larger `pull`: some views then give up under Eq.
+# 10 and spread over everything, overlapping. Between sharp and uniform it has no place to rest. Note also
+# what the top row says: *alone*, Eq. 11 does not make views wide, it merely allows it.
 
 # %%
-used = {key: cells_used(value) for key, value in ended.items()}
-assert all(mean_overlap(attention) < 0.15 for attention in ended.values())  # all four end apart ...
-assert mean_overlap(started) > 0.4  # ... from a start that was not
+used = {key: cells_used(attention) for key, attention in ended.items()}
+assert mean_overlap(started) > 0.4
+for key in (("base", 0.0), ("sqrt", 0.0), ("sqrt", p.pull)):
+    assert mean_overlap(ended[key]) < 0.15  # these end apart, whatever the parameters
 assert used["base", 0.0].max() < 1.5
 assert len(set(ended["base", 0.0][0].argmax(-1).tolist())) == p.views  # one cell each, all different
-if (p.views, p.side, p.pull) == (16, 12, 5.0):  # change them and look
+if (p.views, p.side, p.steps, p.pull, p.seed) == (16, 12, 400, 5.0, 0):  # change one of them and look
     assert used["base", p.pull].max() < 2 < 6 < used["sqrt", p.pull].mean() < p.side**2 / p.views
     assert used["sqrt", 0.0].mean() < used["sqrt", p.pull].mean() / 2
 
@@ -963,7 +965,8 @@ for _, argument, values, _ in READINGS:  # the table cannot drift from the code:
 # `total_dim` and λ are the paper's; the rest is ours (M9, M10):
 
 # %%
-show(pd.DataFrame(SETTINGS).T.map("{:g}".format).rename_axis("preset"))
+presets = pd.DataFrame(SETTINGS).T.rename_axis("preset")
+show(presets.map(lambda value: value if isinstance(value, str) else f"{value:g}"))
 paper = SETTINGS["paper"]
 assert (paper["batch_size"], paper["epochs"], paper["total_dim"]) == (1024, 20, 1024)
 assert paper["diversity_weight"] == 10

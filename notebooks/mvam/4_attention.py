@@ -425,19 +425,19 @@ else:
     if not differ:
         raise ValueError(f"{p.compare} has the same diversity loss as {p.run}: there is nothing to compare")
     names = [
-        "none" if one["diversity"] == "none" else f"{one['diversity']}, weight {one['diversity_weight']:g}"
+        "none" if one["diversity"] == "none" else f"{one['diversity']} ({one['diversity_weight']:g})"
         for one in (of_run, of_other)
     ]
     theirs = other_bench.splits[other_bench.reported]
     figure, axes = plt.subplots(2, 2, figsize=(10, 5.2), width_ratios=[2.6, 1], layout="constrained")
-    figure.suptitle("diversity loss: " + " and ".join(names))
+    figure.suptitle("diversity loss (and its weight): " + " beside ".join(names))
     for line, kind in zip(axes, overlap, strict=True):
         source = theirs.pictures if kind == "image" else theirs.texts
         e, o = statistics(attend(getattr(other, f"encode_{kind}"), source))
         metrics |= {f"compare_{kind}_entropy": float(e.mean()), f"compare_{kind}_overlap": off_diagonal(o)}
         draw.bars(line[0], ticks, dict(zip(names, (np.sort(entropy[kind]), np.sort(e)), strict=True)),
                   ylabel="entropy (1: uniform)")  # fmt: skip
-        line[0].set(title=f"{kind} views, sorted by entropy", ylim=(0, 1.05), xlabel="place")
+        line[0].set(title=f"{kind} views, sorted by entropy", ylim=(0, 1.05), xlabel="view, by its entropy")
         two = [[off_diagonal(overlap[kind])], [off_diagonal(o)]]
         draw.bars(line[1], [kind], dict(zip(names, two, strict=True)), ylabel="mean overlap of two views")
         line[1].set(title=f"{two[0][0]:.2f} and {two[1][0]:.2f}", ylim=(0, 1.05))
