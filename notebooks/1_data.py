@@ -378,7 +378,7 @@ for ax, method in zip(axes, methods, strict=False):
     figures.show_boxes(
         ax, view.open(), proposed[overlap.argmax(1)], labels=[f"{v:.2f}" for v in overlap.max(1).values]
     )
-    ax.set_title(f"{method.replace('_', ' ')}: best of {count}, IoU", fontsize=8)
+    ax.set_title(f"{method.replace('_', ' ')}: best of {count}, IoU", fontsize=8, pad=12)
 if recall:
     for k, (method, values) in enumerate(recall.items()):
         axes[2].plot(np.arange(1, top + 1), values, ("-", "--")[k], marker="", label=method.replace("_", " "))
@@ -513,8 +513,8 @@ for line, i in zip(axes, chosen, strict=False):
     for ax, (a, b) in zip(line, [(i, start), *neighbours(i, start, 6)], strict=True):
         figures.show_boxes(ax, records["val"][a].open(), places[a, b][None])
 axes[0, 0].set_title("asked")
-title = axes[0, 1].set_title(f"nearest {'regions' if kind == 'regions' else 'cells'} of other pictures")
-title.set_in_layout(False)
+found = f"nearest {'regions' if kind == 'regions' else 'cells'} of other pictures"
+axes[0, 1].text(0, 1.08, found, transform=axes[0, 1].transAxes, fontsize=9).set_in_layout(False)
 plt.show()
 
 # %% [markdown]

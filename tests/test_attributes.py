@@ -1,8 +1,9 @@
-"""The embedded set's backbone: it learns attributes from boxes of the train split, and is the same for a seed."""
+"""The embedded set's backbone: it learns attributes from the train split's boxes, the same for a seed."""
 
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def test_it_learns(run, sides):
     backbone, out = run
     lines = log(out)
     losses = [line["loss"] for line in lines]
-    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(losses))
     assert set(lines[0]) >= {f"{name}_loss" for name in CLASSES} | {f"val_{name}" for name in CLASSES}
     colours = [thing["colour"] for row in sides["val"][1] for thing in row]
     commonest = max(colours.count(c) for c in set(colours)) / len(colours)

@@ -123,7 +123,11 @@ def text_batch(vocabulary=40):
 @pytest.mark.parametrize("kind", ["bert", "gru"])
 def test_text_towers_never_see_padding(kind):
     torch.manual_seed(0)
-    tower = E.BertTower(E.small_bert(40, width=16, heads=2)) if kind == "bert" else E.GRUTower(40, embed=8, width=16)
+    tower = (
+        E.BertTower(E.small_bert(40, width=16, heads=2))
+        if kind == "bert"
+        else E.GRUTower(40, embed=8, width=16)
+    )
     batch = text_batch()
     tokens = tower.eval()(**batch)
     assert tokens.states.shape == (2, 6, 16)
@@ -145,7 +149,9 @@ def test_gru_averages_directions():
 
 def test_bert_from_pretrained_folder(tmp_path):
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
     source = BertModel(config).eval()
     source.save_pretrained(tmp_path)
     batch = text_batch()
@@ -194,7 +200,9 @@ def test_clip_masks_after_the_end_of_text(clip_folder):
     alone = E.CLIPText(clip)(input_ids=ids[:1, :4], mask=mask[:1, :4], special=special[:1, :4])
     close(alone.states[0], tokens.states[0, :4])
     with pytest.raises(ValueError, match="row 1 has no end-of-text"):
-        E.CLIPText(clip)(input_ids=torch.tensor([[BOS, EOS], [BOS, 9]]), mask=mask[:, :2], special=special[:, :2])
+        E.CLIPText(clip)(
+            input_ids=torch.tensor([[BOS, EOS], [BOS, 9]]), mask=mask[:, :2], special=special[:, :2]
+        )
 
 
 def test_openai_configurations_name_the_wrong_end(tmp_path):

@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
 from finematch import features as F
 from finematch.boxes import multi_scale_grid
 from finematch.data.record import DataError, Record
-from finematch.encoders import BertTower
+from finematch.encoders import BertTower, small_bert
 from finematch.text import tokenise, wordpiece
 
 
@@ -104,7 +104,7 @@ def test_mobilenet_reads_as_its_weights_were_made(real_data):
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 @pytest.mark.parametrize("size", [(120, 60), (50, 110)])
 def test_the_cell_whose_box_holds_a_patch_answers_it(tmp_path, name, size):
-    """A bright patch at a known place of a non-square picture: the cell that changes most is the one there."""
+    """A bright patch at a known place of a picture that is not square: the cell there changes most."""
     net = F.timm_backbone(name, size=160)
     rows, cols = net([Image.new("RGB", size)]).shape[2:]
     width, height = size
@@ -150,7 +150,7 @@ def test_cells_equal_the_networks_own_map(pictures, tmp_path, backbone):
 
 # ------------------------------------------------------------------------------------------ regions
 def test_pooling_aligned_boxes_against_a_naive_average():
-    """On maps linear along each axis, RoI-align of whole cells is the mean over those cells; not square on purpose."""
+    """On maps linear along each axis, RoI-align of whole cells is the mean over those cells. Not square."""
     b, h, w = 2, 4, 6
     sizes = torch.tensor([[120, 40], [30, 80]])  # width, height: a cell is 20 x 10 and 5 x 20 pixels
     y, x = torch.meshgrid(torch.arange(h).float(), torch.arange(w).float(), indexing="ij")
@@ -167,7 +167,9 @@ def test_pooling_aligned_boxes_against_a_naive_average():
 def test_pooling_a_constant_map_gives_the_constant():
     maps = torch.full((1, 5, 3, 7), 2.5)
     boxes = torch.tensor([[[0.0, 0.0, 64.0, 48.0], [3.3, 1.7, 4.1, 2.2], [50.0, 40.0, 64.0, 48.0]]])
-    torch.testing.assert_close(F.pool_regions(maps, boxes, torch.tensor([[64, 48]])), torch.full((1, 3, 5), 2.5))
+    torch.testing.assert_close(
+        F.pool_regions(maps, boxes, torch.tensor([[64, 48]])), torch.full((1, 3, 5), 2.5)
+    )
 
 
 def test_pooling_does_not_swap_width_and_height():
@@ -185,7 +187,9 @@ def test_pooling_does_not_swap_width_and_height():
 
 def test_regions_are_pooled_at_their_boxes(pictures, tmp_path, backbone):
     records = extract_target.records(pictures)
-    made = F.extract(records, backbone, tmp_path, "train", kind="regions", regions=5, proposals="grid", echo=None)
+    made = F.extract(
+        records, backbone, tmp_path, "train", kind="regions", regions=5, proposals="grid", echo=None
+    )
     assert made.features.shape[:2] == (10, 5)
     assert made.meta["proposals"] == "grid"
     picture = records[2].open()
@@ -225,7 +229,9 @@ def test_selective_search_of_a_picture_does_not_depend_on_those_before_it():
 
 
 def test_distinct_keeps_the_first_of_near_copies():
-    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9.5], [20, 0, 30, 10], [0, 0, 10, 5], [20, 0, 30, 10]], np.float32)
+    boxes = np.array(
+        [[0, 0, 10, 10], [0, 0, 10, 9.5], [20, 0, 30, 10], [0, 0, 10, 5], [20, 0, 30, 10]], np.float32
+    )
     np.testing.assert_array_equal(F.distinct(boxes), boxes[[0, 2, 3]])
     np.testing.assert_array_equal(F.distinct(boxes, 0.4), boxes[[0, 2]])
     assert F.distinct(boxes[:0]).shape == (0, 4)
@@ -264,7 +270,9 @@ def test_killed_extraction_resumes_to_the_same_bytes(pictures, tmp_path):
     extract_target.run(pictures, tmp_path / "killed", said.append)
     extract_target.run(pictures, tmp_path / "whole")
     assert contents(tmp_path / "killed", *ARRAYS) == contents(tmp_path / "whole", *ARRAYS)
-    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == sorted(f"train_{name}" for name in ARRAYS)
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == sorted(
+        f"train_{name}" for name in ARRAYS
+    )
     assert said == ["train: 10 of 10 pictures (selective_search)"]
 
 
@@ -272,15 +280,15 @@ def test_finished_features_are_reused_and_others_made_again(pictures, tmp_path, 
     records = extract_target.records(pictures)
 
     def extract(**options) -> tuple[float, F.Regions]:
-        made = F.extract(options.pop("records", records), options.pop("backbone", backbone), tmp_path, "train",
-                         echo=None, **options)  # fmt: skip
+        given = options.pop("records", records), options.pop("backbone", backbone)
+        made = F.extract(*given, tmp_path, "train", echo=None, **options)
         return (tmp_path / "train_ims.npy").stat().st_mtime_ns, made
 
     first, _ = extract()
     assert extract()[0] == first
     calls = []
     other = F.Backbone(backbone.net, backbone.size, {**backbone.key, "weights": "others"})
-    for change in ({"backbone": other}, {}, {"records": records[:4]}, {"dtype": "float32"},
+    for change in ({"backbone": other}, {}, {"dtype": "float32"}, {"records": records[:4]},
                    {"kind": "regions", "regions": 3, "proposals": "grid"},
                    {"kind": "regions", "regions": 4, "proposals": "grid"}):  # fmt: skip
         stamp, made = extract(**change)
@@ -319,7 +327,21 @@ def test_extraction_refuses(tmp_path, backbone):
 
 
 # ------------------------------------------------------------------------------------------ text states
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "##s", "run", "##ning", "on", "the", "beach"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "a",
+    "dog",
+    "##s",
+    "run",
+    "##ning",
+    "on",
+    "the",
+    "beach",
+]
 CAPTIONS = ["a dog", "the dogs running on the beach", "running", "a beach", "the dog on a beach"]
 
 
@@ -328,8 +350,7 @@ def bert(tmp_path_factory) -> Path:
     """A tiny BERT with its tokenizer, as `save_pretrained` leaves them."""
     folder = tmp_path_factory.mktemp("bert")
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                         intermediate_size=64, max_position_embeddings=40)).save_pretrained(folder)  # fmt: skip
+    BertModel(small_bert(len(WORDS), width=32, heads=2, positions=40)).save_pretrained(folder)
     (folder / "words.txt").write_text("\n".join(WORDS))
     wordpiece(folder / "words.txt").save_pretrained(folder)
     return folder

@@ -195,12 +195,14 @@ def test_a_grid_resolves_to_its_runs(grid, profile):
     assert set(re.findall(r"^table +(\d+)$", said, re.M)) == {"1"}
     for row in rows:
         for seed in (0, 1):
-            run = f"papermill_runs/{grid.stem.split("_")[0]}/flickr8k.paper.{row['name']}.s{seed}"
+            run = f"papermill_runs/{grid.stem.split('_')[0]}/flickr8k.paper.{row['name']}.s{seed}"
             (line,) = (line for line in said.splitlines() if f"-p out {run} " in line and "papermill" in line)
             for key, cell in row.items():
                 if key != "name" and cell:
                     linked = re.sub(
-                        r"\{run:([^}]*)\}", rf"papermill_runs/{grid.stem.split("_")[0]}/flickr8k.paper.\1.s{seed}", cell
+                        r"\{run:([^}]*)\}",
+                        rf"papermill_runs/{grid.stem.split('_')[0]}/flickr8k.paper.\1.s{seed}",
+                        cell,
                     )
                     assert f"-p {key} {linked}" in line
 

@@ -35,7 +35,9 @@ def test_same_picture_positives():
     ids = torch.tensor([7, 7, 9])
     logits = 4 * image @ text.T
     target = torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]])
-    by_hand = -(target * logits.log_softmax(1)).sum(1).mean() - (target * logits.T.log_softmax(1)).sum(1).mean()
+    by_hand = (
+        -(target * logits.log_softmax(1)).sum(1).mean() - (target * logits.T.log_softmax(1)).sum(1).mean()
+    )
     assert contrastive(image, text, 4.0, image_id=ids).item() == pytest.approx(by_hand.item() / 2, rel=1e-6)
     distinct = torch.arange(3)
     same = contrastive(image, text, 4.0, image_id=distinct)
@@ -62,7 +64,9 @@ def test_gradient_is_the_finite_difference():
         up, down = image.detach().clone(), image.detach().clone()
         up[i, j] += step
         down[i, j] -= step
-        assert image.grad[i, j].item() == pytest.approx(((loss(up) - loss(down)) / (2 * step)).item(), abs=2e-3)
+        assert image.grad[i, j].item() == pytest.approx(
+            ((loss(up) - loss(down)) / (2 * step)).item(), abs=2e-3
+        )
 
 
 def test_unknown_reduction_is_refused():

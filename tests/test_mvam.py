@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finematch.encoders import GRUTower, TokenTransformer, Tokens
+from finematch.encoders import GRUTower, Tokens, TokenTransformer
 from finematch.mvam import MVAM, READINGS, TokenPooling, ViewAttention, diversity, ensemble, view_statistics
 
 
@@ -28,7 +28,9 @@ def test_cls_pooling_is_eq_2():
 
 def test_mean_pooling_skips_padding_and_special_tokens():
     t, head = tokens(), TokenPooling(12, 8, source="mean")
-    expected = torch.stack([head.project(t.states[i, 1 : int(t.mask[i].sum())].mean(0)).tanh() for i in range(3)])
+    expected = torch.stack(
+        [head.project(t.states[i, 1 : int(t.mask[i].sum())].mean(0)).tanh() for i in range(3)]
+    )
     torch.testing.assert_close(head(t).vector, expected)
 
 
@@ -230,8 +232,11 @@ def test_every_parameter_learns(pooling):
 def test_loss_is_eq_12_and_13(form):
     m, x = model(diversity=form, diversity_weight=3.0), batch()
     terms = m(x)
-    image, text = m.encode_image(**x["image"]), m.encode_text(**x["text"])
-    torch.testing.assert_close(terms["diversity_image"], diversity(image.attention, variant=form))
+    for kind, attention in (
+        ("image", m.encode_image(**x["image"]).attention),
+        ("text", m.encode_text(**x["text"]).attention),
+    ):
+        torch.testing.assert_close(terms[f"diversity_{kind}"], diversity(attention, variant=form))
     torch.testing.assert_close(
         terms["loss"], terms["contrastive"] + 3 * (terms["diversity_image"] + terms["diversity_text"])
     )

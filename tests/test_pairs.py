@@ -18,7 +18,9 @@ from finematch.training import EpochBatches, whole
 
 def regions(n: int = 3, r: int = 2, d: int = 4, *, boxes=None, sizes=None, dtype=np.float16) -> Regions:
     array = np.arange(n * r * d).reshape(n, r, d).astype(dtype)
-    return Regions("train", array, [str(i) for i in range(n)], np.arange(n), [str(i) for i in range(n)], boxes, sizes, {})
+    return Regions(
+        "train", array, [str(i) for i in range(n)], np.arange(n), [str(i) for i in range(n)], boxes, sizes, {}
+    )
 
 
 def texts(lengths: list[int]) -> Ragged:
@@ -65,7 +67,9 @@ def test_boxes_without_picture_sizes_are_refused():
 
 
 def test_pixel_source(tmp_path):
-    records = [Record(str(i), "train", ("x",), image=picture(tmp_path / f"{i}.png", (8 + i, 6))) for i in range(3)]
+    records = [
+        Record(str(i), "train", ("x",), image=picture(tmp_path / f"{i}.png", (8 + i, 6))) for i in range(3)
+    ]
     transform = to_pixels(4, [0.5] * 3, [0.5] * 3)
     fresh, kept = PixelSource(records, transform), PixelSource(records, transform, keep=True)
     assert fresh.cache is None

@@ -40,7 +40,7 @@ def test_wordpiece_from_a_file_keeps_the_files_numbering(vocabulary):
 
 @pytest.mark.parametrize("saved", [True, False])
 def test_wordpiece_from_a_folder(vocabulary, tmp_path, saved):
-    """A folder as `save_pretrained` leaves it, and one as BERT was first published: vocab.txt and a configuration."""
+    """As `save_pretrained` leaves it, and as BERT was first published: vocab.txt and a configuration."""
     folder = tmp_path / "bert"
     BertConfig(vocab_size=len(WORDS)).save_pretrained(folder)
     if saved:
@@ -54,7 +54,9 @@ def test_wordpiece_from_a_folder(vocabulary, tmp_path, saved):
 @pytest.mark.parametrize("lost", SPECIAL)
 def test_a_vocabulary_without_berts_special_tokens_is_refused(vocabulary, lost):
     vocabulary.write_text("\n".join(w for w in WORDS if w != lost))
-    with pytest.raises(ValueError, match=rf"vocab\.txt: \['\{lost[:-1]}\]'\] not among its {len(WORDS) - 1} lines"):
+    with pytest.raises(
+        ValueError, match=rf"vocab\.txt: \['\{lost[:-1]}\]'\] not among its {len(WORDS) - 1} lines"
+    ):
         wordpiece(vocabulary)
 
 
@@ -129,7 +131,9 @@ def test_batch_equals_a_naive_loop(vocabulary):
     for index in ([0, 1, 2, 3], [3, 0], [2], [1, 1, 0]):
         rows = [tokenizer(captions[i])["input_ids"] for i in index]
         longest = max(map(len, rows))
-        ids, mask, special = (torch.zeros(len(index), longest, dtype=t) for t in (torch.long, torch.bool, torch.bool))
+        ids, mask, special = (
+            torch.zeros(len(index), longest, dtype=t) for t in (torch.long, torch.bool, torch.bool)
+        )
         for i, row in enumerate(rows):
             for j, token in enumerate(row):
                 ids[i, j], mask[i, j] = token, True

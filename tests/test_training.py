@@ -13,8 +13,17 @@ import pytest
 import torch
 import training_target as target
 
-from finematch.training import EpochBatches, Plan, TrainingError, check_writable, fit, make_optimizer, make_schedule
-from finematch.training import seed_everything, unique_state
+from finematch.training import (
+    EpochBatches,
+    Plan,
+    TrainingError,
+    check_writable,
+    fit,
+    make_optimizer,
+    make_schedule,
+    seed_everything,
+    unique_state,
+)
 
 SCRIPT = Path(target.__file__)
 
@@ -22,7 +31,9 @@ SCRIPT = Path(target.__file__)
 def run(out, *, kill_after=None):
     """The target in a process of its own; kill -9 after so many batches if asked. Returns its last line."""
     sleep = "0.02" if kill_after else "0"
-    process = subprocess.Popen([sys.executable, str(SCRIPT), str(out), sleep], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(out), sleep], stdout=subprocess.PIPE, text=True
+    )
     seen, last = 0, ""
     for line in process.stdout:
         last = line
@@ -46,7 +57,9 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path):
     assert run(tmp_path / "killed") == whole, f"killed at batch {when}"
     logs = [[json.loads(line) for line in (tmp_path / d / "log.jsonl").open()] for d in ("whole", "killed")]
     for a, b in zip(*logs, strict=True):
-        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+        assert {k: v for k, v in a.items() if k != "seconds"} == {
+            k: v for k, v in b.items() if k != "seconds"
+        }
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
@@ -61,9 +74,19 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
 def torchrun(script, *arguments):
     """Two gloo processes of one thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+    ]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -118,7 +141,9 @@ def test_schedules_by_hand(options, expected):
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
 def test_optimizers_do_not_decay_biases(name):
-    groups = make_optimizer(list(target.Toy().parameters()), target.plan(optimizer=name, weight_decay=0.3)).param_groups
+    groups = make_optimizer(
+        list(target.Toy().parameters()), target.plan(optimizer=name, weight_decay=0.3)
+    ).param_groups
     assert [(g["weight_decay"], {p.ndim for p in g["params"]}) for g in groups] == [(0.3, {2}), (0.0, {1})]
 
 
@@ -153,13 +178,27 @@ def test_frozen_parameters_stay(tmp_path):
     seed_everything(0)
     model = target.Toy()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    fit(model, target.Data(), target.plan(epochs=1), tmp_path, trainable=lambda n: n.startswith("net.2"), echo=None)
+    fit(
+        model,
+        target.Data(),
+        target.plan(epochs=1),
+        tmp_path,
+        trainable=lambda n: n.startswith("net.2"),
+        echo=None,
+    )
     after = model.state_dict()
     assert torch.equal(after["net.0.weight"], before["net.0.weight"])
     assert not torch.equal(after["net.2.weight"], before["net.2.weight"])
     assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(TrainingError, match="no parameter"):
-        fit(model, target.Data(), target.plan(epochs=1), tmp_path / "none", trainable=lambda n: False, echo=None)
+        fit(
+            model,
+            target.Data(),
+            target.plan(epochs=1),
+            tmp_path / "none",
+            trainable=lambda n: False,
+            echo=None,
+        )
 
 
 def test_nan_stops_and_names_step_and_terms(tmp_path):
@@ -181,7 +220,14 @@ def test_another_plan_or_model_is_refused(tmp_path):
 
 def test_missing_selection_metric_is_named(tmp_path):
     with pytest.raises(TrainingError, match="rsum"):
-        fit(target.Toy(), target.Data(), target.plan(epochs=1), tmp_path, evaluate=lambda m: {"r1": 1.0}, echo=None)
+        fit(
+            target.Toy(),
+            target.Data(),
+            target.plan(epochs=1),
+            tmp_path,
+            evaluate=lambda m: {"r1": 1.0},
+            echo=None,
+        )
 
 
 def test_broken_checkpoint_is_named(tmp_path):
@@ -213,7 +259,14 @@ def test_full_disk_fails_before_training(tmp_path):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"epochs": 0}, {"lr": float("nan")}, {"lr": -1.0}, {"optimizer": "lion"}, {"schedule": "exp"}, {"warmup": 1.0}],
+    [
+        {"epochs": 0},
+        {"lr": float("nan")},
+        {"lr": -1.0},
+        {"optimizer": "lion"},
+        {"schedule": "exp"},
+        {"warmup": 1.0},
+    ],
 )
 def test_plan_refuses(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

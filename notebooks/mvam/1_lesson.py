@@ -97,8 +97,8 @@ def tokens(states: Tensor, real: int | None = None) -> Tokens:
 # the vector must be written down before anybody has asked a question.
 #
 # The paper's first figure tells it with a kitchen. The query asks for two windows *and* two metal sinks.
-# CLIP answers with a kitchen that has the sinks; the two windows got lost. Nothing in its single vector was
-# obliged to keep them.
+# CLIP overlooks the windows and returns a kitchen that is not quite the one meant. Nothing in its single
+# vector was obliged to keep them.
 #
 # > "the single representation often struggles to capture complex content fully"
 #

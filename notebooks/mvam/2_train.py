@@ -73,7 +73,6 @@ import time
 
 import torch
 
-from finematch.config import root
 from finematch.evaluation.retrieval import retrieval
 from finematch.mvam import MVAM, SWITCHES, ensemble as concatenated, settings, view_statistics
 from finematch.report import write_metrics

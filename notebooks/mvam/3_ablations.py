@@ -19,7 +19,9 @@
 # compared is the *order* of the rows.
 
 # %% tags=["parameters"]
-grid: str = "mvam_views"  # mvam_backbones, mvam_ensemble, mvam_views, mvam_diversity, mvam_lambda or mvam_photos
+grid: str = (
+    "mvam_views"  # mvam_backbones, mvam_ensemble, mvam_views, mvam_diversity, mvam_lambda or mvam_photos
+)
 dataset: str = "scenes"  # the runs' dataset
 data_root: str = "data"  # not read here; every notebook has it
 scale: str = "tiny"  # the runs' scale
@@ -79,10 +81,14 @@ runs = measured(files)
 if len(runs):
     runs["row"] = [f.parent.name.split(".")[-2] for f in files]
     print(f"{len(runs)} runs; protocol: {'; '.join(runs['run_protocol'].unique())}")
-    print(f"commits {', '.join(sorted(runs['run_commit'].unique()))}; {runs['run_seconds'].sum() / 60:.0f} minutes of training in all")
+    print(
+        f"commits {', '.join(sorted(runs['run_commit'].unique()))}; {runs['run_seconds'].sum() / 60:.0f} minutes of training in all"
+    )
 else:
     runs = pd.DataFrame(columns=["row", "seed"])
-    print(f"No finished run of {p.grid} on {label}: make grid GRID={p.grid} DATASET={p.dataset} SCALE={p.scale}")
+    print(
+        f"No finished run of {p.grid} on {label}: make grid GRID={p.grid} DATASET={p.dataset} SCALE={p.scale}"
+    )
 METRICS = ["i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "rsum"]
 COLUMNS = {f"{way}@{k}": f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)}
 mean = summary(runs, by=["row"], metrics=METRICS)
@@ -95,8 +101,12 @@ mean
 if number:
     paper = published("MVAM", number)
 else:  # no such table in the paper: every cell of its column stays empty
-    paper = pd.DataFrame([{"row": r, "column": c, "value": float("nan")} for r in names.values() for c in COLUMNS])
-if p.grid == "mvam_backbones":  # Table 1 holds two tasks; the 5K one ranks against the whole test set, as we do
+    paper = pd.DataFrame(
+        [{"row": r, "column": c, "value": float("nan")} for r in names.values() for c in COLUMNS]
+    )
+if (
+    p.grid == "mvam_backbones"
+):  # Table 1 holds two tasks; the 5K one ranks against the whole test set, as we do
     paper = paper[paper["column"].str.startswith("MSCOCO-5K ") & paper["row"].isin(names.values())].copy()
     paper["column"] = paper["column"].str.removeprefix("MSCOCO-5K ")
 beside = table(paper, mean, row="row", columns=COLUMNS, rows=names)
@@ -149,6 +159,13 @@ CLAIMS = {
                                     ("gru", "mvam", "mean"), ("minilm", "mvam", "mvam-none"))] if p.grid == "mvam_photos" else [],
     "mvam_lambda": [(f"{w} beats none", w, "diversity-none") for w in ("lambda-1e-2", "lambda-1e-1", "lambda-1e0", "lambda-1e1")],
 }  # fmt: skip
-verdicts = claims(runs, [Claim(t, m, {"row": a}, {"row": b}, {}) for t, a, b in CLAIMS[p.grid] for m in ("t2i_r1", "i2t_r1", "rsum")])
+verdicts = claims(
+    runs,
+    [
+        Claim(t, m, {"row": a}, {"row": b}, {})
+        for t, a, b in CLAIMS[p.grid]
+        for m in ("t2i_r1", "i2t_r1", "rsum")
+    ],
+)
 write_text(f"{stem}.claims.csv", verdicts.to_csv(index=False))
 Markdown(to_markdown(verdicts[["claim", "metric", "verdict", "difference", "lower", "n_a", "n_b"]]))

@@ -29,7 +29,7 @@ data_root: str = ""  # folder above the dataset's own; empty is the run's
 scale: str = ""  # empty, or the run's own scale; another one is refused
 seed: int = 0  # of the shuffles that chance is measured by
 out: str = "papermill_runs/mvam_attention"  # folder of metrics.json
-figures: str = "figures"  # folder of the figures
+figures: str = "figures"  # folder of the figures; those that show photos go to `out` instead
 smoke: bool = False  # fewer shuffles, and `.smoke.` in the figures' names
 
 # %% jupyter={"source_hidden": true}
@@ -39,6 +39,7 @@ p = strict(globals(), example=(0, 10**7), seed=(0, 2**31))
 
 # %%
 import json
+import textwrap
 import time
 from inspect import signature
 
@@ -108,10 +109,14 @@ print(f"{label}: {len(side.records)} pictures, {len(side.captions)} captions; "
       f"diversity loss {of_run['diversity']}, best epoch {run_metrics['best_epoch']}")  # fmt: skip
 
 
-def keep(figure: plt.Figure, number: int) -> None:
-    """Save a figure of this notebook as SVG and PNG."""
+def keep(figure: plt.Figure, number: int, *, pictures: bool = False) -> None:
+    """Save a figure of this notebook as SVG and PNG; one that shows photos stays in the run's folder.
+
+    `figures` is published with the project. Photos belong to those who took them, drawn scenes to nobody.
+    """
+    folder = p.out if pictures and not of_run["dataset"].startswith("scenes") else p.figures
     for kind in ("svg", "png"):
-        draw.save(figure, root() / p.figures / f"{name}.{number}.{kind}")
+        draw.save(figure, root() / folder / f"{name}.{number}.{kind}")
 
 
 # %% [markdown]
@@ -212,7 +217,7 @@ def sharpness(weights: torch.Tensor) -> np.ndarray:
 
 
 sharp = sharpness(on_image[i]), sharpness(on_text[c])
-columns = 4 if v > 8 else 2
+columns = min(v, 4)
 rows = -(-v // columns)
 figure = plt.figure(figsize=(3.05 * columns, 1.42 * rows + 1.5))
 grid = figure.add_gridspec(
@@ -223,10 +228,10 @@ draw.show_picture(figure.add_subplot(grid[0, 0]), picture)
 head = figure.add_subplot(grid[0, 1:])
 head.set_axis_off()
 head.text(0.01, 0.95, f"{side.captions[c]}", fontsize=12, va="top", transform=head.transAxes)
-legend = (
-    f"Caption {c} of {label}. Each view on the picture, and beside it the same view on the words.\n"
-    "Lit cells and dark words carry weight, each on its own scale. H is the entropy: 1 is uniform."
-)
+legend = textwrap.fill(
+    f"Caption {c} of {label}. Each view on the picture, and beside it the same view on the words. Lit cells and "
+    "dark words carry weight, each on its own scale. H is the entropy: 1 is uniform.", 30 * columns,
+)  # fmt: skip
 head.text(0.01, 0.62, legend, fontsize=8, va="top", linespacing=1.5, transform=head.transAxes)
 for k in range(v):
     row, column = divmod(k, columns)
@@ -239,7 +244,7 @@ for k in range(v):
     ax = figure.add_subplot(grid[row + 1, 2 * column + 1])
     draw.show_words(ax, words, shades[k], size=7.5)
     ax.set_title(f"H {sharp[1][k]:.2f}", fontsize=7.5, pad=2)
-keep(figure, 1)
+keep(figure, 1, pictures=True)
 
 # %% [markdown]
 # ## How much do the views overlap?
@@ -396,7 +401,7 @@ for line, (kind, c) in zip(axes, chosen.items(), strict=True):
     assert found == rank[c]
     line[0].set_title(f"caption {c}: {kind}", fontsize=7.5, color="#57606a")
 figure.subplots_adjust(wspace=0.12, hspace=0.35, left=0.01, right=0.99, top=0.93, bottom=0.07)
-keep(figure, 4)
+keep(figure, 4, pictures=True)
 {kind: f"caption {c}, rank {rank[c]} of {len(side.records)}" for kind, c in chosen.items()}
 
 # %% [markdown]

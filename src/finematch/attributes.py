@@ -34,7 +34,9 @@ class AttributeNet(nn.Module):
         return {name: head(pooled) for name, head in self.heads.items()}
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
-        terms = {f"{k}_loss": F.cross_entropy(v, batch[k][batch["real"]]) for k, v in self.logits(batch).items()}
+        terms = {
+            f"{k}_loss": F.cross_entropy(v, batch[k][batch["real"]]) for k, v in self.logits(batch).items()
+        }
         return {**terms, "loss": sum(terms.values())}
 
 
@@ -45,9 +47,13 @@ class BoxLabels:
     that it is the same in every epoch and every run): proposals will not be as tight as labels.
     """
 
-    def __init__(self, records: list[Record], labels: list[list[dict]], classes: dict[str, list[str]], *, jitter: bool):
+    def __init__(
+        self, records: list[Record], labels: list[list[dict]], classes: dict[str, list[str]], *, jitter: bool
+    ):
         most = max(len(row) for row in labels)
-        self.pixels = torch.stack([torch.from_numpy(np.asarray(r.open()).copy()).permute(2, 0, 1) for r in records])
+        self.pixels = torch.stack(
+            [torch.from_numpy(np.asarray(r.open()).copy()).permute(2, 0, 1) for r in records]
+        )
         height, width = self.pixels.shape[2:]
         self.sizes = torch.tensor([[width, height]]).expand(len(records), 2)
         self.boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(records), most, 1)
@@ -102,14 +108,24 @@ def attribute_backbone(
         device = next(m.parameters()).device
         right: dict[str, int] = dict.fromkeys(classes, 0)
         for i in range(0, len(held), 100):
-            batch = {k: v.to(device) for k, v in held.__getitems__(list(range(i, min(i + 100, len(held))))).items()}
+            batch = {
+                k: v.to(device) for k, v in held.__getitems__(list(range(i, min(i + 100, len(held))))).items()
+            }
             for attribute, logits in m.logits(batch).items():
                 right[attribute] += int((logits.argmax(-1) == batch[attribute][batch["real"]]).sum())
         accuracy = {f"val_{k}": v / int(held.real.sum()) for k, v in right.items()}
         return {**accuracy, "accuracy": sum(accuracy.values()) / len(accuracy)}
 
     plan = Plan(epochs=epochs, batch_size=32, lr=2e-3, weight_decay=0.02, warmup=0.1, seed=seed)
-    fit(model, BoxLabels(*train, classes, jitter=True), plan, out, evaluate=evaluate, select="accuracy", echo=echo)
+    fit(
+        model,
+        BoxLabels(*train, classes, jitter=True),
+        plan,
+        out,
+        evaluate=evaluate,
+        select="accuracy",
+        echo=echo,
+    )
     net = model.cells.eval().requires_grad_(False)
     return Backbone(net, size, {"backbone": name, "weights": fingerprint(net), "size": size, "stage": stage,
                                 "trained_on": "attributes of the train split"})  # fmt: skip

@@ -99,15 +99,22 @@ def load_backbone(net: nn.Module, path: str | Path) -> None:
         raise ValueError(f"{path} is not a safetensors file ({error}); convert it first") from error
     head = tuple(f"{n}." for n in (net.default_cfg.get("classifier") or "classifier",) if isinstance(n, str))
     wanted = net.state_dict()
-    wrong = [f"{k}: file {tuple(v.shape)}, network {tuple(wanted[k].shape)}"
-             for k, v in state.items() if k in wanted and v.shape != wanted[k].shape and not k.startswith(head)]  # fmt: skip
+    wrong = [
+        f"{k}: file {tuple(v.shape)}, network {tuple(wanted[k].shape)}"
+        for k, v in state.items()
+        if k in wanted and v.shape != wanted[k].shape and not k.startswith(head)
+    ]
     missing = [k for k in wanted if k not in state and not k.startswith(head)
                and not k.endswith("num_batches_tracked")]  # fmt: skip
     extra = [k for k in state if k not in wanted and not k.startswith(head)]
     if wrong or missing or extra:
-        raise ValueError(f"{path} does not fit {type(net).__name__}: missing {missing[:5]}, unknown {extra[:5]}, "
-                         f"of another shape {wrong[:5]} (first five each)")
-    net.load_state_dict({k: v for k, v in state.items() if k in wanted and v.shape == wanted[k].shape}, strict=False)
+        raise ValueError(
+            f"{path} does not fit {type(net).__name__}: missing {missing[:5]}, unknown {extra[:5]}, "
+            f"of another shape {wrong[:5]} (first five each)"
+        )
+    net.load_state_dict(
+        {k: v for k, v in state.items() if k in wanted and v.shape == wanted[k].shape}, strict=False
+    )
 
 
 # ------------------------------------------------------------------------------- towers over vectors
@@ -201,7 +208,9 @@ class BertTower(nn.Module):
         return Tokens(states, mask, special, states[:, 0])
 
 
-def small_bert(vocabulary: int, *, width: int = 128, depth: int = 2, heads: int = 4, positions: int = 64) -> BertConfig:
+def small_bert(
+    vocabulary: int, *, width: int = 128, depth: int = 2, heads: int = 4, positions: int = 64
+) -> BertConfig:
     """A BERT configuration small enough to learn from scratch on two cores."""
     return BertConfig(
         vocab_size=vocabulary, hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
@@ -272,11 +281,17 @@ class CLIPText(nn.Module):
     ) -> Tokens:
         states = self.net(input_ids=input_ids).last_hidden_state
         # OpenAI's published configurations name id 2 where the real end-of-text is the highest id
-        eos = self.net.config.vocab_size - 1 if self.eos == 2 and self.net.config.vocab_size > 40_000 else self.eos
+        eos = (
+            self.net.config.vocab_size - 1
+            if self.eos == 2 and self.net.config.vocab_size > 40_000
+            else self.eos
+        )
         is_end = input_ids == eos
         if not is_end.any(1).all():
-            raise ValueError(f"row {int((~is_end.any(1)).nonzero()[0])} has no end-of-text token (id {eos}): "
-                             "use the tokenizer of this CLIP, and let it truncate")
+            raise ValueError(
+                f"row {int((~is_end.any(1)).nonzero()[0])} has no end-of-text token (id {eos}): "
+                "use the tokenizer of this CLIP, and let it truncate"
+            )
         end = is_end.int().argmax(1)
         real = torch.arange(input_ids.shape[1], device=end.device)[None] <= end[:, None]
         return Tokens(states, mask & real, special, states[torch.arange(len(end), device=end.device), end])

@@ -45,7 +45,8 @@ class Backbone:
     def __call__(self, pictures: list[Image.Image]) -> Float[Tensor, "b d h w"]:
         """Feature maps of RGB pictures, each squashed to size x size: a cell stays a fixed fraction of it."""
         arrays = [
-            np.asarray(p.resize((self.size, self.size), Image.Resampling.BICUBIC), np.float32) for p in pictures
+            np.asarray(p.resize((self.size, self.size), Image.Resampling.BICUBIC), np.float32)
+            for p in pictures
         ]
         device = next(self.net.parameters()).device
         return self.net(torch.from_numpy(np.stack(arrays) / 255).permute(0, 3, 1, 2).to(device))
@@ -193,7 +194,9 @@ def extract(
         if echo and (start == len(records) or (start // block) % 32 == 0):
             echo(f"{split}: {start} of {len(records)} pictures ({method})")
     if writer is None:
-        raise DataError(folder, f"split {split}", "there are no pictures to extract", "Check the dataset's split")
+        raise DataError(
+            folder, f"split {split}", "there are no pictures to extract", "Check the dataset's split"
+        )
     writer.finish(records)
     return load_regions(folder, split)
 
@@ -245,8 +248,10 @@ def text_states(
             found = tokens.states.half()
             if not torch.isfinite(found[tokens.mask]).all():
                 bad = (~torch.isfinite(found).all(-1) & tokens.mask).any(1).int().argmax()
-                raise ValueError(f"caption {index[bad]} ({captions[index[bad]]!r}): a state is not finite in fp16; "
-                                 "check the model's weights")
+                raise ValueError(
+                    f"caption {index[bad]} ({captions[index[bad]]!r}): a state is not finite in fp16; "
+                    "check the model's weights"
+                )
             for row, c in enumerate(index):
                 states[ragged.start[c] : ragged.start[c + 1]] = found[row, : ragged.lengths[c]].cpu().numpy()
         states.flush()

@@ -292,7 +292,9 @@ class MVAM(nn.Module):
         terms["loss"] = terms["contrastive"]
         if self.diversity != "none":
             for name, attention in (("image", image.attention), ("text", text.attention)):
-                terms[f"diversity_{name}"] = diversity(attention, variant=self.diversity, **self.diversity_form)
+                terms[f"diversity_{name}"] = diversity(
+                    attention, variant=self.diversity, **self.diversity_form
+                )
             total = terms["diversity_image"] + terms["diversity_text"]  # Eq. 12
             terms["loss"] = terms["contrastive"] + self.diversity_weight * total  # Eq. 13
         return terms

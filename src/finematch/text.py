@@ -89,8 +89,10 @@ def tokenise(captions: list[str], tokenizer: PreTrainedTokenizerBase, *, max_len
     for i, (row, mask) in enumerate(zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)):
         words = [t for t, m in zip(row, mask, strict=True) if not m and t != tokenizer.unk_token_id]
         if not words:
-            raise ValueError(f"caption {i} ({captions[i]!r}) has no known word in this vocabulary: "
-                             "check that the tokenizer belongs to the data")
+            raise ValueError(
+                f"caption {i} ({captions[i]!r}) has no known word in this vocabulary: "
+                "check that the tokenizer belongs to the data"
+            )
         ids.extend(row)
         special.extend(mask)
         start.append(len(ids))

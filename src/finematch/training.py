@@ -83,7 +83,9 @@ class EpochBatches(Sampler[list[int]]):
     incomplete batch is dropped: a contrastive loss on a smaller batch is another loss.
     """
 
-    def __init__(self, n: int, batch: int, *, seed: int, epoch: int, first: int = 0, rank: int = 0, world: int = 1):
+    def __init__(
+        self, n: int, batch: int, *, seed: int, epoch: int, first: int = 0, rank: int = 0, world: int = 1
+    ):
         if batch % world:
             raise ValueError(f"a batch of {batch} does not divide among {world} processes")
         if n < batch:
@@ -142,7 +144,9 @@ def fit(
     out = Path(out)
     # told outright: without `cpu`, accelerate under torchrun on a machine without GPUs runs N lone processes
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(), mixed_precision=plan.precision, step_scheduler_with_optimizer=False
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=plan.precision,
+        step_scheduler_with_optimizer=False,
     )
     main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     if main:
@@ -161,7 +165,9 @@ def fit(
     plain = model
     model, optimizer = accelerator.prepare(model, optimizer)
 
-    state = Checkpoint(out / f"checkpoint{f'.{rank}' if rank else ''}.pt", plain, optimizer, scheduler, accelerator)
+    state = Checkpoint(
+        out / f"checkpoint{f'.{rank}' if rank else ''}.pt", plain, optimizer, scheduler, accelerator
+    )
     at = state.load(plan) or {"epoch": 0, "step": 0, "sums": {}, "best": None, "history": [], "seconds": 0.0}
     if main:
         rewrite_log(out / "log.jsonl", at["history"])
@@ -182,8 +188,10 @@ def fit(
                 terms = model(to_device(batch, accelerator.device))
                 values = {k: float(v.detach()) for k, v in terms.items()}
                 if not all(math.isfinite(v) for v in values.values()):
-                    raise TrainingError(f"epoch {epoch + 1}, step {step + 1} of {steps_per_epoch}: the loss is not "
-                                        f"finite ({values}). Lower lr or raise warmup; in fp16, try bf16")
+                    raise TrainingError(
+                        f"epoch {epoch + 1}, step {step + 1} of {steps_per_epoch}: the loss is not "
+                        f"finite ({values}). Lower lr or raise warmup; in fp16, try bf16"
+                    )
                 accelerator.backward(terms["loss"] / plan.accumulate)
             if last:
                 if plan.clip_norm:
@@ -194,7 +202,12 @@ def fit(
             for name, value in values.items():
                 at["sums"][name] = at["sums"].get(name, 0.0) + value
             at["step"] = step + 1
-            if plan.checkpoint_steps and last and at["step"] % plan.checkpoint_steps == 0 and at["step"] < steps_per_epoch:
+            if (
+                plan.checkpoint_steps
+                and last
+                and at["step"] % plan.checkpoint_steps == 0
+                and at["step"] < steps_per_epoch
+            ):
                 state.save(plan, {**at, "seconds": time.monotonic() - started})
 
         line = {"epoch": epoch + 1, "steps": steps_per_epoch, "lr": scheduler.get_last_lr()[0]}
@@ -204,13 +217,21 @@ def fit(
             with torch.no_grad():
                 line |= evaluate(plain)
             if select not in line:
-                raise TrainingError(f"`evaluate` returned {sorted(line)}, not {select!r}, by which to choose the epoch")
+                raise TrainingError(
+                    f"`evaluate` returned {sorted(line)}, not {select!r}, by which to choose the epoch"
+                )
         score = line.get(select) if evaluate is not None else float(epoch)
         if main and (at["best"] is None or score > at["best"][0]):
             at["best"] = [score, epoch + 1]
             write_atomically(out / "best.safetensors", lambda path: save_file(unique_state(plain), path))
         line["seconds"] = round(time.monotonic() - started, 3)
-        at |= {"epoch": epoch + 1, "step": 0, "sums": {}, "history": [*at["history"], line], "seconds": line["seconds"]}
+        at |= {
+            "epoch": epoch + 1,
+            "step": 0,
+            "sums": {},
+            "history": [*at["history"], line],
+            "seconds": line["seconds"],
+        }
         state.save(plan, at)
         if main:
             rewrite_log(out / "log.jsonl", at["history"])
@@ -255,7 +276,9 @@ def make_optimizer(parameters: list[nn.Parameter], plan: Plan) -> torch.optim.Op
     if plan.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=plan.lr, momentum=plan.momentum)
     # fused: one pass over the memory; about 5 times faster on a vocabulary of 30,000 words than a loop of operators
-    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[plan.optimizer](groups, lr=plan.lr, fused=True)
+    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[plan.optimizer](
+        groups, lr=plan.lr, fused=True
+    )
 
 
 def make_schedule(optimizer, plan: Plan, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -318,13 +341,17 @@ class Checkpoint:
         mine, theirs = self.identity(plan), content["plan"]
         changed = {k: (theirs.get(k), v) for k, v in mine.items() if theirs.get(k) != v}
         if changed:
-            raise TrainingError(f"{self.path} belongs to another plan (was, is): {changed}. "
-                                "Remove it to start over, or give the run another `out`")
+            raise TrainingError(
+                f"{self.path} belongs to another plan (was, is): {changed}. "
+                "Remove it to start over, or give the run another `out`"
+            )
         try:
             self.model.load_state_dict(content["model"])
         except RuntimeError as error:
-            raise TrainingError(f"{self.path} belongs to another model: {error}. "
-                                "Remove it to start over, or give the run another `out`") from error
+            raise TrainingError(
+                f"{self.path} belongs to another model: {error}. "
+                "Remove it to start over, or give the run another `out`"
+            ) from error
         self.optimizer.load_state_dict(content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
         if self.scaler and content["scaler"]:
@@ -357,7 +384,9 @@ def load_best(model: nn.Module, path: Path) -> None:
     here = {v.data_ptr() for k, v in model.state_dict().items() if k in state}
     missing = [k for k in fits.missing_keys if model.state_dict()[k].data_ptr() not in here]
     if missing or fits.unexpected_keys:
-        raise TrainingError(f"{path} belongs to another model: missing {missing[:5]}, unknown {fits.unexpected_keys[:5]}")
+        raise TrainingError(
+            f"{path} belongs to another model: missing {missing[:5]}, unknown {fits.unexpected_keys[:5]}"
+        )
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -369,7 +398,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise TrainingError(f"{path} cannot be written: {error}. Free space, or give another `out`") from error
+        raise TrainingError(
+            f"{path} cannot be written: {error}. Free space, or give another `out`"
+        ) from error
 
 
 def check_writable(out: Path, *, room: int) -> None:
@@ -389,8 +420,10 @@ def check_writable(out: Path, *, room: int) -> None:
                     raise
                 file.write(b"\0" * max(room, 1))  # file systems without fallocate
     except OSError as error:
-        raise TrainingError(f"out = {out} cannot hold this run ({room / 1e6:.1f} MB): {error}. "
-                            "Free space, or give another `out`") from error
+        raise TrainingError(
+            f"out = {out} cannot hold this run ({room / 1e6:.1f} MB): {error}. "
+            "Free space, or give another `out`"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
@@ -427,8 +460,12 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss of a child process starts at its parent's peak; the high-water mark does not
-        kilobytes = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]
+    if (
+        status.exists()
+    ):  # ru_maxrss of a child process starts at its parent's peak; the high-water mark does not
+        kilobytes = next(
+            line for line in status.read_text().splitlines() if line.startswith("VmHWM")
+        ).split()[1]
         return int(kilobytes) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

