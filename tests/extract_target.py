@@ -1,6 +1,7 @@
 """An extraction for test_features.py, started as a process of its own.
 
-`python extract_target.py PICTURES FOLDER`: PICTURES is a folder of them. It says after every block how far it is, and waits to be killed.
+`python extract_target.py PICTURES FOLDER`: PICTURES is a folder of PNG files. It says after every block how far
+it is, and waits a moment to be killed.
 """
 
 import sys

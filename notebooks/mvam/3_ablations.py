@@ -122,7 +122,7 @@ Markdown(text)
 # %% [markdown]
 # ## The picture
 #
-# Left the paper's recall, right ours, each on its own scale: look at the shape, not at the height.
+# Left image-to-text, right text-to-image. Open diamonds are the paper's, on its own data: compare the shape, not the height.
 
 # %%
 with F.style():

@@ -428,15 +428,16 @@ def compare_points(ax: Axes, labels: Sequence[str], published, mean, sd=None, *,
     if (sd < 0).any():
         raise ValueError("a standard deviation is not negative")
     at = np.arange(len(labels))
-    ax.plot(
-        at - 0.1,
-        published,
-        "D",
-        color=PALETTE[1],
-        markerfacecolor="white",
-        markeredgewidth=1.5,
-        label="published",
-    )
+    if np.isfinite(published).any():
+        ax.plot(
+            at - 0.1,
+            published,
+            "D",
+            color=PALETTE[1],
+            markerfacecolor="white",
+            markeredgewidth=1.5,
+            label="published",
+        )
     ax.errorbar(
         at + 0.1, mean, np.nan_to_num(sd), fmt="o", color=PALETTE[0], capsize=3, label="measured, mean ± sd"
     )

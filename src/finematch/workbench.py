@@ -43,7 +43,7 @@ from finematch.encoders import (
     small_bert,
     small_clip,
 )  # fmt: skip
-from finematch.features import Backbone, extract, fingerprint, mobilenet, text_states, timm_backbone
+from finematch.features import Backbone, extract, fingerprint, mobilenet, propose, text_states, timm_backbone
 from finematch.text import tokenise, word_level, wordpiece
 from finematch.training import to_device
 
@@ -191,8 +191,8 @@ def _open(dataset, data_root, cache, records, arrays, reported, scale, backbone,
         if arrays is None:
             net = picture_backbone(dataset, data_root, cache, scale, vision, vision_weights, smoke, echo)
             kind = "cells" if backbone == "grid" else "regions"
-            number = f"{regions}-" if kind == "regions" else ""
-            folder = cache / f"{kind}-{number}{net.key['backbone']}-{str(net.key['weights'])[:8]}"
+            found = f"{propose(proposals)[0]}-{regions}-" if kind == "regions" else ""
+            folder = cache / f"{kind}-{found}{net.key['backbone']}-{str(net.key['weights'])[:8]}"
             arrays = {s: extract(r, net, folder, s, kind=kind, regions=regions, proposals=proposals, echo=echo)
                       for s, r in records.items()}  # fmt: skip
         pictures = {s: RegionSource(a) for s, a in arrays.items()}
