@@ -48,6 +48,7 @@ proposals: str = "auto"  # regions by auto, selective_search or grid
 regions: int = 0  # proposals a picture; 0 is the scale's
 width: int = 0  # of the randomly initialised Transformers; 0 is the scale's
 depth: int = 0  # their layers; 0 is the scale's
+input_dropout: float = -1.0  # of whole channels of frozen features; -1 is the scale's
 epochs: int = 0  # 0 is the scale's
 batch_size: int = 0  # 0 is the scale's
 lr: float = 0.0  # 0 is the scale's
@@ -64,7 +65,7 @@ p = strict(
     scoring={"dot", "scaled", "tanh"}, diversity={"base", "sqrt", "none"}, diversity_weight=(-1, 1e6),
     diversity_power={1, 2}, diversity_reduce={"mean", "sum"}, normalise={"after", "per_view"},
     reduction={"mean", "sum"}, tau=(0.01, 10), ensemble=(1, 64), proposals={"auto", "selective_search", "grid"},
-    regions=(0, 1000), width=(0, 8192), depth=(0, 48), epochs=(0, 1000), batch_size=(0, 65536), lr=(0, 1),
+    regions=(0, 1000), width=(0, 8192), depth=(0, 48), input_dropout=(-1, 0.95), epochs=(0, 1000), batch_size=(0, 65536), lr=(0, 1),
     precision={"", "no", "bf16", "fp16"}, threads=(0, 256),
 )  # fmt: skip
 
@@ -95,7 +96,7 @@ s
 # %%
 bench = open_bench(
     dataset=p.dataset, data_root=root() / p.data_root, cache=root() / p.cache, scale=p.scale,
-    backbone=p.backbone, text=p.text, width=s["width"], depth=s["depth"], vision=p.vision,
+    backbone=p.backbone, text=p.text, width=s["width"], depth=s["depth"], input_dropout=s["input_dropout"], vision=p.vision,
     vision_weights=p.vision_weights, text_weights=p.text_weights, clip_weights=p.clip_weights,
     proposals=p.proposals, regions=s["regions"], smoke=p.smoke,
 )  # fmt: skip

@@ -19,9 +19,7 @@
 # compared is the *order* of the rows.
 
 # %% tags=["parameters"]
-grid: str = (
-    "mvam_views"  # mvam_backbones, mvam_ensemble, mvam_views, mvam_diversity, mvam_lambda or mvam_photos
-)
+grid: str = "mvam_views"  # a file of grids/ without its .csv
 dataset: str = "scenes"  # the runs' dataset
 data_root: str = "data"  # not read here; every notebook has it
 scale: str = "tiny"  # the runs' scale

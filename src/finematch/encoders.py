@@ -127,6 +127,8 @@ class TokenTransformer(nn.Module):
     Args:
         input_dim: width of the incoming vectors.
         width, depth, heads, dropout: of the Transformer; `depth=0` leaves the projected vectors as they are.
+        input_dropout: share of the incoming channels that an item loses, the same for all its vectors. A small
+            set of frozen features is learnt by heart in an epoch or two without it.
         boxes: whether box positions are added.
         token: whether a token is prepended; without it the first incoming vector is the pooled one (the
             [CLS] of a cached text model).
@@ -140,6 +142,7 @@ class TokenTransformer(nn.Module):
         depth: int = 2,
         heads: int = 4,
         dropout: float = 0.1,
+        input_dropout: float = 0.0,
         boxes: bool = False,
         token: bool = True,
     ):
@@ -147,6 +150,9 @@ class TokenTransformer(nn.Module):
         self.width = width
         # without an affine part: nothing before `project` learns, so no gradient of that width is computed
         self.norm_input = nn.LayerNorm(input_dim, elementwise_affine=False)
+        self.drop_input = nn.Dropout(
+            input_dropout
+        )  # applied to a mask "b 1 e": a mask "b n e" costs n times more
         self.project = nn.Linear(input_dim, width)
         self.place = nn.Linear(5, width) if boxes else None
         self.token = nn.Parameter(torch.randn(width) * 0.02) if token else None
@@ -160,7 +166,10 @@ class TokenTransformer(nn.Module):
         places: Float[Tensor, "b n 5"] | None = None,
         special: Bool[Tensor, "b n"] | None = None,
     ) -> Tokens:
-        x = self.project(self.norm_input(features))
+        features = self.norm_input(features)
+        if self.training and self.drop_input.p:
+            features = features * self.drop_input(torch.ones_like(features[:, :1]))
+        x = self.project(features)
         if self.place is not None:
             if places is None:
                 raise ValueError("this tower was built with boxes=True, and the batch carries none")

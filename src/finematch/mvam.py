@@ -324,28 +324,32 @@ SETTINGS = {
     "tiny": {
         "total_dim": 512, "width": 128, "depth": 1, "regions": 20, "diversity_weight": 0.01, "epochs": 4,
         "batch_size": 128, "lr": 1e-3, "clip_lr": 1e-3, "stage1_lr": 1e-3, "stage2_lr": 2e-4, "warmup": 0.1,
-        "weight_decay": 0.05, "precision": "no",
+        "weight_decay": 0.05, "input_dropout": 0.0, "precision": "no",
     },
     "photos": {
-        "total_dim": 512, "width": 192, "depth": 1, "regions": 36, "diversity_weight": 0.01, "epochs": 5,
+        "total_dim": 512, "width": 256, "depth": 0, "regions": 36, "diversity_weight": 0.01, "epochs": 5,
         "batch_size": 128, "lr": 1e-3, "clip_lr": 1e-3, "stage1_lr": 1e-3, "stage2_lr": 2e-4, "warmup": 0.1,
-        "weight_decay": 0.05, "precision": "bf16",
+        "weight_decay": 0.05, "input_dropout": 0.3, "precision": "bf16",
     },
     "paper": {
         "total_dim": 1024, "width": 768, "depth": 12, "regions": 36, "diversity_weight": 10.0, "epochs": 20,
         "batch_size": 1024, "lr": 1e-4, "clip_lr": 1e-5, "stage1_lr": 1e-3, "stage2_lr": 5e-6, "warmup": 0.1,
-        "weight_decay": 0.01, "precision": "no",
+        "weight_decay": 0.01, "input_dropout": 0.0, "precision": "no",
     },
 }  # fmt: skip
 
 
+# The value that leaves a setting to the scale; 0 for all others.
+UNSET = {"diversity_weight": -1, "input_dropout": -1, "precision": ""}
+
+
 def settings(scale: str, dataset: str, given: dict) -> dict:
-    """The settings of a run: the scale's, with those of `given` that are set (positive numbers, words that are
-    not empty). `tiny` on photos is `photos`.
+    """The settings of a run: the scale's, with those of `given` that are set (see `UNSET`). `tiny` on photos is
+    `photos`.
 
     A smoke run (`given["smoke"]`) takes one epoch of small batches.
     """
     preset = dict(SETTINGS["photos" if scale == "tiny" and not dataset.startswith("scenes") else scale])
     if given.get("smoke"):
         preset |= {"epochs": 1, "batch_size": 32}
-    return preset | {k: v for k, v in given.items() if k in preset and (v if isinstance(v, str) else v > 0)}
+    return preset | {k: v for k, v in given.items() if k in preset and v != UNSET.get(k, 0)}

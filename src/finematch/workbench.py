@@ -107,6 +107,7 @@ def open_bench(
     text: str = "bert",
     width: int = 128,
     depth: int = 2,
+    input_dropout: float = 0.0,
     vision: str = "",
     vision_weights: str = "",
     text_weights: str = "",
@@ -124,7 +125,7 @@ def open_bench(
         scale: `tiny` or `paper`. Regions at paper scale are published arrays with captions of their own
             (`published_regions`); neither pictures nor Karpathy's file are looked for.
         backbone, text: see the table above.
-        width, depth: of the randomly initialised Transformers.
+        width, depth, input_dropout: of the randomly initialised Transformers.
         vision, vision_weights: a timm name and a safetensors file (or "hub") in place of the scale's own.
         text_weights: folder or hub name of the BERT (paper) or the MiniLM.
         clip_weights: folder or hub name of a CLIP; empty is a small one from scratch.
@@ -157,8 +158,8 @@ def open_bench(
     cache = cache / (f"{dataset}-smoke" if smoke else dataset)
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / ".lock"):  # runs of a grid start together; one makes what all need
-        return _open(dataset, data_root, cache, records, arrays, reported, scale, backbone, text, width, depth, vision,
-                     vision_weights, text_weights, clip_weights, proposals, regions, smoke, echo)  # fmt: skip
+        return _open(dataset, data_root, cache, records, arrays, reported, scale, backbone, text, width, depth,
+                     input_dropout, vision, vision_weights, text_weights, clip_weights, proposals, regions, smoke, echo)  # fmt: skip
 
 
 def open_records(dataset: str, data_root: Path, smoke: bool) -> dict[str, list[Record]]:
@@ -173,8 +174,8 @@ def open_records(dataset: str, data_root: Path, smoke: bool) -> dict[str, list[R
     return {s: r[: SMOKE[s]] for s, r in records.items()} if smoke else records
 
 
-def _open(dataset, data_root, cache, records, arrays, reported, scale, backbone, text, width, depth, vision,
-          vision_weights, text_weights, clip_weights, proposals, regions, smoke, echo) -> Bench:  # fmt: skip
+def _open(dataset, data_root, cache, records, arrays, reported, scale, backbone, text, width, depth,
+          input_dropout, vision, vision_weights, text_weights, clip_weights, proposals, regions, smoke, echo) -> Bench:  # fmt: skip
     """`open_bench` once the records are there and nobody else writes to the cache."""
     sides, facts = {}, {"reported_split": reported}
 
@@ -224,11 +225,17 @@ def _open(dataset, data_root, cache, records, arrays, reported, scale, backbone,
             return CLIPVision(clip), CLIPText(clip)
         first = arrays["train"]
         eye = TokenTransformer(
-            first.features.shape[-1], width=width, depth=depth, boxes=pictures["train"].places is not None
+            first.features.shape[-1],
+            width=width,
+            depth=depth,
+            input_dropout=input_dropout,
+            boxes=pictures["train"].places is not None,
         )
         if text == "minilm":
             state = texts["train"]
-            return eye, TokenTransformer(state.states.shape[1], width=width, depth=1, token=False)
+            return eye, TokenTransformer(
+                state.states.shape[1], width=width, depth=1, input_dropout=input_dropout, token=False
+            )
         if text == "gru":
             return eye, GRUTower(len(tokenizer), width=width)
         if scale == "paper":
