@@ -158,8 +158,83 @@ def open_bench(
     cache = cache / (f"{dataset}-smoke" if smoke else dataset)
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / ".lock"):  # runs of a grid start together; one makes what all need
-        return _open(dataset, data_root, cache, records, arrays, reported, scale, backbone, text, width, depth,
-                     input_dropout, vision, vision_weights, text_weights, clip_weights, proposals, regions, smoke, echo)  # fmt: skip
+        sides, facts = {}, {"reported_split": reported}
+
+        # ---- pictures
+        if backbone == "clip":
+            source, config, tokenizer, processor = open_clip(dataset, data_root, clip_weights, scale)
+            side = config.vision_config.image_size
+            transform = to_pixels(side, processor.image_mean, processor.image_std)
+            pictures = {
+                s: PixelSource(r, transform, keep=len(r) * 3 * side**2 * 4 < KEEP) for s, r in records.items()
+            }
+            arrays = {}
+        else:
+            if arrays is None:
+                net = picture_backbone(dataset, data_root, cache, scale, vision, vision_weights, smoke, echo)
+                net.net.to(accelerator())
+                kind = "cells" if backbone == "grid" else "regions"
+                found = f"{propose(proposals)[0]}-{regions}-" if kind == "regions" else ""
+                folder = cache / f"{kind}-{found}{net.key['backbone']}-{str(net.key['weights'])[:8]}"
+                arrays = {s: extract(r, net, folder, s, kind=kind, regions=regions, proposals=proposals, echo=echo)
+                          for s, r in records.items()}  # fmt: skip
+            pictures = {s: RegionSource(a) for s, a in arrays.items()}
+            facts |= {
+                f"features_{k}": v
+                for k, v in arrays["train"].meta.items()
+                if isinstance(v, (str, int, float))
+            }
+
+        # ---- texts
+        captions = {s: [c for _, c in pairs(r)] for s, r in records.items()}
+        texts: dict[str, Source] = {}
+        if text == "minilm":
+            folder = Path(text_weights) if text_weights else minilm_folder()
+            tower, words = BertTower(folder).to(accelerator()), AutoTokenizer.from_pretrained(str(folder))
+            key = fingerprint(tower)
+            texts = {
+                s: text_states(c, tower, words, cache / "minilm", s, key=key) for s, c in captions.items()
+            }
+        else:
+            if backbone != "clip":
+                tokenizer = tokenizer_of(dataset, data_root, scale, text_weights)
+            texts = {s: tokenise(c, tokenizer, max_length=32) for s, c in captions.items()}
+
+        for s, r in records.items():
+            image_of = np.array([i for i, _ in pairs(r)])
+            sides[s] = Side(r, captions[s], image_of, pictures[s], texts[s], arrays.get(s))
+
+        def towers() -> tuple[nn.Module, nn.Module]:
+            if backbone == "clip":
+                clip = open_clip_model(source)
+                bench.clip = (clip, tokenizer, processor)
+                return CLIPVision(clip), CLIPText(clip)
+            first = arrays["train"]
+            eye = TokenTransformer(
+                first.features.shape[-1],
+                width=width,
+                depth=depth,
+                input_dropout=input_dropout,
+                boxes=pictures["train"].places is not None,
+            )
+            if text == "minilm":
+                state = texts["train"]
+                return eye, TokenTransformer(
+                    state.states.shape[1], width=width, depth=1, input_dropout=input_dropout, token=False
+                )
+            if text == "gru":
+                return eye, GRUTower(len(tokenizer), width=width)
+            if scale == "paper":
+                return eye, BertTower(text_weights or "bert-base-uncased")
+            return eye, BertTower(small_bert(len(tokenizer), width=width, depth=depth))
+
+        bench = Bench(sides, reported, towers, facts=facts)
+        return bench
+
+
+def accelerator() -> torch.device:
+    """The GPU where there is one, else the CPU: where frozen networks extract."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def open_records(dataset: str, data_root: Path, smoke: bool) -> dict[str, list[Record]]:
@@ -172,78 +247,6 @@ def open_records(dataset: str, data_root: Path, smoke: bool) -> dict[str, list[R
         if error.record != "split 'test'":  # there is one, and it is broken
             raise
     return {s: r[: SMOKE[s]] for s, r in records.items()} if smoke else records
-
-
-def _open(dataset, data_root, cache, records, arrays, reported, scale, backbone, text, width, depth,
-          input_dropout, vision, vision_weights, text_weights, clip_weights, proposals, regions, smoke, echo) -> Bench:  # fmt: skip
-    """`open_bench` once the records are there and nobody else writes to the cache."""
-    sides, facts = {}, {"reported_split": reported}
-
-    # ---- pictures
-    if backbone == "clip":
-        source, config, tokenizer, processor = open_clip(dataset, data_root, clip_weights, scale)
-        side = config.vision_config.image_size
-        transform = to_pixels(side, processor.image_mean, processor.image_std)
-        pictures = {
-            s: PixelSource(r, transform, keep=len(r) * 3 * side**2 * 4 < KEEP) for s, r in records.items()
-        }
-        arrays = {}
-    else:
-        if arrays is None:
-            net = picture_backbone(dataset, data_root, cache, scale, vision, vision_weights, smoke, echo)
-            kind = "cells" if backbone == "grid" else "regions"
-            found = f"{propose(proposals)[0]}-{regions}-" if kind == "regions" else ""
-            folder = cache / f"{kind}-{found}{net.key['backbone']}-{str(net.key['weights'])[:8]}"
-            arrays = {s: extract(r, net, folder, s, kind=kind, regions=regions, proposals=proposals, echo=echo)
-                      for s, r in records.items()}  # fmt: skip
-        pictures = {s: RegionSource(a) for s, a in arrays.items()}
-        facts |= {
-            f"features_{k}": v for k, v in arrays["train"].meta.items() if isinstance(v, (str, int, float))
-        }
-
-    # ---- texts
-    captions = {s: [c for _, c in pairs(r)] for s, r in records.items()}
-    texts: dict[str, Source] = {}
-    if text == "minilm":
-        folder = Path(text_weights) if text_weights else minilm_folder()
-        tower, words = BertTower(folder), AutoTokenizer.from_pretrained(str(folder))
-        key = fingerprint(tower)
-        texts = {s: text_states(c, tower, words, cache / "minilm", s, key=key) for s, c in captions.items()}
-    else:
-        if backbone != "clip":
-            tokenizer = tokenizer_of(dataset, data_root, scale, text_weights)
-        texts = {s: tokenise(c, tokenizer, max_length=32) for s, c in captions.items()}
-
-    for s, r in records.items():
-        image_of = np.array([i for i, _ in pairs(r)])
-        sides[s] = Side(r, captions[s], image_of, pictures[s], texts[s], arrays.get(s))
-
-    def towers() -> tuple[nn.Module, nn.Module]:
-        if backbone == "clip":
-            clip = open_clip_model(source)
-            bench.clip = (clip, tokenizer, processor)
-            return CLIPVision(clip), CLIPText(clip)
-        first = arrays["train"]
-        eye = TokenTransformer(
-            first.features.shape[-1],
-            width=width,
-            depth=depth,
-            input_dropout=input_dropout,
-            boxes=pictures["train"].places is not None,
-        )
-        if text == "minilm":
-            state = texts["train"]
-            return eye, TokenTransformer(
-                state.states.shape[1], width=width, depth=1, input_dropout=input_dropout, token=False
-            )
-        if text == "gru":
-            return eye, GRUTower(len(tokenizer), width=width)
-        if scale == "paper":
-            return eye, BertTower(text_weights or "bert-base-uncased")
-        return eye, BertTower(small_bert(len(tokenizer), width=width, depth=depth))
-
-    bench = Bench(sides, reported, towers, facts=facts)
-    return bench
 
 
 # ------------------------------------------------------------------------------------------- pictures
