@@ -23,6 +23,8 @@ from finematch.config import root, strict
 p = strict(globals(), scale={"tiny", "paper"}, seed=(0, 2**31))
 
 # %%
+import json
+
 import pandas as pd
 from IPython.display import Markdown, display
 
@@ -85,6 +87,35 @@ if lines:
     print(frame["verdict"].value_counts().to_string())
     blocks["claims"] = to_markdown(frame)
     display(Markdown(blocks["claims"]))
+
+# %% [markdown]
+# ## Speed
+#
+# From `benchmarks/*.json`, which `make bench` writes. The floor is the matrix products' operations at the rate that the machine reached in the same
+# run.
+
+# %%
+with open(root() / "benchmarks" / "retrieval.json") as file:
+    b = json.load(file)
+ours, of = b["embeddings_to_recall"], b["parameters"]
+speed = [
+    f"* **Retrieval**, {of['images']:,} x {of['captions']:,} at {of['width']:,}-d, embeddings to recall in both directions: "
+    f"{ours['ours_seconds']['median']:.1f} s against {ours['argsort_loop_seconds']:.0f} s for a loop with one argsort per query, "
+    f"{ours['times_faster']:.0f} times faster at the same numbers; at best {ours['times_the_floor']:.1f} times the bare matrix product; "
+    f"{b['memory']['peak_growth_bytes']['500'] / 1e6:.0f} MB beside a score matrix of {b['memory']['score_matrix_bytes'] / 1e6:.0f} MB. "
+    f"From a given score matrix: {b['given_matrix_to_recall']['times_faster']:.1f} times faster than the loop."
+]
+with open(root() / "benchmarks" / "mvam_step.json") as file:
+    b = json.load(file)
+for name in ("scenes", "flickr8k"):
+    step = b[name]["mvam"]
+    speed.append(
+        f"* **A training step** of MVAM at batch {b['parameters']['batch']}, {name}'s setup, {b['parameters']['threads']} thread: "
+        f"{step['seconds']['min']:.2f} s, {step['times_the_floor']:.1f} times its own matrix products, "
+        f"{step['peak_growth_bytes'] / 1e6:.0f} MB."
+    )
+blocks["speed"] = "\n".join(speed)
+Markdown(blocks["speed"])
 
 # %%
 if p.readme:
