@@ -28,7 +28,7 @@ import json
 import pandas as pd
 from IPython.display import Markdown, display
 
-from finematch.report import measured, replace_block, summary, to_markdown
+from finematch.report import measured, published, replace_block, summary, to_markdown
 
 label = "smoke" if p.smoke else p.scale
 METRICS = ["i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "rsum"]
@@ -56,6 +56,16 @@ for name in p.dataset.split(","):
     note = (f"{'; '.join(runs['run_protocol'].unique())}. Commits {', '.join(sorted(c[:9] for c in runs['run_commit'].unique()))}; "
             f"{runs['run_seconds'].sum() / 60:.0f} minutes of training on {'; '.join(runs['run_device'].unique())}.")  # fmt: skip
     blocks[f"results-{name}"] = f"{text}\n\n{note}"
+    if (
+        name == "flickr8k"
+    ):  # frozen features of a network of this class, from the literature; on test, not on val
+        beside = published("Yardstick", "Flickr8k")
+        wide = beside.pivot(index=["row", "note"], columns="column", values="value")[
+            list(dict.fromkeys(beside["column"]))
+        ]
+        blocks[f"results-{name}"] += "\n\nFrom the literature, on Flickr8k's test split:\n\n" + to_markdown(
+            wide.reset_index()
+        )
     display(Markdown(f"### {name}\n\n{blocks[f'results-{name}']}"))
 
 # %% [markdown]
