@@ -157,7 +157,9 @@ def train(m: MVAM, where, member: int) -> dict:
     first = max(1, s["epochs"] // 2)
     fit(m, data, plan(s["stage1_lr"], first, member), where / "stage1",
         trainable=lambda name: not name.startswith(("vision.", "text.")), **rest)  # fmt: skip
-    return fit(m, data, plan(p.lr or s["stage2_lr"], max(1, s["epochs"] - first), member), where / "stage2", **rest)
+    return fit(
+        m, data, plan(p.lr or s["stage2_lr"], max(1, s["epochs"] - first), member), where / "stage2", **rest
+    )
 
 
 side = bench.splits[bench.reported]
@@ -181,7 +183,10 @@ if p.dataset == "coco_karpathy" and len(side.records) == 5000:  # 1K: five folds
     metrics |= {f"coco1k_{k}": v for k, v in folds.items() if k.startswith(("i2t", "t2i", "rsum"))}
 
 with torch.no_grad():
-    for kind, encode, source in (("image", model.encode_image, side.pictures), ("text", model.encode_text, side.texts)):
+    for kind, encode, source in (
+        ("image", model.encode_image, side.pictures),
+        ("text", model.encode_text, side.texts),
+    ):
         batch = to_device(source.batch(range(min(500, len(source)))), next(model.parameters()).device)
         attention = encode(**batch).attention
         if attention is not None:
@@ -196,5 +201,10 @@ metrics
 if p.backbone == "clip":
     bench.save_clip(folder / "encoder")
 metrics["best_epoch"] = summary["best_epoch"]
-resolved = {**p.as_dict(), **{k: v for k, v in s.items() if k in p.as_dict()}, "smoke": p.smoke, **bench.facts}
+resolved = {
+    **p.as_dict(),
+    **{k: v for k, v in s.items() if k in p.as_dict()},
+    "smoke": p.smoke,
+    **bench.facts,
+}
 write_metrics(folder, resolved, metrics, seconds=seconds)

@@ -234,7 +234,9 @@ def open_bench(
 
 def accelerator() -> torch.device:
     """The GPU where there is one, else the CPU: where frozen networks extract."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    )
 
 
 def open_records(dataset: str, data_root: Path, smoke: bool) -> dict[str, list[Record]]:
