@@ -130,6 +130,8 @@ with F.style():
             ax, list(beside["row"]), beside[f"{column} published"], beside[f"{column} measured"],
             beside[f"{column} measured sd"], ylabel=f"{column.split('@')[0]} R@1 (%)"
         )  # fmt: skip
+        if max(map(len, beside["row"])) > 6:
+            ax.set_xticks(ax.get_xticks(), list(beside["row"]), rotation=35, ha="right")
         ax.set_xlabel(axis)
     figure.tight_layout()
     F.save(figure, f"{stem}.svg")
