@@ -41,7 +41,10 @@ def test_it_runs(name, folder):
     for key, value in given.items():
         command += ["-p", key, str(value)]
     environment = {**os.environ, "MPLBACKEND": "agg", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    for _ in range(2):  # kernels that start side by side race for ports; what is really broken fails twice
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        if done.returncode == 0:
+            break
     assert done.returncode == 0, done.stderr[-4000:]
     if name == "mvam/2_train":
         metrics = json.loads((folder / "mvam-2_train" / "metrics.json").read_text())

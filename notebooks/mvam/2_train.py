@@ -22,7 +22,7 @@ seed: int = 0  # of the start, the order and the dropout
 out: str = "papermill_runs/mvam_train"  # the run's folder
 smoke: bool = False  # run everything in seconds
 cache: str = "data/cache"  # backbones, features and text states that runs share
-backbone: str = "regions"  # grid, regions or clip
+backbone: str = ""  # grid, regions or clip; empty is the scale's (regions; on photos at scale tiny, grid)
 text: str = "bert"  # bert, gru, minilm or clip
 pooling: str = "mvam"  # cls, mean, attention or mvam
 views: int = 16  # number of view codes
@@ -59,7 +59,7 @@ threads: int = 0  # of torch on a CPU; 0 leaves them as they are
 from finematch.config import root, strict
 
 p = strict(
-    globals(), scale={"tiny", "paper"}, seed=(0, 2**31), backbone={"grid", "regions", "clip"},
+    globals(), scale={"tiny", "paper"}, seed=(0, 2**31), backbone={"", "grid", "regions", "clip"},
     text={"bert", "gru", "minilm", "clip"}, pooling={"cls", "mean", "attention", "mvam"}, views=(1, 256),
     total_dim=(0, 65536), projection={"split", "shared", "full"}, view_dim=(1, 4096),
     scoring={"dot", "scaled", "tanh"}, diversity={"base", "sqrt", "none"}, diversity_weight=(-1, 1e6),
@@ -96,7 +96,7 @@ s
 # %%
 bench = open_bench(
     dataset=p.dataset, data_root=root() / p.data_root, cache=root() / p.cache, scale=p.scale,
-    backbone=p.backbone, text=p.text, width=s["width"], depth=s["depth"], input_dropout=s["input_dropout"], vision=p.vision,
+    backbone=s["backbone"], text=p.text, width=s["width"], depth=s["depth"], input_dropout=s["input_dropout"], vision=p.vision,
     vision_weights=p.vision_weights, text_weights=p.text_weights, clip_weights=p.clip_weights,
     proposals=p.proposals, regions=s["regions"], smoke=p.smoke,
 )  # fmt: skip
@@ -150,7 +150,7 @@ def plan(lr: float, epochs: int, member: int) -> Plan:
 def train(m: MVAM, where, member: int) -> dict:
     data, rest = bench.splits["train"].pairs(), {"evaluate": val_metrics, "select": bench.select}
     if not p.clip_weights:
-        lr = p.lr or (s["clip_lr"] if p.backbone == "clip" else s["lr"])
+        lr = p.lr or (s["clip_lr"] if s["backbone"] == "clip" else s["lr"])
         return fit(m, data, plan(lr, s["epochs"], member), where, **rest)
     if p.pooling in ("cls", "mean"):
         return fit(m, data, plan(p.lr or s["stage2_lr"], s["epochs"], member), where, **rest)
@@ -198,7 +198,7 @@ with torch.no_grad():
 metrics
 
 # %%
-if p.backbone == "clip":
+if s["backbone"] == "clip":
     bench.save_clip(folder / "encoder")
 metrics["best_epoch"] = summary["best_epoch"]
 resolved = {

@@ -322,16 +322,19 @@ SWITCHES = (
 # one before the contrastive loss can tell them apart (grid `mvam_lambda`); theirs was chosen on val.
 SETTINGS = {
     "tiny": {
+        "backbone": "regions",
         "total_dim": 512, "width": 128, "depth": 1, "regions": 20, "diversity_weight": 0.01, "epochs": 4,
         "batch_size": 128, "lr": 1e-3, "clip_lr": 1e-3, "stage1_lr": 1e-3, "stage2_lr": 2e-4, "warmup": 0.1,
         "weight_decay": 0.05, "input_dropout": 0.0, "precision": "no",
     },
     "photos": {
+        "backbone": "grid",
         "total_dim": 512, "width": 256, "depth": 0, "regions": 36, "diversity_weight": 0.01, "epochs": 5,
         "batch_size": 128, "lr": 1e-3, "clip_lr": 1e-3, "stage1_lr": 1e-3, "stage2_lr": 2e-4, "warmup": 0.1,
         "weight_decay": 0.05, "input_dropout": 0.3, "precision": "bf16",
     },
     "paper": {
+        "backbone": "regions",
         "total_dim": 1024, "width": 768, "depth": 12, "regions": 36, "diversity_weight": 10.0, "epochs": 20,
         "batch_size": 1024, "lr": 1e-4, "clip_lr": 1e-5, "stage1_lr": 1e-3, "stage2_lr": 5e-6, "warmup": 0.1,
         "weight_decay": 0.01, "input_dropout": 0.0, "precision": "no",
@@ -340,7 +343,7 @@ SETTINGS = {
 
 
 # The value that leaves a setting to the scale; 0 for all others.
-UNSET = {"diversity_weight": -1, "input_dropout": -1, "precision": ""}
+UNSET = {"backbone": "", "diversity_weight": -1, "input_dropout": -1, "precision": ""}
 
 
 def settings(scale: str, dataset: str, given: dict) -> dict:

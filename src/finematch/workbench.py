@@ -226,7 +226,8 @@ def open_bench(
                 return eye, GRUTower(len(tokenizer), width=width)
             if scale == "paper":
                 return eye, BertTower(text_weights or "bert-base-uncased")
-            return eye, BertTower(small_bert(len(tokenizer), width=width, depth=depth))
+            # depth 0 is a picture tower without Transformer; a BERT without layers would be a bag of words
+            return eye, BertTower(small_bert(len(tokenizer), width=width, depth=max(1, depth)))
 
         bench = Bench(sides, reported, towers, facts=facts)
         return bench
