@@ -63,7 +63,7 @@ tiny-grid: $(INSTALLED)
 	TIMEFORMAT='the tiny grid took %0lR'; time $(MAKE) --no-print-directory grid GRID=mvam_views SEEDS=0 SMOKE=1
 
 test: $(INSTALLED)  ## run all tests (JOBS=2)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=agg $(BIN)/pytest -n $(JOBS) --dist loadgroup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=agg $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 lab: $(INSTALLED)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks/
