@@ -33,6 +33,15 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(all_gather(x.contiguous()))
 
 
+def longest(length: int) -> int:
+    """The largest `length` of all processes: ragged rows are padded to it before `gather`."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return length
+    lengths: list = [None] * dist.get_world_size()
+    dist.all_gather_object(lengths, length)
+    return max(lengths)
+
+
 class LogitScale(nn.Module):
     """1/tau, learnable, kept in (0, `maximum`]: CLIP's logit scale (initial tau 0.07, at most 100)."""
 

@@ -1,0 +1,491 @@
+"""HSLM against the paper: equations in loops, the fast scorer against the naive one, Table 4's rows, the loss."""
+
+import inspect
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hslm_naive import naive_scores, one_caption
+
+from finematch.hslm import (
+    HSLM,
+    MGCN,
+    MODULES,
+    SETTINGS,
+    SWITCHES,
+    Caption,
+    GraphLayer,
+    PairScorer,
+    Picture,
+    SelfAttentionPooling,
+    WordEncoder,
+    WordSelfAttention,
+    hinge,
+    score,
+    settings,
+    tile_scores,
+    word_correlation,
+)
+
+# Table 4's twelve rows: MGCN, Self-Attn, Cross-Attn, Glob, Loc
+ROWS = {
+    1: "...g.", 2: ".s.g.", 3: "m..g.", 4: "ms.g.", 5: "..c.l", 6: ".sc.l", 7: "m.c.l", 8: "msc.l",
+    9: "..cgl", 10: ".scgl", 11: "m.cgl", 12: "mscgl",
+}  # fmt: skip
+
+
+def modules(row):
+    return {name: mark != "." for name, mark in zip(MODULES, ROWS[row], strict=True)}
+
+
+def tiny(seed=0, **options):
+    torch.manual_seed(seed)
+    sizes = {"width": 12, "embed": 10, "sim": 6, "depth": 2}
+    model = HSLM(7, 30, **sizes | options)
+    with torch.no_grad():  # a graph at its start is the identity: move it, or nothing of it is tested
+        for name, parameter in model.named_parameters():
+            if ".graph." in name and ("update" in name or "norm" in name):
+                parameter.normal_(std=0.3)
+    return model.double().eval()
+
+
+def inputs(b=4, lengths=(3, 5, 5, 2, 6), n=5, seed=1, pad=0):
+    g = torch.Generator().manual_seed(seed)
+    length = max(lengths) + pad
+    mask = torch.arange(length)[None] < torch.tensor(lengths)[:, None]
+    ids = torch.randint(1, 30, (len(lengths), length), generator=g) * mask
+    special = torch.zeros_like(mask)
+    special[:, 0] = True
+    special[torch.arange(len(lengths)), torch.tensor(lengths) - 1] = True
+    image = {
+        "features": torch.randn(b, n, 7, generator=g).double(),
+        "mask": torch.ones(b, n, dtype=torch.bool),
+    }
+    return image, {"input_ids": ids, "mask": mask, "special": special}
+
+
+def both(model, image, text):
+    picture, caption = model.encode_image(**image), model.encode_text(**text)
+    return picture, caption, score(model.pairs, model.pairs.prepare(picture), caption)
+
+
+# ------------------------------------------------------------------------------------------- 3.2
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("form", ["word", "channel", "softmax"])
+def test_self_attention_is_eq_3_to_6_in_loops(form, residual):
+    torch.manual_seed(0)
+    layer = WordSelfAttention(4, form=form, residual=residual).double()
+    words = torch.randn(2, 5, 4).double()
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
+    words = words * mask[..., None]
+    out = layer(words, mask)
+    for c, m in ((0, 5), (1, 3)):
+        e = words[c, :m].T  # the paper's columns: 4 x M
+        k, q, v = (w.weight @ e for w in (layer.key, layer.query, layer.value))
+        if form == "channel":
+            expected = ((k @ q.T) / m @ v).T
+        else:
+            relation = k.T @ q  # M x M
+            relation = relation / m if form == "word" else (relation / math.sqrt(4)).softmax(-1)
+            expected = torch.stack([sum(relation[i, j] * v[:, j] for j in range(m)) for i in range(m)])
+        expected = expected + e.T if residual else expected
+        torch.testing.assert_close(out[c, :m], expected)
+        assert not out[c, m:].any()
+
+
+def test_word_correlation_by_hand():
+    words = torch.tensor([[[1.0, 0], [2, 0], [0, 3], [9, 9]]])
+    mask = torch.tensor([[True, True, True, False]])
+    # cosines: words 1 and 2 with themselves and each other, word 3 with itself: columns 2, 2, 1 of 5
+    torch.testing.assert_close(word_correlation(words, mask), torch.tensor([[0.4, 0.4, 0.2, 0.0]]))
+
+
+# ------------------------------------------------------------------------------------------- 3.3
+@pytest.mark.parametrize("relation", ["nodes", "raw", "softmax"])
+def test_a_graph_layer_is_eq_7_and_8_in_loops(relation):
+    torch.manual_seed(0)
+    layer = GraphLayer(3, relation=relation).double()
+    torch.nn.init.normal_(layer.update.weight)
+    nodes = torch.randn(1, 4, 3).double()
+    mask = torch.tensor([[True, True, True, False]])
+    nodes = nodes * mask[..., None]
+    out, n = layer(nodes, mask)[0], 3
+    r = nodes[0, :n]
+    a = torch.tensor([[float(layer.mu(r[i]) @ layer.nu(r[j])) for j in range(n)] for i in range(n)]).double()
+    a = a.softmax(-1) if relation == "softmax" else a / n if relation == "nodes" else a
+    for i in range(n):
+        gathered = sum(a[i, j] * layer.gather(r[j]) for j in range(n))
+        torch.testing.assert_close(out[i], layer.update(gathered) + r[i])
+    assert not out[n].any()
+
+
+@pytest.mark.parametrize("norm", ["none", "layer", "batch"])
+def test_an_untrained_graph_of_any_depth_is_the_identity_and_can_learn(norm):
+    torch.manual_seed(0)
+    nodes, mask = torch.randn(3, 5, 6), torch.ones(3, 5, dtype=torch.bool)
+    mask[1, 3:] = False
+    graph = MGCN(6, 4, norm=norm)
+    nodes = nodes * mask[..., None]
+    torch.testing.assert_close(graph(nodes, mask), nodes)
+    torch.testing.assert_close(MGCN(6, 0)(nodes, mask), nodes)
+    graph(nodes, mask).square().sum().backward()
+    assert all(
+        any(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters()) for layer in graph
+    )
+
+
+def test_depth_0_and_an_untrained_depth_4_score_alike():
+    image, text = inputs()
+    torch.manual_seed(0)
+    flat = HSLM(7, 30, width=12, embed=10, sim=6, depth=0).double().eval()
+    deep = HSLM(7, 30, width=12, embed=10, sim=6, depth=4).double().eval()
+    missing = deep.load_state_dict(flat.state_dict(), strict=False)
+    assert all(".graph." in name for name in missing.missing_keys)
+    torch.testing.assert_close(both(flat, image, text)[2], both(deep, image, text)[2])
+    off = HSLM(7, 30, width=12, embed=10, sim=6, depth=4, mgcn=False)
+    assert not any(".graph." in name for name, _ in off.named_parameters())
+
+
+def test_batch_norm_of_a_graph_ignores_padding():
+    torch.manual_seed(0)
+    layer = GraphLayer(4, norm="batch").double()
+    torch.nn.init.ones_(layer.norm.weight)
+    nodes = torch.randn(3, 5, 4).double()
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    short = layer(nodes, mask)
+    longer = layer(F.pad(nodes, (0, 0, 0, 2)), F.pad(mask, (0, 2)))
+    torch.testing.assert_close(longer[:, :5], short)
+
+
+def test_words_are_the_average_of_both_directions_made_unit():
+    torch.manual_seed(0)
+    encoder = WordEncoder(30, 6, 5, 0, self_attention=None).double()
+    _, text = inputs()
+    words, mask = encoder(**text)
+    for c, length in enumerate(text["mask"].sum(1).tolist()):
+        states, _ = encoder.gru(encoder.embed(text["input_ids"][c : c + 1, :length]))
+        expected = F.normalize((states[0, :, :5] + states[0, :, 5:]) / 2, dim=-1)  # Eq. 13
+        torch.testing.assert_close(words[c, :length], expected)
+    torch.testing.assert_close(mask, text["mask"])
+
+
+def test_special_tokens_can_be_left_out():
+    _, text = inputs(lengths=(3, 5, 5, 4, 6))
+    torch.manual_seed(0)
+    encoder = WordEncoder(30, 6, 5, 1, include_special=False).double()
+    words, mask = encoder(**text)
+    assert mask.sum(1).tolist() == [1, 3, 3, 2, 4]
+    inner = {
+        "input_ids": text["input_ids"][1:2, 1:4],
+        "mask": torch.ones(1, 3).bool(),
+        "special": torch.zeros(1, 3).bool(),
+    }
+    torch.testing.assert_close(words[1, :3], encoder(**inner)[0][0])
+
+
+# ------------------------------------------------------------------------------------------- 3.4, 3.5
+def test_the_pooling_is_that_of_the_docstring_in_loops():
+    torch.manual_seed(0)
+    layer, parts = SelfAttentionPooling(4).double(), torch.randn(1, 3, 4).double()
+    mean = parts[0].mean(0)
+    votes = [
+        float(layer.vote(torch.tanh(layer.local(x)) * torch.tanh(layer.query(mean))).squeeze())
+        for x in parts[0]
+    ]
+    weights = torch.tensor(votes).double().softmax(0)
+    expected = F.normalize(sum(w * x for w, x in zip(weights, parts[0], strict=True)), dim=0)
+    mask = torch.ones(1, 3).bool()
+    torch.testing.assert_close(layer(parts, mask)[0], expected)
+    padded = layer(F.pad(parts, (0, 0, 0, 2), value=5.0), F.pad(mask, (0, 2)))
+    torch.testing.assert_close(padded[0], expected)
+
+
+READ = [
+    {}, {"cross": "gate"}, {"cross": "gate", "gate_pool": "max"}, {"cross_scale": 4.0}, {"context_norm": False},
+    {"node_gate": "element"}, {"node_weights": "l1"}, {"glob": False}, {"loc": False},
+    {"cross": "gate", "glob": False}, {"cross_attn": False, "loc": False},
+    {"cross": "gate", "node_gate": "element", "loc": False},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", READ, ids=str)
+@pytest.mark.parametrize("budget", [1, 500, 2**23])
+def test_the_fast_scorer_equals_the_naive_loop(options, budget):
+    model = tiny(**options)
+    image, text = inputs(b=7, lengths=(3, 5, 5, 2, 6, 5, 3))
+    picture, caption = model.encode_image(**image), model.encode_text(**text)
+    words = [w[m] for w, m in zip(caption.words, caption.mask, strict=True)]
+    naive = naive_scores(model, picture.regions, words, caption.vector)
+    fast = score(model.pairs, model.pairs.prepare(picture), caption, budget=budget)
+    assert naive.std() > 1e-4
+    torch.testing.assert_close(fast, naive, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("cross", ["attend", "gate"])
+def test_in_single_precision_it_agrees_to_1e_5(cross):
+    torch.manual_seed(0)
+    model = HSLM(64, 100, width=256, embed=100, sim=64, cross=cross, self_residual=True).eval()
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 20, (33,), generator=g)
+    mask = torch.arange(20)[None] < lengths[:, None]
+    text = {
+        "input_ids": torch.randint(1, 100, (33, 20), generator=g),
+        "mask": mask,
+        "special": torch.zeros_like(mask),
+    }
+    image = {"features": torch.randn(9, 36, 64, generator=g), "mask": torch.ones(9, 36).bool()}
+    with torch.no_grad():
+        picture, caption, fast = both(model, image, text)
+        words = [w[m] for w, m in zip(caption.words, caption.mask, strict=True)]
+        naive = naive_scores(model, picture.regions, words, caption.vector)
+    torch.testing.assert_close(fast, naive, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", READ, ids=str)
+def test_pairs_with_padding_score_as_in_the_tiles(options):
+    model = tiny(**options)
+    image, text = inputs(pad=3)
+    picture, caption, table = both(model, image, text)
+    pictures, captions = torch.tensor([0, 3, 1, 1, 2]), torch.tensor([4, 0, 3, 3, 2])
+    pairs = model.score_pairs(model.pairs.prepare(picture), caption, pictures, captions)
+    torch.testing.assert_close(pairs, table[pictures, captions])
+
+
+@pytest.mark.parametrize("options", READ[:3] + READ[-2:], ids=str)
+def test_missing_regions_change_nothing(options):
+    model = tiny(**options)
+    image, text = inputs()
+    more = {
+        "features": F.pad(image["features"], (0, 0, 0, 2), value=3.0),
+        "mask": F.pad(image["mask"], (0, 2)),
+    }
+    torch.testing.assert_close(both(model, more, text)[2], both(model, image, text)[2])
+
+
+def test_order_and_company_change_nothing():
+    model = tiny()
+    image, text = inputs()
+    table = both(model, image, text)[2]
+    order = torch.tensor([3, 1, 4, 0, 2])
+    shuffled = both(model, {k: v.flip(0) for k, v in image.items()}, {k: v[order] for k, v in text.items()})[
+        2
+    ]
+    torch.testing.assert_close(shuffled, table.flip(0)[:, order])
+    alone = both(model, {k: v[2:3] for k, v in image.items()}, {k: v[1:2] for k, v in text.items()})[2]
+    torch.testing.assert_close(alone[0, 0], table[2, 1])
+
+
+def test_attention_is_the_sigmoid_of_every_word_with_every_region():
+    model = tiny(cross_scale=2.0)
+    image, text = inputs(b=5)
+    picture, caption = model.encode_image(**image), model.encode_text(**text)
+    f = model.attention(picture, caption)
+    expected = torch.sigmoid(2 * caption.words[1, 4] @ picture.regions[1, 3])
+    torch.testing.assert_close(f[1, 4, 3], expected)
+    assert not f[3, 2:].any()  # padding
+    with pytest.raises(ValueError, match="cross_attn"):
+        tiny(cross_attn=False, loc=False).attention(picture, caption)
+
+
+def test_half_precision_changes_little():
+    model = tiny().float()
+    image, text = inputs()
+    image["features"] = image["features"].float()
+    picture, caption, table = both(model, image, text)
+    low = score(model.pairs, model.pairs.prepare(picture), caption, dtype=torch.bfloat16)
+    assert 0 < (low - table).abs().max() < 0.03 * table.abs().max()
+
+
+def test_the_worked_example():
+    """Two regions, two words, width 2, everything the identity: each number by hand."""
+    scorer = PairScorer(2, 2, glob=False).double()
+    with torch.no_grad():
+        scorer.compare_local.weight.copy_(torch.eye(2))
+        scorer.gate.weight.copy_(torch.tensor([[1.0, -1.0]]))
+        scorer.gate.bias.zero_()
+        scorer.score.weight.copy_(torch.tensor([[2.0, 1.0]]))
+        scorer.score.bias.fill_(0.5)
+    regions, words = torch.eye(2).double(), torch.tensor([[1.0, 0], [0, 1]]).double()
+    high, low = (
+        1 / (1 + math.exp(-1)),
+        0.5,
+    )  # a word scores sigmoid(1) with its region, sigmoid(0) with the other
+    size = math.hypot(high, low)
+    apart = (
+        (1 - high / size) ** 2,
+        (low / size) ** 2,
+    )  # |t - a|^2 of the first word; the second is its mirror
+    s = [x / math.hypot(*apart) for x in apart]
+    nodes = [s, s[::-1]]
+    total = 0.5
+    for x, y in nodes:
+        total += 1 / (1 + math.exp(-(x - y))) * (2 * x + y)
+    assert math.isclose(float(one_caption(scorer, regions[None], words, None)), total)
+    view = scorer.prepare(Picture(regions[None], torch.ones(1, 2).bool()))
+    caption = Caption(words[None], torch.ones(1, 2).bool(), None)
+    assert math.isclose(float(score(scorer, view, caption)), total)
+
+
+# ------------------------------------------------------------------------------------------- Table 4
+@pytest.mark.parametrize("row", ROWS)
+def test_each_row_of_table_4_takes_a_training_step(row):
+    torch.manual_seed(0)
+    on = modules(row)
+    model = HSLM(7, 30, width=12, embed=10, sim=6, depth=2, **on)
+    names = {name.split(".")[0] + "." + name.split(".")[1] for name, _ in model.named_parameters()}
+    assert ("text.attention" in names) == on["self_attn"]
+    assert any(".graph." in n for n, _ in model.named_parameters()) == on["mgcn"]
+    assert ("pairs.compare_local" in names) == on["loc"]
+    assert ("pairs.compare_global" in names) == on["glob"]
+    image, text = inputs(b=5)
+    batch = {
+        "image": image | {"features": image["features"].float()},
+        "text": text,
+        "image_id": torch.arange(5),
+    }
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        terms = model(batch)
+        terms["loss"].backward()
+        dead = [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+        assert not dead
+        optimizer.step()
+        losses.append(float(terms["loss"].detach()))
+    assert losses[-1] < losses[0]
+
+
+def test_switches_are_refused_by_name():
+    for wrong in (
+        {"self_attention": "x"}, {"relation": "x"}, {"graph_norm": "x"}, {"cross": "x"}, {"gate_pool": "x"},
+        {"node_gate": "x"}, {"node_weights": "x"}, {"loss_score": "x"}, {"negatives": "x"},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            tiny(**wrong)
+    with pytest.raises(ValueError, match="nothing is compared"):
+        tiny(glob=False, loc=False)
+    with pytest.raises(ValueError, match="needs cross_attn"):
+        tiny(cross_attn=False)
+    with pytest.raises(ValueError, match="margin"):
+        tiny(margin=0.0)
+
+
+@pytest.mark.parametrize("options", [{"graph_norm": "layer"}, {"graph_norm": "batch"}, {"normalise_graph": True},
+                                     {"include_special": False}, {"self_attention": "channel"}, {"self_residual": True},
+                                     {"relation": "softmax"}])  # fmt: skip
+def test_each_reading_of_the_encoders_changes_the_scores(options):
+    image, text = inputs(lengths=(4, 5, 5, 3, 6))
+    plain, other = tiny(), tiny(**options)
+    other.load_state_dict(plain.state_dict(), strict=False)
+    assert not torch.allclose(both(plain, image, text)[2], both(other, image, text)[2])
+
+
+# ------------------------------------------------------------------------------------------- 3.6
+def test_hinge_by_hand():
+    scores = torch.tensor([[0.9, 0.8, 0.1], [0.2, 0.5, 0.6], [0.3, 0.4, 0.7]])
+    none = torch.eye(3).bool()
+    # captions as negatives: .2-.9+.8, .2-.5+.6, 0 (.2-.7+.4); pictures: 0 (.2-.9+.3), .2-.5+.8, .2-.7+.6
+    assert math.isclose(float(hinge(scores, none, 0.2)), 0.1 + 0.3 + 0.0 + 0.0 + 0.5 + 0.1, rel_tol=1e-5)
+    same = none.clone()
+    same[0, 1] = same[1, 0] = True  # pictures 0 and 1 are one
+    assert math.isclose(float(hinge(scores, same, 0.2)), 0.3 + 0.1 + 0.1, rel_tol=1e-5)
+    # over all negatives: row 0 (.1 + 0)/2, row 1 (0 + .3)/2, row 2 0; columns: 0, (.5 + .1)/2, (0 + .1)/2
+    assert math.isclose(
+        float(hinge(scores, none, 0.2, negatives="mean")), 0.05 + 0.15 + 0.3 + 0.05, rel_tol=1e-5
+    )
+
+
+@pytest.mark.parametrize("loss_score", ["sigmoid", "logit"])
+@pytest.mark.parametrize("ids", [range(5), [0, 1, 0, 2, 1], [3] * 5], ids=str)
+def test_mined_training_has_the_gradient_of_the_whole_matrix(ids, loss_score):
+    """The loss and every gradient equal those of Eq. 23 on all B x B scores."""
+    model = tiny(loss_score=loss_score)
+    image, text = inputs(b=5)
+    batch = {"image": image, "text": text, "image_id": torch.tensor(list(ids))}
+    terms = model(batch)
+    table = model.squash(both(model, image, text)[2])
+    same = batch["image_id"][:, None] == batch["image_id"][None]
+    torch.testing.assert_close(terms["loss"].float(), hinge(table, same, model.margin).float())
+    mine = torch.autograd.grad(terms["loss"], list(model.parameters()), allow_unused=True)
+    theirs = torch.autograd.grad(
+        hinge(table, same, model.margin), list(model.parameters()), allow_unused=True
+    )
+    for name, a, b in zip(dict(model.named_parameters()), mine, theirs, strict=True):
+        a, b = (torch.zeros(1) if g is None else g.float() for g in (a, b))
+        torch.testing.assert_close(a.expand_as(b) if a.numel() == 1 else a, b, msg=name, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_agrees_with_finite_differences():
+    model = tiny(loss_score="logit", margin=5.0)
+    image, text = inputs(b=5)
+    batch = {"image": image, "text": text, "image_id": torch.arange(5)}
+    weight = model.pairs.compare_local.weight
+    grad = torch.autograd.grad(model(batch)["loss"], weight)[0]
+    for place in ((0, 0), (3, 7)):
+        values = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                weight[place] += step
+                values.append(float(model(batch)["loss"]))
+                weight[place] -= step
+        assert math.isclose((values[0] - values[1]) / 2e-5, float(grad[place]), rel_tol=1e-4, abs_tol=1e-7)
+
+
+def test_the_plateau_is_named():
+    """Equal scores: the loss is 2 B margin, and the term that `fit` logs says so."""
+    model = tiny()
+    image, text = inputs(b=5)
+    batch = {"image": image, "text": text, "image_id": torch.arange(5)}
+    assert float(model(batch)["plateau"]) in (0.0, 1.0)
+    with torch.no_grad():
+        model.pairs.score.weight.zero_()
+    terms = model(batch)
+    assert math.isclose(float(terms["loss"]), 2 * 5 * 0.2, rel_tol=1e-5)
+    assert terms["plateau"] == 1
+    with torch.no_grad():
+        model.pairs.score.weight.fill_(30.0)
+    model.loss_score = "logit"  # through the sigmoid scores this large would all be one
+    assert model(batch)["plateau"] == 0
+
+
+def test_warm_up_takes_all_negatives_first_and_counts_in_the_state():
+    model = tiny(warmup_steps=2).train()
+    image, text = inputs(b=5)
+    batch = {"image": image, "text": text, "image_id": torch.arange(5)}
+    first, second, third = (float(model(batch)["loss"].detach()) for _ in range(3))
+    assert first == second < third  # the hardest negative costs more than the mean one
+    assert int(model.state_dict()["steps"]) == 3
+    assert math.isclose(float(model.eval()(batch)["loss"]), third, rel_tol=1e-6)
+    assert float(tiny(negatives="mean")(batch)["loss"]) == pytest.approx(first, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------- a split
+def test_tile_scores_gives_any_tile_of_the_matrix():
+    model = tiny()
+    image, text = inputs(b=6, lengths=(3, 5, 5, 2, 6, 4, 4))
+    table = both(model, image, text)[2].float()
+    ask = tile_scores(
+        model,
+        lambda i: {k: v[i] for k, v in image.items()},
+        lambda j: {k: v[j] for k, v in text.items()},
+        block=2,
+    )
+    for i, j in itertools.product(([0, 1, 2], [3, 4, 5], [5]), ([0, 1, 2, 3], [6, 4])):
+        torch.testing.assert_close(ask(torch.tensor(i), torch.tensor(j)), table[i][:, j])
+
+
+def test_settings():
+    assert set(SETTINGS["tiny"]) == set(SETTINGS["paper"]) == set(SETTINGS["photos"])
+    paper = settings("paper", "flickr30k", {})
+    assert (paper["width"], paper["embed"], paper["depth"], paper["regions"]) == (1024, 300, 4, 36)
+    assert (paper["lr"], paper["batch_size"], paper["epochs"], paper["decay_every"]) == (2e-4, 128, 40, 20)
+    assert settings("paper", "coco_karpathy", {})["decay_every"] == 15
+    assert settings("tiny", "flickr8k", {}) == SETTINGS["photos"]
+    assert settings("tiny", "scenes", {"depth": 0, "epochs": 0})["depth"] == 0
+    assert settings("tiny", "scenes", {"smoke": True})["epochs"] == 1
+    taken = inspect.signature(HSLM.__init__).parameters
+    assert set(SWITCHES) <= set(taken)
+    assert taken["margin"].default == 0.2
