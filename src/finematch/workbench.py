@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessor
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerBase
 
 from finematch.attributes import attribute_backbone
 from finematch.data import load
@@ -43,6 +43,8 @@ from finematch.encoders import (
     small_bert,
     small_clip,
 )  # fmt: skip
+from finematch.evaluation.correspondence import on_span, pieces
+from finematch.evaluation.grounding import GroundedPhrase, phrase_scores
 from finematch.features import Backbone, extract, fingerprint, mobilenet, propose, text_states, timm_backbone
 from finematch.text import tokenise, word_level, wordpiece
 from finematch.training import to_device
@@ -71,7 +73,8 @@ class Side:
 class Bench:
     """Everything a run stands on. `towers()` makes a fresh pair; seed before calling it.
 
-    `clip` is the CLIPModel that the last `towers()` made, its tokenizer and its image processor.
+    `clip` is the CLIPModel that the last `towers()` made, its tokenizer and its image processor. `tokenizer` is the
+    captions' own, `dataset` and `data_root` say where the records came from.
     """
 
     splits: dict[str, Side]
@@ -79,6 +82,9 @@ class Bench:
     towers: Callable[[], tuple[nn.Module, nn.Module]]
     clip: tuple | None = None
     facts: dict = field(default_factory=dict)
+    tokenizer: PreTrainedTokenizerBase | None = None
+    dataset: str = ""
+    data_root: Path = Path("data")
 
     @property
     def select(self) -> str:
@@ -190,10 +196,10 @@ def open_bench(
         texts: dict[str, Source] = {}
         if text == "minilm":
             folder = Path(text_weights) if text_weights else minilm_folder()
-            tower, words = BertTower(folder).to(accelerator()), AutoTokenizer.from_pretrained(str(folder))
+            tower, tokenizer = BertTower(folder).to(accelerator()), AutoTokenizer.from_pretrained(str(folder))
             key = fingerprint(tower)
             texts = {
-                s: text_states(c, tower, words, cache / "minilm", s, key=key) for s, c in captions.items()
+                s: text_states(c, tower, tokenizer, cache / "minilm", s, key=key) for s, c in captions.items()
             }
         else:
             if backbone != "clip":
@@ -229,7 +235,9 @@ def open_bench(
             # depth 0 is a picture tower without Transformer; a BERT without layers would be a bag of words
             return eye, BertTower(small_bert(len(tokenizer), width=width, depth=max(1, depth)))
 
-        bench = Bench(sides, reported, towers, facts=facts)
+        bench = Bench(
+            sides, reported, towers, facts=facts, tokenizer=tokenizer, dataset=dataset, data_root=data_root
+        )
         return bench
 
 
@@ -385,3 +393,63 @@ def embed(model: nn.Module, side: Side, *, block: int = 256) -> tuple[Tensor, Te
     model.train(training)
     back = torch.from_numpy(np.argsort(order, kind="stable"))
     return torch.cat(images).cpu(), torch.cat(texts).cpu()[back]
+
+
+@torch.no_grad()
+def attended_phrases(
+    bench: Bench,
+    side: Side,
+    attend: Callable[[dict, dict], Tensor],
+    *,
+    reduce: str = "max",
+    block: int = 128,
+    echo: Callable[[str], None] | None = print,
+) -> list[GroundedPhrase]:
+    """Phrases that people linked to boxes, and how much their words attend to each region: for `grounding`.
+
+    The links are read in Flickr30k Entities' format (`<dataset>_entities`, the split that is reported) and belong to
+    the pictures of the same names; their own captions are scored, so it does not matter which of them `side` has.
+
+    Args:
+        attend: keywords of pictures and of captions, pair by pair, to attention "p l r": tokens by regions.
+        reduce: how the words of a phrase become one score, see `phrase_scores`.
+
+    Returns:
+        One item a phrase, regions and boxes in pixels of the linked picture; none (and one printed line) where the
+        dataset has no links, or its regions no boxes. A phrase that was cut off with its caption's end scores all
+        regions alike, which counts as a miss.
+    """
+    places = getattr(side.pictures, "places", None)
+    try:
+        if places is None:
+            raise DataError(
+                bench.dataset, "its features", "have no boxes", "Use features that come with boxes"
+            )
+        linked = load(f"{bench.dataset}_entities", bench.data_root, bench.reported)
+    except (DataError, ValueError) as error:
+        if echo:
+            echo(f"Grounding is not measured: {error}")
+        return []
+    row_of = {record.image_id: row for row, record in enumerate(side.records)}
+    asked = [(row_of[record.image_id], record, c) for record in linked if record.image_id in row_of
+             for c in sorted({phrase.caption for phrase in record.phrases})]  # fmt: skip
+    if not asked:
+        return []
+    texts = tokenise([record.captions[c] for _, record, c in asked], bench.tokenizer, max_length=32)
+    found = []
+    for start in range(0, len(asked), block):
+        part = asked[start : start + block]
+        attention = attend(side.pictures.batch([row for row, _, _ in part]),
+                           texts.batch(range(start, start + len(part)))).float()  # fmt: skip
+        for (row, record, c), weights in zip(part, attention, strict=True):
+            frame = torch.tensor([*record.size, *record.size], dtype=torch.float32)
+            regions = torch.from_numpy(places[row][:, :4]) * frame
+            offsets = pieces(record.captions[c], bench.tokenizer).offsets
+            for phrase in record.phrases:
+                if phrase.caption != c:
+                    continue
+                words = on_span(offsets, phrase.start, phrase.end)
+                scores = (phrase_scores(weights[: len(words)], words, reduce=reduce) if words.any()
+                          else torch.zeros(len(regions)))  # fmt: skip
+                found.append(GroundedPhrase(regions, scores, phrase.boxes, record.size, phrase.kind))
+    return found
