@@ -622,11 +622,13 @@ class HSLM(nn.Module):
             loss = hinge(scores, same, self.margin, negatives="mean")
         else:
             with torch.no_grad():
-                rivals = (
-                    torch.rand_like(same, dtype=torch.float32)
-                    if kind == "random"
-                    else score(self.pairs, view, caption)
-                )
+                if (
+                    kind == "random"
+                ):  # drawn from the step's number: alike in every process, and in a resumed run
+                    step = torch.Generator().manual_seed(int(self.steps))
+                    rivals = torch.rand(same.shape, generator=step).to(same.device)
+                else:
+                    rivals = score(self.pairs, view, caption)
                 rivals = rivals.masked_fill(same, float("-inf"))
             rows = torch.arange(len(same), device=same.device)
             pictures = torch.cat([rows, rows, rivals.argmax(0)])
@@ -803,11 +805,11 @@ SWITCHES = (
 SETTINGS = {
     "tiny": {
         "width": 64, "embed": 64, "sim": 32, "depth": 4, "regions": 20, "graph_norm": "layer", "cross_scale": 10.0,
-        "dropout": 0.0, "epochs": 5, "warmup_epochs": 2.0, "batch_size": 64, "lr": 1e-3, "decay_every": 4,
+        "dropout": 0.0, "epochs": 4, "warmup_epochs": 2.0, "batch_size": 64, "lr": 1e-3, "decay_every": 3,
         "clip_norm": 2.0, "precision": "no", "val_pictures": 200,
     },
     "photos": {
-        "width": 256, "embed": 300, "sim": 64, "depth": 4, "regions": 36, "graph_norm": "layer", "cross_scale": 10.0,
+        "width": 128, "embed": 300, "sim": 32, "depth": 4, "regions": 36, "graph_norm": "layer", "cross_scale": 10.0,
         "dropout": 0.4, "epochs": 5, "warmup_epochs": 2.0, "batch_size": 64, "lr": 5e-4, "decay_every": 4,
         "clip_norm": 2.0, "precision": "no", "val_pictures": 200,
     },
