@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The scorecard: every table of the papers, published beside measured
 #
-# **Papers** MVAM so far; the other three join with their methods. This page reads the metrics files of all finished runs and the tables that
+# **Papers** MVAM and HSLM so far; the other two join with their methods. This page reads the metrics files of all finished runs and the tables that
 # `3_ablations` wrote, shows them side by side, counts the verdicts, and writes the generated blocks of the README. No number on it, or in
 # the README, was typed by hand.
 #
@@ -78,6 +78,24 @@ for path in tables:
     display(Markdown(f"### {grid}, {name}\n\n{path.read_text(encoding='utf-8')}"))
 if not tables:
     print(f"No table yet: make grid GRID=mvam_views writes {p.figures}/mvam_views.<dataset>.{label}.md")
+
+# %% [markdown]
+# ## What is looked at
+#
+# Of phrases that people linked to boxes (no training sees the links): how often the region that a phrase attends to most has its centre in a true
+# box (pointing), and overlaps one by half (R@1).
+
+# %%
+looked = [
+    pd.read_csv(path).assign(grid=path.name.split(".")[0], dataset=path.name.split(".")[1])
+    for path in sorted((root() / p.figures).glob(f"*.{label}.grounding.csv"))
+    if path.stat().st_size > 1
+]
+if looked:
+    frame = pd.concat(looked, ignore_index=True)
+    frame = frame[["grid", "dataset", *(c for c in frame if c not in ("grid", "dataset"))]]
+    blocks["grounding"] = to_markdown(frame.drop_duplicates(["dataset", "row"]).drop(columns="grid"))
+    display(Markdown(blocks["grounding"]))
 
 # %% [markdown]
 # ## Every claim

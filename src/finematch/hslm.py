@@ -809,8 +809,8 @@ SETTINGS = {
         "clip_norm": 2.0, "precision": "no", "val_pictures": 200,
     },
     "photos": {
-        "width": 128, "embed": 300, "sim": 32, "depth": 4, "regions": 36, "graph_norm": "layer", "cross_scale": 10.0,
-        "dropout": 0.4, "epochs": 5, "warmup_epochs": 2.0, "batch_size": 64, "lr": 5e-4, "decay_every": 4,
+        "width": 128, "embed": 128, "sim": 32, "depth": 4, "regions": 36, "graph_norm": "layer", "cross_scale": 10.0,
+        "dropout": 0.2, "epochs": 5, "warmup_epochs": 2.0, "batch_size": 64, "lr": 5e-4, "decay_every": 4,
         "clip_norm": 2.0, "precision": "no", "val_pictures": 200,
     },
     "paper": {
