@@ -410,8 +410,8 @@ class PairScorer(nn.Module):
             local = self.similarity(self.compare_local, difference).unflatten(1, (c, length))
         if self.glob:
             weights = self.region_weights(view, f.unflatten(1, (c, length)), real, gated)
-            mine = F.normalize(weights @ view.regions.to(weights.dtype), dim=-1)  # g c d
-            globe = self.similarity(self.compare_global, vector - mine)
+            mine = F.normalize(wide(weights.to(low) @ view.regions), dim=-1)  # g c d
+            globe = self.similarity(self.compare_global, (vector - mine).to(low))
         return self.fuse(local, real, globe)
 
     def relate(self, view: Views, words: Float[Tensor, "#g w d"]) -> Float[Tensor, "g w n"]:
@@ -451,21 +451,18 @@ class PairScorer(nn.Module):
                 torch.tanh((shown.sum(2) / count) @ view.query + pool.query.bias) * pool.vote.weight
             )  # g c d
             flat = pool.local.bias.to(low).expand(len(f), f.shape[1] * f.shape[2], -1)
-            answer = into(torch.tanh, torch.baddbmm(flat, f.flatten(1, 2).to(low), view.local)).unflatten(
-                1, f.shape[1:3]
-            )
-            logits = (answer @ query.to(low).unsqueeze(-1)).squeeze(-1)  # g c l
+            answer = into(torch.tanh, wide(torch.baddbmm(flat, f.flatten(1, 2).to(low), view.local)))
+            logits = (answer.unflatten(1, f.shape[1:3]) @ query.unsqueeze(-1)).squeeze(-1)  # g c l
             if real is not None:
                 logits = logits.masked_fill(~real, float("-inf"))
-            return torch.einsum("gcl,gcln->gcn", wide(logits).softmax(-1), f)
+            return torch.einsum("gcl,gcln->gcn", logits.softmax(-1), f)
         count = view.mask.sum(1)[:, None, None]
         query = torch.tanh((gated / count) @ view.query + pool.query.bias) * pool.vote.weight
-        answer = torch.tanh(
-            gated.unsqueeze(-1).to(low) * view.local[:, None] + pool.local.bias.to(low)
+        answer = into(
+            torch.tanh, wide(gated.unsqueeze(-1).to(low) * view.local[:, None]) + pool.local.bias
         )  # g c n d
-        logits = (answer @ query.to(low).unsqueeze(-1)).squeeze(-1)
-        logits = logits.masked_fill(~view.mask[:, None], float("-inf"))
-        return wide(logits).softmax(-1) * gated
+        logits = (answer @ query.unsqueeze(-1)).squeeze(-1).masked_fill(~view.mask[:, None], float("-inf"))
+        return logits.softmax(-1) * gated
 
     def similarity(self, layer: nn.Linear, difference: Float[Tensor, "*x d"]) -> Float[Tensor, "*x s"]:
         """Eq. 17, of the difference of two vectors."""
@@ -681,29 +678,29 @@ def score(
     view: Views,
     caption: Caption,
     *,
-    budget: int = 2**18,
+    tile: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "b c"]:
     """Logits of every picture with every caption, in tiles of captions of one length: no padding is computed.
 
     Args:
         view: `PairScorer.prepare` of the pictures.
-        budget: floats in the largest tensor of a tile. Memory depends on it, not on the number of captions.
+        tile: pairs of a word and a picture in a tile, the rows of its products; 0 is 2,048 on a CPU, whose caches
+            hold such a tile, and 131,072 elsewhere. Memory depends on it, not on the number of captions.
         dtype: bfloat16 for the heavy products; sums, norms and the score itself stay in the words' precision.
     """
-    lengths = caption.mask.sum(1)
+    tile = tile or (2048 if caption.words.device.type == "cpu" else 131_072)
+    lengths, words = caption.mask.sum(1), caption.words
     if dtype is not None:
-        view = view.to(dtype)
-    width = caption.words.shape[-1]
+        view, words = view.to(dtype), words.to(dtype)
     rows, columns = [], []
     for length in lengths.unique().tolist():
-        where = (lengths == length).nonzero().squeeze(1)
-        # wide products first: as many captions as the budget holds beside a few pictures, then as many pictures
-        for chunk in where.split(max(1, min(budget // (width * length * 4), 4096 // length))):
-            words = caption.words[chunk, :length][None]
+        # as many captions as leave room for a few pictures, then as many pictures
+        for chunk in (lengths == length).nonzero().squeeze(1).split(max(1, tile // (4 * length))):
+            part = words[chunk, :length][None]
             vector = None if caption.vector is None else caption.vector[chunk][None]
-            block = max(1, budget // (width * length * len(chunk)))
-            rows.append(torch.cat([scorer.tile(view[k : k + block], words, None, vector)
+            block = max(1, tile // (length * len(chunk)))
+            rows.append(torch.cat([scorer.tile(view[k : k + block], part, None, vector)
                                    for k in range(0, len(view.regions), block)]))  # fmt: skip
             columns.append(chunk)
     return torch.cat(rows, 1)[:, torch.cat(columns).argsort()]
@@ -744,7 +741,7 @@ def tile_scores(
     captions: Callable[[list[int]], dict],
     *,
     block: int = 128,
-    budget: int = 2**18,
+    tile: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The `score_block` of `evaluation.retrieval.retrieval_blocks`: indices of pictures and captions to logits.
@@ -789,7 +786,7 @@ def tile_scores(
     @torch.no_grad()
     def score_block(i: Tensor, j: Tensor) -> Tensor:
         view, caption = encoded("pictures", i, encode_pictures), encoded("captions", j, encode_captions)
-        return score(model.pairs, view, caption, budget=budget, dtype=dtype).float()
+        return score(model.pairs, view, caption, tile=tile, dtype=dtype).float()
 
     return score_block
 
@@ -810,7 +807,7 @@ SETTINGS = {
     },
     "photos": {
         "width": 128, "embed": 128, "sim": 32, "depth": 4, "regions": 36, "graph_norm": "layer", "cross_scale": 10.0,
-        "dropout": 0.2, "epochs": 5, "warmup_epochs": 2.0, "batch_size": 64, "lr": 5e-4, "decay_every": 4,
+        "dropout": 0.2, "epochs": 4, "warmup_epochs": 2.0, "batch_size": 64, "lr": 1e-3, "decay_every": 3,
         "clip_norm": 2.0, "precision": "no", "val_pictures": 200,
     },
     "paper": {
