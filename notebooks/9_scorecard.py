@@ -94,7 +94,7 @@ looked = [
 if looked:
     frame = pd.concat(looked, ignore_index=True)
     frame = frame[["grid", "dataset", *(c for c in frame if c not in ("grid", "dataset"))]]
-    blocks["grounding"] = to_markdown(frame.drop_duplicates(["dataset", "row"]).drop(columns="grid"))
+    blocks["grounding"] = to_markdown(frame, digits=1)
     display(Markdown(blocks["grounding"]))
 
 # %% [markdown]

@@ -116,3 +116,19 @@ def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
         theirs = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for ours, other in zip([loss.detach(), weight.grad, scale.log_scale.grad], theirs, strict=True):
             torch.testing.assert_close(other, ours, rtol=1e-5, atol=1e-6)
+
+
+def transposed_gradients(rank, folder):
+    """In each of two gloo processes: a loss whose gradient with respect to the gathered rows is not contiguous."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    mine = unit(8, 3)[4 * rank : 4 * rank + 4].requires_grad_()
+    whole = gather(mine)
+    (whole.T.contiguous() * torch.arange(24.0).view(3, 8)).T.sum().backward()
+    torch.save(mine.grad, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_gradients_of_any_layout_come_back_right(tmp_path):
+    torch.multiprocessing.spawn(transposed_gradients, args=(str(tmp_path),), nprocs=2)
+    found = torch.cat([torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)])
+    torch.testing.assert_close(found, 2 * torch.arange(24.0).view(3, 8).T)  # the sum over two equal losses

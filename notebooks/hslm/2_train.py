@@ -7,8 +7,8 @@
 # | scale | data | cost of one run |
 # |---|---|---|
 # | `smoke` | 160 pictures | seconds; the numbers mean nothing |
-# | `tiny`, scenes | 4,000 pictures of 64 px, 20 regions | COST_SCENES on one core, after 3 minutes for the backbone and regions that all runs share |
-# | `tiny`, flickr8k | 6,000 photos, 36 regions of a frozen MobileNetV2 | COST_PHOTOS on one core, after half an hour of selective search |
+# | `tiny`, scenes | 4,000 pictures of 64 px, 20 regions | 2 to 4 minutes on one core, after 3 minutes for the backbone and regions that all runs share |
+# | `tiny`, flickr8k | 6,000 photos, 36 regions of a frozen MobileNetV2 | 10 (global rows) to 20 minutes (whole model) on one core, after half an hour of selective search |
 # | `paper` | Flickr30k or COCO, 36 published regions, batch 128, 40 epochs | a GPU of 11 GB (the paper: one RTX 2080 Ti) |
 #
 # **Expected** on scenes, test: the rows with local alignment far above those without, as in the paper; the numbers stand in the README's

@@ -30,7 +30,10 @@ def gather(x: Tensor) -> Tensor:
         return torch.cat(out)
     from torch.distributed.nn.functional import all_gather
 
-    return torch.cat(all_gather(x.contiguous()))
+    whole = torch.cat(all_gather(x.contiguous()))
+    # gloo receives gradients into memory laid out as they are: a transposed one would arrive scrambled, silently
+    whole.register_hook(torch.Tensor.contiguous)
+    return whole
 
 
 def longest(length: int) -> int:

@@ -173,13 +173,16 @@ def fit(
         rewrite_log(out / "log.jsonl", at["history"])
     started = time.monotonic() - at["seconds"]
 
+    # data that live on the GPU already cannot be pinned
+    on_cpu = getattr(data, "device", torch.device("cpu")).type == "cpu"
+    pinned = accelerator.device.type == "cuda" and on_cpu
     for epoch in range(at["epoch"], plan.epochs):
         batches = EpochBatches(
             len(data), plan.batch_size, seed=plan.seed, epoch=epoch, first=at["step"], rank=rank, world=world
         )
         # a generator of its own: a loader must not draw from the random state that the model uses
         loader = DataLoader(data, batch_sampler=batches, num_workers=plan.workers, collate_fn=whole,
-                            generator=torch.Generator(), pin_memory=accelerator.device.type == "cuda")  # fmt: skip
+                            generator=torch.Generator(), pin_memory=pinned)  # fmt: skip
         model.train()
         for step, batch in enumerate(loader, start=at["step"]):
             # the last batches of an epoch close their accumulation group even if it is incomplete
@@ -274,7 +277,7 @@ def make_optimizer(parameters: list[nn.Parameter], plan: Plan) -> torch.optim.Op
     ]
     groups = [g for g in groups if g["params"]]
     if plan.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=plan.lr, momentum=plan.momentum)
+        return torch.optim.SGD(groups, lr=plan.lr, momentum=plan.momentum, fused=True)
     # fused: one pass over the memory; about 5 times faster on a vocabulary of 30,000 words than a loop of operators
     return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[plan.optimizer](
         groups, lr=plan.lr, fused=True
