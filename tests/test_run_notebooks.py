@@ -16,6 +16,10 @@ ORDER = [
     "mvam/2_train",
     "mvam/3_ablations",
     "mvam/4_attention",
+    "hslm/1_lesson",
+    "hslm/2_train",
+    "hslm/3_ablations",
+    "hslm/4_attention",
     "9_scorecard",
 ]
 SOURCES = {str(path.relative_to(NOTEBOOKS).with_suffix("")) for path in NOTEBOOKS.rglob("*.py")} - {"build"}
@@ -61,10 +65,11 @@ def executed(name, folder):
 @pytest.mark.parametrize("name", ORDER)
 def test_it_runs(name, folder):
     executed(name, folder)
-    if name == "mvam/2_train":
-        metrics = json.loads((folder / "mvam-2_train" / "metrics.json").read_text())
+    if name.endswith("/2_train"):
+        metrics = json.loads((folder / name.replace("/", "-") / "metrics.json").read_text())
         assert metrics["parameters"]["smoke"] is True
         assert metrics["metrics"]["images"] == 40
         assert metrics["protocol"].startswith("scenes test: 40 images x 200 captions")
-    if name == "mvam/4_attention":
-        assert len(list((folder / "figures").glob("mvam_attention.*.png"))) >= 4
+    if name.endswith("/4_attention"):
+        method = name.split("/")[0]
+        assert len(list((folder / "figures").glob(f"{method}_attention.*.png"))) >= 4

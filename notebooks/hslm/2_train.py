@@ -140,6 +140,7 @@ def alignment() -> dict[str, float]:
     return grounding(phrases, split=f"{p.dataset} {bench.reported}")
 
 
+model.eval()
 untrained = alignment()
 untrained
 

@@ -13,8 +13,8 @@
 #
 # | on | cost, one core |
 # |---|---|
-# | a smoke run | half a minute |
-# | scenes, 500 test pictures | a minute and a half, 1.5 GB |
+# | a smoke run | under a minute |
+# | scenes, 500 test pictures | two minutes, 1.3 GB |
 # | photos | as long as the run's own evaluation, and a minute |
 #
 # **Expected** The numbers of the run come back from its weights, retrieval and grounding, and asserts hold them
