@@ -101,6 +101,14 @@ def test_word_correlation_by_hand():
     mask = torch.tensor([[True, True, True, False]])
     # cosines: words 1 and 2 with themselves and each other, word 3 with itself: columns 2, 2, 1 of 5
     torch.testing.assert_close(word_correlation(words, mask), torch.tensor([[0.4, 0.4, 0.2, 0.0]]))
+    long = words * torch.tensor([2.0, 1.0, 1.0, 1.0])[:, None]  # the cosine does not see length, products do
+    torch.testing.assert_close(word_correlation(long, mask), torch.tensor([[0.4, 0.4, 0.2, 0.0]]))
+    column = ((long[0, :3] @ long[0, :3].T).clamp(min=0)).sum(0)
+    torch.testing.assert_close(
+        word_correlation(long, mask, similarity="product")[0, :3], column / column.sum()
+    )
+    with pytest.raises(ValueError, match="similarity"):
+        word_correlation(words, mask, similarity="dot")
 
 
 # ------------------------------------------------------------------------------------------- 3.3
@@ -489,6 +497,56 @@ def test_the_plateau_is_named():
         model.pairs.score.weight.fill_(30.0)
     model.loss_score = "logit"  # through the sigmoid scores this large would all be one
     assert model(batch)["plateau"] == 0
+
+
+def test_rivals_are_the_hardest_of_so_many_drawn_anew():
+    """Negatives are never of the own picture; the whole batch gives the hardest, one rival any."""
+    model = tiny(loss_score="logit").eval()
+    image, text = inputs(b=7, lengths=(3, 4, 2, 6, 5, 5, 3))
+    ids = torch.tensor([0, 1, 2, 0, 3, 4, 5])
+    same = ids[:, None] == ids
+    picture, caption = model.encode_image(**image), model.encode_text(**text)
+    view, rows = model.pairs.prepare(picture), torch.arange(7)
+    table = score(model.pairs, view, caption).masked_fill(same, float("-inf"))
+    for rivals in (0, 7, 20):
+        captions, pictures = model.mine(view, caption, same, rivals)
+        assert captions.tolist() == table.argmax(1).tolist()
+        assert pictures.tolist() == table.argmax(0).tolist()
+    means = []
+    for rivals in (1, 3, 6):
+        seen, hardness = set(), []
+        for step in range(40):
+            model.steps.fill_(step)
+            captions, pictures = model.mine(view, caption, same, rivals)
+            assert not same[rows, captions].any()
+            assert not same[pictures, rows].any()
+            drawn = torch.rand((7, 7), generator=torch.Generator().manual_seed(step)).masked_fill(same, -1.0)
+            for i in range(7):  # by hand: of the `rivals` largest draws the one with the largest score
+                among = [j for j in drawn[i].argsort(descending=True)[:rivals].tolist() if not same[i, j]]
+                assert int(captions[i]) == max(among, key=lambda j: float(table[i, j]))
+            seen |= set(captions.tolist())
+            hardness.append(float(table[rows, captions].mean()))
+        means.append(sum(hardness) / len(hardness))
+        assert rivals > 1 or len(seen) == 7
+    assert means[0] < means[1] < means[2]
+
+
+def test_the_channel_reading_is_the_word_reading_with_keys_and_values_exchanged():
+    words, mask = torch.randn(2, 5, 6), torch.arange(5) < torch.tensor([[5], [3]])
+    word, channel = WordSelfAttention(6), WordSelfAttention(6, form="channel")
+    channel.query.load_state_dict(word.query.state_dict())
+    channel.key.load_state_dict(word.value.state_dict())
+    channel.value.load_state_dict(word.key.state_dict())
+    torch.testing.assert_close(word(words, mask), channel(words, mask))
+
+
+def test_attention_is_double_so_that_regions_near_one_stay_apart():
+    model = tiny(cross_scale=40.0).eval()
+    image, text = inputs(b=5)
+    found = model.attend(image, text)
+    assert found.dtype == torch.float64
+    near = found[found > 1 - 1e-7]
+    assert len(near.unique()) == len(near)
 
 
 def test_warm_up_takes_random_negatives_first_and_counts_in_the_state():

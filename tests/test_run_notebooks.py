@@ -20,6 +20,12 @@ ORDER = [
     "hslm/2_train",
     "hslm/3_ablations",
     "hslm/4_attention",
+    "felga/0_vlp",
+    "felga/1_lesson",
+    "felga/2_train",
+    "felga/3_ablations",
+    "felga/4_retrieval",
+    "slan/1_lesson",
     "9_scorecard",
 ]
 SOURCES = {str(path.relative_to(NOTEBOOKS).with_suffix("")) for path in NOTEBOOKS.rglob("*.py")} - {"build"}
@@ -68,8 +74,14 @@ def test_it_runs(name, folder):
     if name.endswith("/2_train"):
         metrics = json.loads((folder / name.replace("/", "-") / "metrics.json").read_text())
         assert metrics["parameters"]["smoke"] is True
-        assert metrics["metrics"]["images"] == 40
-        assert metrics["protocol"].startswith("scenes test: 40 images x 200 captions")
-    if name.endswith("/4_attention"):
-        method = name.split("/")[0]
-        assert len(list((folder / "figures").glob(f"{method}_attention.*.png"))) >= 4
+        if name.startswith("felga"):
+            assert metrics["metrics"]["pictures"] == 40
+            assert metrics["protocol"].startswith(
+                "scenes test: object discovery, 8 class names x 40 pictures"
+            )
+        else:
+            assert metrics["metrics"]["images"] == 40
+            assert metrics["protocol"].startswith("scenes test: 40 images x 200 captions")
+    if "/4_" in name:
+        pictures = name.replace("/4", "")  # mvam_attention, felga_retrieval
+        assert len(list((folder / "figures").glob(f"{pictures}.*.png"))) >= 4

@@ -125,6 +125,7 @@ def test_epoch_batches_refuse():
     [
         ({"schedule": "constant"}, [1, 1, 1, 1, 1, 1, 1, 1]),
         ({"schedule": "step", "milestones": (1.0, 3.0)}, [1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01]),
+        ({"schedule": "linear", "warmup": 0.25}, [0.5, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
         ({"schedule": "cosine", "warmup": 0.25}, [0.5, 1, 1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873]),
     ],
 )

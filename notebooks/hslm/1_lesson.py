@@ -1107,8 +1107,8 @@ assert close(*found.values(), 1e-4)
 # %% [markdown]
 # ## 9. Every reading, in one table
 #
-# Where the paper leaves a choice, the choice is an argument. The first value is the default. `hslm/3_ablations` and
-# `8_readings` measure what they change.
+# Where the paper leaves a choice, the choice is an argument. The first value is the default. `hslm/2_train`
+# takes them all as parameters.
 
 # %%
 readings = pd.DataFrame(READINGS, columns=["reading", "argument", "values, default first", "the paper"])

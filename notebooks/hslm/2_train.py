@@ -43,6 +43,7 @@ loss_score: str = "sigmoid"  # sigmoid or logit (H17)
 include_special: bool = True  # [CLS] and [SEP] count as words (H24)
 margin: float = 0.2  # beta of Eq. 23
 negatives: str = "hardest"  # hardest, mean or random
+rivals: int = -1  # hardest of so many random negatives, 0 is the whole batch (the paper); -1 is the scale's
 warmup_epochs: float = -1.0  # epochs of random negatives first; -1 is the scale's (0 in the paper)
 dropout: float = -1.0  # of the word embeddings; -1 is the scale's
 vision: str = ""  # a timm name in place of the scale's picture backbone
@@ -67,7 +68,7 @@ p = strict(
     globals(), scale={"tiny", "paper"}, seed=(0, 2**31), depth=(-1, 48), self_attention={"word", "channel", "softmax"},
     relation={"nodes", "raw", "softmax"}, graph_norm={"", "none", "layer", "batch"}, cross={"attend", "gate"},
     gate_pool={"mean", "max"}, cross_scale=(0, 1000), node_gate={"scalar", "element"}, node_weights={"raw", "l1"},
-    loss_score={"sigmoid", "logit"}, margin=(1e-6, 100), negatives={"hardest", "mean", "random"}, warmup_epochs=(-1, 1000),
+    loss_score={"sigmoid", "logit"}, margin=(1e-6, 100), negatives={"hardest", "mean", "random"}, rivals=(-1, 65536), warmup_epochs=(-1, 1000),
     dropout=(-1, 0.95), proposals={"auto", "selective_search", "grid"}, regions=(0, 1000), width=(0, 8192), embed=(0, 8192),
     sim=(0, 8192), epochs=(0, 1000), batch_size=(0, 65536), lr=(0, 1), precision={"", "no", "bf16", "fp16"},
     score_precision={"fp32", "bf16"}, threads=(0, 256),
@@ -116,7 +117,7 @@ seed_everything(p.seed)
 model = HSLM(
     train.regions.features.shape[-1], len(bench.tokenizer),
     **{name: getattr(p, name) for name in SWITCHES if name not in s},
-    **{name: s[name] for name in ("width", "embed", "sim", "depth", "graph_norm", "cross_scale", "dropout")},
+    **{name: s[name] for name in ("width", "embed", "sim", "depth", "graph_norm", "cross_scale", "dropout", "rivals")},
     warmup_steps=round(s["warmup_epochs"] * steps_per_epoch),
 )  # fmt: skip
 print(

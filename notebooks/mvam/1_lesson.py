@@ -930,7 +930,7 @@ assert 16 * size(tiny(pooling="attention", total_dim=64 // 16)) > 4 * size(tiny(
 # ## 11. Every reading, in one table
 #
 # Where the paper leaves a choice, the choice is an argument. The first value is the default.
-# `mvam/3_ablations` and `8_readings` measure what they change.
+# `mvam/2_train` takes them all as parameters.
 
 # %%
 show(

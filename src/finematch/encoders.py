@@ -18,7 +18,19 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, BertConfig, BertModel, CLIPConfig, CLIPModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    BertModel,
+    Blip2ForImageTextRetrieval,
+    BlipForImageTextRetrieval,
+    CLIPConfig,
+    CLIPModel,
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    TimmBackboneConfig,
+)
 
 
 class Tokens(NamedTuple):
@@ -327,3 +339,144 @@ def small_clip(vocabulary: int, *, eos: int, bos: int, size: int = 64, patch: in
 def config_of(model: str | Path):
     """The transformers configuration of a hub name or folder (no weights are read)."""
     return AutoConfig.from_pretrained(str(model))
+
+
+# ------------------------------------------------------------------------------- vision-language models, whole
+class VisionLanguage(nn.Module):
+    """A dual encoder as it was published: pictures "b q d" and texts "b d" as unit vectors of one space.
+
+    A picture has `q` vectors: one, or as many as BLIP-2 has queries. Subclasses say which transformers class it
+    is, which of its parts to run, and how many tokens of a text it can place.
+
+    Args:
+        model: hub name or folder. Weights that the class needs and the model lacks raise ValueError: a captioning
+            BLIP opens as a retrieval one otherwise, with random projections.
+    """
+
+    opens: type
+
+    def __init__(self, model: str | Path):
+        super().__init__()
+        self.net, report = self.opens.from_pretrained(
+            str(model), dtype=torch.float32, output_loading_info=True
+        )
+        if report["missing_keys"]:
+            raise ValueError(
+                f"{model} is no {self.opens.__name__}: it lacks {sorted(report['missing_keys'])[:5]} (first five); "
+                "take a model that was trained for image-text retrieval"
+            )
+
+    def image(self, pixels: Float[Tensor, "b c height width"]) -> Float[Tensor, "b q d"]:
+        """Vectors of pictures that the model's own image processor made."""
+        return F.normalize(self._image(pixels).float(), dim=-1)
+
+    def text(self, input_ids: Int[Tensor, "b n"], mask: Int[Tensor, "b n"]) -> Float[Tensor, "b d"]:
+        """Vectors of texts that the model's own tokenizer made."""
+        return F.normalize(self._text(input_ids, mask).float(), dim=-1)
+
+
+class CLIPFeatures(VisionLanguage):
+    """CLIP: the projected [CLS] state, and the projected end-of-text state."""
+
+    opens = CLIPModel
+
+    @property
+    def positions(self) -> int:
+        return self.net.config.text_config.max_position_embeddings
+
+    def _image(self, pixels: Tensor) -> Tensor:
+        return self.net.get_image_features(pixel_values=pixels).pooler_output[:, None]
+
+    def _text(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        return self.net.get_text_features(input_ids=input_ids, attention_mask=mask).pooler_output
+
+
+class BLIPFeatures(VisionLanguage):
+    """BLIP: the projected states at position 0, 256-d. The raw ones (768-d) are in no common space (F15)."""
+
+    opens = BlipForImageTextRetrieval
+
+    @property
+    def positions(self) -> int:
+        return self.net.config.text_config.max_position_embeddings
+
+    def _image(self, pixels: Tensor) -> Tensor:
+        return self.net.vision_proj(self.net.vision_model(pixel_values=pixels).last_hidden_state[:, :1])
+
+    def _text(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        states = self.net.text_encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        return self.net.text_proj(states[:, 0])
+
+
+class BLIP2Features(VisionLanguage):
+    """BLIP-2: its projected queries (32), and the projected state at position 0 of the text, 256-d (F16)."""
+
+    opens = Blip2ForImageTextRetrieval
+
+    @property
+    def positions(self) -> int:
+        return self.net.config.qformer_config.max_position_embeddings
+
+    def _image(self, pixels: Tensor) -> Tensor:
+        patches = self.net.vision_model(pixel_values=pixels).last_hidden_state
+        queries = self.net.query_tokens.expand(len(pixels), -1, -1)
+        seen = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
+        states = self.net.qformer(
+            query_embeds=queries, encoder_hidden_states=patches, encoder_attention_mask=seen
+        ).last_hidden_state
+        return self.net.vision_projection(states)
+
+    def _text(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        words = self.net.embeddings(input_ids=input_ids)
+        states = self.net.qformer(query_embeds=words, query_length=0, attention_mask=mask).last_hidden_state
+        return self.net.text_projection(states[:, 0])
+
+
+def open_vision_language(model: str | Path) -> VisionLanguage:
+    """CLIP, BLIP or BLIP-2 from a hub name or a folder, frozen; which one its configuration says.
+
+    Raises:
+        ValueError: For another kind of model, or one without the weights of a retrieval model.
+    """
+    known = {"clip": CLIPFeatures, "blip": BLIPFeatures, "blip-2": BLIP2Features}
+    kind = config_of(model).model_type
+    if kind not in known:
+        raise ValueError(f"{model} is a {kind!r} model; use one of {tuple(known)}")
+    return known[kind](model).eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------- detectors
+def deformable_detr(
+    state: dict[str, Tensor], *, backbone: str, source: str | Path, **shape
+) -> DeformableDetrForObjectDetection:
+    """A frozen Deformable DETR with the weights of `state`, in the names of transformers' published checkpoints.
+
+    Those names outlive the releases of transformers, which renames on loading; its parameters' own do not.
+
+    Args:
+        backbone: a timm network with three levels of features (`resnet50`).
+        source: what an error names.
+        shape: of DeformableDetrConfig.
+
+    Raises:
+        ValueError: If a weight is missing, left over, or of another shape; the message lists them.
+    """
+    config = DeformableDetrConfig(
+        backbone_config=TimmBackboneConfig(
+            backbone=backbone, out_indices=[2, 3, 4], features_only=True, use_pretrained_backbone=False
+        ),
+        **shape,
+    )
+    net, report = DeformableDetrForObjectDetection.from_pretrained(
+        None, config=config, state_dict=state, dtype=torch.float32, ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )  # fmt: skip
+    missing, extra, wrong = (
+        sorted(map(str, report[k])) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    )
+    if missing or extra or wrong:
+        raise ValueError(
+            f"{source} does not fit a Deformable DETR on {backbone}: missing {missing[:5]}, unknown {extra[:5]}, "
+            f"of another shape {wrong[:5]} (first five each)"
+        )
+    return net.eval().requires_grad_(False)

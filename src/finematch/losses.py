@@ -24,16 +24,28 @@ def gather(x: Tensor) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x
-    if not x.requires_grad:
-        out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(out, x.contiguous())
-        return torch.cat(out)
-    from torch.distributed.nn.functional import all_gather
+    return GatherRows.apply(x)
 
-    whole = torch.cat(all_gather(x.contiguous()))
-    # gloo receives gradients into memory laid out as they are: a transposed one would arrive scrambled, silently
-    whole.register_hook(torch.Tensor.contiguous)
-    return whole
+
+class GatherRows(torch.autograd.Function):
+    """Rows of all processes; backward, the gradients that all of them have for this one's rows are summed."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [
+            torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())
+        ]
+        dist.all_gather(parts, x.contiguous())
+        first = dist.get_rank() * len(x)
+        ctx.mine = slice(first, first + len(x))
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        # a copy, for it is summed in place; contiguous, for gloo reads a transposed one as if it were laid out by rows
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[ctx.mine]
 
 
 def longest(length: int) -> int:

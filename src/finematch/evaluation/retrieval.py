@@ -110,7 +110,7 @@ def retrieval(
         product = _pad(i, shape[0]) @ _pad(j, shape[1]).T
         return product[: len(i), : len(j)]
 
-    with torch.no_grad(), _full_precision(image.device):
+    with torch.no_grad(), full_precision(image.device):
         return _evaluate(score, layout, block, split, folds)
 
 
@@ -337,7 +337,7 @@ def _check_finite(tile: Float[Tensor, "i j"], images: slice, captions: Int[Tenso
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """Float32 products in float32: neither autocast nor TF32 or bf16 passes, whatever training left set."""
     libraries = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     before = [library.fp32_precision for library in libraries]

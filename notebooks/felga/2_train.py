@@ -1,0 +1,263 @@
+# %% [markdown]
+# # FELGA: one training run
+#
+# **Paper** *FELGA: Unsupervised Fragment Embedding for Fine-Grained Cross-Modal Association* (WACV 2024). Every row of Tables 1 to 5 is this notebook
+# with other parameters; `grids/felga_*.csv` lists them. Rows with `features` of `whole` or `proposals` are the paper's baselines: the frozen model
+# as it is, without training.
+#
+# | scale | data | cost of one run |
+# |---|---|---|
+# | `smoke` | 160 pictures | seconds (once half a minute more, for the small CLIP and the keywords); the numbers mean nothing |
+# | `tiny`, scenes | 4,000 pictures of 64 px, 10 proposals and 10 keywords each | a minute or two on one core; fragments are made once for all runs |
+# | `tiny`, flickr8k | 6,000 photos to train on, COCO pictures to report on | three minutes on one core; before the first run an hour for selective search, keywords and features |
+# | `paper` | COCO 2017 or 2014 (`dataset` coco, coco2014), DETReg's proposals, CLIP, BLIP or BLIP-2; FENet of 21 M parameters, 50 epochs | a GPU; the paper: one V100 |
+#
+# **Expected** on scenes, test: trained rows above the frozen features in object discovery; which labels are best, and what global alignment adds, the
+# README's generated table tells. The run writes `metrics.json` last: that file, not this page, is the proof that it succeeded.
+
+# %% tags=["parameters"]
+dataset: str = "scenes"  # scenes, flickr8k (reported on COCO pictures), coco (2017), coco2014
+data_root: str = "data"  # folder above the dataset's own
+scale: str = "tiny"  # tiny or paper
+seed: int = 0  # of the start, the order and the dropout; rows without training do not depend on it
+out: str = "papermill_runs/felga_train"  # the run's folder
+smoke: bool = False  # run everything in seconds
+cache: str = "data/cache"  # models, proposals, keywords and features that runs share
+report: str = "test"  # test, or val to choose settings by (scenes alone)
+features: str = "fenet"  # whole, proposals (both frozen) or fenet (trained)
+labels: str = "dynamic"  # dense (Eq. 3), sparse (Eq. 4) or dynamic (Eq. 6)
+alignment: str = "both"  # local (Eq. 10), global (Eq. 12) or both (Eq. 13)
+label_features: str = "frozen"  # what Eq. 4 to 6 compare, frozen features or online the embeddings (F9)
+fenet: str = "shared"  # one FENet for both modalities, or separate ones (F12)
+input_scale: str = "rms"  # length of what FENet takes, as rms, unit or raw (F13)
+loss: str = "anchor"  # reading of the sums in Eq. 10 and 12, as anchor, batch or pair (F1)
+literal_scale: bool = False  # the outer sums of Eq. 10 and 12, for batch alone (F1)
+hinge: bool = False  # the hinge of the lifted structured loss (F2)
+tau: float = 1.0  # temperature, 1 in the paper (F4)
+empty: str = "skip"  # rows without positives or negatives, skip or keep (F5)
+lambda1: float = 0.5  # margin of Eq. 10; moves no gradient without hinge
+lambda2: float = 0.5  # margin of Eq. 12; moves no gradient without hinge
+lambda3: float = 0.2  # weight of the global loss in Eq. 13
+same_keyword_positives: bool = False  # the same keyword in other texts is a positive too (F10)
+vlp: str = ""  # frozen model, as clip, blip, blip2, a hub name or a folder; empty is the scale's
+proposals: str = "auto"  # auto, selective_search, grid or a DETReg checkpoint (paper needs one named)
+keywords: str = "keybert"  # keybert, or words (tf-idf)
+keyword_model: str = ""  # of KeyBERT, a hub name or folder; empty is the MiniLM that comes as a package
+regions: int = 0  # proposals a picture; 0 is the scale's (10)
+words: int = 0  # keywords a text; 0 is the scale's (10)
+crop_score: str = "max"  # which of BLIP-2's vectors score a crop in the baselines, max or mean (F16)
+hidden_dim: int = 0  # of FENet; 0 is the scale's (4096 in the paper)
+out_dim: int = 0  # of the embeddings; 0 is the scale's (512 in the paper)
+dropout: float = -1.0  # in FENet; -1 is the scale's (0.2)
+epochs: int = 0  # 0 is the scale's (50 in the paper)
+milestone: float = 0.0  # epoch of the step to a tenth of lr; 0 is the scale's (40 in the paper)
+batch_size: int = 0  # pairs; 0 is the scale's (8)
+lr: float = 0.0  # 0 is the scale's (0.1)
+momentum: float = -1.0  # -1 is the scale's (0.9)
+weight_decay: float = -1.0  # -1 is the scale's (5e-4)
+precision: str = ""  # no, bf16 or fp16; empty is the scale's
+threads: int = 0  # of torch on a CPU; 0 leaves them as they are
+
+# %% jupyter={"source_hidden": true}
+from finematch.config import root, strict
+
+p = strict(
+    globals(), dataset={"scenes", "flickr8k", "coco", "coco2014"}, scale={"tiny", "paper"}, seed=(0, 2**31),
+    report={"test", "val"}, features={"whole", "proposals", "fenet"}, labels={"dense", "sparse", "dynamic"},
+    alignment={"local", "global", "both"}, label_features={"frozen", "online"}, fenet={"shared", "separate"},
+    input_scale={"rms", "unit", "raw"}, loss={"anchor", "batch", "pair"}, tau=(1e-6, 1000), empty={"skip", "keep"},
+    lambda1=(-100, 100), lambda2=(-100, 100), lambda3=(0, 1000), keywords={"keybert", "words"}, regions=(0, 1000), words=(0, 1000),
+    crop_score={"max", "mean"},
+    hidden_dim=(0, 65536), out_dim=(0, 65536), dropout=(-1, 0.95), epochs=(0, 1000), milestone=(0, 1000), batch_size=(0, 65536),
+    lr=(0, 10), momentum=(-1, 1), weight_decay=(-1, 1), precision={"", "no", "bf16", "fp16"}, threads=(0, 256),
+)  # fmt: skip
+
+# %%
+import time
+
+import pandas as pd
+import torch
+from IPython.display import display
+
+from finematch.felga import FELGA, SWITCHES, FragmentPairs, settings
+from finematch.fragment_bench import frozen, open_fragments, phrase_grounding, tasks
+from finematch.report import write_metrics
+from finematch.training import Plan, check_writable, fit, seed_everything
+from finematch.workbench import accelerator
+
+if p.threads:
+    torch.set_num_threads(p.threads)
+# the scale's `keywords` is their number, which is `words` here: `keywords` names how they are found
+s = settings(p.scale, p.dataset, {**p.as_dict(), "keywords": p.words})
+folder = root() / p.out
+trained = p.features == "fenet"
+check_writable(folder, room=10_000_000)
+s
+
+# %% [markdown]
+# ## The fragments
+#
+# > "The top-10 proposals are treated as the visual entities proposals [...] The top-10 keywords are treated as the semantic concept proposals"
+#
+# Region proposals of every picture, keywords of every text (its captions joined), and features of both from the frozen model (Eq. 2). All of it is
+# made once and kept in the cache. The training pairs carry no boxes and no class names: nothing here could look at them.
+
+# %%
+# a file or a folder lies below the workbook's own, as all paths do; another name stays as it is
+models = {name: str(root() / named) if named and (root() / named).exists() else named
+          for name, named in (("vlp", p.vlp), ("proposals", p.proposals), ("keyword_model", p.keyword_model))}  # fmt: skip
+bench = open_fragments(
+    dataset=p.dataset, data_root=root() / p.data_root, cache=root() / p.cache, scale=p.scale, keywords=p.keywords,
+    regions=s["regions"], words=s["keywords"], features=p.features, crop_score=p.crop_score, report=p.report, smoke=p.smoke,
+    **models,
+)  # fmt: skip
+print(f"{len(bench.train.records)} pairs to train on; reported: {bench.sets.name}, {len(bench.sets.reported)} pictures, "
+      f"{len(bench.sets.categories)} classes; features {bench.width}-d")  # fmt: skip
+bench.facts
+
+# %% [markdown]
+# ## Before training
+#
+# Both tasks with the frozen features of the fragments, each mAP beside what a random order would give. Object discovery asks with a class name for
+# pictures, description assignment with a true box for texts. Which texts are relevant to a box the paper leaves open, so all three readings stand
+# here: texts of pictures with an object of that class (`category`, the one that claims are judged by), texts that name the class (`lexical`),
+# the box's own text alone (`instance`). A tie counts against the model, and texts that share a keyword tie whenever it is their best. A
+# random order has no ties: what is to be held against it is the mean over all orders of the tied items, `ties at random`.
+#
+# Besides, phrases that people linked to boxes: does the proposal most similar to a phrase lie where the phrase's box is?
+
+# %%
+KINDS = {
+    "object discovery": "discovery", "description assignment, category": "assignment",
+    "description assignment, lexical": "assignment_lexical", "description assignment, instance": "assignment_instance",
+}  # fmt: skip
+
+
+def beside(**columns: dict) -> pd.DataFrame:
+    """The mAP of each task in several states, with ties at random, and of a random order; queries with ties."""
+    shown = {}
+    for name, found in columns.items():
+        shown[name] = [found[f"{k}_map"] for k in KINDS.values()]
+        shown[f"{name}, ties at random"] = [found[f"{k}_expected"] for k in KINDS.values()]
+    shown["random order"] = [found[f"{k}_random"] for k in KINDS.values()]
+    shown["queries with ties"] = [found[f"{k}_ties"] for k in KINDS.values()]
+    return pd.DataFrame(shown, index=list(KINDS))
+
+
+def grounded(found: dict, when: str) -> dict:
+    """Metrics of the linked phrases, without those of single kinds of phrases; {} where no phrase is linked."""
+    return {f"grounding_{k}_{when}": v for k, v in found.items() if "/" not in k and k != "protocol"}
+
+
+started = time.monotonic()
+before = tasks(bench, frozen, frozen, whole=p.features == "whole")
+located = {} if p.features == "whole" else phrase_grounding(bench, frozen, frozen)
+print(
+    f"{before['protocol']}\n{located.get('protocol', 'Grounding is not measured.')}\n{time.monotonic() - started:.1f} s"
+)
+beside(frozen=before).round(2)
+
+# %% [markdown]
+# ## FENet
+#
+# Three layers over frozen features, one network for both modalities. A row of the baselines has none: it goes on with the frozen features.
+# BLIP-2 has 32 vectors of a crop. They enter FENet as their mean, which is also the frozen start of a trained row. In the rows `whole` and
+# `proposals` the best of the 32 counts, as in BLIP-2's own score (`crop_score`, F16); CLIP and BLIP have one vector.
+#
+# With local alignment, what the pseudo-labels say: the share of a pair's regions and keywords that belong together by them, and the share of regions
+# that belong to no keyword. Dense labels say yes to all, sparse ones to one region of each keyword, dynamic ones to what is above the mean.
+
+# %%
+model = None
+if trained:
+    seen, said = bench.train.regions, bench.train.words
+    data = FragmentPairs(
+        seen.dense()[0], said.dense()[0], *(torch.from_numpy(a.copy()) for a in (seen.mask, said.mask, said.index))
+    ).to(accelerator())  # fmt: skip
+    seed_everything(p.seed)
+    model = FELGA(bench.width, **{name: s[name] if name in s else getattr(p, name) for name in SWITCHES})
+    size = sum(q.numel() for q in model.parameters()) / 1e6
+    print(f"{size:.2f} M parameters, {len(data) // s['batch_size']} steps an epoch")
+share = {}
+if trained and p.alignment != "global" and p.label_features == "frozen":
+    positive = alone = 0
+    for start in range(0, len(data), 1000):
+        batch = data.__getitems__(list(range(start, min(start + 1000, len(data)))))
+        image, text = batch["image"], batch["text"]
+        of_pair = model.pseudo_labels(image["features"], text["features"], image["mask"], text["mask"])
+        positive += int(of_pair.sum())
+        alone += int((image["mask"] & ~of_pair.any(2)).sum())
+    real = (seen.mask.sum(1) * said.mask.sum(1)).sum()
+    share = {"labels_positive": 100 * positive / real, "labels_empty_regions": 100 * alone / seen.mask.sum()}
+    print(f"{p.labels} labels: {share['labels_positive']:.1f} % of the pairs of fragments are positive, "
+          f"{share['labels_empty_regions']:.1f} % of the regions have no keyword")  # fmt: skip
+
+# %% [markdown]
+# ## Training
+#
+# > "The SGD optimizer is employed with 0.9 momentum and 0.0005 weight decay. The training batch size $N$ is 8. [...] The total training epoch is 50.
+# > All the methods are trained with an initial learning rate of 0.1 and it will be decreased by a factor of 0.1 at the 40-th epoch."
+#
+# The paper names no val set, and its test set is COCO's val. So nothing chooses an epoch: the last one is kept, here as there. Biases are not
+# decayed; the paper does not say. `fragment` in the log is Eq. 10, `global` Eq. 12, `loss` Eq. 13; none of them has zero as its least value.
+
+# %%
+summary = {"seconds": 0.0, "best_epoch": 0}
+if trained:
+    plan = Plan(epochs=s["epochs"], batch_size=s["batch_size"], lr=s["lr"], optimizer="sgd", momentum=s["momentum"],
+                weight_decay=s["weight_decay"], schedule="step", milestones=(s["milestone"],), precision=s["precision"],
+                seed=p.seed)  # fmt: skip
+    summary = fit(model, data, plan, folder)
+else:
+    print(f"features={p.features!r}: nothing is trained")
+
+# %% [markdown]
+# ## After training
+#
+# The same tasks with the embeddings. Every distinct fragment is embedded once.
+
+# %%
+started = time.monotonic()
+metrics, moved = before, {}
+if trained:
+    metrics = tasks(bench, model.encode_regions, model.encode_words)
+    moved = phrase_grounding(bench, model.encode_regions, model.encode_words)
+seconds = time.monotonic() - started
+(beside(frozen=before, FENet=metrics) if trained else beside(frozen=before)).round(2)
+
+# %%
+if moved:
+    keys = ["pointing", "r1", "r5", "r10"]
+    pair = {"frozen": located, "FENet": moved}
+    table = pd.DataFrame({name: [found[k] for k in keys] for name, found in pair.items()}, index=keys)
+    table["chance"] = [located[f"chance_{k}"] for k in keys]
+    table["centre"] = [located.get(f"centre_{k}") for k in keys]
+    print(
+        f"Best proposal: {located['upper_bound_pointing']:.1f} (pointing), {located['upper_bound']:.1f} (R@k)"
+    )
+    display(table.round(2))
+
+# %% [markdown]
+# ## Metrics
+#
+# Phrases are looked for among proposals: the row `whole` has no grounding. A trained row carries its frozen start along
+# (`frozen_discovery_map`, ...): what it gained is to be read in one file.
+
+# %%
+for name, found in (("before", located), ("after", moved)):
+    metrics = metrics | grounded(found, name)
+if trained:
+    metrics |= (
+        {f"frozen_{k}_{what}": before[f"{k}_{what}"] for k in KINDS.values() for what in ("map", "expected")}
+        | {"best_epoch": summary["best_epoch"]}
+        | share
+    )
+    metrics |= {"evaluation_seconds": seconds}
+resolved = {
+    **p.as_dict(),
+    **{k: v for k, v in s.items() if k in p.as_dict() and k != "keywords"},
+    "words": s["keywords"],
+    "smoke": p.smoke,
+    **bench.facts,
+}
+write_metrics(folder, resolved, metrics, seconds=summary["seconds"])

@@ -1,0 +1,136 @@
+"""A backbone for the embedded set that has read captions and nothing else.
+
+It stands in for the picture tower of a published vision-language model. Those saw hundreds of millions of captions;
+from four thousand pictures a contrastive loss learns colours and backgrounds, and no shapes. Here a small network is
+asked, for every word, whether the captions of a picture hold it: each cell answers, and a picture holds a word where
+one of its cells does (multiple-instance learning). No box and no label is seen.
+
+Axes: `b` pictures, `v` words, `h w` cells, `d` width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, UInt8
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from finematch.data.record import Record, pairs
+from finematch.encoders import Cells
+from finematch.features import Backbone, fingerprint
+from finematch.text import Ragged
+from finematch.training import Plan, fit, seed_everything, write_atomically
+
+
+def log_mean_exp(logits: Float[Tensor, "b v h w"], sharpness: float = 3.0) -> Float[Tensor, "b v"]:
+    """A picture's logit of a word from its cells': between their mean (0) and their maximum (infinity)."""
+    flat = sharpness * logits.flatten(2)
+    return (flat.logsumexp(2) - math.log(flat.shape[2])) / sharpness
+
+
+class WordNet(nn.Module):
+    """A `Cells` network and, in every cell, a linear classifier for each word.
+
+    Args:
+        frequency: "v", the share of training pictures whose captions hold a word: where the classifier starts.
+    """
+
+    def __init__(self, cells: Cells, frequency: Float[Tensor, " v"]):
+        super().__init__()
+        self.cells = cells
+        self.head = nn.Conv2d(cells(torch.zeros(1, 3, 64, 64)).shape[1], len(frequency), 1)
+        with torch.no_grad():
+            self.head.bias.copy_(torch.logit(frequency, eps=1e-3))
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """`loss`: binary cross-entropy, summed over words, of whether the captions hold them."""
+        logits = log_mean_exp(self.head(self.cells(batch["pixels"])))
+        loss = F.binary_cross_entropy_with_logits(logits, batch["words"].float(), reduction="none")
+        return {"loss": loss.sum(1).mean()}
+
+
+class PictureWords:
+    """Pictures and the words of their captions as training batches: `pixels` in [0, 1] and `words` "b v"."""
+
+    def __init__(self, pixels: UInt8[Tensor, "n 3 s s"], words: Bool[Tensor, "n v"]):
+        self.pixels, self.words = pixels, words
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitems__(self, index: list[int]) -> dict:
+        return {"pixels": self.pixels[index].float() / 255, "words": self.words[index]}
+
+
+def picture_words(records: list[Record], captions: Ragged, size: int) -> Bool[Tensor, "n v"]:
+    """Which word ids the captions of each picture hold. `captions`: of all records, in their order.
+
+    Args:
+        size: of the vocabulary.
+    """
+    found = torch.zeros(len(records), size, dtype=torch.bool)
+    owner = np.repeat([i for i, _ in pairs(records)], captions.lengths)
+    found[torch.from_numpy(owner), torch.from_numpy(captions.ids.astype(np.int64))] = True
+    return found
+
+
+def caption_backbone(
+    out: str | Path,
+    train: tuple[list[Record], Ragged],
+    val: tuple[list[Record], Ragged],
+    vocabulary: int,
+    *,
+    name: str = "resnet18",
+    stage: int = 2,
+    epochs: int = 12,
+    batch_size: int = 32,
+    lr: float = 2e-3,
+    seed: int = 0,
+    echo: Callable[[str], None] | None = print,
+) -> Backbone:
+    """Train `WordNet` on the captions of the *train* split and return its network, frozen.
+
+    Args:
+        out: folder of the run; a finished one is reused, a broken off one resumed.
+        train, val: records and their tokenised captions. Val chooses the epoch, by its loss.
+        vocabulary: number of word ids.
+    """
+    kept = Path(out) / "cells.safetensors"
+    size = train[0][0].open().width
+    if not kept.is_file():
+        model = _trained(out, train, val, vocabulary, name, stage, epochs, batch_size, lr, seed, echo)
+        write_atomically(kept, lambda part: save_file(model.cells.state_dict(), part))
+    net = Cells(name, stage=stage, mean=0.5, sd=0.25)
+    net.load_state_dict(load_file(kept))
+    net.eval().requires_grad_(False)
+    return Backbone(net, size, {"backbone": name, "weights": fingerprint(net), "size": size, "stage": stage,
+                                "trained_on": "words of the train captions"})  # fmt: skip
+
+
+def _trained(out, train, val, vocabulary, name, stage, epochs, batch_size, lr, seed, echo) -> WordNet:
+    seed_everything(seed)
+
+    def side(records: list[Record], captions: Ragged) -> PictureWords:
+        arrays = [np.asarray(r.open()) for r in records]
+        pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+        return PictureWords(pixels, picture_words(records, captions, vocabulary))
+
+    data, held = side(*train), side(*val)
+    model = WordNet(Cells(name, stage=stage, mean=0.5, sd=0.25), data.words.float().mean(0))
+
+    def evaluate(m: nn.Module) -> dict[str, float]:
+        device, total = next(m.parameters()).device, 0.0
+        for i in range(0, len(held), 100):
+            batch = held.__getitems__(list(range(i, min(i + 100, len(held)))))
+            total += float(m({k: v.to(device) for k, v in batch.items()})["loss"]) * len(batch["pixels"])
+        return {"val_loss": total / len(held), "val_gain": -total / len(held)}
+
+    plan = Plan(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=0.02, warmup=0.1, seed=seed)
+    fit(model, data, plan, out, evaluate=evaluate, select="val_gain", echo=echo)
+    return model

@@ -1,0 +1,240 @@
+"""Image-text retrieval in two stages: everything ranked by embeddings, the best `k` again by a matching head.
+
+The protocol of ALBEF and BLIP, with which SLAN compares itself (4.2; it does not say how it ranks). A query's gallery
+is ranked by ITC, the dot product of unit vectors. The `k` best are put in order anew by a score of the pair (`itm`, or
+`itm+itc`, to which the dot product is added, as BLIP does); all others stay below them, *in the order of ITC*. (The
+public evaluators put a constant there, which ties most of the gallery: a median or mean rank then means nothing.)
+
+* Metrics, ties and scores that are not finite are treated as in `evaluation.retrieval`: any caption of the picture is
+  a hit, a tie counts against the model and is reported, NaN is refused.
+* A tie in ITC at the edge of the top `k` counts against the model too: of equal candidates the wrong ones are taken
+  first, in the order of their images. A query that loses a candidate so is reported among the ties.
+* A pair that both directions want is scored once. Pairs are asked for picture by picture, `pairs` at a time. ITC is
+  computed in blocks of queries, of one shape, so that equal embeddings tie exactly. Memory holds one block of it, and
+  of every pair wanted two numbers.
+
+Axes: `b` images, `c` captions, `d` width, `p` pairs; of one direction, `q` queries, `g` their gallery, `k` candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from finematch.evaluation.retrieval import BLOCK, _Counts, _layout, _metrics, _pad, full_precision
+
+SCORES = ("itm", "itm+itc")
+
+
+def reranked_retrieval(
+    image: Float[Tensor, "b d"],
+    text: Float[Tensor, "c d"],
+    image_of: Sequence[int] | np.ndarray | Tensor,
+    score_pairs: Callable[[Tensor, Tensor], Tensor],
+    *,
+    k: int = 128,
+    score: str = "itm",
+    pairs: int = 4096,
+    block: int = BLOCK,
+    split: str = "",
+    folds: int = 1,
+    progress: bool = False,
+) -> dict:
+    """Retrieval metrics, both ways, with the best `k` of each query re-ranked by a matching head.
+
+    Args:
+        image: one row per image; a unit vector, so that the dot product is ITC's cosine.
+        text: one row per caption.
+        image_of: for each caption the row of its image; any order, any number (>= 1) of captions an image.
+        score_pairs: takes the rows of images and of captions, pair by pair (`p` of each, on the CPU, in the order of
+            the images), and returns the pairs' matching scores " p": logits, higher is better.
+        k: candidates of a query that are re-ranked (ALBEF: 128 on Flickr30k, 256 on COCO). With the whole gallery
+            the ranking is the matching head's alone.
+        score: `itm`, or `itm+itc`.
+        pairs: how many pairs `score_pairs` is given at a time.
+        block: images a block of ITC, as queries; captions are as many as fill a block of the same size. Results do
+            not change with it.
+        split, folds: as `retrieval` (a fold is ranked apart, candidates included).
+        progress: show a bar over the pairs.
+
+    Returns:
+        What `retrieval` returns, and `pairs`, the number of pairs that were scored. The protocol names `k` and `score`.
+
+    Raises:
+        ValueError: as `retrieval`; for a matching score that is not finite (the pair is named), another `score`, a `k`,
+            `pairs` or `block` below 1, or scores of the wrong shape.
+    """
+    if score not in SCORES:
+        raise ValueError(f"score is {score!r}; use {' or '.join(map(repr, SCORES))}")
+    if min(k, pairs, block, folds) < 1:
+        raise ValueError(
+            f"k, pairs, block and folds must be at least 1, got {k}, {pairs}, {block} and {folds}"
+        )
+    for name, rows in (("image", image), ("text", text)):
+        bad = (~torch.isfinite(rows).all(1)).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"{name} embedding {int(bad[0])} is not finite: the model diverged, or an input was empty"
+            )
+    layout = _layout(image_of, len(image), len(text), image.device)
+    b, c = len(image), len(text)
+    if b % folds:
+        raise ValueError(f"{folds} folds do not divide {b} images")
+    parts, scored = [], 0
+    with torch.no_grad(), full_precision(image.device):
+        for fold in range(folds):
+            low, high = fold * b // folds, (fold + 1) * b // folds
+            inside = slice(layout.start[low], layout.start[high])
+            captions, owner = layout.order[inside], layout.owner[inside]
+            pictures = torch.arange(low, high, device=image.device)
+            i, j = image[low:high].float(), text[captions].float()
+            captions_a_block = max(1, block * len(captions) // len(pictures))
+            i2t = _Direction(i, j, pictures, owner, captions, block, False)
+            t2i = _Direction(j, i, owner, pictures, captions, captions_a_block, True)
+            chosen = [[d.choose(itc, own, k) for itc, own in d.blocks()] for d in (i2t, t2i)]
+            wanted = torch.cat([d.keys(rows, c) for d, found in zip((i2t, t2i), chosen, strict=True)
+                                for rows in d.numbered(found)]).unique()  # fmt: skip
+            scores = _score(score_pairs, wanted, c, pairs, progress)
+            scored += len(wanted)
+            counts = [
+                d.count(found, wanted, scores, c, score) for d, found in zip((i2t, t2i), chosen, strict=True)
+            ]
+            part = _metrics(*(found for found, _ in counts))
+            for name, (_, tied) in zip(("i2t", "t2i"), counts, strict=True):
+                part[f"ties_{name}"] = int(tied.sum())
+            parts.append(part)
+    result = {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+    for name in ("ties_i2t", "ties_t2i"):
+        result[name] = int(sum(part[name] for part in parts))
+    cut = "1 fold" if folds == 1 else f"mean over {folds} contiguous folds of {b // folds} images"
+    return result | {
+        "images": b,
+        "captions": c,
+        "pairs": scored,
+        "protocol": f"{split + ': ' if split else ''}{b} images x {c} captions, image-to-text counts any of the "
+        f"picture's captions, best {k} by ITC re-ranked by {score}, the others below in ITC's order, ties against the "
+        f"model, {cut}",
+    }
+
+
+class _Rows(NamedTuple):
+    """Candidates of a block of queries: columns of the gallery, and whether an own one lost a tie for a place."""
+
+    columns: Int[Tensor, "q k"]
+    lost: Bool[Tensor, " q"]
+
+
+class _Direction(NamedTuple):
+    """One direction of a fold.
+
+    Attributes:
+        queries, gallery: embeddings.
+        image_of_query, image_of_gallery: rows of images.
+        captions: rows of the fold's captions, in the order of their images.
+        size: queries a block.
+        reverse: queries are the captions.
+    """
+
+    queries: Float[Tensor, "q d"]
+    gallery: Float[Tensor, "g d"]
+    image_of_query: Int[Tensor, " q"]
+    image_of_gallery: Int[Tensor, " g"]
+    captions: Int[Tensor, " c"]
+    size: int
+    reverse: bool
+
+    def blocks(self) -> Iterator[tuple[Float[Tensor, "q g"], Bool[Tensor, "q g"]]]:
+        """ITC of a block of queries with the whole gallery, and which of it is the queries' own."""
+        g = len(self.gallery)
+        columns = _pad(self.gallery, g).T
+        size = min(self.size, len(self.queries))
+        for start in range(0, len(self.queries), size):
+            part = self.queries[start : start + size]
+            itc = (_pad(part, size) @ columns)[: len(part), :g]
+            if not torch.isfinite(itc).all():
+                raise ValueError("a dot product of embeddings is not finite: give unit vectors")
+            yield itc, self.image_of_query[start : start + size, None] == self.image_of_gallery[None]
+
+    def choose(self, itc: Float[Tensor, "q g"], own: Bool[Tensor, "q g"], k: int) -> _Rows:
+        """The best `k` by ITC, the wrong ones first where the last place is tied."""
+        k = min(k, itc.shape[1])
+        edge = itc.topk(k, dim=1).values[:, -1:]
+        above, tied = itc > edge, itc == edge
+        room = k - above.sum(1, keepdim=True)
+        taken = above
+        for candidates in (tied & ~own, tied & own):
+            taken = taken | (candidates & (candidates.cumsum(1) <= room))
+            room = (room - candidates.sum(1, keepdim=True)).clamp(min=0)
+        return _Rows(taken.nonzero()[:, 1].view(-1, k).int(), (tied & own & ~taken).any(1))
+
+    def numbered(self, found: list[_Rows]) -> Iterator[tuple[int, Tensor]]:
+        """The blocks' columns with the number of their first query."""
+        start = 0
+        for rows in found:
+            yield start, rows.columns
+            start += len(rows.columns)
+
+    def keys(self, block: tuple[int, Tensor], c: int) -> Int[Tensor, "p"]:
+        """A number for each candidate pair, that orders pairs by image, then by caption; on the CPU."""
+        start, columns = block
+        query = torch.arange(start, start + len(columns), device=columns.device)[:, None].expand_as(columns)
+        columns = columns.long()
+        image = self.image_of_gallery[columns] if self.reverse else self.image_of_query[query]
+        caption = self.captions[query if self.reverse else columns]
+        return (image * c + caption).flatten().cpu()
+
+    def count(
+        self, found: list[_Rows], wanted: Int[Tensor, " p"], scores: Float[Tensor, " p"], c: int, score: str
+    ) -> tuple[_Counts, Bool[Tensor, " q"]]:
+        """Per query: how many wrong ones stand at least as high as its best own one, and above; whether a tie mattered.
+
+        Who is among the candidates stands above who is not. A query with an own candidate needs to look at the
+        candidates alone; of one without, all candidates are wrong, and ITC tells the rest.
+        """
+        at_least, above, ties = [], [], []
+        for (itc, own), rows, block in zip(self.blocks(), found, self.numbered(found), strict=True):
+            columns = rows.columns.long()
+            place = torch.searchsorted(wanted, self.keys(block, c))
+            value = scores[place].to(itc.device).view(columns.shape)
+            if score == "itm+itc":
+                value = value + itc.gather(1, columns)
+            mine = own.gather(1, columns)
+            best = value.masked_fill(~mine, -torch.inf).amax(1, keepdim=True)
+            low = itc.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+            reached = mine.any(1)
+            ranks = [torch.where(reached, (compare(value, best) & ~mine).sum(1), (compare(itc, low) & ~own).sum(1))
+                     for compare in (torch.ge, torch.gt)]  # fmt: skip
+            at_least.append(ranks[0])
+            above.append(ranks[1])
+            ties.append((ranks[0] != ranks[1]) | rows.lost)
+        return _Counts(torch.cat(at_least), torch.cat(above)), torch.cat(ties)
+
+
+def _score(
+    score_pairs: Callable[[Tensor, Tensor], Tensor],
+    wanted: Int[Tensor, " p"],
+    c: int,
+    pairs: int,
+    progress: bool,
+) -> Float[Tensor, " p"]:
+    scores = torch.empty(len(wanted))
+    for start in tqdm(range(0, len(wanted), pairs), "re-ranking", disable=not progress):
+        i, j = wanted[start : start + pairs] // c, wanted[start : start + pairs] % c
+        found = score_pairs(i, j)
+        if tuple(found.shape) != tuple(i.shape):
+            raise ValueError(f"score_pairs returned shape {tuple(found.shape)} for {len(i)} pairs")
+        bad = (~torch.isfinite(found)).nonzero()
+        if len(bad):
+            at = int(bad[0])
+            raise ValueError(
+                f"the matching score of image {int(i[at])} and caption {int(j[at])} is {float(found[at])}: "
+                "scores must be finite"
+            )
+        scores[start : start + pairs] = found.float().cpu()
+    return scores

@@ -1,0 +1,472 @@
+"""FELGA: Unsupervised Fragment Embedding for Fine-Grained Cross-Modal Association (Zhuo and Li, WACV 2024).
+
+In the paper's order: 3.2.2 fragment pseudo-labels, 3.2.3 global pseudo-labels, 3.2.4 FENet and the losses, then
+pairs of fragment features as training batches. Proposals (3.2.1) and their features from a frozen vision-language
+model (Eq. 2) are made elsewhere and arrive here as arrays. Every reading that could go either way is an argument;
+`READINGS` lists them.
+
+Axes: `p` all pairs, `b` pictures of a batch, `c` texts of a batch (pair n is picture n and text n), `r` region
+proposals of a picture, `k` keywords of a text, `i` = (b r) regions of a batch, `j` = (c k) keywords of a batch,
+`d` width.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from finematch.losses import gather
+
+READINGS = [
+    # (register, argument, values with the default first, what the paper says)
+    ("F1", "loss", "anchor | batch | pair", "the sums inside Eq. 10 and 12 have no free index"),
+    (
+        "F1",
+        "literal_scale",
+        "False | True",
+        "the outer sums of Eq. 10 and 12, under which nothing depends on i, j",
+    ),
+    ("F2", "hinge", "False | True", "'inspired by the Lifted Structured Loss', which has one"),
+    ("F4", "tau", "1 | 0.1", "e^d without a temperature"),
+    ("F5", "empty", "skip | keep", "does not say what a row without positives adds"),
+    ("F9", "label_features", "frozen | online", "Eq. 4-6 compare f, not f-hat; yet 'dynamically construct'"),
+    ("F10", "same_keyword_positives", "False | True", "Eq. 3-6 literally; section 5 regrets it"),
+    ("F12", "fenet", "shared | separate", "Eq. 8 has one symbol for both modalities"),
+    ("F13", "input_scale", "rms | unit | raw", "does not say how long the vectors are that FENet takes"),
+]
+
+LABELS = ("dense", "sparse", "dynamic")
+
+
+# ------------------------------------------------------------------------- 3.2.2 fragment pseudo-labels
+def cosine(regions: Float[Tensor, "b r d"], words: Float[Tensor, "b k d"]) -> Float[Tensor, "b r k"]:
+    """d of Eq. 4-6 inside each pair, in fp32: "b r d, b k d -> b r k"."""
+    return torch.einsum(
+        "brd,bkd->brk", F.normalize(regions.float(), dim=-1), F.normalize(words.float(), dim=-1)
+    )
+
+
+def real_pairs(region_mask: Bool[Tensor, "b r"], word_mask: Bool[Tensor, "b k"]) -> Bool[Tensor, "b r k"]:
+    """Region-keyword pairs of the same picture and text that are no padding."""
+    return region_mask[:, :, None] & word_mask[:, None, :]
+
+
+def dense(real: Bool[Tensor, "b r k"]) -> Bool[Tensor, "b r k"]:
+    """Eq. 3: every fragment of a picture goes with every fragment of its text."""
+    return real
+
+
+def sparse(similarity: Float[Tensor, "b r k"], real: Bool[Tensor, "b r k"]) -> Bool[Tensor, "b r k"]:
+    """Eq. 4: each keyword goes with the one region most similar to it, the first of equals.
+
+    The paper's Eq. 4 would label all of several equal maxima; we take the first, because two equal maxima are two
+    copies of one proposal (F8).
+    """
+    best = similarity.masked_fill(~real, float("-inf")).argmax(1)  # b k
+    return F.one_hot(best, similarity.shape[1]).transpose(1, 2).bool() & real
+
+
+def dynamic(similarity: Float[Tensor, "b r k"], real: Bool[Tensor, "b r k"]) -> Bool[Tensor, "b r k"]:
+    """Eq. 5-6: the pairs at least as similar as the mean of all of their picture and text."""
+    count = real.sum((1, 2), keepdim=True).clamp(min=1)
+    mean = similarity.masked_fill(~real, 0).sum((1, 2), keepdim=True) / count  # Eq. 5
+    # a rounded mean can exceed the maximum where all are equal; the true one cannot
+    largest = similarity.masked_fill(~real, float("-inf")).amax((1, 2), keepdim=True)
+    return (similarity >= torch.minimum(mean, largest)) & real
+
+
+def batch_labels(
+    labels: Bool[Tensor, "b r k"], keyword_id: Int[Tensor, "b k"] | None = None
+) -> Bool[Tensor, "b r b k"]:
+    """The matrix of Eq. 3-6 for a whole batch: the pairs' own labels, and 0 between pairs.
+
+    Args:
+        keyword_id: If given, equal numbers are equal keywords: a region that goes with a keyword of its own text
+            also goes with the same keyword of any other text (F10). Padding may have any number.
+    """
+    if keyword_id is not None:
+        same = keyword_id[:, :, None, None] == keyword_id[None, None]  # own keyword l against c k
+        return torch.einsum("brl,blck->brck", labels.float(), same.float()) > 0
+    own = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    return labels[:, :, None, :] & own[:, None, :, None]
+
+
+# ------------------------------------------------------------------------- 3.2.3 global pseudo-labels
+def global_labels(n: int, device: torch.device | None = None) -> Bool[Tensor, "b b"]:
+    """Eq. 7: picture k goes with text k alone."""
+    return torch.eye(n, dtype=torch.bool, device=device)
+
+
+# ------------------------------------------------------------------------- 3.2.4 FENet, affinities, losses
+class FENet(nn.Sequential):
+    """Eq. 8: d -> 4096 -> 4096 -> 512, ReLU and dropout between, then length one (4.5).
+
+    With d = 512 these are 21.0 M parameters.
+    """
+
+    def __init__(self, width: int, *, hidden_dim: int = 4096, out_dim: int = 512, dropout: float = 0.2):
+        super().__init__(
+            nn.Linear(width, hidden_dim), nn.ReLU(inplace=True), nn.Dropout(dropout),
+            nn.Linear(hidden_dim, hidden_dim), nn.ReLU(inplace=True), nn.Dropout(dropout),
+            nn.Linear(hidden_dim, out_dim),
+        )  # fmt: skip
+
+    def forward(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n e"]:
+        """Unit vectors in fp32, whatever the precision of the products."""
+        return F.normalize(super().forward(features).float(), dim=-1)
+
+
+def affinity(regions: Float[Tensor, "b r d"], words: Float[Tensor, "c k d"]) -> Float[Tensor, "b r c k"]:
+    """Eq. 9 of unit vectors: "b r d, c k d -> b r c k".
+
+    The paper gives the range [0, 1]; a cosine has [-1, 1], and nothing in FENet's output forbids the rest (F7).
+    """
+    (b, r), (c, k) = regions.shape[:2], words.shape[:2]
+    return (regions.flatten(0, 1) @ words.flatten(0, 1).T).view(b, r, c, k)
+
+
+def global_affinity(
+    similarity: Float[Tensor, "b r c k"], real: Bool[Tensor, "b r c k"]
+) -> tuple[Float[Tensor, "b c"], Bool[Tensor, "b c"]]:
+    """Eq. 11: a picture and a text are as similar as their most similar fragments.
+
+    Returns:
+        The maxima, and which of them there are: a picture without regions, or a text without keywords, has none
+        (and 0 in its place). The gradient of a maximum goes to one pair of fragments.
+    """
+    similarity, real = similarity.transpose(1, 2).flatten(2), real.transpose(1, 2).flatten(2)
+    known = real.any(-1)
+    largest = similarity.masked_fill(~real, float("-inf")).max(-1).values
+    return largest.masked_fill(~known, 0.0), known
+
+
+def lifted(
+    similarity: Float[Tensor, "i j"],
+    positive: Bool[Tensor, "i j"],
+    valid: Bool[Tensor, "i j"],
+    *,
+    margin: float = 0.5,
+    loss: str = "anchor",
+    hinge: bool = False,
+    tau: float = 1.0,
+    empty: str = "skip",
+    literal_scale: bool = False,
+) -> Float[Tensor, ""]:
+    """Eq. 10 (of fragments) and Eq. 12 (of pictures and texts), after the lifted structured losses.
+
+    P are the positives among the `valid` places, N the others. As printed nothing inside the outer sums depends
+    on their indices, so the paper's formula is a constant times one number (`batch`); we read a sum over anchors
+    (`anchor`), because that is the form of the generalised lifted structured loss.
+
+        anchor  mean over the rows i of  log sum_{j in P(i)} e^(margin - d_ij) + log sum_{j in N(i)} e^d_ij,
+                the same over the columns, and the mean of both
+        batch   log sum_P e^(margin - d) + log sum_N e^d, over all places at once
+        pair    mean over P of  J_ij = margin - d_ij + log(sum_{l in N(i)} e^d_il + sum_{l in N(j)} e^d_lj),
+                Song et al.'s original
+
+    `margin` (lambda_1, lambda_2) leaves each log-sum as a summand: without `hinge` it moves no gradient.
+
+    Args:
+        hinge: [.]_+ of each anchor (or of the batch); in `pair`, as in the original, the mean of [J]_+^2 / 2.
+        tau: temperature: d and `margin` are divided by it. 1 is the paper's.
+        empty: an anchor without positives or without negatives is left out (`skip`), or counts with the summand
+            that it has (`keep`). The mean is over the anchors that count; without any the loss is 0. `skip`
+            is the default because with sparse labels nearly all rows are empty: kept, they push every region
+            away from every keyword. `pair` leaves out positives without any negative.
+        literal_scale: `batch` times the number of rows and of columns, as the outer sums have it.
+
+    Raises:
+        ValueError: For an unknown switch, or a temperature that is not positive.
+    """
+    _known(loss=(loss, ("anchor", "batch", "pair")), empty=(empty, ("skip", "keep")))
+    if tau <= 0:
+        raise ValueError(f"tau = {tau}: must be positive")
+    if literal_scale and loss != "batch":
+        raise ValueError(f"literal_scale is the scale of loss='batch'; loss is {loss!r}")
+    positive, negative = positive & valid, valid & ~positive
+    # the smallest finite number, not minus infinity: the gradient of an empty log-sum would be NaN
+    lowest = torch.finfo(similarity.dtype).min
+    pull = (margin - similarity) / tau
+    near, far = pull.masked_fill(~positive, lowest), (similarity / tau).masked_fill(~negative, lowest)
+    if loss == "pair":
+        counts = positive & (negative.any(1)[:, None] | negative.any(0)[None, :])
+        each = pull + torch.logaddexp(far.logsumexp(1)[:, None], far.logsumexp(0)[None, :])
+        each = each.relu().square() / 2 if hinge else each
+        return torch.where(counts, each, 0).sum() / counts.sum().clamp(min=1)
+
+    def over(dim: int, near: Tensor, far: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        has_near, has_far = positive.any(dim), negative.any(dim)
+        each = torch.where(has_near, near.logsumexp(dim), 0) + torch.where(has_far, far.logsumexp(dim), 0)
+        each = each.relu() if hinge else each
+        counts = has_near & has_far if empty == "skip" else has_near | has_far
+        return torch.where(counts, each, 0).sum() / counts.sum().clamp(min=1)
+
+    places = (near, far, positive, negative)
+    if loss == "anchor":
+        return (over(1, *places) + over(0, *places)) / 2
+    total = over(1, *(x.reshape(1, -1) for x in places))
+    return total * valid.any(1).sum() * valid.any(0).sum() if literal_scale else total
+
+
+class FELGA(nn.Module):
+    """FENet and its training by Eq. 13: `L = L_con_l + lambda3 * L_con_g`.
+
+    Args:
+        width: of the frozen features (CLIP 512, BLIP and BLIP-2 256).
+        text_width: of the keywords' features where it differs: `separate` with `dense` or `online` labels only.
+        labels: `dynamic` (FELGA), `sparse`, `dense`: Tables 1-3 and 5.
+        alignment: `both`, `local` (Eq. 13 without its second term, as lambda3 = 0) or `global` (without its
+            first): Table 4.
+        label_features: the similarities of Eq. 4-6 are those of the `frozen` features, which never change, or
+            those of the current embeddings (`online`).
+        fenet: one FENet for both modalities (`shared`), or one each (`separate`).
+        hidden_dim, out_dim, dropout: see FENet.
+        input_scale: FENet takes the frozen features at length one (`unit`), at length sqrt(d), so that the mean
+            square of an entry is one (`rms`), or as they are (`raw`).
+        loss, hinge, tau, empty, literal_scale: see `lifted`; they hold for both levels.
+        lambda1, lambda2: the margins of Eq. 10 and Eq. 12. Without `hinge` they change the loss by a constant and
+            no gradient at all.
+        same_keyword_positives: see `batch_labels`; batches then need `keyword_id`.
+
+    Raises:
+        ValueError: For an unknown switch, or widths that do not go with the switches.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        text_width: int | None = None,
+        labels: str = "dynamic",
+        alignment: str = "both",
+        label_features: str = "frozen",
+        fenet: str = "shared",
+        hidden_dim: int = 4096,
+        out_dim: int = 512,
+        dropout: float = 0.2,
+        input_scale: str = "rms",
+        loss: str = "anchor",
+        hinge: bool = False,
+        tau: float = 1.0,
+        empty: str = "skip",
+        literal_scale: bool = False,
+        lambda1: float = 0.5,
+        lambda2: float = 0.5,
+        lambda3: float = 0.2,
+        same_keyword_positives: bool = False,
+    ):
+        super().__init__()
+        _known(
+            labels=(labels, LABELS),
+            alignment=(alignment, ("both", "local", "global")),
+            label_features=(label_features, ("frozen", "online")),
+            fenet=(fenet, ("shared", "separate")),
+            input_scale=(input_scale, ("unit", "rms", "raw")),
+        )
+        text_width = text_width or width
+        if text_width != width and fenet == "shared":
+            raise ValueError(
+                f"regions are {width} wide, keywords {text_width}: one FENet cannot take both; use fenet='separate'"
+            )
+        if text_width != width and labels != "dense" and label_features == "frozen" and alignment != "global":
+            raise ValueError(
+                f"regions are {width} wide, keywords {text_width}: frozen features have no cosine; "
+                "use label_features='online'"
+            )
+        form = {"hidden_dim": hidden_dim, "out_dim": out_dim, "dropout": dropout}
+        self.region_net = FENet(width, **form)
+        self.word_net = FENet(text_width, **form) if fenet == "separate" else self.region_net
+        self.label_kind, self.label_features, self.alignment = labels, label_features, alignment
+        self.input_scale, self.same_keyword_positives = input_scale, same_keyword_positives
+        self.form = {
+            "loss": loss, "hinge": hinge, "tau": tau, "empty": empty, "literal_scale": literal_scale,
+        }  # fmt: skip
+        lifted(torch.zeros(1, 1), *torch.ones(2, 1, 1, dtype=torch.bool), **self.form)  # refuses bad switches
+        self.lambda1, self.lambda2, self.lambda3 = lambda1, lambda2, lambda3
+
+    def encode_regions(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n e"]:
+        """f-hat of Eq. 8, unit vectors, of regions given by their frozen features."""
+        return self.region_net(self._input(features))
+
+    def encode_words(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n e"]:
+        """f-hat of Eq. 8, unit vectors, of keywords (or class names) given by their frozen features."""
+        return self.word_net(self._input(features))
+
+    def _input(self, features: Tensor) -> Tensor:
+        if self.input_scale == "raw":
+            return features.float()
+        unit = F.normalize(features.float(), dim=-1)
+        return unit * features.shape[-1] ** 0.5 if self.input_scale == "rms" else unit
+
+    def encode(
+        self, regions: Float[Tensor, "b r d"], words: Float[Tensor, "b k w"]
+    ) -> tuple[Float[Tensor, "b r e"], Float[Tensor, "b k e"]]:
+        """Both modalities; a shared FENet sees them as one batch, so that its weights are read once."""
+        if self.word_net is not self.region_net:
+            return self.encode_regions(regions), self.encode_words(words)
+        b, r, k = len(regions), regions.shape[1], words.shape[1]
+        both = self.encode_regions(torch.cat([regions.flatten(0, 1), words.flatten(0, 1)]))
+        return both[: b * r].unflatten(0, (b, r)), both[b * r :].unflatten(0, (b, k))
+
+    def pseudo_labels(
+        self,
+        regions: Float[Tensor, "b r d"],
+        words: Float[Tensor, "b k w"],
+        region_mask: Bool[Tensor, "b r"],
+        word_mask: Bool[Tensor, "b k"],
+    ) -> Bool[Tensor, "b r k"]:
+        """Eq. 3, 4 or 6 inside each pair, from whichever features are given."""
+        real = real_pairs(region_mask, word_mask)
+        if self.label_kind == "dense":
+            return dense(real)
+        return {"sparse": sparse, "dynamic": dynamic}[self.label_kind](cosine(regions, words), real)
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """The terms of Eq. 13 that are switched on, `fragment` (Eq. 10) and `global` (Eq. 12), and `loss`.
+
+        Args:
+            batch: `image` and `text`, each with `features` "b r d" or "b k d" and `mask`; `text` also with
+                `keyword_id` "b k" for `same_keyword_positives`. What padding holds does not matter.
+        """
+        image, text = batch["image"], batch["text"]
+        region_mask, word_mask = image["mask"], text["mask"]
+        # padding may hold anything, NaN too, and zero times NaN would reach the weights' gradients
+        frozen_regions = image["features"].masked_fill(~region_mask[..., None], 0.0)
+        frozen_words = text["features"].masked_fill(~word_mask[..., None], 0.0)
+        regions, words = self.encode(frozen_regions, frozen_words)
+        # cosines, exponents and their sums in fp32, whatever FENet's products were computed in
+        with torch.autocast(regions.device.type, enabled=False), torch.no_grad():
+            if self.alignment != "global":
+                source = (
+                    (regions, words) if self.label_features == "online" else (frozen_regions, frozen_words)
+                )
+                own = gather(self.pseudo_labels(*source, region_mask, word_mask))
+                ids = gather(text["keyword_id"]) if self.same_keyword_positives else None
+                labels = batch_labels(own, ids)
+            region_mask, word_mask = gather(region_mask), gather(word_mask)
+            real = region_mask[:, :, None, None] & word_mask[None, None]
+        terms = {}
+        with torch.autocast(regions.device.type, enabled=False):
+            similarity = affinity(gather(regions), gather(words))  # Eq. 9
+            if self.alignment != "global":
+                matrices = (x.flatten(2, 3).flatten(0, 1) for x in (similarity, labels, real))
+                terms["fragment"] = lifted(*matrices, margin=self.lambda1, **self.form)  # Eq. 10
+            if self.alignment != "local":
+                pairs, known = global_affinity(similarity, real)  # Eq. 11
+                positive = global_labels(len(pairs), pairs.device)
+                terms["global"] = lifted(pairs, positive, known, margin=self.lambda2, **self.form)  # Eq. 12
+        terms["loss"] = terms.get("fragment", 0) + self.lambda3 * terms.get("global", 0)  # Eq. 13
+        return terms
+
+
+def _known(**switches: tuple[str, tuple[str, ...]]) -> None:
+    for name, (value, values) in switches.items():
+        if value not in values:
+            raise ValueError(f"{name} is {value!r}; use {', '.join(map(repr, values))}")
+
+
+# ------------------------------------------------------------------------- 4.3 pairs of fragments, as batches
+class FragmentPairs(Dataset):
+    """Frozen fragment features of all pairs on one device; a batch is an index gather, made where they lie.
+
+    Pair n is picture n with text n (the paper's text is the five captions of a picture, joined). They may be kept
+    in fp16: a batch is fp32. 118,287 pairs of 10 + 10 fragments of 512 are 2.4 GB in fp16.
+
+    Args:
+        regions, keywords: features; shorter lists are padded, with anything.
+        region_mask, keyword_mask: which are real. A pair may lack all of either: it then has no loss of its own.
+        keyword_id: equal numbers for equal keyword strings, for `same_keyword_positives`.
+
+    Raises:
+        ValueError: For arrays of different lengths, or a real fragment that is not finite (the pair is named).
+    """
+
+    def __init__(
+        self,
+        regions: Float[Tensor, "p r d"],
+        keywords: Float[Tensor, "q k w"],
+        region_mask: Bool[Tensor, "p r"],
+        keyword_mask: Bool[Tensor, "q k"],
+        keyword_id: Int[Tensor, "q k"] | None = None,
+    ):
+        if len(regions) != len(keywords):
+            raise ValueError(f"{len(regions)} pictures' regions, but keywords of {len(keywords)} texts")
+        for name, features, mask in (("regions", regions, region_mask), ("keywords", keywords, keyword_mask)):
+            # a sum is finite if its summands are; it needs no second array of their size
+            finite = features.sum(-1, dtype=torch.float32).isfinite() | ~mask
+            if not finite.all():
+                pair = int(finite.all(1).int().argmin())
+                raise ValueError(f"{name} of pair {pair} are not finite: extract its features again")
+        self.regions, self.keywords = regions, keywords
+        self.region_mask, self.keyword_mask, self.keyword_id = region_mask, keyword_mask, keyword_id
+
+    @property
+    def device(self) -> torch.device:
+        """Where the features lie and batches are made."""
+        return self.regions.device
+
+    def to(self, device: torch.device | str) -> FragmentPairs:
+        """The same pairs on another device (at once, before training)."""
+        moved = copy(self)
+        for name, value in vars(self).items():
+            setattr(moved, name, None if value is None else value.to(device))
+        return moved
+
+    def __len__(self) -> int:
+        return len(self.regions)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])
+
+    def __getitems__(self, index: list[int]) -> dict:
+        where = torch.tensor(index, device=self.device)
+        text = {"features": self.keywords[where].float(), "mask": self.keyword_mask[where]}
+        if self.keyword_id is not None:
+            text["keyword_id"] = self.keyword_id[where]
+        return {
+            "image": {"features": self.regions[where].float(), "mask": self.region_mask[where]},
+            "text": text,
+        }
+
+
+# ------------------------------------------------------------------------- 4.5 implementation details
+SWITCHES = (
+    "labels", "alignment", "label_features", "fenet", "hidden_dim", "out_dim", "dropout", "input_scale", "loss",
+    "hinge", "tau", "empty", "literal_scale", "lambda1", "lambda2", "lambda3", "same_keyword_positives",
+)  # fmt: skip
+
+# What a scale sets where a run does not; SGD, x 0.1 at the epoch `milestone`. `paper` is 4.5, word for word.
+SETTINGS = {
+    "tiny": {
+        "hidden_dim": 256, "out_dim": 128, "dropout": 0.2, "regions": 10, "keywords": 10, "epochs": 12,
+        "milestone": 10.0, "batch_size": 8, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "precision": "no",
+    },
+    "photos": {
+        "hidden_dim": 1024, "out_dim": 256, "dropout": 0.2, "regions": 10, "keywords": 10, "epochs": 8,
+        "milestone": 6.0, "batch_size": 8, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "precision": "no",
+    },
+    "paper": {
+        "hidden_dim": 4096, "out_dim": 512, "dropout": 0.2, "regions": 10, "keywords": 10, "epochs": 50,
+        "milestone": 40.0, "batch_size": 8, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "precision": "no",
+    },
+}  # fmt: skip
+
+# The value that leaves a setting to the scale; 0 for all others.
+UNSET = {"dropout": -1, "momentum": -1, "weight_decay": -1, "precision": ""}
+
+
+def settings(scale: str, dataset: str, given: dict) -> dict:
+    """The settings of a run: the scale's, with those of `given` that are set (see `UNSET`). `tiny` on photos is
+    `photos`.
+
+    A smoke run (`given["smoke"]`) takes one epoch.
+    """
+    preset = dict(SETTINGS["photos" if scale == "tiny" and not dataset.startswith("scenes") else scale])
+    if given.get("smoke"):
+        preset |= {"epochs": 1, "milestone": 1.0}
+    return preset | {k: v for k, v in given.items() if k in preset and v != UNSET.get(k, 0)}

@@ -1,0 +1,192 @@
+"""Region proposals: up to `m` boxes a picture with scores, from a detector, from OpenCV, or as annotated.
+
+FELGA 3.2.1. One function, `extract_proposals`, whatever finds the boxes; what it finds is cached on disk, keyed by
+what made it. A picture may have fewer boxes than `m`, or none: rows beyond them are padding, and a mask says so.
+
+Axes: `n` pictures, `m` boxes of the fullest picture, `r` boxes of one picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+
+from finematch.boxes import clip
+from finematch.data.precomp import RegionsWriter, finished
+from finematch.data.record import DataError, Object, Record
+from finematch.features import propose
+
+SURPLUS = 4  # times as many boxes are asked for, so that small ones can go
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """Boxes of one picture in xyxy pixels and their scores, the best first; `key` is all that makes them."""
+
+    key: dict
+
+    def __call__(self, picture: Image.Image) -> tuple[Float[np.ndarray, "r 4"], Float[np.ndarray, "r"]]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Proposals:
+    """Boxes of a split in xyxy pixels, the best first, zeros where `mask` is False."""
+
+    boxes: Float[np.ndarray, "n m 4"]
+    scores: Float[np.ndarray, "n m"]
+    mask: Bool[np.ndarray, "n m"]
+    sizes: Int[np.ndarray, "n 2"]  # width, height of the pictures in pixels
+    ids: list[str]
+    meta: dict = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def of(self, i: int) -> Float[np.ndarray, "r 4"]:
+        """The boxes of picture `i`, without padding."""
+        return self.boxes[i, self.mask[i]]
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of the pictures' ids and of their boxes: features of the same boxes are the same features."""
+        digest = hashlib.sha256(json.dumps(self.ids).encode())
+        for array in (self.boxes, self.mask):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """Selective search or the grid as a detector. They rank boxes without a score; 1 / rank stands for it."""
+
+    search: Callable[[Image.Image, int], np.ndarray]
+    asked: int
+    key: dict
+
+    def __call__(self, picture: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+        boxes = self.search(picture, self.asked)
+        return boxes, (1 / np.arange(1, len(boxes) + 1)).astype(np.float32)
+
+
+def extract_proposals(
+    records: list[Record],
+    method: str | Detector,
+    folder: str | Path,
+    split: str,
+    *,
+    top: int = 10,
+    min_side: float | int = 8,
+    block: int = 32,
+    echo: Callable[[str], None] | None = print,
+) -> Proposals:
+    """The `top` best boxes of every picture; finished work is read back, broken off work resumed.
+
+    Boxes are clamped to the picture, and those with a side under `min_side` pixels are dropped (register F17) before
+    the `top` are taken, so that a box that nothing could be read from takes no place.
+
+    Args:
+        method: a `Detector` (`DETReg`), or `"selective_search"`, `"grid"`, `"auto"` (see `features.propose`), or
+            `"given"`: the records' own objects (see `given`), which are not cached.
+        folder, split: where the files lie; methods, settings and splits have files of their own.
+        min_side: 8 is for photos; pictures of 64 pixels need less.
+
+    Raises:
+        ValueError: For an unknown `method`.
+        DataError: For a picture that cannot be read, or a box or score that is not finite.
+    """
+    if method == "given":
+        return given(records, top=top, min_side=min_side)
+    if isinstance(method, str):
+        try:
+            name, search = propose(method)
+        except ValueError as error:
+            raise ValueError(f"{error}; or 'given', or a detector such as DETReg") from error
+        method = _Ranked(search, SURPLUS * top, {"proposals": name, "asked": SURPLUS * top})
+    meta = {**method.key, "top": top, "min_side": float(min_side)}
+    ids = [r.image_id for r in records]
+    if not records:
+        raise DataError(
+            folder, f"split {split}", "there are no pictures to search", "Check the dataset's split"
+        )
+    digest = hashlib.sha256(json.dumps([meta, ids]).encode()).hexdigest()[:8]
+    prefix = f"{split}_{meta['proposals']}-{digest}"
+    if not finished(folder, prefix, meta, ids):
+        # regions of one number, their score: SCAN's layout, whose writer resumes and finishes as a whole
+        writer = RegionsWriter(folder, prefix, len(records), top, 1, meta, "float32", ids=ids)
+        while writer.done < len(records):
+            pictures = [r.open() for r in records[writer.done : writer.done + block]]
+            boxes = np.zeros((len(pictures), top, 4), np.float32)
+            scores = np.zeros((len(pictures), top, 1), np.float32)
+            for i, picture in enumerate(pictures):
+                found, score = method(picture)
+                if not (np.isfinite(found).all() and np.isfinite(score).all()):
+                    record = records[writer.done + i]
+                    raise DataError(
+                        record.image or "(no file)",
+                        f"image {record.image_id}",
+                        f"{meta['proposals']} gives a box or a score that is not finite",
+                        "Check the detector's weights",
+                    )
+                kept, usable = usable_boxes(found, picture.size, min_side)
+                kept, score = kept[:top], score[usable][:top]
+                boxes[i, : len(kept)], scores[i, : len(kept), 0] = kept, score
+            writer.write(scores, boxes, np.array([p.size for p in pictures], np.int32))
+            if echo and (writer.done == len(records) or (writer.done // block) % 32 == 0):
+                echo(f"{split}: {writer.done} of {len(records)} pictures ({meta['proposals']})")
+        writer.finish(records)
+    boxes, scores, sizes = (np.load(Path(folder) / f"{prefix}_{a}.npy") for a in ("boxes", "ims", "sizes"))
+    return Proposals(boxes, scores[..., 0], boxes[..., 2] > boxes[..., 0], sizes, ids, meta)
+
+
+def usable_boxes(
+    boxes: Float[np.ndarray, "r 4"], size: tuple[int, int], min_side: float | int
+) -> tuple[Float[np.ndarray, "k 4"], Bool[np.ndarray, "r"]]:
+    """The boxes clamped to a picture of `size` (width, height), without those whose side is then under `min_side`
+    pixels or nothing; and which of them stayed."""
+    clamped = clip(torch.from_numpy(np.asarray(boxes, np.float32)), *size).numpy()
+    sides = (clamped[:, 2:] - clamped[:, :2]).min(1)
+    usable = (sides >= min_side) & (sides > 0)
+    return clamped[usable], usable
+
+
+def usable_objects(record: Record, *, min_side: float | int = 1) -> list[Object]:
+    """The objects of a record that are boxes of one thing (no crowd) and large enough, in its order.
+
+    With the default these are the queries of FELGA's description assignment. The j-th box that `given` finds on a
+    picture is that of the j-th of them.
+    """
+    single = [o for o in record.objects if not o.crowd]
+    if not single:
+        return []
+    _, usable = usable_boxes(
+        np.array([o.box for o in single], np.float32), record.size or record.open().size, min_side
+    )
+    return [o for o, keep in zip(single, usable, strict=True) if keep]
+
+
+def given(records: list[Record], *, top: int | None = None, min_side: float | int = 1) -> Proposals:
+    """The records' own objects as proposals, score 1, in their order; crowds are left out.
+
+    Args:
+        top: at most so many a picture; None for all.
+    """
+    objects = [usable_objects(r, min_side=min_side)[:top] for r in records]
+    sizes = [r.size or r.open().size for r in records]
+    m = top if top is not None else max(map(len, objects), default=0)
+    boxes, mask = np.zeros((len(records), m, 4), np.float32), np.zeros((len(records), m), bool)
+    for i, (mine, size) in enumerate(zip(objects, sizes, strict=True)):
+        if mine:
+            boxes[i, : len(mine)] = usable_boxes(np.array([o.box for o in mine], np.float32), size, 0)[0]
+            mask[i, : len(mine)] = True
+    meta = {"proposals": "given", "top": top, "min_side": float(min_side)}
+    return Proposals(boxes, mask.astype(np.float32), mask, np.array(sizes, np.int32),
+                     [r.image_id for r in records], meta)  # fmt: skip

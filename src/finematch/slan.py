@@ -1,0 +1,1330 @@
+"""SLAN: Self-Locator Aided Network for Vision-Language Understanding (ICCV 2023; arXiv 2022, version 1): the model.
+
+In the paper's order: 3.1 unimodal encoding, 3.2.1 vision decoder, 3.2 region proposals, 3.2.2 region filter, 3.2.3
+region adaptor (Algorithm 1, Eq. 1-2) and regression loss (Eq. 3), and the self-locator that puts them together.
+The objective that trains it is in a file of its own. Every reading of the paper that could go either way is an
+argument; `READINGS` lists them, and `VERSIONS` sets those in which the two versions of the paper differ.
+
+A box is (x1, y1, x2, y2) in fractions of the picture and stays inside of it, with x1 < x2 and y1 < y2. What a
+picture needs before any text is known is computed once (`SelfLocator.prepare`), what belongs to a pair of picture
+and text each time (`SelfLocator.locate`): a picture's true text and its negatives share the former.
+
+Axes: `b` pictures with a text each, `q` proposals, `t` regions that passed the filter (N^G, at most T), `k2` cells of a
+neighbourhood (K x K), `n` tokens of a text (N^T), `l` levels with the proposals' own as the first (L + 1), `c`
+channels, `h` `w` cells of a map, `d` width of a token (D). Masks are True where there is something.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models.convnext import LayerNorm2d
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import FeaturePyramidNetwork, generalized_box_iou_loss, nms
+
+from finematch.boxes import (
+    AreaTable,
+    box_mean,
+    convert,
+    multi_scale_grid,
+    neighbourhood,
+    roi_align_mean,
+    summed_area,
+)
+from finematch.encoders import Cells
+
+READINGS = [
+    # (register, argument, values with the default first, what the paper says)
+    ("S1", "attn", "transformer | literal", "names multi-head attention; Eq. 1 is one head without projections"),
+    ("S2", "region_update", "residual | overwrite | reweight", "Algorithm 1 overwrites (line 9) what line 5 made"),
+    ("S3", "axes", "image | paper", "Eq. 2 moves x by the cell's row and y by its column"),
+    ("S5", "unit", "N/K | N", "Eq. 2 multiplies by the whole neighbourhood's size; cells stand N/K apart"),
+    ("S6", "extent", "map | region", "H_i and W_i: those of the map (Table 1), or of each region"),
+    ("S7", "k", "3 | any odd", "gives K in an example only"),
+    ("S8", "weights", "softmax | raw | relu", "a weighted summation whose weights M_j are not normalised"),
+    ("S8", "outside", "mean | keep", "nothing about cells of a neighbourhood that lie outside the picture"),
+    ("S9", "include_special", "False | True", "all word embeddings; whether [CLS] and [SEP] are words"),
+    ("S10", "first", "encoder | decoder", "E^G_1 from V (3.2), from F_i in Algorithm 1"),
+    ("S11", "scaling", "rank | query | level | predicted", "p_w, p_h belong to regions, which differ by picture"),
+    ("S12", "box_grad", "True | False", "nothing; the usual RoIAlign gives boxes no gradient"),
+    ("S13", "detach_target", "True | False", "the mean of the updated regions is 'taken as ground truth'"),
+    ("S14", "reg_reduction", "sum | mean", "summation for all regions; weights l1_weight, giou_weight not given"),
+    ("S16", "nms", "0.0 | an IoU", "nothing about suppression of proposals that no label trained"),
+    ("S17", "score_norm", "max | minmax | sigmoid", "arXiv: 'with the maximum value 1'; ICCV: in [0, 1]"),
+    ("S19", "filter_text", "False | True", "the filter is conditioned on texts (abstract), not so in Algorithm 1"),
+    ("S20", "token", "map | regions", "T_v is the mean of V (ICCV) or of the region embeddings (arXiv)"),
+    ("S20", "fused", "regions | map", "T_v of the last level (Algorithm 1), or of V (3.2, ICCV)"),
+    ("S28", "proposals", "rpn | queries", "ICCV: region proposal network; arXiv: DETR"),
+    ("S28", "target", "mean | weighted", "Eq. 3 is the mean; arXiv's text has a 'weighted summation'"),
+    ("A.3", "source", "decoder | encoder", "arXiv, Table 10: where the maps of all levels come from"),
+    ("-", "embed_norm", "layer | none", "no normalisation of region embeddings"),
+    ("-", "roi", "align | table", "RoIAlign, then average pooling; the table is the exact mean"),
+]  # fmt: skip
+
+# What the two versions of the paper set differently (S28). What they share stands in the arguments' defaults.
+VERSIONS = {
+    "iccv": {"proposals": "rpn", "scaling": "rank", "token": "map"},
+    "arxiv": {"proposals": "queries", "scaling": "query", "token": "regions"},
+}
+
+# The least side of a box: a smaller one is inside a cell of every map, where its size gets no gradient.
+SMALLEST = 1 / 32
+
+
+def wide(x: Tensor) -> Tensor:
+    """Half precision to single; single and double stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def one_of(name: str, value: str, known: tuple[str, ...]) -> str:
+    """The value; ValueError if it is none of `known`."""
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; use one of {known}")
+    return value
+
+
+def take(x: Tensor, index: Int[Tensor, "b t"]) -> Tensor:
+    """`x[b, index[b, t]]` of "b q ...", for every picture its own."""
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
+def cut(boxes: Float[Tensor, "*r 4"], smallest: float = SMALLEST) -> Float[Tensor, "*r 4"]:
+    """Proposals (x, y, w, h) about the centre to (x1, y1, x2, y2): what leaves the picture is cut off, as in detectors.
+
+    What then is shorter than `smallest`, or lies outside altogether, is given that side at its place or at the border.
+    Differentiable; what was cut or given has no gradient.
+    """
+    centre, half = wide(boxes)[..., :2], wide(boxes)[..., 2:] / 2
+    low = (centre - half).clamp(0, 1 - smallest)
+    return torch.cat([low, torch.maximum((centre + half).clamp(0, 1), low + smallest)], dim=-1)
+
+
+def stop(boxes: Float[Tensor, "*r 4"], smallest: float = SMALLEST) -> Float[Tensor, "*r 4"]:
+    """Updated regions (x, y, w, h) about the centre to (x1, y1, x2, y2): what would leave the picture stops at it.
+
+    Sides are kept in [`smallest`, 1] and do not change otherwise. The paper says nothing; we do not cut them, because a
+    region that comes near the border would lose that part for good, so that the mean of Eq. 3 would be smaller
+    than the proposal, which then learns to shrink, further and further. Differentiable; a side that was limited and
+    a centre that was stopped have no gradient.
+    """
+    size = wide(boxes)[..., 2:].clamp(smallest, 1)
+    centre = torch.minimum(torch.maximum(wide(boxes)[..., :2], size / 2), 1 - size / 2)
+    return torch.cat([centre - size / 2, centre + size / 2], dim=-1).clamp(0, 1)
+
+
+# ------------------------------------------------------------------------------ 3.1 unimodal encoding
+class Stages(nn.Module):
+    """Stages of a timm network as maps, fine to coarse; the last of them is V.
+
+    Args:
+        cells: the network, with its normalisation.
+        stages: numbers of timm's `feature_info`: (2, 3, 4) of a ResNet or MobileNetV2 have strides 8, 16, 32, and
+            (1, 2, 3) suit pictures of 64 px. Of a plain ViT, whose maps are all alike, give (-1,).
+        frozen: no gradient, and evaluation mode for ever (statistics of batch norms).
+
+    Attributes:
+        channels: of each map.
+    """
+
+    def __init__(self, cells: Cells, stages: tuple[int, ...] = (2, 3, 4), *, frozen: bool = False):
+        super().__init__()
+        info = list(cells.net.feature_info)
+        self.stages = [range(len(info))[s] for s in stages]
+        self.channels = tuple(info[s]["num_chs"] for s in self.stages)
+        self.cells, self.frozen = cells.requires_grad_(not frozen), frozen
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Stages:
+        return super().train(mode and not self.frozen)
+
+    def forward(self, pixels: Float[Tensor, "b 3 height width"]) -> list[Float[Tensor, "b _ _ _"]]:
+        """RGB pixels in [0, 1] to maps."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self.cells.net.forward_intermediates(
+                (pixels - self.cells.mean) / self.cells.sd, indices=self.stages, intermediates_only=True,
+                norm=bool(self.cells.prefix), stop_early=True,
+            )  # fmt: skip
+
+
+class CachedStages(nn.Module):
+    """Maps that a frozen network has already made take the place of pixels: a list of them, fine to coarse."""
+
+    def __init__(self, channels: tuple[int, ...]):
+        super().__init__()
+        self.channels = tuple(channels)
+
+    def forward(self, maps: list[Float[Tensor, "b _ _ _"]]) -> list[Float[Tensor, "b _ _ _"]]:
+        """The maps as floats. ValueError if their channels are not those announced."""
+        found = tuple(m.shape[1] for m in maps)
+        if found != self.channels:
+            raise ValueError(f"cached maps have {found} channels, expected {self.channels}")
+        return [wide(m) for m in maps]
+
+
+class SmallStages(nn.Module):
+    """A residual network for pictures of 64 px that learns in minutes on a CPU: strides 4, 8, 16, fine to coarse.
+
+    Two convolutions to stride 4, then one residual block a stage. Group norm: a picture's maps do not depend on its
+    batch.
+    """
+
+    def __init__(self, channels: tuple[int, ...] = (32, 64, 128), *, mean: float = 0.5, sd: float = 0.25):
+        super().__init__()
+        self.channels, self.mean, self.sd = tuple(channels), mean, sd
+        first = channels[0]
+        self.stem = nn.Sequential(nn.Conv2d(3, first, 3, 2, 1, bias=False), nn.GroupNorm(_groups(first), first),
+                                  nn.ReLU())  # fmt: skip
+        self.blocks = nn.ModuleList(
+            ResidualBlock(before, after) for before, after in zip((first, *channels), channels, strict=False)
+        )
+
+    def forward(self, pixels: Float[Tensor, "b 3 height width"]) -> list[Float[Tensor, "b _ _ _"]]:
+        """RGB pixels in [0, 1] to maps."""
+        x, maps = self.stem((pixels - self.mean) / self.sd), []
+        for block in self.blocks:
+            maps.append(x := block(x))
+        return maps
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a shortcut; halves the sides."""
+
+    def __init__(self, before: int, after: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.GroupNorm(_groups(after), after), nn.ReLU(),
+            nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.GroupNorm(_groups(after), after),
+        )  # fmt: skip
+        self.short = nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), nn.Conv2d(before, after, 1, bias=False))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b _ _ _"]:
+        return F.relu(self.body(x) + self.short(x))
+
+
+def _groups(channels: int) -> int:
+    return math.gcd(8, channels)
+
+
+class Towers(nn.Module):
+    """3.1: the two unimodal encoders and their pooled tokens, which the contrastive loss compares.
+
+    Args:
+        image: pixels to maps, fine to coarse, with `channels` of each; the last map is V.
+        text: a text tower of `encoders` (`BertTower`), whose position 0 is [CLS].
+        width: D. The encoders' own widths are mapped to it by a linear layer, the text's only if it differs.
+    """
+
+    def __init__(self, image: nn.Module, text: nn.Module, width: int):
+        super().__init__()
+        self.image_encoder, self.text_encoder, self.width = image, text, width
+        self.project_image = nn.Linear(image.channels[-1], width)
+        self.project_text = nn.Identity() if text.width == width else nn.Linear(text.width, width)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of the maps that `vision` gives."""
+        return self.image_encoder.channels
+
+    def vision(
+        self, pixels: Float[Tensor, "b 3 height width"] | list[Float[Tensor, "b _ _ _"]]
+    ) -> list[Float[Tensor, "b _ _ _"]]:
+        """Maps, fine to coarse, V last."""
+        return self.image_encoder(pixels)
+
+    def pooled(self, maps: list[Float[Tensor, "b _ _ _"]]) -> Float[Tensor, "b d"]:
+        """T_v before any text (ICCV 3.2): global average pooling of V, and a linear layer."""
+        return self.project_image(maps[-1].mean((2, 3)))
+
+    def text(self, input_ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        """E^T: word embeddings of BERT; position 0 is T_t before any picture."""
+        states = self.text_encoder(input_ids=input_ids, mask=mask, special=torch.zeros_like(mask)).states
+        return self.project_text(states)
+
+
+# ------------------------------------------------------------------------------ 3.2.1 vision decoder
+class VisionDecoder(nn.Module):
+    """3.2.1: the maps F_i of all levels, coarse to fine, of one width: a feature pyramid network.
+
+    Of a network with stages the last `levels` are taken and coarse maps are added to finer ones (torchvision's FPN).
+    Of a plain ViT there is one map, from which a simple pyramid is made (ViTDet: the map resized by each of `scales`
+    with learnt layers, then 1 x 1 and 3 x 3 convolutions). The regression is coarse to fine, so F_1 is the coarsest.
+
+    The paper's F_i has D channels. We keep `pyramid` of them and map pooled regions to D: pooling is linear, so
+    that is the same as mapping every cell, for less work, and published detectors' 256 channels fit.
+
+    Args:
+        channels: of the encoder's maps, fine to coarse.
+        pyramid: channels of the maps made.
+        levels: how many.
+        source: `decoder`, or `encoder`: the encoder's own maps, only their width changed (arXiv, Table 10).
+        scales: of a single map, coarse to fine; by default 1/2, 1, 2, 4 ...
+
+    Raises:
+        ValueError: fewer stages than levels, or scales that are not as many.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        pyramid: int = 256,
+        levels: int = 3,
+        *,
+        source: str = "decoder",
+        scales: tuple[float, ...] = (),
+    ):
+        super().__init__()
+        one_of("source", source, ("decoder", "encoder"))
+        self.levels, self.scales = levels, ()
+        if len(channels) == 1:
+            self.scales = tuple(scales) or tuple(2.0 ** (i - 1) for i in range(levels))
+            if len(self.scales) != levels:
+                raise ValueError(f"{len(self.scales)} scales {self.scales} for {levels} levels")
+            channels = channels * levels
+        elif scales:
+            raise ValueError(f"scales {scales} resize a single map; this encoder has {len(channels)} stages")
+        elif len(channels) < levels:
+            raise ValueError(
+                f"{len(channels)} stages cannot make {levels} levels: take more of the encoder's"
+            )
+        taken = channels[-levels:]
+        self.fpn = self.simple = self.lateral = None
+        if source == "encoder":
+            self.lateral = nn.ModuleList(nn.Conv2d(c, pyramid, 1) for c in reversed(taken))
+        elif self.scales:
+            self.simple = nn.ModuleList(simple_level(taken[0], pyramid, s) for s in self.scales)
+        else:
+            self.fpn = FeaturePyramidNetwork(list(taken), pyramid)
+
+    def forward(self, maps: list[Float[Tensor, "b _ _ _"]]) -> list[Float[Tensor, "b _ _ _"]]:
+        """The encoder's maps, fine to coarse, to F_1 ... F_levels, coarse to fine."""
+        if self.simple is not None:
+            return [level(maps[-1]) for level in self.simple]
+        if self.lateral is not None:
+            given = [resized(maps[-1], s) for s in self.scales] or maps[: -self.levels - 1 : -1]
+            return [layer(m) for layer, m in zip(self.lateral, given, strict=True)]
+        named = OrderedDict((str(i), m) for i, m in enumerate(maps[-self.levels :]))
+        return list(self.fpn(named).values())[::-1]
+
+
+def simple_level(channels: int, pyramid: int, scale: float) -> nn.Sequential:
+    """A level of ViTDet's simple pyramid. ValueError unless the scale is a power of two from 1/2 on."""
+    doublings = math.log2(scale)
+    if doublings not in range(-1, 8):
+        raise ValueError(f"scale {scale} is not 1/2, 1, 2, 4 ...")
+    steps: list[nn.Module] = [nn.MaxPool2d(2, ceil_mode=True)] if doublings < 0 else []
+    for i in range(int(max(doublings, 0))):
+        half = max(channels // 2, 1)
+        steps += [LayerNorm2d(channels), nn.GELU()] if i else []
+        steps += [nn.ConvTranspose2d(channels, half, 2, 2)]
+        channels = half
+    return nn.Sequential(
+        *steps, nn.Conv2d(channels, pyramid, 1, bias=False), LayerNorm2d(pyramid),
+        nn.Conv2d(pyramid, pyramid, 3, 1, 1, bias=False), LayerNorm2d(pyramid),
+    )  # fmt: skip
+
+
+def resized(x: Float[Tensor, "b c h w"], scale: float) -> Float[Tensor, "b c _ _"]:
+    """A map of another size without learnt layers: means of its cells, or bilinear between them."""
+    if scale == 1:
+        return x
+    size = [math.ceil(n * scale) for n in x.shape[2:]]
+    if scale < 1:
+        return F.adaptive_avg_pool2d(x, size)
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+# ------------------------------------------------------------------------------ 3.2 region proposals
+class Proposals(NamedTuple):
+    """Regions before any text: boxes, their saliency as a logit, and which of them exist."""
+
+    boxes: Float[Tensor, "b q 4"]
+    logits: Float[Tensor, "b q"]
+    valid: Bool[Tensor, "b q"]
+
+
+class RPN(nn.Module):
+    """Region proposal network without labels: anchors on every map, the `count` most salient boxes (S16).
+
+    torchvision's head (3 x 3 convolution, one logit and four deltas an anchor) on its anchors. There are no labels,
+    so its logit is the saliency S of the filter, and both are trained by what comes after: the boxes by the
+    regression loss (Eq. 3) and, as our RoI pooling differentiates with respect to boxes, by the downstream losses;
+    the logit by the downstream losses alone. Until then proposals are anchors in arbitrary order.
+
+    Args:
+        channels: of the maps.
+        count: proposals a picture, if there are as many anchors.
+        anchor: side of an anchor of ratio 1, in cells of its map; 8 is torchvision's (32 px at stride 4).
+        ratios: height by width.
+        anchor_offset: where in its cell an anchor stands: 1/2 is its centre, 0 torchvision's upper left corner.
+        nms: IoU above which the less salient box goes; 0 is off. Fewer than `count` may then be left.
+        smallest: least side of a box, see `cut`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        count: int = 100,
+        anchor: float = 8.0,
+        ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
+        anchor_offset: float = 0.5,
+        nms: float = 0.0,
+        smallest: float = SMALLEST,
+    ):
+        super().__init__()
+        if count < 1 or not 0 <= nms < 1:
+            raise ValueError(f"count = {count} must be at least 1 and nms = {nms} an IoU in [0, 1)")
+        self.head = RPNHead(channels, len(ratios))
+        self.count, self.anchor, self.ratios, self.anchor_offset = count, anchor, tuple(ratios), anchor_offset
+        self.nms, self.smallest = nms, smallest
+
+    def anchors(self, maps: list[Float[Tensor, "b c _ _"]]) -> Float[Tensor, "m 4"]:
+        """(x, y, w, h) of all anchors, in fractions of the picture: by map, row, column and ratio."""
+        found = []
+        for m in maps:
+            like = {"device": m.device, "dtype": wide(m).dtype}
+            h, w = m.shape[2:]
+            y, x = ((torch.arange(n, **like) + self.anchor_offset) / n for n in (h, w))
+            root = torch.tensor(self.ratios, **like).sqrt()
+            size = torch.stack([self.anchor / root / w, self.anchor * root / h], dim=-1)  # a 2
+            centre = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1)[:, :, None]
+            size, centre = torch.broadcast_tensors(size, centre)
+            found.append(torch.cat([centre, size], dim=-1).reshape(-1, 4))
+        return torch.cat(found)
+
+    def forward(self, maps: list[Float[Tensor, "b c _ _"]]) -> Proposals:
+        logits, deltas = self.head(maps)
+        b, a = len(maps[0]), len(self.ratios)
+        flat = [[x.unflatten(1, (a, -1)).permute(0, 3, 4, 1, 2).reshape(b, -1, n) for x in part]
+                for part, n in ((logits, 1), (deltas, 4))]  # fmt: skip
+        logits, deltas = (wide(torch.cat(part, dim=1)) for part in flat)
+        logits = logits.squeeze(-1)
+        count = min(self.count, logits.shape[1])
+        # suppression leaves the most salient of ten times as many
+        top, index = logits.topk(min(10 * count, logits.shape[1]) if self.nms else count)
+        boxes = cut(decode(self.anchors(maps)[index], take(deltas, index)), self.smallest)
+        valid = torch.ones_like(top, dtype=torch.bool)
+        if self.nms:
+            kept, valid = self.suppress(boxes.detach(), top.detach(), count)
+            boxes, top = take(boxes, kept), take(top, kept)
+        return Proposals(boxes, top, valid)
+
+    def suppress(
+        self, boxes: Float[Tensor, "b m 4"], logits: Float[Tensor, "b m"], count: int
+    ) -> tuple[Int[Tensor, "b q"], Bool[Tensor, "b q"]]:
+        """Indices of what suppression leaves, and which of them are real; picture by picture, or a batch would
+        share rounding."""
+        kept = torch.zeros(len(boxes), count, dtype=torch.long, device=boxes.device)
+        real = torch.zeros_like(kept, dtype=torch.bool)
+        for i, (one, score) in enumerate(zip(boxes, logits, strict=True)):
+            rest = nms(one, score, self.nms)[:count]
+            kept[i, : len(rest)], real[i, : len(rest)] = rest, True
+        return kept, real
+
+
+def decode(anchors: Float[Tensor, "*r 4"], deltas: Float[Tensor, "*r 4"]) -> Float[Tensor, "*r 4"]:
+    """Faster R-CNN's deltas on anchors, (x, y, w, h) both: centre moved in units of the anchor, sides times exp.
+
+    The exponent is cut at log(1000 / 16), as in torchvision.
+    """
+    centre = anchors[..., :2] + deltas[..., :2] * anchors[..., 2:]
+    size = anchors[..., 2:] * deltas[..., 2:].clamp(max=math.log(1000 / 16)).exp()
+    return torch.cat([centre, size], dim=-1)
+
+
+class QueryProposals(nn.Module):
+    """DETR's queries (arXiv 3.2): every query attends to the coarsest map and gives a box and its saliency.
+
+    The paper builds on DETR, whose queries learn from labels which part of the picture is theirs. We have no labels
+    and give every query a box of its own to start from (learnable; the multi-scale grid at first), which the head
+    corrects: from DETR's start all queries would propose the same box and nothing would part them.
+
+    Args:
+        channels: of the maps, and the width of the transformer.
+        count: queries.
+        depth: layers of encoder and decoder each (DETR: 6).
+        heads, dropout: of both.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        count: int = 100,
+        depth: int = 6,
+        heads: int = 8,
+        dropout: float = 0.0,
+        smallest: float = SMALLEST,
+    ):
+        super().__init__()
+        if count < 1:
+            raise ValueError(f"count = {count} must be at least 1")
+        self.count, self.smallest = count, smallest
+        self.queries = nn.Parameter(torch.randn(count, channels))
+        grid = convert(multi_scale_grid(1, 1, count), "xyxy", "cxcywh")
+        self.reference = nn.Parameter(torch.logit(grid, eps=0.02))
+
+        def layer(kind):
+            return kind(channels, heads, 4 * channels, dropout, batch_first=True, norm_first=True)
+
+        self.encoder = nn.ModuleList(layer(nn.TransformerEncoderLayer) for _ in range(depth))
+        self.decoder = nn.ModuleList(layer(nn.TransformerDecoderLayer) for _ in range(depth))
+        self.norm = nn.LayerNorm(channels)
+        self.saliency = nn.Linear(channels, 1)
+        self.box = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels), nn.ReLU(),
+                                 nn.Linear(channels, 4))  # fmt: skip
+        for parameter in self.box[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, maps: list[Float[Tensor, "b c _ _"]]) -> Proposals:
+        m = maps[0]
+        memory = m.flatten(2).mT + positions(*m.shape[1:], like=m).to(m.dtype)
+        for layer in self.encoder:
+            memory = layer(memory)
+        x = self.queries.expand(len(m), -1, -1)
+        for layer in self.decoder:
+            x = layer(x, memory)
+        x = self.norm(x)
+        boxes = cut(torch.sigmoid(self.reference + wide(self.box(x))), self.smallest)
+        logits = wide(self.saliency(x)).squeeze(-1)
+        return Proposals(boxes, logits, torch.ones_like(logits, dtype=torch.bool))
+
+
+def positions(channels: int, h: int, w: int, *, like: Tensor) -> Float[Tensor, "hw channels"]:
+    """DETR's sine encoding of the cells' centres, row by row: one half of the channels for y, the other for x."""
+    half = (channels + 1) // 2
+    rate = 10_000 ** (torch.arange((half + 1) // 2, device=like.device) * 2 / half)
+    parts = []
+    for n in (h, w):
+        angle = 2 * math.pi * (torch.arange(n, device=like.device) + 0.5)[:, None] / n / rate
+        parts.append(torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :half])
+    y, x = parts
+    whole = torch.cat([y[:, None].expand(h, w, half), x[None].expand(h, w, half)], dim=-1)
+    return whole.reshape(h * w, -1)[:, :channels]
+
+
+def load_proposals(
+    proposals: RPN | QueryProposals, path: str | Path, *, decoder: VisionDecoder | None = None
+) -> None:
+    """Load weights of a detector (Table 6, row 1; arXiv, Table 9) into a proposal module, as fp32, in place.
+
+    Two layouts, in a safetensors file or one that `torch.load(weights_only=True)` opens:
+
+    * torchvision's Faster R-CNN (`fasterrcnn_resnet50_fpn`, 256 channels): `rpn.head.conv.0.0.*` (`rpn.head.conv.*` in
+      older files), `rpn.head.cls_logits.*`, `rpn.head.bbox_pred.*`, for an `RPN` with `anchor_offset=0`; and, for
+      `decoder`, `backbone.fpn.inner_blocks.<i>.0.*` and `layer_blocks.<i>.0.*` (older: without `.0`), of which the
+      coarsest are taken, as many as it has levels. All other weights of the file are left alone.
+    * our own names: what `proposals.state_dict()` gives, of an `RPN` or of `QueryProposals`; of a decoder, too, under
+      `pyramid.`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read, or a weight is missing or has another shape; the message lists them.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weights file; give a .safetensors or .pth file")
+    try:
+        state = (
+            load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        )
+        state = {str(k): v.float() for k, v in state.items()}
+    except Exception as error:
+        raise ValueError(f"{path} holds no weights that can be read ({error})") from error
+    if any(k.startswith("rpn.") for k in state):
+        state = from_torchvision(state, decoder)
+    if decoder is not None:
+        own = {k[len("pyramid.") :]: v for k, v in state.items() if k.startswith("pyramid.")}
+        _load_all(decoder, own, path, "pyramid.")
+    _load_all(proposals, {k: v for k, v in state.items() if not k.startswith("pyramid.")}, path, "")
+
+
+def from_torchvision(state: dict[str, Tensor], decoder: VisionDecoder | None) -> dict[str, Tensor]:
+    """torchvision's names of an RPN's head and an FPN to ours."""
+    found = {}
+    stages = {int(k.split(".")[3]) for k in state if k.startswith("backbone.fpn.inner_blocks.")}
+    skipped = len(stages) - (decoder.levels if decoder else 0)
+    for key, value in state.items():
+        parts = key.split(".")
+        if key.startswith("rpn."):
+            name = key.removeprefix("rpn.")
+            found[name.replace("conv.", "conv.0.0.") if len(parts) == 4 and parts[2] == "conv" else name] = (
+                value
+            )
+        elif key.startswith("backbone.fpn.") and len(parts) in (5, 6) and int(parts[3]) >= skipped:
+            found[f"pyramid.fpn.{parts[2]}.{int(parts[3]) - skipped}.0.{parts[-1]}"] = value
+    return found
+
+
+def _load_all(module: nn.Module, state: dict[str, Tensor], path: Path, prefix: str) -> None:
+    wanted = module.state_dict()
+    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    wrong = [f"{k}: file {tuple(v.shape)}, module {tuple(wanted[k].shape)}"
+             for k, v in state.items() if k in wanted and v.shape != wanted[k].shape]  # fmt: skip
+    if missing or extra or wrong:
+        raise ValueError(
+            f"{path} does not fit {type(module).__name__} ({prefix or 'no prefix'}): missing {missing[:5]}, unknown "
+            f"{extra[:5]}, of another shape {wrong[:5]} (first five each)"
+        )
+    module.load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------ 3.2.2 region filter
+class RegionFilter(nn.Module):
+    """3.2.2: no more than `top` regions, in descending order of their normalised saliency, those above a threshold.
+
+    (a) Normalise. `max` (default): sigmoid, then divided by the picture's largest, arXiv's "with the maximum value 1",
+    which also lies in ICCV's [0, 1]; `minmax`: the logits' range to [0, 1]; `sigmoid`: no more than that, with which
+    no region may reach the threshold. (b) Sort. (c) Keep the first `top` with S > `threshold`. The best region is
+    always kept: a picture without regions would have nothing to match.
+
+    Args:
+        width: D, of the text-conditioned filter.
+        top: T; 0 keeps all proposals (Table 7, row 1).
+        threshold: h, in [0, 1); 0 is none (Table 7, rows 1 and 2).
+        text: adds what the region has to say to the text to its saliency, a bilinear product of E^G_1 and T_t.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        top: int = 10,
+        threshold: float = 0.5,
+        score_norm: str = "max",
+        text: bool = False,
+    ):
+        super().__init__()
+        one_of("score_norm", score_norm, ("max", "minmax", "sigmoid"))
+        if top < 0 or not 0 <= threshold < 1:
+            raise ValueError(f"top = {top} must not be negative and threshold = {threshold} lie in [0, 1)")
+        self.top, self.threshold, self.score_norm = top, threshold, score_norm
+        self.ask = nn.Linear(width, width, bias=False) if text else None
+
+    def normalise(self, logits: Float[Tensor, "b q"], valid: Bool[Tensor, "b q"]) -> Float[Tensor, "b q"]:
+        """S in [0, 1] of what is valid, 0 elsewhere."""
+        if self.score_norm == "minmax":
+            low = logits.masked_fill(~valid, float("inf")).amin(1, keepdim=True)
+            span = logits.masked_fill(~valid, float("-inf")).amax(1, keepdim=True) - low
+            # all alike: all count in full
+            scores = torch.where(span > 0, (logits - low) / span.where(span > 0, 1.0), 1.0)
+        elif self.score_norm == "max":
+            # sigmoid(x) / sigmoid(m) without underflow
+            best = F.logsigmoid(logits).masked_fill(~valid, float("-inf")).amax(1, keepdim=True)
+            scores = (F.logsigmoid(logits) - best).clamp(max=0).exp()  # of what is valid never above 0
+        else:
+            scores = torch.sigmoid(logits)
+        return scores * valid
+
+    def forward(
+        self,
+        logits: Float[Tensor, "b q"],
+        valid: Bool[Tensor, "b q"],
+        regions: Float[Tensor, "b q d"] | None = None,
+        text: Float[Tensor, "b d"] | None = None,
+    ) -> tuple[Int[Tensor, "b t"], Float[Tensor, "b t"], Bool[Tensor, "b t"]]:
+        """Which proposals stay: their numbers, best first, their S (0 where there is none), and which are real.
+
+        Raises:
+            ValueError: the filter reads texts and is given none.
+        """
+        if self.ask is not None:
+            if regions is None or text is None:
+                raise ValueError("this filter was built with text=True: give regions and text")
+            said = torch.einsum("bqd,bd->bq", wide(regions), wide(self.ask(text)))
+            logits = logits + said / math.sqrt(regions.shape[-1])
+        scores = self.normalise(logits, valid)
+        # by the logit among equal scores: a saturated sigmoid knows no order
+        order = logits.masked_fill(~valid, float("-inf")).argsort(dim=1, descending=True, stable=True)
+        index = order[:, : self.top or None]
+        scores, kept = take(scores, index), take(valid, index)
+        if self.threshold:
+            kept = kept & (scores > self.threshold)
+        kept[:, 0] = True
+        return index, scores * kept, kept
+
+
+# ------------------------------------------------------------------------------ 3.2.3 region adaptor
+class RegionEmbedding(nn.Module):
+    """Embedding(G, F): RoIAlign of boxes, average pooling, and a linear layer to D.
+
+    The paper has no normalisation; we add a layer norm, because the cosine and the attention that follow would
+    otherwise compare maps of one scale with words of another (`norm="none"` leaves it out).
+
+    Args:
+        box_grad: whether what was pooled has a gradient with respect to the boxes.
+        roi: `align` (RoIAlign of `samples` a side, its mean) or `table` (the exact mean; see `boxes.box_mean`).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        *,
+        norm: str = "layer",
+        roi: str = "align",
+        samples: int = 14,
+        box_grad: bool = True,
+    ):
+        super().__init__()
+        one_of("embed_norm", norm, ("layer", "none"))
+        one_of("roi", roi, ("align", "table"))
+        self.project = nn.Linear(channels, width)
+        self.norm = nn.LayerNorm(width) if norm == "layer" else nn.Identity()
+        self.roi, self.samples, self.box_grad = roi, samples, box_grad
+
+    def read(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"] | AreaTable:
+        """What `forward` pools from; made once a map."""
+        return summed_area(features) if self.roi == "table" else features
+
+    def forward(
+        self, features: Float[Tensor, "b c h w"] | AreaTable, boxes: Float[Tensor, "b *r 4"]
+    ) -> Float[Tensor, "b *r d"]:
+        boxes = boxes if self.box_grad else boxes.detach()
+        if self.roi == "table":
+            pooled = box_mean(features, boxes)
+        else:
+            pooled = roi_align_mean(features, boxes, self.samples)
+        return self.norm(self.project(pooled))
+
+
+class CrossAttention(nn.Module):
+    """Eq. 1, line 5 of Algorithm 1: regions attend to words and words to regions, both to what the other was before.
+
+        A_i = E^G_i E^T_i' / sqrt(D),   E^G_{i+1} = softmax(A_i) E^T_i,   E^T_{i+1} = softmax(A_i') E^G_i
+
+    The paper calls this multi-head attention, but prints one head without projections or residual. `literal` is
+    as printed: then new words hold no word, only regions, and no masked word can be told from them. The default
+    `transformer` is a layer of a Transformer each way: attention of several heads, residual, layer norm, and a
+    feed-forward part with the same.
+    """
+
+    def __init__(self, width: int, heads: int = 8, *, attn: str = "transformer", dropout: float = 0.0):
+        super().__init__()
+        one_of("attn", attn, ("transformer", "literal"))
+        self.attn = attn
+        if attn == "transformer":
+            self.regions, self.words = (AttendTo(width, heads, dropout) for _ in range(2))
+
+    def forward(
+        self,
+        regions: Float[Tensor, "b t d"],
+        words: Float[Tensor, "b n d"],
+        valid: Bool[Tensor, "b t"],
+        mask: Bool[Tensor, "b n"],
+    ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b n d"]]:
+        if self.attn == "transformer":
+            return self.regions(regions, words, mask), self.words(words, regions, valid)
+        a = torch.einsum("btd,bnd->btn", wide(regions), wide(words)) / math.sqrt(regions.shape[-1])
+        to_words = a.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
+        to_regions = a.mT.masked_fill(~valid[:, None], float("-inf")).softmax(-1)
+        return to_words.to(words.dtype) @ words, to_regions.to(regions.dtype) @ regions
+
+
+class AttendTo(nn.Module):
+    """A Transformer layer in which `x` asks and `memory` answers; norms last, as in BERT."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
+        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.norm_attention, self.norm_feed = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Float[Tensor, "b x d"], memory: Float[Tensor, "b m d"], mask: Bool[Tensor, "b m"]
+    ) -> Float[Tensor, "b x d"]:
+        answer, _ = self.attention(x, memory, memory, key_padding_mask=~mask, need_weights=False)
+        x = self.norm_attention(x + self.drop(answer))
+        return self.norm_feed(x + self.drop(self.feed(x)))
+
+
+def similarity(
+    regions: Float[Tensor, "b *r d"], words: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]
+) -> Float[Tensor, "b *r n"]:
+    """Cosine of every region with every word; 0 for words that the mask leaves out."""
+    flat, unit = wide(regions).flatten(1, -2), F.normalize(wide(words), dim=-1) * mask[..., None]
+    # many regions meet few words: the product is divided, not its operand
+    length = flat.square().sum(-1, keepdim=True).clamp(min=1e-24).sqrt()
+    with torch.autocast(flat.device.type, enabled=False):  # a softmax at tau = 0.07 would show the rounding
+        cosine = flat @ unit.mT / length
+    return cosine.unflatten(1, regions.shape[1:-1])
+
+
+def best_word(cosine: Float[Tensor, "b *r n"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b *r"]:
+    """M of Eq. 2: each region's largest cosine with any word; 0 of a text without words, which moves nothing."""
+    keep = mask.view(len(mask), *(1,) * (cosine.dim() - 2), -1)
+    best = cosine.masked_fill(~keep, float("-inf")).amax(-1)
+    return best.where(keep.any(-1), 0.0)
+
+
+def cell_weights(
+    match: Float[Tensor, "b t k2"], *, form: str = "softmax", tau: float = 0.07
+) -> Float[Tensor, "b t k2"]:
+    """M_j of Eq. 2 as weights of the cells of a neighbourhood.
+
+    `softmax` of M / tau (default): they sum to one, and the region moves to a point between the cells. `raw`: M as it
+    is, as printed; only differences between cells on opposite sides count. `relu`: positive parts by their sum (no
+    move where none is positive).
+    """
+    if form == "softmax":
+        return (match / tau).softmax(-1)
+    if form == "raw":
+        return match
+    positive = match.clamp(min=0)
+    return positive / positive.sum(-1, keepdim=True).clamp(min=1e-6)
+
+
+def offset(
+    weights: Float[Tensor, "b t k2"],
+    extent: Float[Tensor, "b t 2"],
+    *,
+    axes: str = "image",
+    unit: str = "N/K",
+) -> Float[Tensor, "b t 2"]:
+    """(dx, dy) of Eq. 2, in fractions of the picture.
+
+        dx = sum_j M_j N^h (floor(j / K) - floor(K / 2)),    dy = sum_j M_j N^w (j mod K - floor(K / 2))
+
+    As printed (`axes="paper"`, `unit="N"`), the row of a cell moves x, and by whole neighbourhoods. We let the column
+    move x and the row y, because a cell's match should draw the box towards it, and take N/K, the distance
+    between cells, as the unit, because the box would leave its neighbourhood otherwise.
+
+    Args:
+        weights: of the K x K cells, row by row.
+        extent: (N^w, N^h), width and height of the neighbourhood. Row and column swap with their extents; for maps
+            that are not square the printed form would also mix their units.
+    """
+    k = math.isqrt(weights.shape[-1])
+    steps = torch.arange(k, device=weights.device, dtype=weights.dtype) - k // 2
+    grid = weights.unflatten(-1, (k, k))
+    row, column = (grid.sum(-1) * steps).sum(-1), (grid.sum(-2) * steps).sum(-1)
+    width, height = extent.unbind(-1)
+    moved = (column * width, row * height) if axes == "image" else (row * height, column * width)
+    return torch.stack(moved, dim=-1) / (k if unit == "N/K" else 1)
+
+
+class RegionAdaptor(nn.Module):
+    """One level of Algorithm 1 (lines 5 to 9): attention, then every region moves towards what its text matches.
+
+        E^G, E^T  <- CrossAttention(E^G_i, E^T_i)                    Eq. 1
+        E^N       <- RoIAlign of K x K cells about each region        from F_i
+        M_j       <- max over words of cos(E^N_j, E^T_{i+1})
+        x', y'    <- x + dx, y + dy                                   Eq. 2
+        w', h'    <- p_w w, p_h h
+        E^G_{i+1} <- Embedding(G_{i+1}, F_i)
+
+    Algorithm 1 overwrites the attended regions of its line 5 in line 9, and uses the saliency S before the first level
+    only. By default (`region_update="residual"`) both live on: E^G_{i+1} = S * Embedding(G_{i+1}, F_i) + attended;
+    `overwrite` is as printed, `reweight` multiplies by S alone.
+
+    p = exp(theta) with theta = 0 at first: sides stay positive. The scales belong to the place of a region among those
+    that passed the filter (`rank`), to its query (`query`), to the level (`level`), or are predicted from the region's
+    embedding (`predicted`).
+
+    Args:
+        ratio: r_i, the neighbourhood's sides as a part of the map (1, 1/2, 1/4), or of the region (`extent="region"`).
+        slots: how many places or queries there are.
+        outside: what a cell counts whose centre lies outside the picture, where there is nothing to match. `mean`: as
+            much as those inside on average, so that a region stays where no cell stands out, near the border, too.
+            `keep`: its cosine, of the zeros that RoIAlign finds there.
+    """
+
+    def __init__(
+        self,
+        embed: RegionEmbedding,
+        width: int,
+        *,
+        ratio: float,
+        slots: int,
+        heads: int = 8,
+        attn: str = "transformer",
+        dropout: float = 0.0,
+        region_update: str = "residual",
+        axes: str = "image",
+        unit: str = "N/K",
+        extent: str = "map",
+        k: int = 3,
+        weights: str = "softmax",
+        tau: float = 0.07,
+        outside: str = "mean",
+        scaling: str = "rank",
+        smallest: float = SMALLEST,
+    ):
+        super().__init__()
+        for name, value, known in (
+            ("region_update", region_update, ("residual", "overwrite", "reweight")), ("axes", axes, ("image", "paper")),
+            ("unit", unit, ("N/K", "N")), ("extent", extent, ("map", "region")),
+            ("weights", weights, ("softmax", "raw", "relu")), ("outside", outside, ("mean", "keep")),
+            ("scaling", scaling, ("rank", "query", "level", "predicted")),
+        ):  # fmt: skip
+            one_of(name, value, known)
+        if k < 1 or k % 2 == 0:
+            raise ValueError(f"k = {k}: K is odd, or floor(K / 2) of Eq. 2 is not the middle cell")
+        if ratio <= 0 or tau <= 0:
+            raise ValueError(f"ratio = {ratio} and tau = {tau} must be positive")
+        self.embed = embed
+        self.attention = CrossAttention(width, heads, attn=attn, dropout=dropout)
+        self.ratio, self.k, self.tau, self.smallest = ratio, k, tau, smallest
+        self.region_update, self.axes, self.unit, self.extent = region_update, axes, unit, extent
+        self.weights, self.outside, self.scaling = weights, outside, scaling
+        if scaling == "predicted":
+            self.predict = nn.Linear(width, 2)
+            for parameter in self.predict.parameters():
+                nn.init.zeros_(parameter)
+        else:
+            self.theta = nn.Parameter(torch.zeros(1 if scaling == "level" else slots, 2))
+
+    def scales(self, regions: Float[Tensor, "b t d"], slots: Int[Tensor, "b t"]) -> Float[Tensor, "b t 2"]:
+        """(p_w, p_h) of every region."""
+        if self.scaling == "predicted":
+            return wide(self.predict(regions)).exp()
+        if self.scaling == "rank":
+            slots = torch.arange(slots.shape[1], device=slots.device).expand_as(slots)
+        elif self.scaling == "level":
+            slots = torch.zeros_like(slots)
+        return self.theta[slots].exp()
+
+    def search(
+        self,
+        features: Float[Tensor, "b c h w"] | AreaTable,
+        boxes: Float[Tensor, "b t 4"],
+        words: Float[Tensor, "b n d"],
+        counted: Bool[Tensor, "b n"],
+    ) -> tuple[Float[Tensor, "b t k2"], Float[Tensor, "b t 2"]]:
+        """Lines 6 and 7: M of the cells about each region, and how far the region moves (dx, dy)."""
+        size = boxes[..., 2:] - boxes[..., :2]
+        extent = self.ratio * (size if self.extent == "region" else torch.ones_like(size))
+        cells = neighbourhood(boxes, self.k, extent)
+        match = best_word(similarity(self.embed(features, cells), words, counted), counted)
+        if self.outside == "mean":
+            middle = (cells[..., :2] + cells[..., 2:]) / 2
+            inside = ((middle >= 0) & (middle <= 1)).all(-1)
+            inside[..., self.k**2 // 2] = True  # the region's own cell, whatever rounding says
+            mean = (match * inside).sum(-1, keepdim=True) / inside.sum(-1, keepdim=True)
+            match = match.where(inside, mean)
+        weights = cell_weights(match, form=self.weights, tau=self.tau)
+        return match, offset(weights, extent, axes=self.axes, unit=self.unit)
+
+    def forward(
+        self,
+        features: Float[Tensor, "b c h w"] | AreaTable,
+        boxes: Float[Tensor, "b t 4"],
+        regions: Float[Tensor, "b t d"],
+        words: Float[Tensor, "b n d"],
+        *,
+        strength: Float[Tensor, "b t"],
+        valid: Bool[Tensor, "b t"],
+        slots: Int[Tensor, "b t"],
+        mask: Bool[Tensor, "b n"],
+        counted: Bool[Tensor, "b n"],
+    ) -> tuple[
+        Float[Tensor, "b t 4"], Float[Tensor, "b t d"], Float[Tensor, "b n d"], Float[Tensor, "b t n"], Tensor
+    ]:
+        """G_{i+1}, E^G_{i+1}, E^T_{i+1}; each region's cosine with each word, and its cells' matches M "b t k2".
+
+        Args:
+            strength: S, the weight of each region's embedding.
+            slots: which proposal each region was.
+            counted: which tokens are words.
+        """
+        attended, words = self.attention(regions, words, valid, mask)
+        match, moved = self.search(features, boxes, words, counted)
+        x, y, w, h = convert(boxes, "xyxy", "cxcywh").unbind(-1)
+        dx, dy = moved.unbind(-1)
+        p_w, p_h = self.scales(attended, slots).unbind(-1)
+        boxes = stop(torch.stack([x + dx, y + dy, p_w * w, p_h * h], dim=-1), self.smallest)
+        found = self.embed(features, boxes)
+        cosine = similarity(found, words, counted)
+        if self.region_update != "overwrite":
+            found = strength[..., None].to(found.dtype) * found
+        if self.region_update == "residual":
+            found = found + attended
+        return boxes, found * valid[..., None], words * mask[..., None], cosine, match
+
+
+# ------------------------------------------------------------------------------ 3.2.3 regression loss
+def regression_target(
+    boxes: Float[Tensor, "l b t 4"], matches: Float[Tensor, "l b t"] | None = None, tau: float = 0.07
+) -> Float[Tensor, "b t 4"]:
+    """g-bar of Eq. 3: the mean of the updated regions g_2 ... g_{L+1}, the first axis.
+
+    With `matches` they are weighted by softmax(match / tau) over levels: arXiv's text has "a weighted summation of
+    updated regions", whose weights it does not give.
+    """
+    if matches is None:
+        return boxes.mean(0)
+    return ((matches / tau).softmax(0)[..., None] * boxes).sum(0)
+
+
+def regression_loss(
+    boxes: Float[Tensor, "b t 4"],
+    target: Float[Tensor, "b t 4"],
+    valid: Bool[Tensor, "b t"],
+    *,
+    l1_weight: float = 1.0,
+    giou_weight: float = 1.0,
+    reduction: str = "sum",
+) -> Float[Tensor, "b"]:
+    """Eq. 3: L1 distance of (x, y, w, h), summed, and 1 - GIoU, of every region, summed over a picture's regions.
+
+    The target follows its proposal: it has no optimum while regions move, or scales differ from 1, on average.
+    Proposals then drift along with it, and with p below 1 they shrink to their least side (seen on toy pictures after
+    150 steps, with a weight of 1/10 as well).
+
+    Args:
+        reduction: `sum` ("the summation of the regression loss for all regions"), or `mean` over them.
+    """
+    distance = (convert(boxes, "xyxy", "cxcywh") - convert(target, "xyxy", "cxcywh")).abs().sum(-1)
+    loss = l1_weight * distance + giou_weight * generalized_box_iou_loss(boxes, target, eps=0.0)
+    total = (loss * valid).sum(1)
+    return total / valid.sum(1) if reduction == "mean" else total
+
+
+# ------------------------------------------------------------------------------ Algorithm 1, the whole
+class Pictures(NamedTuple):
+    """What pictures give before any text: maps to pool from, and regions. Without a text-conditioned filter they have
+    passed it, and `t` is T at most; with one they are all proposals, and `scores` are still logits.
+
+    Attributes:
+        maps: F_i, coarse to fine (tables of them with `roi="table"`).
+        regions: their embeddings, not weighted.
+        slots: which proposal each was.
+        whole: GAP(V), D wide, where `fused="map"` asks for it.
+    """
+
+    maps: list[Tensor | AreaTable]
+    boxes: Float[Tensor, "b t 4"]
+    scores: Float[Tensor, "b t"]
+    valid: Bool[Tensor, "b t"]
+    regions: Float[Tensor, "b t d"]
+    slots: Int[Tensor, "b t"]
+    whole: Float[Tensor, "b d"] | None
+
+    def __getitem__(self, index) -> Pictures:
+        maps = [
+            AreaTable(*(p[index] for p in m)) if isinstance(m, AreaTable) else m[index] for m in self.maps
+        ]
+        return Pictures(maps, *(None if part is None else part[index] for part in tuple(self)[1:]))
+
+
+class Located(NamedTuple):
+    """What the self-locator found for pairs of pictures and texts.
+
+    Attributes:
+        boxes: of all levels, the proposals' own first.
+        scores: S of each region, in [0, 1]; 0 where there is none.
+        valid: which regions there are.
+        regions: E^G_{L+1}.
+        words: E^T_{L+1}; 0 for padding.
+        picture: T_v, fused: the mean of `regions` over those that there are (`fused`, S20).
+        text: T_t, fused: `words` at position 0.
+        reg_loss: Eq. 3 of each picture; 0 without levels.
+        cosine: of each region with each word (Figures 5 and 6), for all levels: of E^G_1 before the first, then of the
+            region's embedding from F_i with the words of its level; 0 for what is no word.
+    """
+
+    boxes: Float[Tensor, "l b t 4"]
+    scores: Float[Tensor, "b t"]
+    valid: Bool[Tensor, "b t"]
+    regions: Float[Tensor, "b t d"]
+    words: Float[Tensor, "b n d"]
+    picture: Float[Tensor, "b d"]
+    text: Float[Tensor, "b d"]
+    reg_loss: Float[Tensor, "b"]
+    cosine: Float[Tensor, "l b t n"]
+
+
+class SelfLocator(nn.Module):
+    """Algorithm 1: proposals, filter, `levels` region adaptors.
+
+    Args:
+        channels: of the encoder's maps, fine to coarse (`Towers.channels`).
+        width: D, of the words given and of everything returned.
+        levels: L, 0 to the number of maps. With 0 the regions are the proposals, and words and regions never meet
+            (Table 6, rows 1 and 2).
+        maps: levels of the decoder, all of which the proposals read; 3, or fewer for an encoder of fewer stages.
+        pyramid: channels of the decoder's maps.
+        scales: of a plain ViT's pyramid, see `VisionDecoder`.
+        heads, dropout: of the adaptors' attention.
+        ratios: r_i of each level; by default 1, 1/2, 1/4 ...
+        samples: of RoIAlign, a side.
+        count: proposals a picture.
+        anchor, anchor_offset, nms: of the RPN.
+        query_depth, query_heads: of the queries' transformer.
+        frozen: the proposals are not trained and no gradient enters them (Table 6, row 1; load their weights with
+            `load_proposals`). The maps they read are the model's own, so a frozen module still sees them change
+            where the decoder or the encoder is trained.
+        top, threshold: of the filter.
+        weighting: whether region embeddings are weighted by their scores.
+        l1_weight, giou_weight: of Eq. 3.
+
+    The other arguments are readings, see `READINGS` and the classes above.
+
+    Raises:
+        ValueError: an unknown switch, or ones that exclude each other.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        width: int,
+        *,
+        levels: int = 3,
+        maps: int = 3,
+        pyramid: int = 256,
+        scales: tuple[float, ...] = (),
+        source: str = "decoder",
+        proposals: str = "rpn",
+        count: int = 100,
+        anchor: float = 8.0,
+        anchor_offset: float = 0.5,
+        nms: float = 0.0,
+        query_depth: int = 6,
+        query_heads: int = 8,
+        frozen: bool = False,
+        top: int = 10,
+        threshold: float = 0.5,
+        score_norm: str = "max",
+        filter_text: bool = False,
+        weighting: bool = True,
+        first: str = "encoder",
+        heads: int = 8,
+        dropout: float = 0.0,
+        attn: str = "transformer",
+        region_update: str = "residual",
+        axes: str = "image",
+        unit: str = "N/K",
+        extent: str = "map",
+        k: int = 3,
+        ratios: tuple[float, ...] = (),
+        weights: str = "softmax",
+        tau: float = 0.07,
+        outside: str = "mean",
+        include_special: bool = False,
+        scaling: str = "rank",
+        smallest: float = SMALLEST,
+        box_grad: bool = True,
+        roi: str = "align",
+        samples: int = 14,
+        embed_norm: str = "layer",
+        target: str = "mean",
+        detach_target: bool = True,
+        reg_reduction: str = "sum",
+        l1_weight: float = 1.0,
+        giou_weight: float = 1.0,
+        token: str = "map",
+        fused: str = "regions",
+    ):
+        super().__init__()
+        for name, value, known in (
+            ("proposals", proposals, ("rpn", "queries")), ("first", first, ("encoder", "decoder")),
+            ("target", target, ("mean", "weighted")), ("reg_reduction", reg_reduction, ("sum", "mean")),
+            ("token", token, ("map", "regions")), ("fused", fused, ("regions", "map")),
+        ):  # fmt: skip
+            one_of(name, value, known)
+        if not 0 <= levels <= maps:
+            raise ValueError(f"levels = {levels}: must be 0 to {maps}, the number of maps")
+        ratios = tuple(ratios) or tuple(0.5**i for i in range(levels))
+        if len(ratios) != levels:
+            raise ValueError(f"{len(ratios)} ratios {ratios} for {levels} levels")
+        if filter_text and token == "regions":
+            raise ValueError(
+                "token='regions' is a token without a text, which filter_text=True does not have"
+            )
+        if scaling == "query" and proposals == "rpn":
+            raise ValueError("scaling='query' needs proposals='queries': an RPN's proposals have no identity")
+        if nms and proposals == "queries":
+            raise ValueError("nms is of the RPN: queries are not suppressed")
+        self.decoder = VisionDecoder(channels, pyramid, maps, source=source, scales=scales)
+        if proposals == "rpn":
+            self.proposals = RPN(pyramid, count=count, anchor=anchor, anchor_offset=anchor_offset, nms=nms,
+                                 smallest=smallest)  # fmt: skip
+        else:
+            self.proposals = QueryProposals(pyramid, count=count, depth=query_depth, heads=query_heads,
+                                            smallest=smallest)  # fmt: skip
+        self.frozen = frozen
+        self.proposals.requires_grad_(not frozen)
+        self.filter = RegionFilter(
+            width, top=top, threshold=threshold, score_norm=score_norm, text=filter_text
+        )
+        self.weighting, self.first, self.include_special = weighting, first, include_special
+        pooling = {"norm": embed_norm, "roi": roi, "samples": samples, "box_grad": box_grad}
+        self.embed = RegionEmbedding(channels[-1] if first == "encoder" else pyramid, width, **pooling)
+        slots = count if scaling == "query" or not top else min(top, count)
+        self.adaptors = nn.ModuleList(
+            RegionAdaptor(
+                RegionEmbedding(pyramid, width, **pooling), width, ratio=ratio, slots=slots, heads=heads, attn=attn,
+                dropout=dropout, region_update=region_update, axes=axes, unit=unit, extent=extent, k=k, weights=weights,
+                tau=tau, outside=outside, scaling=scaling, smallest=smallest,
+            )
+            for ratio in ratios
+        )  # fmt: skip
+        self.target, self.detach_target, self.tau = target, detach_target, tau
+        self.regression = {"l1_weight": l1_weight, "giou_weight": giou_weight, "reduction": reg_reduction}
+        self.token, self.fused = token, fused
+        self.whole = nn.Linear(channels[-1], width) if fused == "map" else None
+
+    # ---- once per picture
+    def prepare(self, features: list[Float[Tensor, "b _ _ _"]]) -> Pictures:
+        """Lines 2 and 3: what no text changes, from the encoder's maps (fine to coarse)."""
+        maps = self.decoder(features)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            boxes, scores, valid = self.proposals(maps)
+        slots = torch.arange(boxes.shape[1], device=boxes.device).expand(boxes.shape[:2])
+        if self.filter.ask is None:
+            slots, scores, valid = self.filter(scores, valid)
+            boxes = take(boxes, slots)
+        first = features[-1] if self.first == "encoder" else maps[0]
+        regions = self.embed(self.embed.read(first), boxes)
+        whole = self.whole(features[-1].mean((2, 3))) if self.whole is not None else None
+        read = [a.embed.read(m) for a, m in zip(self.adaptors, maps, strict=False)]
+        return Pictures(read, boxes, scores, valid, regions, slots, whole)
+
+    def visual_token(self, pictures: Pictures, pooled: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+        """T_v before any text, which the contrastive loss compares (S20): `Towers.pooled` as it is (`map`), or the mean
+        of the weighted region embeddings E^G_1 (`regions`, arXiv)."""
+        return pooled if self.token == "map" else mean_region(self.weighted(pictures), pictures.valid)
+
+    def weighted(self, pictures: Pictures) -> Float[Tensor, "b t d"]:
+        """E^G_1: "finally, we weight region embeddings by the scores"."""
+        regions = pictures.regions * pictures.valid[..., None]
+        return regions * pictures.scores[..., None].to(regions.dtype) if self.weighting else regions
+
+    def choose(self, pictures: Pictures, text: Float[Tensor, "b d"]) -> Pictures:
+        """The filter that reads the text (S19), on all proposals."""
+        index, scores, valid = self.filter(pictures.scores, pictures.valid, pictures.regions, text)
+        return pictures._replace(
+            boxes=take(pictures.boxes, index), scores=scores, valid=valid, regions=take(pictures.regions, index),
+            slots=take(pictures.slots, index),
+        )  # fmt: skip
+
+    # ---- for every pair
+    def locate(
+        self,
+        pictures: Pictures,
+        words: Float[Tensor, "b n d"],
+        mask: Bool[Tensor, "b n"],
+        special: Bool[Tensor, "b n"] | None = None,
+    ) -> Located:
+        """Lines 4 to 13 for pictures and their texts, row by row.
+
+        Args:
+            words: E^T; position 0 is [CLS].
+            mask: which tokens are real; every text has at least one.
+            special: which of them are [CLS] or [SEP]. By default the first and the last real one, as BERT's tokenisers
+                lay out one sentence.
+        """
+        words = words * mask[..., None]
+        if self.filter.ask is not None:
+            pictures = self.choose(pictures, words[:, 0])
+        scores, valid = pictures.scores, pictures.valid
+        strength = scores if self.weighting else valid.to(scores.dtype)
+        counted = mask if self.include_special else mask & ~(ends(mask) if special is None else special)
+        regions, boxes = self.weighted(pictures), [pictures.boxes]
+        cosine, matches = [similarity(pictures.regions, words, counted)], []
+        for adaptor, features in zip(self.adaptors, pictures.maps, strict=True):
+            moved, regions, words, level, _ = adaptor(
+                features, boxes[-1], regions, words, strength=strength, valid=valid, slots=pictures.slots, mask=mask,
+                counted=counted,
+            )  # fmt: skip
+            boxes.append(moved)
+            cosine.append(level)
+            matches.append(best_word(level, counted))
+        reg_loss = boxes[0].new_zeros(len(mask))
+        if self.adaptors:
+            reg_loss = self.regress(torch.stack(boxes), torch.stack(matches), valid)
+        picture = mean_region(regions, valid) if self.fused == "regions" else pictures.whole
+        return Located(torch.stack(boxes), scores, valid, regions, words, picture, words[:, 0], reg_loss,
+                       torch.stack(cosine) * valid[..., None])  # fmt: skip
+
+    def regress(
+        self, boxes: Float[Tensor, "l b t 4"], matches: Float[Tensor, "m b t"], valid: Bool[Tensor, "b t"]
+    ) -> Float[Tensor, "b"]:
+        """Eq. 3 of the proposals against the mean of what they became, which is held fixed (`detach_target`)."""
+        target = regression_target(boxes[1:], matches if self.target == "weighted" else None, self.tau)
+        return regression_loss(
+            boxes[0], target.detach() if self.detach_target else target, valid, **self.regression
+        )
+
+    def forward(
+        self,
+        features: list[Float[Tensor, "b _ _ _"]],
+        words: Float[Tensor, "b n d"],
+        mask: Bool[Tensor, "b n"],
+        special: Bool[Tensor, "b n"] | None = None,
+    ) -> Located:
+        """`locate` of `prepare`: the encoder's maps, fine to coarse, and the texts, row by row."""
+        return self.locate(self.prepare(features), words, mask, special)
+
+
+def mean_region(regions: Float[Tensor, "b t d"], valid: Bool[Tensor, "b t"]) -> Float[Tensor, "b d"]:
+    """Global average pooling of the regions that there are."""
+    real = valid[..., None].to(regions.dtype)
+    return (regions * real).sum(1) / real.sum(1)
+
+
+def ends(mask: Bool[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
+    """The first and the last real token of every text."""
+    place = torch.arange(mask.shape[1], device=mask.device)
+    return (place == 0) | (place == mask.sum(1, keepdim=True) - 1)
+
+
+# ------------------------------------------------------------------------------ 4.1 implementation details
+SWITCHES = tuple(dict.fromkeys(argument for _, argument, _, _ in READINGS))
+
+# What a scale sets where a run does not. `paper`: 4.1 and Tables 6, 7; widths are those of BERT base and of
+# torchvision's detectors. `tiny`: pictures of 64 px with `SmallStages`; `photos`: a frozen MobileNetV2's stages 2 to 4.
+SETTINGS = {
+    "tiny": {
+        "size": 64, "width": 64, "text_depth": 2, "text_heads": 4, "levels": 3, "pyramid": 32, "heads": 4, "count": 50,
+        "anchor": 4.0, "query_depth": 1, "query_heads": 4, "top": 10, "threshold": 0.5, "samples": 4, "dropout": 0.0,
+        "epochs": 4, "batch_size": 64, "lr": 1e-3,
+    },
+    "photos": {
+        "size": 224, "width": 128, "text_depth": 2, "text_heads": 4, "levels": 3, "pyramid": 48, "heads": 4,
+        "count": 100, "anchor": 4.0, "query_depth": 1, "query_heads": 4, "top": 10, "threshold": 0.5, "samples": 6,
+        "dropout": 0.1, "epochs": 8, "batch_size": 64, "lr": 5e-4,
+    },
+    "paper": {
+        "size": 224, "width": 768, "text_depth": 12, "text_heads": 12, "levels": 3, "pyramid": 256, "heads": 12,
+        "count": 100, "anchor": 8.0, "query_depth": 6, "query_heads": 8, "top": 10, "threshold": 0.5, "samples": 14,
+        "dropout": 0.0, "epochs": 20, "batch_size": 1280, "lr": 3e-4,
+    },
+}  # fmt: skip
+LOCATOR = (
+    "width", "levels", "pyramid", "heads", "count", "anchor", "query_depth", "query_heads", "top", "threshold",
+    "samples", "dropout",
+)  # fmt: skip
+
+# Batch sizes of 4.1, by how a timm network is called.
+BATCHES = {"resnet50": 1280, "vit_base": 960, "vit_large": 640, "vit_huge": 640}
+
+# The value that leaves a setting to the scale; 0 for all others.
+UNSET = {"levels": -1, "top": -1, "threshold": -1, "dropout": -1}
+
+
+def settings(scale: str, dataset: str, given: dict) -> dict:
+    """The settings of a run: the scale's, with those of `given` that are set (see `UNSET`). `tiny` on photos is
+    `photos`; at `paper`, `given["vision"]` (a timm name) sets the batch size of 4.1.
+
+    `SelfLocator(channels, **{name: s[name] for name in LOCATOR})` takes those of the model. A smoke run
+    (`given["smoke"]`) takes one epoch of small batches.
+    """
+    preset = dict(SETTINGS["photos" if scale == "tiny" and not dataset.startswith("scenes") else scale])
+    if scale == "paper":
+        preset["batch_size"] = next(
+            (n for name, n in BATCHES.items() if given.get("vision", "").startswith(name)),
+            preset["batch_size"],
+        )
+    if given.get("smoke"):
+        preset |= {"epochs": 1, "batch_size": 32}
+    return preset | {k: v for k, v in given.items() if k in preset and v != UNSET.get(k, 0)}

@@ -1,0 +1,873 @@
+"""SLAN's objectives (3.3) and its retrieval: what turns the towers and the self-locator into a trained model.
+
+In the paper's order: image-text matching (Eq. 4), image-text contrast with its two queues (Eq. 5-6), language
+modelling (Eq. 7), their sum with the locator's own loss (Eq. 8-9), then the scorer of pairs that re-ranks. The paper
+says "following ALBEF" and leaves the rest open: what it does not say is ALBEF's. Every reading that could go either
+way is an argument; `READINGS` lists them.
+
+Two kinds of tokens (S20): the contrast compares the *unimodal* ones, the pooled feature map and BERT's [CLS], for
+there a picture and a text never meet, so that vectors can wait in a queue and a gallery can be ranked by a product;
+matching and language modelling read the *fused* ones, after the locator. (With fused tokens everywhere each picture
+would pass the locator with every text of the queue.)
+
+Towers and locator are given, not imported: `Towers` and `Locator` say what they must do. What a picture needs before
+any text is known is prepared once and shared by all the pairs it is in.
+
+Axes: `b` pairs, `p` pairs to be scored, `k` keys, `n` tokens of a text, `m` masked words, `t` regions, `l` levels,
+`d` width of the tokens, `e` width of the vectors that are contrasted, `v` words of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from finematch.losses import gather
+
+READINGS = [
+    # (register, argument, values with the default first, what the paper says)
+    ("S21", "queue", "65536 | 0 (the batch alone)", "'two queues', of no stated size"),
+    ("S21", "momentum", "0.995 | 0 (no momentum encoder)", "does not name momentum encoders; ALBEF has them"),
+    ("S21", "same_picture", "True | False", "one positive a pair; ALBEF counts same-picture ones when it fine-tunes"),
+    ("S21", "tau", "learnable from 0.07, in [0.001, 0.5]", "'a temperature parameter'"),
+    ("S22", "reduction", "sum | mean", "Eq. 6 sums the directions; ALBEF averages them"),
+    ("S22", "distil", "0.0 | 0.4", "no momentum distillation; ALBEF has it"),
+    ("S25", "mlm", "positions | pooled", "p_mask(T_v, T_t): two vectors cannot tell positions apart"),
+    ("S25", "mlm_picture", "True | False", "whether T_v joins the word's own state"),
+    ("S37", "embed", "256 | 0 (none)", "a dot product of D-d tokens; ALBEF projects them to 256"),
+    ("S37", "weights", "1 each", "Eq. 8-9 have none"),
+    ("4.1", "match_score", "odds | logit", "not how pairs are ranked; ALBEF takes the logit of 'matched' alone"),
+]  # fmt: skip
+
+TERMS = ("itc", "itm", "mlm", "reg")
+NOBODY = -1  # the picture id of an empty place in a queue
+
+
+# ------------------------------------------------------------------------------ what is given (3.1, 3.2)
+@runtime_checkable
+class Towers(Protocol):
+    """The unimodal encoders of 3.1; an `nn.Module`."""
+
+    def vision(self, pixels: Tensor | list[Tensor]) -> list[Tensor]:
+        """Feature maps "b c h w" of pixels (or of maps that were made before), as the locator takes them."""
+
+    def pooled(self, maps: list[Tensor]) -> Float[Tensor, "b d"]:
+        """T_v before any text: global average pooling."""
+
+    def text(self, input_ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        """Token states; position 0 is [CLS], T_t before any picture."""
+
+
+@runtime_checkable
+class Located(Protocol):
+    """What the self-locator found for pairs; `reg_loss` is Eq. 3 of each picture."""
+
+    boxes: Float[Tensor, "l b t 4"]
+    scores: Float[Tensor, "b t"]
+    valid: Bool[Tensor, "b t"]
+    regions: Float[Tensor, "b t d"]
+    words: Float[Tensor, "b n d"]
+    picture: Float[Tensor, "b d"]
+    text: Float[Tensor, "b d"]
+    reg_loss: Float[Tensor, " b"]
+
+
+@runtime_checkable
+class Locator(Protocol):
+    """The self-locator of 3.2; an `nn.Module`. Its `token` says what `visual_token` is made of: `map` or `regions`."""
+
+    token: str
+
+    def prepare(self, features: list[Tensor]) -> Any:
+        """What a picture gives before any text is known; can be indexed by picture."""
+
+    def visual_token(self, pictures: Any, pooled: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+        """T_v before any text: `pooled` as it is, or the mean of the regions (S20)."""
+
+    def locate(
+        self,
+        pictures: Any,
+        words: Float[Tensor, "b n d"],
+        mask: Bool[Tensor, "b n"],
+        special: Bool[Tensor, "b n"] | None,
+    ) -> Located:
+        """Algorithm 1 on pairs, row by row."""
+
+
+class Picture(NamedTuple):
+    """Pictures before any text: what the locator prepared, and the unit vector that is contrasted."""
+
+    prepared: Any
+    vector: Float[Tensor, "b e"]
+
+    def __getitem__(self, index) -> Picture:
+        return Picture(self.prepared[index], self.vector[index])
+
+
+class Caption(NamedTuple):
+    """Texts before any picture: token states, which are real, which are special, and the unit vector."""
+
+    words: Float[Tensor, "b n d"]
+    mask: Bool[Tensor, "b n"]
+    special: Bool[Tensor, "b n"] | None
+    vector: Float[Tensor, "b e"]
+
+    def __getitem__(self, index) -> Caption:
+        return Caption(*(None if part is None else part[index] for part in self))
+
+
+class Encoders(nn.Module):
+    """Both towers, and the projections into the space of the contrast.
+
+    Args:
+        width: D, of the towers' tokens.
+        embed: width of the vectors; 0 leaves the tokens as they are.
+    """
+
+    def __init__(self, towers: nn.Module, width: int, embed: int = 256):
+        super().__init__()
+        self.towers = towers
+        self.project_image = nn.Linear(width, embed) if embed else nn.Identity()
+        self.project_text = nn.Linear(width, embed) if embed else nn.Identity()
+
+    def image(self, pixels: Tensor | list[Tensor], locator: nn.Module | None = None) -> Picture:
+        """Pictures; what only a locator can prepare is None without one."""
+        maps = self.towers.vision(pixels)
+        prepared, pooled = None, self.towers.pooled(maps)
+        token = pooled
+        if locator is not None:
+            prepared = locator.prepare(maps)
+            token = locator.visual_token(prepared, pooled)
+            if (
+                locator.token != "map"
+            ):  # what nothing reads must still be reached: data-parallel training waits for it
+                token = token + 0 * pooled
+        return Picture(prepared, unit(self.project_image(token)))
+
+    def text(
+        self, input_ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"], special: Bool[Tensor, "b n"] | None
+    ) -> Caption:
+        words = self.towers.text(input_ids, mask)
+        return Caption(words, mask, special, unit(self.project_text(words[:, 0])))
+
+
+def pixels_or_maps(pixels: Tensor | None = None, **maps: Tensor) -> Tensor | list[Tensor]:
+    """What towers take: pixels, or maps that were made before, in the order in which they are given."""
+    return list(maps.values()) if pixels is None else pixels
+
+
+def wide(x: Tensor) -> Tensor:
+    """Half precision to single; single and double stay."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def unit(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    return F.normalize(wide(x), dim=-1)
+
+
+# ------------------------------------------------------------------------------ the temperature, the queues
+class Temperature(nn.Module):
+    """tau of Eq. 5, learnable, kept in [0.001, 0.5] (ALBEF). Returns 1 / tau.
+
+    The parameter itself is clamped, so that a gradient can bring it back.
+    """
+
+    def __init__(self, tau: float = 0.07, learnable: bool = True):
+        super().__init__()
+        if not 0.001 <= tau <= 0.5:
+            raise ValueError(f"tau = {tau}: must lie in [0.001, 0.5]")
+        self.tau = nn.Parameter(torch.tensor(tau), requires_grad=learnable)
+
+    def forward(self) -> Float[Tensor, ""]:
+        with torch.no_grad():
+            self.tau.clamp_(0.001, 0.5)
+        return 1 / self.tau
+
+
+class Momentum(nn.Module):
+    """Copies of modules that follow them slowly: copy = decay copy + (1 - decay) module, once a step.
+
+    They never see a gradient. ALBEF's copies run in training mode; ours stay in evaluation mode, because dropout would
+    only blur the keys, and take over the running statistics of a batch norm as they are.
+
+    Args:
+        modules: by name; `copies` has the same names.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], decay: float = 0.995):
+        super().__init__()
+        if not 0 < decay < 1:
+            raise ValueError(f"momentum = {decay}: must lie in (0, 1)")
+        self.decay = decay
+        self.copies = nn.ModuleDict(copy.deepcopy(modules)).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Momentum:
+        self.training = mode
+        return self  # the copies stay in evaluation mode
+
+    @torch.no_grad()
+    def update(self, modules: dict[str, nn.Module]) -> None:
+        """One step towards the modules."""
+        for name, module in modules.items():
+            for mine, theirs in zip(self.copies[name].parameters(), module.parameters(), strict=True):
+                mine.lerp_(theirs.to(mine.dtype), 1 - self.decay)
+            take_over(self.copies[name].buffers(), module.buffers())
+
+    @torch.no_grad()
+    def reset(self, modules: dict[str, nn.Module]) -> None:
+        """Become the modules again (after their weights were loaded)."""
+        for name, module in modules.items():
+            take_over(self.copies[name].parameters(), module.parameters())
+            take_over(self.copies[name].buffers(), module.buffers())
+
+
+def take_over(mine: Iterable[Tensor], theirs: Iterable[Tensor]) -> None:
+    for a, b in zip(mine, theirs, strict=True):
+        a.copy_(b)
+
+
+class Keys(NamedTuple):
+    """What Eq. 5 compares with: vectors of pictures and of texts, and the picture that each row is of."""
+
+    image: Float[Tensor, "k e"]
+    text: Float[Tensor, "k e"]
+    image_id: Int[Tensor, " k"]
+
+
+class Queue(nn.Module):
+    """I_q and T_q of 3.3: the vectors of the latest `size` pairs, with the ids of their pictures.
+
+    A ring. It starts empty, and what is empty takes no part (ALBEF's starts with random vectors, which then are
+    negatives). All processes enqueue the pairs of all processes, in the order of their ranks, so that their queues
+    stay alike; the buffers are part of a checkpoint.
+
+    Args:
+        size: number of pairs.
+        width: of a vector.
+    """
+
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"queue = {size}: must be at least 1 (0 is no queue at all: SLAN(queue=0))")
+        self.size = size
+        self.register_buffer("image", torch.zeros(size, width))
+        self.register_buffer("text", torch.zeros(size, width))
+        self.register_buffer("image_id", torch.full((size,), NOBODY))
+        self.register_buffer("total", torch.zeros((), dtype=torch.long))  # pairs that ever came in
+
+    def keys(self) -> Keys:
+        """What is in it; a ring knows no beginning, so the order means nothing."""
+        n = min(int(self.total), self.size)
+        return Keys(self.image[:n], self.text[:n], self.image_id[:n])
+
+    def check(self, batch: int) -> None:
+        """Refuse a whole batch, of all processes, that does not go into the ring a whole number of times.
+
+        Raises:
+            ValueError: With both numbers and a size that would do.
+        """
+        if self.size % batch:
+            better = max(batch, self.size // batch * batch)
+            raise ValueError(
+                f"queue = {self.size} is no multiple of the whole batch of {batch} pairs (all processes together): "
+                f"use queue={better}, or another batch_size"
+            )
+
+    @torch.no_grad()
+    def enqueue(
+        self, image: Float[Tensor, "b e"], text: Float[Tensor, "b e"], image_id: Int[Tensor, " b"]
+    ) -> None:
+        """Put this process's pairs, and those of all others, where the oldest are.
+
+        Raises:
+            ValueError: As `check`; for a negative picture id, which is the mark of an empty place.
+        """
+        image, text, image_id = gather(image.detach()), gather(text.detach()), gather(image_id)
+        self.check(len(image))
+        if bool((image_id < 0).any()):
+            raise ValueError(f"image_id {int(image_id.min())} is negative: number the pictures from 0")
+        start = int(self.total) % self.size
+        rows = slice(start, start + len(image))
+        self.image[rows], self.text[rows], self.image_id[rows] = (
+            image.to(self.image),
+            text.to(self.text),
+            image_id,
+        )
+        self.total += len(image)
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        self.total.zero_()
+        self.image_id.fill_(NOBODY)
+
+
+# ------------------------------------------------------------------------------ image-text contrast, Eq. 5-6
+def itc(
+    image: Float[Tensor, "b e"],
+    text: Float[Tensor, "b e"],
+    image_id: Int[Tensor, " b"],
+    keys: Keys,
+    scale: Float[Tensor, ""] | float,
+    *,
+    first: int = 0,
+    same_picture: bool = True,
+    distil: float = 0.0,
+    reduction: str = "sum",
+) -> Float[Tensor, ""]:
+    """Eq. 5-6: -log p_i2t - log p_t2i, the mean over the rows.
+
+        p_i2t(I, T) = exp(sim(T_v, T_t) / tau) / sum over T' in T_q of exp(sim(T_v, T') / tau)
+
+    The second line of Eq. 5 sums over "T' in I_q"; we read I' (S23). The own pair is among the keys, so that Eq. 5 is
+    a probability: the batch stands before the queue.
+
+    Args:
+        image, text: unit vectors; row i of both is a pair.
+        keys: unit vectors of the whole batch (all processes), then of the queue.
+        scale: 1 / tau.
+        first: row of `keys` that is pair 0 of this process: its rank times b.
+        same_picture: every key of the same picture is a positive, in equal shares of the target; else only the own
+            pair is.
+        distil: alpha of ALBEF's momentum distillation: this share of the target is what the momentum encoders say,
+            softmax(key of the own pair . keys / tau). The keys must be theirs.
+        reduction: `sum` of the two directions (Eq. 6) or their `mean` (ALBEF).
+
+    Raises:
+        ValueError: For another `reduction`, a `distil` outside [0, 1), or keys that do not hold the own pairs.
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction is {reduction!r}; use 'sum' or 'mean'")
+    if not 0 <= distil < 1:
+        raise ValueError(f"distil = {distil}: must lie in [0, 1)")
+    b = len(image)
+    own = torch.arange(first, first + b, device=image.device)
+    if first < 0 or first + b > len(keys.image_id) or not torch.equal(keys.image_id[own], image_id):
+        raise ValueError(
+            f"keys {first} to {first + b - 1} of {len(keys.image_id)} must be the batch's own pairs: give the whole "
+            "batch first, then the queue, and first=rank * batch"
+        )
+    with torch.autocast(image.device.type, enabled=False):
+        image, text = wide(image), wide(text)
+        if same_picture:
+            positive = (image_id[:, None] == keys.image_id[None]).to(image.dtype)
+            target = positive / positive.sum(1, keepdim=True)
+        else:
+            target = F.one_hot(own, len(keys.image_id)).to(image.dtype)
+        total = image.new_zeros(())
+        for query, teacher, key in ((image, keys.image, keys.text), (text, keys.text, keys.image)):
+            key = key.to(query.dtype)
+            goal = target
+            if distil:
+                with torch.no_grad():
+                    soft = (scale * teacher[own].to(query.dtype) @ key.T).softmax(1)
+                    goal = distil * soft + (1 - distil) * target
+            total = total + F.cross_entropy(scale * query @ key.T, goal)
+    return total if reduction == "sum" else total / 2
+
+
+# ------------------------------------------------------------------------------ image-text matching, Eq. 4
+def hard_negatives(
+    similarity: Float[Tensor, "b b"], image_id: Int[Tensor, " b"], *, generator: torch.Generator | None = None
+) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
+    """For each picture a text, and for each text a picture, that do not belong together but look as if they did.
+
+    Drawn from softmax(similarity) over the others, as ALBEF does; a pair of the same picture is never a negative.
+
+    Args:
+        similarity: of each picture (row) and each text (column) of this process's batch, divided by tau.
+
+    Returns:
+        The text drawn for each picture, the picture drawn for each text.
+
+    Raises:
+        ValueError: If a row has no negative at all: every pair of the batch shows its picture.
+    """
+    same = image_id[:, None] == image_id[None]
+    alone = same.all(1)
+    if bool(alone.any()):
+        row = int(alone.nonzero()[0])
+        raise ValueError(
+            f"pair {row} (picture {int(image_id[row])}) has no negative: all {len(image_id)} pairs of this process's "
+            "batch show its picture. Raise batch_size, shuffle the pairs, or train without ITM (weight 0)"
+        )
+    drawn = [
+        torch.multinomial(
+            wide(table.detach()).masked_fill(same, float("-inf")).softmax(1), 1, generator=generator
+        )
+        for table in (similarity, similarity.T)
+    ]
+    return drawn[0].squeeze(1), drawn[1].squeeze(1)
+
+
+class MatchingHead(nn.Linear):
+    """f_c of Eq. 4: the concatenated tokens to two logits, "not matched" and "matched"."""
+
+    def __init__(self, width: int):
+        super().__init__(2 * width, 2)
+
+    def forward(self, picture: Float[Tensor, "p d"], text: Float[Tensor, "p d"]) -> Float[Tensor, "p 2"]:
+        return super().forward(torch.cat([picture, text], dim=-1))
+
+
+def itm(logits: Float[Tensor, "p 2"], matched: Bool[Tensor, " p"]) -> Float[Tensor, ""]:
+    """Eq. 4: cross-entropy of the matching head, the mean over the pairs."""
+    return F.cross_entropy(wide(logits), matched.long())
+
+
+# ------------------------------------------------------------------------------ language modelling, Eq. 7
+class Words(NamedTuple):
+    """What masking must know of a tokenizer: `Words.of(tokenizer)`."""
+
+    size: int
+    mask: int
+    special: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer) -> Words:
+        """Of a transformers tokenizer.
+
+        Raises:
+            ValueError: If it has no mask token.
+        """
+        if tokenizer.mask_token_id is None:
+            raise ValueError("this tokenizer has no [MASK] token: language modelling needs one, or weight 0")
+        return cls(len(tokenizer), tokenizer.mask_token_id, tuple(sorted(tokenizer.all_special_ids)))
+
+
+def mask_words(
+    input_ids: Int[Tensor, "b n"],
+    mask: Bool[Tensor, "b n"],
+    special: Bool[Tensor, "b n"],
+    words: Words,
+    *,
+    share: float = 0.15,
+    generator: torch.Generator | None = None,
+) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
+    """Hide words: "we randomly mask 15 % text tokens"; BERT's 80/10/10, as in ALBEF.
+
+    Each word is chosen by itself with probability `share`. Of the chosen, 80 % become [MASK], 10 % a random word (we
+    leave the special tokens out, BERT does not), 10 % stay. Special tokens and padding are never chosen.
+
+    Returns:
+        The ids with words hidden, and which were chosen. A caption may have none.
+    """
+    device = input_ids.device
+    lots = torch.rand(2, *input_ids.shape, device=device, generator=generator)
+    known = torch.zeros(words.size, dtype=torch.bool, device=device)
+    known[list(words.special)] = True
+    chosen = (lots[0] < share) & mask & ~special & ~known[input_ids]
+    ordinary = (~known).nonzero().squeeze(1)
+    others = ordinary[torch.randint(len(ordinary), input_ids.shape, device=device, generator=generator)]
+    hidden = torch.where(chosen & (lots[1] < 0.8), words.mask, input_ids)
+    return torch.where(chosen & (lots[1] >= 0.9), others, hidden), chosen
+
+
+class MaskedWordHead(nn.Module):
+    """p_mask of Eq. 7: which word stood at each masked position.
+
+    The paper predicts from T_v and T_t, two vectors, which cannot tell one position from another. We predict from the
+    fused state of the position, to which T_v is added (`picture`), so that a locator without levels sees the picture
+    too. `pooled` is the literal reading: one distribution over the vocabulary a caption, from cat(T_v, T_t), which
+    every masked word of the caption is taken from, a bag of words.
+
+    Args:
+        width: D.
+        vocabulary: number of words.
+        form: `positions` or `pooled`.
+        tied: a word embedding whose weights the last layer shares, as BERT's does.
+
+    Raises:
+        ValueError: For another form, or a `tied` embedding of another shape.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        vocabulary: int,
+        *,
+        form: str = "positions",
+        picture: bool = True,
+        tied: nn.Embedding | None = None,
+    ):
+        super().__init__()
+        if form not in ("positions", "pooled"):
+            raise ValueError(f"mlm is {form!r}; use 'positions' or 'pooled'")
+        self.form, self.picture = form, picture
+        self.mix = nn.Sequential(
+            nn.Linear(2 * width if form == "pooled" else width, width), nn.GELU(), nn.LayerNorm(width)
+        )
+        self.predict = nn.Linear(width, vocabulary)
+        if tied is not None:
+            if tied.weight.shape != self.predict.weight.shape:
+                raise ValueError(
+                    f"the tied embedding is {tuple(tied.weight.shape)}, but {vocabulary} words of width "
+                    f"{width} are asked for"
+                )
+            self.predict.weight = tied.weight
+
+    def forward(
+        self,
+        words: Float[Tensor, "b n d"],
+        picture: Float[Tensor, "b d"],
+        text: Float[Tensor, "b d"],
+        chosen: Bool[Tensor, "b n"],
+    ) -> Float[Tensor, "m v"]:
+        """Logits of the chosen positions, row by row of the batch."""
+        row = chosen.nonzero()[:, 0]
+        if self.form == "pooled":
+            return self.predict(self.mix(torch.cat([picture, text], dim=-1)))[row]
+        states = words[chosen]
+        return self.predict(self.mix(states + picture[row] if self.picture else states))
+
+
+def mlm(logits: Float[Tensor, "m v"], true: Int[Tensor, " m"]) -> Float[Tensor, ""]:
+    """Eq. 7: cross-entropy, the mean over the masked words *of all processes*; 0 if there are none.
+
+    Processes mask different numbers of words. Each divides by the mean number, so that the data-parallel mean of the
+    gradients is that of the mean over all words.
+    """
+    count = over_processes(torch.tensor(float(len(true)), device=logits.device))
+    return F.cross_entropy(wide(logits), true, reduction="sum") / count.clamp(min=1 / world()).to(
+        wide(logits).dtype
+    )
+
+
+# ------------------------------------------------------------------------------ processes
+def world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@torch.no_grad()
+def over_processes(x: Tensor) -> Tensor:
+    """The mean over all processes of something that needs no gradient."""
+    if world() == 1:
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x / world()
+
+
+def shared(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """The value of all processes' mean with this process's gradient: data-parallel training averages the latter."""
+    return loss if world() == 1 else loss + (over_processes(loss) - loss.detach())
+
+
+# ------------------------------------------------------------------------------ the whole model, Eq. 8-9
+class SLAN(nn.Module):
+    """Towers, self-locator and the objective of Eq. 9.
+
+        L_ds = L_itm + L_itc + L_lm        Eq. 8
+        L    = L_ds + L_reg                Eq. 9
+
+    The locator sees three kinds of pairs a step: the true ones (whose boxes alone make L_reg, for a text that does not
+    match moves boxes to nowhere), two negatives to each, and the true ones with words masked (masking them in the
+    first place would tell the matching head which pairs are true). What pictures prepare is shared by all three.
+
+    Args:
+        towers, locator: modules that do what `Towers` and `Locator` say. With a locator whose `token` is `regions`
+            (arXiv) the contrast needs it too, and the momentum encoders copy it.
+        width: D, of all tokens.
+        words: what masking needs, `Words.of(tokenizer)`; None only with a weight of 0 for `mlm`.
+        weights: of the terms `itc`, `itm`, `mlm`, `reg`, 1 each unless given. A term of weight 0 is not computed, and
+            its head is not made (fine-tuning for retrieval: `{"mlm": 0}`).
+        embed: see `Encoders`.
+        queue: pairs in the queues, a multiple of the whole batch; 0 contrasts within the batch.
+        momentum: decay of the momentum encoders, which give the keys. They exist where keys must last or teach, with
+            a queue or `distil`; 0 is none, and the queue then keeps the encoders' own vectors.
+        distil, same_picture, reduction, tau: see `itc` and `Temperature`.
+        mask_share: of the words, 0.15.
+        mlm, mlm_picture, tied: see `MaskedWordHead`.
+        match_score: a pair ranks by the `odds`, the difference of its two logits, or by the `logit` of "matched"
+            alone, as in ALBEF: but what both logits share no loss ever trains.
+
+    Raises:
+        ValueError: For switches that are unknown or do not go together.
+    """
+
+    def __init__(
+        self,
+        towers: nn.Module,
+        locator: nn.Module,
+        *,
+        width: int,
+        words: Words | None = None,
+        weights: Mapping[str, float | int] | None = None,
+        embed: int = 256,
+        queue: int = 65536,
+        momentum: float = 0.995,
+        distil: float = 0.0,
+        same_picture: bool = True,
+        reduction: str = "sum",
+        tau: float = 0.07,
+        learnable_tau: bool = True,
+        mask_share: float = 0.15,
+        mlm: str = "positions",
+        mlm_picture: bool = True,
+        tied: nn.Embedding | None = None,
+        match_score: str = "odds",
+    ):
+        super().__init__()
+        self.weights = dict.fromkeys(TERMS, 1.0) | dict(weights or {})
+        if (
+            set(self.weights) != set(TERMS)
+            or min(self.weights.values()) < 0
+            or not any(self.weights.values())
+        ):
+            raise ValueError(f"weights is {weights}; give {TERMS}, none negative and at least one positive")
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction is {reduction!r}; use 'sum' or 'mean'")
+        if match_score not in ("odds", "logit"):
+            raise ValueError(f"match_score is {match_score!r}; use 'odds' or 'logit'")
+        if mlm not in ("positions", "pooled"):
+            raise ValueError(f"mlm is {mlm!r}; use 'positions' or 'pooled'")
+        if not 0 <= distil < 1:
+            raise ValueError(f"distil = {distil}: must lie in [0, 1)")
+        if not 0 < mask_share < 1:
+            raise ValueError(f"mask_share = {mask_share}: must lie in (0, 1)")
+        if queue < 0 or embed < 0:
+            raise ValueError(f"queue = {queue}, embed = {embed}: must not be negative")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum = {momentum}: must lie in [0, 1)")
+        if distil and not momentum:
+            raise ValueError("distil needs momentum encoders: give momentum=0.995")
+        self.match_score, self.mask_share, self.words = match_score, mask_share, words
+        self.form = {"same_picture": same_picture, "distil": distil, "reduction": reduction}
+        contrast = self.weights["itc"] > 0
+        for name, given, wanted in (("towers", towers, Towers), ("locator", locator, Locator)):
+            if not isinstance(given, wanted):
+                raise ValueError(
+                    f"{name} ({type(given).__name__}) lacks something of {wanted.__name__}: see there"
+                )
+        self.encoders, self.locator = Encoders(towers, width, embed), locator
+        self.by_regions = locator.token == "regions"
+        # what no term reaches is not trained: data-parallel training would wait for its gradient
+        if not contrast:
+            self.encoders.project_image.requires_grad_(False)
+            self.encoders.project_text.requires_grad_(False)
+        if not self.by_regions and not any(self.weights[name] for name in ("itm", "mlm", "reg")):
+            self.locator.requires_grad_(False)
+        self.temperature = Temperature(tau, learnable_tau and contrast)
+        self.queue = Queue(queue, embed or width) if queue and contrast else None
+        self.momentum = (
+            Momentum(self._followed(), momentum) if contrast and momentum and (queue or distil) else None
+        )
+        self.head = MatchingHead(width) if self.weights["itm"] else None
+        self.masked = None
+        if self.weights["mlm"]:
+            if words is None:
+                raise ValueError("mlm needs words=Words.of(tokenizer); without it give weights={'mlm': 0}")
+            self.masked = MaskedWordHead(width, words.size, form=mlm, picture=mlm_picture, tied=tied)
+        # the queues are alike in all processes by construction: sending them round at each step would cost more than
+        # the step (torch has no public way to say so)
+        self._ddp_params_and_buffers_to_ignore = [
+            n for n, _ in self.named_buffers() if n.startswith("queue.")
+        ]
+
+    # -------------------------------------------------------------------------- parts
+    def _followed(self) -> dict[str, nn.Module]:
+        """What the momentum encoders copy: all that makes the contrasted vectors."""
+        return {"encoders": self.encoders} | ({"locator": self.locator} if self.by_regions else {})
+
+    def encode_image(self, pixels: Tensor | None = None, **maps: Tensor) -> Picture:
+        """What pictures give before any text: what the locator prepares, and unit vectors "b e".
+
+        Args:
+            pixels: "b 3 h w"; or instead the maps that towers without a network of their own take, by any names.
+        """
+        return self.encoders.image(pixels_or_maps(pixels=pixels, **maps), self.locator)
+
+    def encode_text(
+        self,
+        input_ids: Int[Tensor, "b n"],
+        mask: Bool[Tensor, "b n"],
+        special: Bool[Tensor, "b n"] | None = None,
+    ) -> Caption:
+        """Token states and unit vectors "b e" of texts; without `special` it is the first and the last token."""
+        return self.encoders.text(input_ids, mask, special)
+
+    def locate(self, picture: Picture, caption: Caption) -> Located:
+        """The self-locator on pairs: row i of both."""
+        return self.locator.locate(picture.prepared, caption.words, caption.mask, caption.special)
+
+    def match(self, picture: Picture, caption: Caption) -> Float[Tensor, " p"]:
+        """How well each pair matches, from the fused tokens; higher is better, fp32.
+
+        Raises:
+            ValueError: For a model without a matching head.
+        """
+        if self.head is None:
+            raise ValueError("this model has no matching head: its weight of `itm` is 0")
+        located = self.locate(picture, caption)
+        logits = wide(self.head(located.picture, located.text))
+        return logits[:, 1] - logits[:, 0] if self.match_score == "odds" else logits[:, 1]
+
+    # -------------------------------------------------------------------------- one step
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """The terms of Eq. 8-9 that have a weight, and `loss`, for a batch of pairs.
+
+        Args:
+            batch: `image` (keywords of `encode_image`), `text` (`input_ids`, `mask`, `special`) and `image_id`, as
+                `data.pairs.Pairs` makes them. Each process holds as many pairs.
+
+        In training mode the momentum encoders take a step and the batch enters the queues.
+
+        Raises:
+            ValueError: If the queue is no multiple of the whole batch, or ITM finds no negative.
+        """
+        text, image_id = batch["text"], batch["image_id"]
+        if self.queue is not None:
+            self.queue.check(len(image_id) * world())
+        if self.momentum is not None and self.training:
+            self.momentum.update(self._followed())
+        asked = self.by_regions or any(self.weights[name] for name in ("itm", "mlm", "reg"))
+        picture = self.encoders.image(pixels_or_maps(**batch["image"]), self.locator if asked else None)
+        caption = self.encode_text(**text)
+        located = self.locate(picture, caption) if self.weights["itm"] or self.weights["reg"] else None
+        terms = {}
+        if self.weights["itc"]:
+            terms["itc"] = self._contrast(batch, picture, caption)
+        if self.weights["itm"]:
+            terms["itm"] = shared(self._matching(picture, caption, located, image_id))
+        if self.weights["mlm"]:
+            terms["mlm"] = shared(self._masked(picture, text))
+        if self.weights["reg"]:  # Eq. 9: summed over regions, mean over pictures
+            terms["reg"] = shared(wide(located.reg_loss).mean())
+        return {"loss": sum(self.weights[name] * value for name, value in terms.items()), **terms}
+
+    def _contrast(self, batch: dict, picture: Picture, caption: Caption) -> Tensor:
+        image_id = batch["image_id"]
+        if self.momentum is None:
+            image, text = picture.vector, caption.vector
+        else:
+            with torch.no_grad():
+                slow, given = self.momentum.copies, pixels_or_maps(**batch["image"])
+                image = slow["encoders"].image(given, slow["locator"] if self.by_regions else None).vector
+                text = slow["encoders"].text(**batch["text"]).vector
+        keys = Keys(gather(image), gather(text), gather(image_id))
+        if self.queue is not None:
+            keys = Keys(*(torch.cat(both) for both in zip(keys, self.queue.keys(), strict=True)))
+        loss = itc(picture.vector, caption.vector, image_id, keys, self.temperature(),
+                   first=rank() * len(image_id), **self.form)  # fmt: skip
+        if self.queue is not None and self.training:
+            self.queue.enqueue(image, text, image_id)
+        return shared(loss)
+
+    def _matching(self, picture: Picture, caption: Caption, located: Located, image_id: Tensor) -> Tensor:
+        """One true pair to two hard ones, from this process's own batch (as ALBEF)."""
+        with torch.no_grad(), torch.autocast(image_id.device.type, enabled=False):
+            similarity = self.temperature() * picture.vector @ caption.vector.T
+            texts, pictures = hard_negatives(similarity, image_id)
+        rows = torch.arange(len(image_id), device=image_id.device)
+        wrong = self.locate(picture[torch.cat([rows, pictures])], caption[torch.cat([texts, rows])])
+        logits = self.head(torch.cat([located.picture, wrong.picture]), torch.cat([located.text, wrong.text]))
+        return itm(logits, torch.arange(len(logits), device=rows.device) < len(rows))
+
+    def _masked(self, picture: Picture, text: dict) -> Tensor:
+        hidden, chosen = mask_words(
+            text["input_ids"], text["mask"], text["special"], self.words, share=self.mask_share
+        )
+        located = self.locate(picture, self.encode_text(hidden, text["mask"], text["special"]))
+        return mlm(
+            self.masked(located.words, located.picture, located.text, chosen), text["input_ids"][chosen]
+        )
+
+    # -------------------------------------------------------------------------- fine-tuning
+    def load_pretrained(self, path: str | Path) -> list[str]:
+        """Begin with the weights of a pretrained run (its `best.safetensors`), other data and another objective.
+
+        The momentum encoders become the encoders, the queues begin empty: their vectors are of other pictures.
+
+        Returns:
+            The heads that only one of the two has: those left out, or those that begin at random.
+
+        Raises:
+            ValueError: If towers, locator or projections differ; the message names the weights.
+        """
+        state = {k: v for k, v in load_file(path).items() if not k.startswith(("momentum.", "queue."))}
+        mine = {k: v for k, v in self.state_dict().items() if not k.startswith(("momentum.", "queue."))}
+        wrong = [k for k in state if k in mine and state[k].shape != mine[k].shape]
+        here = {
+            mine[k].data_ptr() for k in mine if k in state
+        }  # a shared tensor is saved under its first name
+        missing = [k for k in mine if k not in state and mine[k].data_ptr() not in here]
+        extra = [k for k in state if k not in mine]
+        heads = ("head.", "masked.")
+        lost = [k for k in (*missing, *extra) if not k.startswith(heads)]
+        if wrong or lost:
+            raise ValueError(
+                f"{path} is of another model: of another shape {wrong[:5]}, missing or unknown {lost[:5]} (first five)"
+            )
+        self.load_state_dict(state, strict=False)
+        if self.momentum is not None:
+            self.momentum.reset(self._followed())
+        if self.queue is not None:
+            self.queue.clear()
+        return sorted({k.partition(".")[0] for k in (*missing, *extra)})
+
+
+# ------------------------------------------------------------------------------ 4.2, retrieval
+def pair_scorer(
+    model: SLAN,
+    pictures: Callable[[Collection[int]], dict[str, Tensor]],
+    captions: Callable[[Collection[int]], dict[str, Tensor]],
+    *,
+    block: int = 64,
+    memory: int = 2**31,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The `score_pairs` of `evaluation.reranking`: rows of pictures and of captions to matching scores.
+
+    Args:
+        pictures, captions: rows to keywords of the encoders (a source's `batch`).
+        block: pairs that pass the locator at a time; as many pictures are prepared at a time.
+        memory: bytes of token states of captions to keep, for each caption comes with many pictures.
+    """
+    device = next(model.parameters()).device
+    states: dict[int, Caption] = {}
+    room = memory
+
+    def encode_captions(rows: list[int]) -> Caption:
+        nonlocal room
+        found = {row: states[row] for row in rows if row in states}
+        if new := sorted(set(rows) - set(found)):
+            whole = model.encode_text(**{name: value.to(device) for name, value in captions(new).items()})
+            for i, row in enumerate(new):
+                long = int(whole.mask[i].nonzero().max()) + 1
+                tokens = (whole.words, whole.mask, whole.special)
+                kept = (None if part is None else part[i, :long].clone() for part in tokens)
+                found[row] = Caption(*kept, whole.vector[i].clone())
+                size = found[row].words.numel() * found[row].words.element_size()
+                if size <= room:
+                    states[row], room = found[row], room - size
+        columns = list(zip(*(found[row] for row in rows), strict=True))
+        tokens = (None if part[0] is None else pad_sequence(part, batch_first=True) for part in columns[:3])
+        return Caption(*tokens, torch.stack(columns[3]))
+
+    @torch.no_grad()
+    def score_pairs(i: Int[Tensor, " p"], j: Int[Tensor, " p"]) -> Float[Tensor, " p"]:
+        training, scores = model.training, torch.empty(len(i))
+        model.eval()
+        for rows in i.unique().split(block):
+            given = {name: value.to(device) for name, value in pictures(rows.tolist()).items()}
+            whole = model.encode_image(**given)
+            for part in torch.isin(i, rows).nonzero().squeeze(1).split(block):
+                which = torch.searchsorted(rows, i[part]).to(device)
+                scores[part] = model.match(whole[which], encode_captions(j[part].tolist())).float().cpu()
+        model.train(training)
+        return scores
+
+    return score_pairs
