@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from finematch.losses import contrastive
-from finematch.slan_objective import (
+from finematch.slan.objective import (
     NOBODY,
     READINGS,
     SLAN,
@@ -698,8 +698,8 @@ def test_the_pair_scorer_scores_any_pairs(block, memory):
 # ------------------------------------------------------------------------------------------- with SLAN's own parts
 def real(version, seed=0, **options):
     from finematch.encoders import BertTower, small_bert
-    from finematch.slan import VERSIONS, SelfLocator, SmallStages
-    from finematch.slan import Towers as SLANTowers
+    from finematch.slan.locator import VERSIONS, SelfLocator, SmallStages
+    from finematch.slan.locator import Towers as SLANTowers
 
     torch.manual_seed(seed)
     text = BertTower(small_bert(WORDS.size, width=16, depth=1, heads=2, positions=16))
@@ -761,7 +761,7 @@ def test_slan_matches_alike_whatever_the_company(version):
 
 
 def test_cached_maps_take_the_place_of_pixels():
-    from finematch.slan import CachedStages
+    from finematch.slan.locator import CachedStages
 
     model, batch = real("iccv").eval(), real_pairs()
     expected = model.encode_image(**batch["image"]).vector

@@ -50,7 +50,8 @@ from IPython.display import Markdown, display
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from finematch import figures, slan_objective
+from finematch import figures
+from finematch.slan import objective
 from finematch.boxes import (
     box_mean,
     convert,
@@ -66,12 +67,12 @@ from finematch.data.scenes import TOKENIZER, attributes, generate
 from finematch.encoders import BertTower, small_bert
 from finematch.features import propose
 from finematch.report import published, to_markdown
-from finematch.slan import (
+from finematch.slan.locator import (
     LOCATOR, READINGS, SETTINGS, VERSIONS, CachedStages, CrossAttention, RegionAdaptor, RegionEmbedding,
     RegionFilter, SelfLocator, SmallStages, Towers, cell_weights, cut, decode, offset, regression_loss, regression_target,
     stop,
 )  # fmt: skip
-from finematch.slan_objective import (
+from finematch.slan.objective import (
     SLAN, Keys, MaskedWordHead, MatchingHead, Momentum, Queue, Temperature, Words, hard_negatives, itc, itm, mask_words, mlm,
 )  # fmt: skip
 from finematch.text import tokenise, word_level
@@ -1604,7 +1605,7 @@ print(f"{len(READINGS)} readings, {made_} other values: each made, each other th
 
 # %%
 readings = pd.DataFrame(
-    slan_objective.READINGS, columns=["reading", "argument", "values, default first", "the paper"]
+    objective.READINGS, columns=["reading", "argument", "values, default first", "the paper"]
 )
 show(readings.set_index("reading"))
 # what the table says in words, as arguments; `queue` and `embed` are small here
@@ -1619,8 +1620,8 @@ VALUES = {
     "match_score": [{"match_score": "odds"}, {"match_score": "logit"}],
 }  # fmt: skip
 arguments, default_loss = inspect.signature(SLAN).parameters, step_of(second=True)
-assert list(VALUES) == [argument for _, argument, _, _ in slan_objective.READINGS]
-for _, argument, values, _ in slan_objective.READINGS:
+assert list(VALUES) == [argument for _, argument, _, _ in objective.READINGS]
+for _, argument, values, _ in objective.READINGS:
     stated, default_ = values.split(" | ")[0], arguments[argument].default
     assert str(default_) == stated or argument in ("tau", "weights")
     first, other = VALUES[argument]

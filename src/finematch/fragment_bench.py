@@ -34,11 +34,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.ops import roi_align
 
-from finematch.caption_words import caption_backbone
 from finematch.data import categories as category_names
 from finematch.data import load, load_coco
 from finematch.data.record import DataError, Record, pairs
-from finematch.data.scenes import TOKENIZER, generate
+from finematch.data.scenes import generate
 from finematch.data.scenes_language import SHAPES
 from finematch.detreg import DETReg
 from finematch.encoders import config_of, open_clip_model, small_clip
@@ -54,7 +53,7 @@ from finematch.evaluation.average_precision import (
 )
 from finematch.evaluation.grounding import GroundedPhrase, grounding
 from finematch.evaluation.retrieval import full_precision, retrieval
-from finematch.features import Backbone, extract
+from finematch.features import extract
 from finematch.fragments import (
     PUBLISHED,
     VLP,
@@ -70,9 +69,9 @@ from finematch.fragments import (
 )
 from finematch.losses import contrastive
 from finematch.proposals import Proposals, extract_proposals, given
-from finematch.text import Ragged, keyword_method, tokenise, word_level
+from finematch.text import Ragged, keyword_method, tokenise
 from finematch.training import Plan, fit, seed_everything
-from finematch.workbench import SMOKE, accelerator, minilm_folder, picture_backbone, tokenizer_of
+from finematch.workbench import SMOKE, accelerator, cells_backbone, minilm_folder, tokenizer_of
 
 Echo = Callable[[str], None] | None
 Embed = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n e"]]
@@ -389,25 +388,6 @@ def _of(dataset: str, cache: str | Path, smoke: bool) -> Path:
     folder = Path(cache) / (f"{dataset}-smoke" if smoke else dataset)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def cells_backbone(
-    dataset: str, data_root: Path, cache: Path, *, smoke: bool = False, echo: Echo = print
-) -> Backbone:
-    """The frozen network whose cells a small CLIP reads: MobileNetV2 for photos; for scenes one that has read the train
-    captions (`caption_words`), for the attribute net of the other methods was told what every box shows."""
-    if dataset != "scenes":
-        return picture_backbone(dataset, data_root, cache, "tiny", smoke=smoke, echo=echo)
-    tokenizer = word_level(TOKENIZER)
-    split = {name: load("scenes", data_root, name) for name in ("train", "val")}
-    sides = {
-        name: (r, tokenise([c for _, c in pairs(r)], tokenizer, max_length=POSITIONS))
-        for name, r in split.items()
-    }
-    epochs = 1 if smoke else 12
-    made_of = json.dumps([epochs, [[r.captions for r in records] for records in split.values()]])
-    folder = cache / f"caption_words-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
-    return caption_backbone(folder, sides["train"], sides["val"], len(tokenizer), epochs=epochs, echo=echo)
 
 
 def open_vlp(

@@ -6,6 +6,7 @@ towers that fit them. What it opens depends on four names:
     backbone   tiny (embedded set)           tiny (photos)                     paper
     grid       cells of the attribute net    cells of MobileNetV2              patches of a timm ViT
     regions    proposals, attribute net      proposals, MobileNetV2            published FRCNN arrays
+    maps       stages of the caption net     stages of MobileNetV2             pixels, a timm network to train
     clip       small CLIP, from scratch      small CLIP, from scratch          CLIP ViT-B/16
 
     text       bert: small, from scratch (tiny) or bert-base-uncased (paper); gru: from scratch;
@@ -14,6 +15,9 @@ towers that fit them. What it opens depends on four names:
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -26,14 +30,16 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerBase
 
 from finematch.attributes import attribute_backbone
+from finematch.caption_words import caption_backbone
 from finematch.data import load
-from finematch.data.pairs import Pairs, PixelSource, RegionSource, Source, to_pixels
+from finematch.data.pairs import MapSource, Pairs, PixelSource, RegionSource, Source, to_pixels
 from finematch.data.precomp import Regions, load_regions
 from finematch.data.record import DataError, Record, pairs
 from finematch.data.scenes import TOKENIZER, attributes, generate
 from finematch.data.scenes_language import TABLES
 from finematch.encoders import (
     BertTower,
+    Cells,
     CLIPText,
     CLIPVision,
     GRUTower,
@@ -74,15 +80,17 @@ class Bench:
     """Everything a run stands on. `towers()` makes a fresh pair; seed before calling it.
 
     `clip` is the CLIPModel that the last `towers()` made, its tokenizer and its image processor. `tokenizer` is the
-    captions' own, `dataset` and `data_root` say where the records came from.
+    captions' own, `dataset` and `data_root` say where the records came from. Where maps are cached, `maps` are their
+    channels, fine to coarse, and the picture tower of `towers()` is None; else (`maps` at paper scale) it is a `Cells`.
     """
 
     splits: dict[str, Side]
     reported: str
-    towers: Callable[[], tuple[nn.Module, nn.Module]]
+    towers: Callable[[], tuple[nn.Module | None, nn.Module]]
     clip: tuple | None = None
     facts: dict = field(default_factory=dict)
     tokenizer: PreTrainedTokenizerBase | None = None
+    maps: tuple[int, ...] = ()
     dataset: str = ""
     data_root: Path = Path("data")
 
@@ -120,6 +128,8 @@ def open_bench(
     clip_weights: str = "",
     proposals: str = "auto",
     regions: int = 36,
+    size: int = 224,
+    heads: int = 4,
     smoke: bool = False,
     echo: Callable[[str], None] | None = print,
 ) -> Bench:
@@ -136,14 +146,18 @@ def open_bench(
         text_weights: folder or hub name of the BERT (paper) or the MiniLM.
         clip_weights: folder or hub name of a CLIP; empty is a small one from scratch.
         regions: proposals a picture, where regions are extracted here.
+        size: side of the pictures (pixels) of `maps` at paper scale.
+        heads: of the small BERT.
         smoke: a few pictures, so that everything runs in seconds; says nothing about quality.
 
     Raises:
         DataError: If the data, the weights or the vocabulary are not where they are looked for.
         ValueError: For names that do not go together.
     """
-    for name, value, known in (("scale", scale, ("tiny", "paper")), ("backbone", backbone, ("grid", "regions", "clip")),
-                               ("text", text, ("bert", "gru", "minilm", "clip"))):  # fmt: skip
+    for name, value, known in (
+        ("scale", scale, ("tiny", "paper")), ("backbone", backbone, ("grid", "regions", "maps", "clip")),
+        ("text", text, ("bert", "gru", "minilm", "clip")),
+    ):  # fmt: skip
         if value not in known:
             raise ValueError(f"{name} is {value!r}; use one of {known}")
     if (backbone == "clip") != (text == "clip"):
@@ -158,6 +172,7 @@ def open_bench(
         records = {s: a.records() for s, a in arrays.items()}
     else:
         records = open_records(dataset, data_root, smoke)
+    everything, maps, trained = cache, (), None
     reported = "test" if "test" in records else "val"
     if reported == "val" and echo:
         echo(f"{dataset} has no test split here: val is reported, and the last epoch is kept unseen")
@@ -175,6 +190,20 @@ def open_bench(
                 s: PixelSource(r, transform, keep=len(r) * 3 * side**2 * 4 < KEEP) for s, r in records.items()
             }
             arrays = {}
+        elif backbone == "maps" and scale == "paper":
+            trained = Cells(vision or "resnet50", weights=vision_weights or "hub")
+            transform = to_pixels(size, (0.0,) * 3, (1.0,) * 3)
+            pictures, arrays = {s: PixelSource(r, transform) for s, r in records.items()}, {}
+        elif backbone == "maps":
+            net = (
+                timm_backbone(vision, weights=vision_weights)
+                if vision
+                else cells_backbone(dataset, data_root, everything, smoke=smoke, echo=echo)
+            )
+            net.net.to(accelerator())
+            found, maps = stage_maps(records, net, cache, echo=echo)
+            pictures, arrays = {s: MapSource(stages) for s, stages in found.items()}, {}
+            facts |= {f"features_{k}": v for k, v in net.key.items()}
         else:
             if arrays is None:
                 net = picture_backbone(dataset, data_root, cache, scale, vision, vision_weights, smoke, echo)
@@ -215,6 +244,13 @@ def open_bench(
                 clip = open_clip_model(source)
                 bench.clip = (clip, tokenizer, processor)
                 return CLIPVision(clip), CLIPText(clip)
+            if backbone == "maps":
+                eye = copy.deepcopy(trained)
+                return eye, (
+                    BertTower(text_weights or "bert-base-uncased")
+                    if scale == "paper"
+                    else BertTower(small_bert(len(tokenizer), width=width, depth=depth, heads=heads))
+                )
             first = arrays["train"]
             eye = TokenTransformer(
                 first.features.shape[-1],
@@ -236,7 +272,14 @@ def open_bench(
             return eye, BertTower(small_bert(len(tokenizer), width=width, depth=max(1, depth)))
 
         bench = Bench(
-            sides, reported, towers, facts=facts, tokenizer=tokenizer, dataset=dataset, data_root=data_root
+            sides,
+            reported,
+            towers,
+            facts=facts,
+            tokenizer=tokenizer,
+            maps=maps,
+            dataset=dataset,
+            data_root=data_root,
         )
         return bench
 
@@ -317,6 +360,60 @@ def picture_backbone(
             "Put the MobileNetV2 weights there, or name a timm network (vision=..., vision_weights=...)",
         )
     return mobilenet(found)
+
+
+def cells_backbone(
+    dataset: str,
+    data_root: Path,
+    cache: Path,
+    *,
+    smoke: bool = False,
+    echo: Callable[[str], None] | None = print,
+) -> Backbone:
+    """A frozen network that was told nothing about boxes: MobileNetV2 for photos; for scenes one that has read the
+    train captions (`caption_words`), for the attribute net of the other methods was told what every box shows.
+
+    `cache` is the folder above the datasets' own: all who ask share one network.
+    """
+    if dataset != "scenes":
+        return picture_backbone(dataset, data_root, cache, "tiny", smoke=smoke, echo=echo)
+    tokenizer = word_level(TOKENIZER)
+    split = {name: load("scenes", data_root, name) for name in ("train", "val")}
+    sides = {
+        name: (r, tokenise([c for _, c in pairs(r)], tokenizer, max_length=64)) for name, r in split.items()
+    }
+    epochs = 1 if smoke else 12
+    made_of = json.dumps([epochs, [[r.captions for r in records] for records in split.values()]])
+    folder = cache / f"caption_words-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
+    return caption_backbone(folder, sides["train"], sides["val"], len(tokenizer), epochs=epochs, echo=echo)
+
+
+STAGES = 3  # maps of a cached network: its last three
+
+
+def stage_maps(
+    records: dict[str, list[Record]],
+    net: Backbone,
+    cache: Path,
+    *,
+    echo: Callable[[str], None] | None = print,
+) -> tuple[dict[str, list[Regions]], tuple[int, ...]]:
+    """The last `STAGES` maps of a frozen network up to its own stage, fine to coarse, for every split; their channels.
+
+    Each stage is kept as cells, in the layout of all features.
+    """
+    info = list(net.net.net.feature_info)
+    last = range(len(info))[net.net.stage]
+    stages = range(last + 1 - STAGES, last + 1)
+    found: dict[str, list[Regions]] = {s: [] for s in records}
+    for stage in stages:
+        cells = copy.copy(net.net)
+        cells.stage = stage
+        one = Backbone(cells, net.size, {**net.key, "stage": stage})
+        folder = cache / f"maps-{net.key['backbone']}-{str(net.key['weights'])[:8]}-{stage}"
+        for s, r in records.items():
+            found[s].append(extract(r, one, folder, s, kind="cells", echo=echo))
+    return found, tuple(info[stage]["num_chs"] for stage in stages)
 
 
 def open_clip(dataset: str, data_root: Path, weights: str, scale: str):
@@ -420,36 +517,85 @@ def attended_phrases(
         regions alike, which counts as a miss.
     """
     places = getattr(side.pictures, "places", None)
-    try:
-        if places is None:
-            raise DataError(
-                bench.dataset, "its features", "have no boxes", "Use features that come with boxes"
-            )
-        linked = load(f"{bench.dataset}_entities", bench.data_root, bench.reported)
-    except (DataError, ValueError) as error:
+    if places is None:
         if echo:
-            echo(f"Grounding is not measured: {error}")
+            echo("Grounding is not measured: the features have no boxes; use features that come with boxes")
         return []
-    row_of = {record.image_id: row for row, record in enumerate(side.records)}
-    asked = [(row_of[record.image_id], record, c) for record in linked if record.image_id in row_of
-             for c in sorted({phrase.caption for phrase in record.phrases})]  # fmt: skip
-    if not asked:
-        return []
-    texts = tokenise([record.captions[c] for _, record, c in asked], bench.tokenizer, max_length=32)
     found = []
-    for start in range(0, len(asked), block):
-        part = asked[start : start + block]
-        attention = attend(side.pictures.batch([row for row, _, _ in part]),
-                           texts.batch(range(start, start + len(part)))).cpu()  # fmt: skip
-        for (row, record, c), weights in zip(part, attention, strict=True):
+    for rows, linked, texts in _linked_captions(bench, side, block, echo):
+        attention = attend(side.pictures.batch(rows), texts).cpu()
+        for row, (record, c), weights in zip(rows, linked, attention, strict=True):
             frame = torch.tensor([*record.size, *record.size], dtype=torch.float32)
             regions = torch.from_numpy(places[row][:, :4]) * frame
-            offsets = pieces(record.captions[c], bench.tokenizer).offsets
-            for phrase in record.phrases:
-                if phrase.caption != c:
-                    continue
-                words = on_span(offsets, phrase.start, phrase.end)
+            for phrase, words in _phrases(record, c, bench.tokenizer):
                 scores = (phrase_scores(weights[: len(words)], words, reduce=reduce) if words.any()
                           else torch.zeros(len(regions)))  # fmt: skip
                 found.append(GroundedPhrase(regions, scores, phrase.boxes, record.size, phrase.kind))
     return found
+
+
+@torch.no_grad()
+def located_phrases(
+    bench: Bench,
+    side: Side,
+    locate: Callable[[dict, dict], tuple[Tensor, Tensor, Tensor]],
+    *,
+    reduce: str = "max",
+    block: int = 128,
+    echo: Callable[[str], None] | None = print,
+) -> list[list[GroundedPhrase]]:
+    """As `attended_phrases`, of a model that makes boxes of its own, level by level.
+
+    Args:
+        locate: keywords of pictures and of captions, pair by pair, to boxes "l p t 4" in fractions of the picture,
+            to how well each fits each token "l p t n", and which there are "p t".
+
+    Returns:
+        A list a level, of one item a phrase; none where the dataset has no links.
+    """
+    levels: list[list[GroundedPhrase]] = []
+    for rows, linked, texts in _linked_captions(bench, side, block, echo):
+        boxes, fit, valid = (part.cpu() for part in locate(side.pictures.batch(rows), texts))
+        levels = levels or [[] for _ in boxes]
+        for p, (record, c) in enumerate(linked):
+            frame = torch.tensor([*record.size, *record.size], dtype=torch.float32)
+            for phrase, words in _phrases(record, c, bench.tokenizer):
+                for of_level, places, weights in zip(levels, boxes[:, p], fit[:, p], strict=True):
+                    real = valid[p]
+                    scores = (phrase_scores(weights[real].T[: len(words)], words, reduce=reduce) if words.any()
+                              else torch.zeros(int(real.sum())))  # fmt: skip
+                    of_level.append(
+                        GroundedPhrase(places[real] * frame, scores, phrase.boxes, record.size, phrase.kind)
+                    )
+    return levels
+
+
+def _linked_captions(bench: Bench, side: Side, block: int, echo: Callable[[str], None] | None):
+    """Captions with linked phrases, in blocks: rows of their pictures, (record, number of its caption), tokens."""
+    try:
+        linked = load(f"{bench.dataset}_entities", bench.data_root, bench.reported)
+    except (DataError, ValueError) as error:
+        if echo:
+            echo(f"Grounding is not measured: {error}")
+        return
+    row_of = {record.image_id: row for row, record in enumerate(side.records)}
+    asked = [(row_of[record.image_id], record, c) for record in linked if record.image_id in row_of
+             for c in sorted({phrase.caption for phrase in record.phrases})]  # fmt: skip
+    if not asked:
+        return
+    texts = tokenise([record.captions[c] for _, record, c in asked], bench.tokenizer, max_length=32)
+    for start in range(0, len(asked), block):
+        part = asked[start : start + block]
+        yield (
+            [row for row, _, _ in part],
+            [(record, c) for _, record, c in part],
+            texts.batch(range(start, start + len(part))),
+        )
+
+
+def _phrases(record: Record, caption: int, tokenizer: PreTrainedTokenizerBase):
+    """The phrases of a record's caption, each with which of the caption's tokens it is."""
+    offsets = pieces(record.captions[caption], tokenizer).offsets
+    for phrase in record.phrases:
+        if phrase.caption == caption:
+            yield phrase, on_span(offsets, phrase.start, phrase.end)

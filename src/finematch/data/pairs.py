@@ -6,6 +6,7 @@ index gathers from arrays that are in memory or memory-mapped: no worker process
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -65,6 +66,40 @@ class RegionSource:
         out = {"features": features, "mask": torch.ones(features.shape[:2], dtype=torch.bool)}
         if self.places is not None:
             out["places"] = torch.from_numpy(self.places[np.asarray(index)])
+        return out
+
+
+class MapSource:
+    """Feature maps that a frozen network made: `map0`, `map1` ... "b c h w", fine to coarse, in the type of the files.
+
+    Args:
+        stages: cells of each stage, row by row, of the same pictures; squares, as pictures are squashed to one.
+
+    Raises:
+        DataError: stages of other pictures than the first, or cells that make no square.
+    """
+
+    def __init__(self, stages: Sequence[Regions]):
+        self.stages = list(stages)
+        for i, stage in enumerate(self.stages):
+            cells = stage.features.shape[1]
+            if list(stage.ids) != list(self.stages[0].ids) or math.isqrt(cells) ** 2 != cells:
+                raise DataError(
+                    f"{stage.split}_ims.npy",
+                    f"stage {i}",
+                    f"is of other pictures than stage 0, or its {cells} cells make no square",
+                    "Extract all stages from the same pictures, squashed to a square",
+                )
+
+    def __len__(self) -> int:
+        return len(self.stages[0].features)
+
+    def batch(self, index: Index) -> dict[str, Tensor]:
+        out = {}
+        for i, stage in enumerate(self.stages):
+            cells = torch.from_numpy(np.asarray(stage.features[np.asarray(index)]))
+            side = math.isqrt(cells.shape[1])
+            out[f"map{i}"] = cells.transpose(1, 2).unflatten(2, (side, side)).contiguous()
         return out
 
 

@@ -1287,17 +1287,21 @@ SETTINGS = {
     "tiny": {
         "size": 64, "width": 64, "text_depth": 2, "text_heads": 4, "levels": 3, "pyramid": 32, "heads": 4, "count": 50,
         "anchor": 4.0, "query_depth": 1, "query_heads": 4, "top": 10, "threshold": 0.5, "samples": 4, "dropout": 0.0,
-        "epochs": 4, "batch_size": 64, "lr": 1e-3,
+        "epochs": 4, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.02, "schedule": "cosine", "warmup": 0.1, "clip_norm": 1.0,
+        "precision": "no", "embed": 64, "queue": 0, "reg_weight": 1.0, "rerank": 16, "stages": (), "scales": (),
     },
     "photos": {
         "size": 224, "width": 128, "text_depth": 2, "text_heads": 4, "levels": 3, "pyramid": 48, "heads": 4,
         "count": 100, "anchor": 4.0, "query_depth": 1, "query_heads": 4, "top": 10, "threshold": 0.5, "samples": 6,
-        "dropout": 0.1, "epochs": 8, "batch_size": 64, "lr": 5e-4,
+        "dropout": 0.1, "epochs": 8, "batch_size": 64, "lr": 5e-4, "weight_decay": 0.02, "schedule": "cosine", "warmup": 0.1,
+        "clip_norm": 1.0, "precision": "no", "embed": 128, "queue": 0, "reg_weight": 1.0, "rerank": 16, "stages": (), "scales": (),
     },
     "paper": {
         "size": 224, "width": 768, "text_depth": 12, "text_heads": 12, "levels": 3, "pyramid": 256, "heads": 12,
         "count": 100, "anchor": 8.0, "query_depth": 6, "query_heads": 8, "top": 10, "threshold": 0.5, "samples": 14,
-        "dropout": 0.0, "epochs": 20, "batch_size": 1280, "lr": 3e-4,
+        "dropout": 0.0, "epochs": 20, "batch_size": 1280, "lr": 3e-4, "weight_decay": 0.02, "schedule": "linear", "warmup": 0.0,
+        "clip_norm": 0.0, "precision": "bf16", "embed": 256, "queue": 65536, "reg_weight": 1.0, "rerank": 128, "stages": (2, 3, 4),
+        "scales": (),
     },
 }  # fmt: skip
 LOCATOR = (
@@ -1309,7 +1313,7 @@ LOCATOR = (
 BATCHES = {"resnet50": 1280, "vit_base": 960, "vit_large": 640, "vit_huge": 640}
 
 # The value that leaves a setting to the scale; 0 for all others.
-UNSET = {"levels": -1, "top": -1, "threshold": -1, "dropout": -1}
+UNSET = {"levels": -1, "top": -1, "threshold": -1, "dropout": -1, "queue": -1, "reg_weight": -1, "precision": ""}
 
 
 def settings(scale: str, dataset: str, given: dict) -> dict:
