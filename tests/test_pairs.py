@@ -9,7 +9,7 @@ from formats import picture
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from finematch.data.pairs import Pairs, PixelSource, RegionSource, StateSource, to_pixels
+from finematch.data.pairs import MapSource, Pairs, PixelSource, RegionSource, StateSource, to_pixels
 from finematch.data.precomp import Regions
 from finematch.data.record import DataError, Record
 from finematch.text import Ragged
@@ -30,6 +30,27 @@ def texts(lengths: list[int]) -> Ragged:
 
 
 # ------------------------------------------------------------------------------------------ sources
+def test_cells_are_laid_out_as_maps_row_by_row():
+    source = MapSource([regions(3, r=4, d=2), regions(3, r=1, d=5)])
+    batch = source.batch([2, 0])
+    assert list(batch) == ["map0", "map1"]
+    assert [tuple(m.shape) for m in batch.values()] == [(2, 2, 2, 2), (2, 5, 1, 1)]
+    cells = regions(3, r=4, d=2).features
+    for row, picture_ in enumerate((2, 0)):
+        for y in range(2):
+            for x in range(2):
+                assert batch["map0"][row, :, y, x].tolist() == cells[picture_, 2 * y + x].tolist()
+    assert batch["map0"].dtype == torch.float16
+    assert len(source) == 3
+
+
+def test_stages_that_do_not_fit_are_refused():
+    with pytest.raises(DataError, match="3 cells make no square"):
+        MapSource([regions(3, r=3)])
+    with pytest.raises(DataError, match="stage 1: is of other pictures"):
+        MapSource([regions(3, r=4), regions(2, r=4)])
+
+
 def test_places_by_hand():
     """Fractions of the width and of the height, and the area as a fraction of the picture's."""
     boxes = np.array([[[0, 0, 200, 100], [50, 25, 100, 75]]], np.float32)

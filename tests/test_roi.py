@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torchvision.ops import roi_align
 
-from finematch.boxes import SMALLEST, box_mean, giou, neighbourhood, roi_align_mean, summed_area
+from finematch.boxes import (
+    SMALLEST,
+    box_mean,
+    giou,
+    neighbourhood,
+    neighbourhood_mean,
+    roi_align_mean,
+    summed_area,
+)
 
 H, W = 5, 7
 
@@ -327,6 +335,26 @@ def test_a_neighbourhood_is_pooled_in_one_call(pool):
         low = (boxes[:, r, :2] + boxes[:, r, 2:]) / 2 + torch.tensor([col - 1.5, row - 1.5]) * 0.1
         alone = torch.cat([low, low + 0.1], dim=-1)[:, None]
         assert torch.allclose(pooled[:, r, j], pool(features, alone)[:, 0])
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_cells_that_share_edges_pool_as_single_boxes_do(k):
+    """Value and both gradients; windows that leave the picture, and a map that is no square."""
+    results = []
+    for pool in (neighbourhood_mean, roi_align_mean):
+        features, boxes = random_map().requires_grad_(), random_boxes(r=6, beyond=0.2).requires_grad_()
+        pooled = pool(features, neighbourhood(boxes, k, 0.6), 4)
+        assert pooled.shape == (2, 6, k**2, 3)
+        weight = torch.randn(pooled.shape, dtype=pooled.dtype, generator=torch.Generator().manual_seed(3))
+        (pooled * weight).sum().backward()
+        results.append((pooled.detach(), features.grad, boxes.grad))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-9)
+
+
+def test_a_neighbourhood_that_is_no_square_is_refused():
+    with pytest.raises(ValueError, match="a square number"):
+        neighbourhood_mean(random_map(), random_boxes(r=6)[:, :, None].expand(-1, -1, 8, -1))
 
 
 def test_cells_of_a_box_average_to_the_box():

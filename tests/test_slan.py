@@ -192,7 +192,6 @@ def test_every_choice_changes_the_result():
         ({"ratios": (1.0,)}, "1 ratios"), ({"ratios": (1.0, 0.5, 0.0)}, "positive"), ({"tau": 0.0}, "positive"),
         ({"threshold": 1.0}, "threshold"), ({"top": -1}, "top"), ({"count": 0}, "count"), ({"nms": 1.0}, "nms"),
         ({"filter_text": True, "token": "regions"}, "without a text"), ({"scaling": "query"}, "no identity"),
-        ({"proposals": "queries", "nms": 0.5}, "suppressed"), ({"maps": 4, "levels": 2}, "3 stages"),
         ({"scales": (0.5, 1.0, 2.0)}, "single map"), ({"proposals": "queries", "count": 0}, "count"),
     ],
     ids=str,
@@ -388,6 +387,20 @@ def test_the_decoder_is_a_feature_pyramid_coarse_to_fine():
         (fine, middle, coarse), (bottom, between, top), decoder.fpn.layer_blocks, strict=True
     ):
         torch.testing.assert_close(made, block[0](level))
+
+
+@pytest.mark.parametrize("source", ["decoder", "encoder"])
+def test_coarse_maps_that_the_encoder_lacks_are_pooled(source):
+    torch.manual_seed(0)
+    short, full = VisionDecoder((3, 4), 7, 4, source=source), VisionDecoder((3, 4, 4, 4), 7, 4, source=source)
+    full.load_state_dict(short.state_dict())
+    maps = [torch.randn(2, c, s, s) for c, s in ((3, 10), (4, 5))]
+    pooled = [F.max_pool2d(maps[1], 2, ceil_mode=True)]  # 3 x 3, whose last row and column stood alone
+    pooled.append(F.max_pool2d(pooled[0], 2, ceil_mode=True))
+    made = short(maps)
+    assert [m.shape[-1] for m in made] == [2, 3, 5, 10]
+    for mine, theirs in zip(made, full([*maps, *pooled]), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_the_encoders_own_maps_meet_only_a_change_of_width():

@@ -30,6 +30,7 @@ from finematch.slan.objective import (
     Momentum,
     Queue,
     Temperature,
+    Unimodal,
     Words,
     hard_negatives,
     itc,
@@ -535,6 +536,24 @@ def test_matching_sees_one_true_pair_to_two_hard_ones():
     torch.testing.assert_close(found, total)
 
 
+def test_matching_begins_with_random_negatives(monkeypatch):
+    """For two steps of training, and not in evaluation; then drawn by similarity, as without."""
+    seen = []
+
+    def drawn(similarity, image_id):
+        seen.append(float(similarity.abs().max()))
+        return hard_negatives(similarity, image_id)
+
+    monkeypatch.setattr("finematch.slan.objective.hard_negatives", drawn)
+    model, batch = tiny(random_steps=2).eval(), pairs(4)
+    model(batch)
+    for _ in range(3):
+        model.train()(batch)
+    assert [value > 0 for value in seen] == [True, False, False, True]
+    with pytest.raises(ValueError, match="random_steps = -1"):
+        tiny(random_steps=-1)
+
+
 def test_masked_words_pass_the_towers_and_the_locator_masked():
     model, batch = tiny(weights={"itc": 0, "itm": 0, "reg": 0}, mask_share=0.5), pairs(4)
     torch.manual_seed(3)
@@ -552,7 +571,7 @@ def test_masked_words_pass_the_towers_and_the_locator_masked():
 
 READ = [{}, {"queue": 0}, {"momentum": 0.0}, {"queue": 0, "distil": 0.4}, {"distil": 0.4}, {"same_picture": False},
         {"reduction": "mean"}, {"mlm": "pooled"}, {"mlm_picture": False}, {"embed": 0},
-        {"match_score": "logit"}]  # fmt: skip
+        {"match_score": "logit"}, {"random_steps": 10}]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", READ, ids=str)
@@ -614,6 +633,28 @@ def test_a_term_alone_trains_what_it_reaches(lone, idle):
     assert idle is None or waiting == idle
     assert (model.head is None) == (lone != "itm")
     assert (model.masked is None) == (lone != "mlm")
+
+
+@pytest.mark.parametrize("token", ["map", "regions"])
+def test_the_encoders_alone_train_as_the_contrast_in_the_batch_does(token):
+    """Whatever token the model itself contrasts, the pooled map is taken; nothing else has a gradient."""
+    model = tiny(token=token, queue=16, momentum=0.9)
+    contrast = tiny(queue=0, momentum=0.0, weights={"itm": 0, "mlm": 0, "reg": 0})
+    contrast.encoders.load_state_dict(model.encoders.state_dict())
+    alone, batch = Unimodal(model), pairs()
+    terms = alone(batch)
+    torch.testing.assert_close(terms["loss"], contrast(batch)["itc"])
+    terms["loss"].backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum()}
+    assert {name.partition(".")[0] for name in reached} == {"encoders", "temperature"}
+    assert int(model.queue.total) == 0
+    for mine, theirs in (
+        (alone.encode_image(**batch["image"]), model.encode_image(**batch["image"])),
+        (alone.encode_text(**batch["text"]), model.encode_text(**batch["text"])),
+    ):
+        assert mine.vector.shape == theirs.vector.shape
+        if token == "map":
+            torch.testing.assert_close(mine.vector, theirs.vector)
 
 
 def test_evaluation_mode_moves_nothing():
@@ -819,8 +860,9 @@ def test_fine_tuning_begins_with_pretrained_weights(tmp_path):
     new = tiny(seed=5, queue=4, weights={"mlm": 0})
     assert new.load_pretrained(tmp_path / "best.safetensors") == ["masked"]
     for name, value in new.state_dict().items():
-        if not name.startswith(("queue.", "momentum.")):
+        if not name.startswith(("queue.", "momentum.", "steps")):
             assert torch.equal(value, old.state_dict()[name]), name
+    assert (int(new.steps), int(old.steps)) == (0, 1)  # of this training
     for mine, theirs in zip(
         new.momentum.copies["encoders"].parameters(), new.encoders.parameters(), strict=True
     ):

@@ -86,6 +86,59 @@ def test_scenes_opens_with(root, bert, backbone, text):
         bench.save_clip(root / "nothing")
 
 
+def test_scenes_opens_with_maps(root):
+    """Three stages of the network that has read the captions; no attribute and no box was shown to it."""
+    bench = scenes(root, backbone="maps", text="bert", heads=2)
+    assert bench.facts["features_trained_on"] == "words of the train captions"
+    assert bench.maps == (64, 64, 128)
+    maps = bench.splits["val"].pictures.batch([3, 0])
+    assert [tuple(m.shape[1:]) for m in maps.values()] == [(64, 32, 32), (64, 16, 16), (128, 8, 8)]
+    net = W.cells_backbone("scenes", root / "cache" / "smoke", root / "cache", smoke=True, echo=None)
+    coarsest = net([bench.splits["val"].records[i].open() for i in (3, 0)])
+    torch.testing.assert_close(maps["map2"].float(), coarsest, atol=2e-2, rtol=1e-2)  # kept in half precision
+    two = scenes(root, backbone="maps", text="bert", stages=2)
+    assert two.maps == (64, 128)
+    assert torch.equal(two.splits["val"].pictures.batch([3, 0])["map1"], maps["map2"])
+    eye, words = bench.towers()
+    assert eye is None
+    assert isinstance(words, BertTower)
+
+
+def test_located_phrases_are_level_by_level(root):
+    """Boxes that are the true ones at level 1 and one corner at level 0; words tell regions apart."""
+    bench = scenes(root, backbone="maps", text="bert")
+    side = bench.splits["test"]
+    seen = []
+
+    def locate(pictures: dict, texts: dict):
+        p, n = texts["input_ids"].shape
+        seen.append(p)
+        corner, whole = torch.tensor([0, 0, 0.1, 0.1]), torch.tensor([0, 0, 1.0, 1.0])
+        boxes = torch.stack([corner, whole, whole]).expand(2, p, 3, 4).clone()
+        boxes[1, :, 0] = whole
+        fit = torch.zeros(2, p, 3, n)
+        fit[0, :, 1], fit[1, :, 0] = 1.0, 1.0
+        valid = torch.tensor([True, True, False]).expand(p, 3)
+        return boxes, fit, valid
+
+    levels = W.located_phrases(bench, side, locate, block=7)
+    linked = W.load("scenes_entities", bench.data_root, "test")
+    assert [len(level) for level in levels] == [sum(len(r.phrases) for r in linked)] * 2
+    assert max(seen) == 7
+    for level, best in zip(levels, (1, 0), strict=True):
+        for phrase in level:
+            assert len(phrase.regions) == 2, "what is not there is no candidate"
+            assert phrase.scores.argmax() == best
+            assert phrase.regions[best].tolist() == [0, 0, *phrase.size], "pixels"
+
+
+def test_without_links_grounding_says_so(root, capsys):
+    bench = scenes(root, backbone="maps", text="bert")
+    bench.dataset = "flickr30k"
+    assert W.located_phrases(bench, bench.splits["test"], lambda pictures, texts: None) == []
+    assert "Grounding is not measured" in capsys.readouterr().out
+
+
 def test_towers_are_fresh_and_depend_on_the_seed(root):
     for options in ({}, {"text": "bert"}, {"backbone": "clip", "text": "clip"}):
         bench = scenes(root, **options)
@@ -105,6 +158,7 @@ def test_towers_are_fresh_and_depend_on_the_seed(root):
         ({"backbone": "clip", "text": "bert"}, "two towers go together"),
         ({"backbone": "grid", "text": "clip"}, "two towers go together"),
         ({"backbone": "region"}, "backbone is 'region'"),
+        ({"backbone": "maps", "text": "minilm"}, "maps go with text='bert'"),
         ({"text": "lstm"}, "text is 'lstm'"),
         ({"scale": "papers"}, "scale is 'papers'"),
         ({"dataset": "scene"}, "near to 'scenes'"),

@@ -1614,6 +1614,7 @@ VALUES = {
     "same_picture": [{"same_picture": True}, {"same_picture": False}],
     "tau": [{"tau": 0.07, "learnable_tau": True}, {"tau": 0.2, "learnable_tau": False}],
     "reduction": [{"reduction": "sum"}, {"reduction": "mean"}], "distil": [{"distil": 0.0}, {"distil": 0.4}],
+    "random_steps": [{"random_steps": 0}, {"random_steps": 9}],
     "mlm": [{"mlm": "positions"}, {"mlm": "pooled"}], "mlm_picture": [{"mlm_picture": True}, {"mlm_picture": False}],
     "embed": [{"embed": 16}, {"embed": 0}],
     "weights": [{"weights": dict.fromkeys(("itc", "itm", "mlm", "reg"), 1.0)}, {"weights": {"reg": 0.1}}],

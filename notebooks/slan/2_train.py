@@ -29,7 +29,7 @@ top: int = -1  # T of the filter, 0 keeps all; -1 is the scale's (10)
 threshold: float = -1.0  # h of the filter; -1 is the scale's (0.5)
 source: str = "decoder"  # decoder or encoder: where the maps of all levels come from (arXiv, Table 10)
 frozen: bool = False  # the proposals are not trained (Table 6, row 1)
-detector: str = ""  # weights of the proposals: a file, or scenes: trained on the train split's boxes
+detector: str = ""  # weights of the proposals: a file, or boxes: trained on the boxes of the train split
 pretrained: str = ""  # best.safetensors of a run to begin with (fine-tuning, zero-shot with epochs of 1 step)
 shards: str = ""  # pretraining data, as name:folder pairs with commas; in place of the dataset's train split
 proposals: str = ""  # rpn or queries (reading S28); empty is the version's
@@ -62,6 +62,7 @@ reduction: str = "sum"  # sum or mean of the two directions (S22)
 distil: float = 0.0  # share of momentum distillation
 mlm: str = "positions"  # positions or pooled (S25)
 mlm_picture: bool = True  # T_v joins the masked word's state
+random_negatives: float = -1.0  # share of the steps whose wrong pairs are random (S24); -1 is the scale's
 match_score: str = "odds"  # odds or logit: what ranks a pair
 itc_weight: float = 1.0  # weights of the four losses of Eq. 8-9 (S37)
 itm_weight: float = 1.0  # image-text matching
@@ -73,6 +74,7 @@ vision: str = ""  # a timm name in place of the scale's picture backbone
 vision_weights: str = ""  # safetensors file for it, or hub
 text_weights: str = ""  # folder or hub name of the BERT, or of its vocabulary at scale tiny
 width: int = 0  # D; 0 is the scale's
+encoder_epochs: int = -1  # epochs of the contrast alone before; -1 is the scale's (0 in the paper)
 epochs: int = 0  # 0 is the scale's
 batch_size: int = 0  # 0 is the scale's
 lr: float = 0.0  # 0 is the scale's
@@ -90,16 +92,21 @@ p = strict(
     scaling={"", "rank", "query", "level", "predicted"}, reg_reduction={"sum", "mean"}, nms=(0, 0.99),
     score_norm={"max", "minmax", "sigmoid"}, token={"", "map", "regions"}, fused={"regions", "map"}, target={"mean", "weighted"},
     embed_norm={"layer", "none"}, roi={"align", "table"}, queue=(-1, 2**20), momentum=(0, 0.99999), reduction={"sum", "mean"},
-    distil=(0, 0.99), mlm={"positions", "pooled"}, match_score={"odds", "logit"}, itc_weight=(0, 100), itm_weight=(0, 100),
-    mlm_weight=(0, 100), reg_weight=(-1, 100), rerank=(0, 10000), rank_score={"itm", "itm+itc"}, width=(0, 4096), epochs=(0, 1000),
+    distil=(0, 0.99), mlm={"positions", "pooled"}, random_negatives=(-1, 1), match_score={"odds", "logit"}, itc_weight=(0, 100), itm_weight=(0, 100),
+    mlm_weight=(0, 100), reg_weight=(-1, 100), rerank=(0, 10000), rank_score={"itm", "itm+itc"}, width=(0, 4096), encoder_epochs=(-1, 1000), epochs=(0, 1000),
     batch_size=(0, 65536), lr=(0, 1), precision={"", "no", "bf16", "fp16"}, threads=(0, 256),
 )  # fmt: skip
 
 # %%
+import hashlib
+import json
 import time
+from dataclasses import asdict
 
 import torch
+from filelock import FileLock
 
+from finematch.data import load
 from finematch.evaluation.grounding import grounding
 from finematch.evaluation.reranking import reranked_retrieval
 from finematch.evaluation.retrieval import retrieval
@@ -114,7 +121,7 @@ from finematch.slan.locator import (
     Towers,
     settings,
 )
-from finematch.slan.objective import SLAN, Words, pair_scorer
+from finematch.slan.objective import SLAN, Unimodal, Words, pair_scorer
 from finematch.training import Plan, check_writable, fit, seed_everything, to_device
 from finematch.workbench import embed, located_phrases, open_bench
 
@@ -134,11 +141,29 @@ s
 # %%
 bench = open_bench(
     dataset=p.dataset, data_root=root() / p.data_root, cache=root() / p.cache, scale=p.scale, backbone="maps", text="bert",
-    width=s["width"], depth=s["text_depth"], heads=s["text_heads"], size=s["size"], vision=p.vision,
+    width=s["width"], depth=s["text_depth"], heads=s["text_heads"], size=s["size"], stages=s["maps"], vision=p.vision,
     vision_weights=p.vision_weights, text_weights=p.text_weights, smoke=p.smoke,
 )  # fmt: skip
 train, val, side = (bench.splits[name] for name in ("train", "val", bench.reported))
 {name: f"{len(part.records)} pictures, {len(part.captions)} captions" for name, part in bench.splits.items()}
+
+# %% [markdown]
+# ## A detector
+#
+# Table 6 begins with proposals that were "loaded from COCO detection" and the appendix's Table 9 goes on from them. On scenes a detector is trained for it:
+# the same proposal network, on the true boxes of the train split. All other runs never see a box.
+
+# %%
+weights = None
+if p.detector == "boxes":
+    weights = detector(
+        root() / p.cache / "slan_detector", {name: bench.splits[name].pictures for name in ("train", "val")},
+        {name: load(f"{p.dataset}_coco", bench.data_root, name) for name in ("train", "val")},
+        pyramid=s["pyramid"], source=p.source, anchor=s["anchor"],
+    )  # fmt: skip
+    print(json.loads((weights.parent / "recall.json").read_text()))
+elif p.detector:
+    weights = root() / p.detector
 
 # %% [markdown]
 # ## The model
@@ -161,11 +186,51 @@ model = SLAN(
     weights={"itc": p.itc_weight, "itm": p.itm_weight, "mlm": p.mlm_weight, "reg": s["reg_weight"] if s["levels"] else 0.0},
     embed=s["embed"], queue=s["queue"], momentum=p.momentum, same_picture=p.same_picture, reduction=p.reduction,
     distil=p.distil, mlm=p.mlm, mlm_picture=p.mlm_picture, match_score=p.match_score,
+    random_steps=round(s["random_negatives"] * s["epochs"] * (len(train.captions) // s["batch_size"])),
 )  # fmt: skip
+if weights:
+    load_proposals(locator.proposals, weights, decoder=locator.decoder)
+if p.pretrained:
+    print(
+        f"Begins with {p.pretrained}; heads of only one of the two: {model.load_pretrained(root() / p.pretrained)}"
+    )
 parameters = sum(q.numel() for q in model.parameters() if q.requires_grad)
 print(
     f"{parameters / 1e6:.2f} M parameters to train, {len(train.captions) // s['batch_size']} steps an epoch"
 )
+
+
+# %% [markdown]
+# ## The encoders
+#
+# The paper begins with encoders that others have trained. Where a run has none (`encoder_epochs` above 0), the contrast trains the text tower and the
+# projection of the frozen maps first, without a locator. Runs of one seed share this: it stands in the cache.
+
+
+# %%
+def by_contrast(which_model, which) -> dict:
+    image, text = embed(which_model, which)
+    return retrieval(image, text, which.image_of)
+
+
+def val_metrics(which_model) -> dict[str, float]:
+    found = by_contrast(which_model, val)
+    return {name: found[name] for name in ("i2t_r1", "t2i_r1", "rsum")}
+
+
+plan = {"batch_size": s["batch_size"], "lr": s["lr"], "weight_decay": s["weight_decay"], "schedule": s["schedule"],
+        "warmup": s["warmup"], "clip_norm": s["clip_norm"], "precision": s["precision"], "seed": p.seed}  # fmt: skip
+if s["encoder_epochs"] and not p.pretrained:
+    first = Plan(epochs=s["encoder_epochs"], **plan)
+    made_of = json.dumps(
+        [asdict(first), s["width"], s["text_depth"], s["text_heads"], s["embed"], model.form, bench.facts]
+    )
+    shared = (
+        root() / p.cache / f"slan_encoders-{p.dataset}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
+    )
+    with FileLock(f"{shared}.lock"):
+        fit(Unimodal(model), train.pairs(), first, shared, evaluate=val_metrics, select=bench.select)
+
 
 # %% [markdown]
 # ## Before training
@@ -207,21 +272,12 @@ LOOK = ("pointing", "chance_pointing", "r1", "chance_r1", "upper_bound", "centre
 # epoch with the best rsum on *val* is kept (the contrast alone, of all of val: re-ranking it each epoch would take as long as training); where val
 # itself is reported, the last one.
 
+# %%
 
 # %%
-def by_contrast(which) -> dict:
-    image, text = embed(model, which)
-    return retrieval(image, text, which.image_of)
-
-
-def val_metrics(_) -> dict[str, float]:
-    found = by_contrast(val)
-    return {name: found[name] for name in ("i2t_r1", "t2i_r1", "rsum")}
-
-
-plan = Plan(epochs=s["epochs"], batch_size=s["batch_size"], lr=s["lr"], weight_decay=s["weight_decay"], schedule=s["schedule"],
-            warmup=s["warmup"], clip_norm=s["clip_norm"], precision=s["precision"], seed=p.seed)  # fmt: skip
-summary = fit(model, train.pairs(), plan, folder, evaluate=val_metrics, select=bench.select)
+summary = fit(
+    model, train.pairs(), Plan(epochs=s["epochs"], **plan), folder, evaluate=val_metrics, select=bench.select
+)
 
 # %% [markdown]
 # ## Evaluation

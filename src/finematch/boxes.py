@@ -14,6 +14,7 @@ cells of a map.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -191,6 +192,35 @@ def roi_align_mean(
     # this way round the gradient comes in the features' layout
     pooled = torch.einsum("bchw,brhw->bcr", features, weights).mT
     return pooled.unflatten(1, boxes.shape[1:-1])
+
+
+def neighbourhood_mean(
+    features: Float[Tensor, "b c h w"], cells: Float[Tensor, "b t k2 4"], samples: int = 14
+) -> Float[Tensor, "b t k2 c"]:
+    """`roi_align_mean` of the cells of neighbourhoods (`neighbourhood`), for less work: a third of it with K = 3.
+
+    Cells of one column have one pair of x edges, and those of one row one pair of y edges. So `y^T F x` is taken in two
+    steps: F with the K columns of each neighbourhood (b t K c h numbers are kept), then that with its K rows.
+
+    Args:
+        cells: xyxy in [0, 1], row by row of a K x K grid; only the edges of its first row and column are read.
+
+    Raises:
+        ValueError: samples below 1, or a number of cells that is no square.
+    """
+    k = math.isqrt(cells.shape[2])
+    if samples < 1 or k**2 != cells.shape[2]:
+        raise ValueError(f"{samples} samples a side, {cells.shape[2]} cells: at least 1, and a square number")
+    h, w = features.shape[2:]
+    low, size, _ = _in_cells(cells, w, h, smallest=0)
+    low, size = (part.unflatten(1, cells.shape[1:3]) for part in (low, size))  # b t k2 2
+    x = _sampling_weights(low[:, :, :k, 0].flatten(1), size[:, :, :k, 0].flatten(1), w, samples)
+    y = _sampling_weights(low[:, :, ::k, 1].flatten(1), size[:, :, ::k, 1].flatten(1), h, samples)
+    columns = torch.einsum("bchw,bmw->bmch", features, x.to(features.dtype))  # m: t k
+    columns = columns.unflatten(1, (-1, k)).flatten(2, 3)  # b t (k c) h
+    rows = y.to(features.dtype).unflatten(1, (-1, k))  # b t k h
+    pooled = (rows @ columns.mT).unflatten(3, (k, -1))  # b t row column c
+    return pooled.flatten(2, 3)
 
 
 class AreaTable(NamedTuple):

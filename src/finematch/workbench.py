@@ -129,6 +129,7 @@ def open_bench(
     proposals: str = "auto",
     regions: int = 36,
     size: int = 224,
+    stages: int = 3,
     heads: int = 4,
     smoke: bool = False,
     echo: Callable[[str], None] | None = print,
@@ -147,6 +148,7 @@ def open_bench(
         clip_weights: folder or hub name of a CLIP; empty is a small one from scratch.
         regions: proposals a picture, where regions are extracted here.
         size: side of the pictures (pixels) of `maps` at paper scale.
+        stages: how many maps of a frozen network are kept, its last ones.
         heads: of the small BERT.
         smoke: a few pictures, so that everything runs in seconds; says nothing about quality.
 
@@ -162,6 +164,8 @@ def open_bench(
             raise ValueError(f"{name} is {value!r}; use one of {known}")
     if (backbone == "clip") != (text == "clip"):
         raise ValueError(f"backbone={backbone!r} with text={text!r}: CLIP's two towers go together")
+    if backbone == "maps" and text != "bert":
+        raise ValueError(f"maps go with text='bert', whose words keep their places; text is {text!r}")
     data_root, cache = Path(data_root), Path(cache)
     if dataset.startswith("scenes") and smoke:
         data_root = cache / "smoke"
@@ -201,7 +205,7 @@ def open_bench(
                 else cells_backbone(dataset, data_root, everything, smoke=smoke, echo=echo)
             )
             net.net.to(accelerator())
-            found, maps = stage_maps(records, net, cache, echo=echo)
+            found, maps = stage_maps(records, net, cache, stages=stages, echo=echo)
             pictures, arrays = {s: MapSource(stages) for s, stages in found.items()}, {}
             facts |= {f"features_{k}": v for k, v in net.key.items()}
         else:
@@ -239,7 +243,7 @@ def open_bench(
             image_of = np.array([i for i, _ in pairs(r)])
             sides[s] = Side(r, captions[s], image_of, pictures[s], texts[s], arrays.get(s))
 
-        def towers() -> tuple[nn.Module, nn.Module]:
+        def towers() -> tuple[nn.Module | None, nn.Module]:
             if backbone == "clip":
                 clip = open_clip_model(source)
                 bench.clip = (clip, tokenizer, processor)
@@ -388,32 +392,30 @@ def cells_backbone(
     return caption_backbone(folder, sides["train"], sides["val"], len(tokenizer), epochs=epochs, echo=echo)
 
 
-STAGES = 3  # maps of a cached network: its last three
-
-
 def stage_maps(
     records: dict[str, list[Record]],
     net: Backbone,
     cache: Path,
     *,
+    stages: int = 3,
     echo: Callable[[str], None] | None = print,
 ) -> tuple[dict[str, list[Regions]], tuple[int, ...]]:
-    """The last `STAGES` maps of a frozen network up to its own stage, fine to coarse, for every split; their channels.
+    """The last `stages` maps of a frozen network up to its own stage, fine to coarse, for every split; their channels.
 
     Each stage is kept as cells, in the layout of all features.
     """
     info = list(net.net.net.feature_info)
     last = range(len(info))[net.net.stage]
-    stages = range(last + 1 - STAGES, last + 1)
+    kept = range(last + 1 - stages, last + 1)
     found: dict[str, list[Regions]] = {s: [] for s in records}
-    for stage in stages:
+    for stage in kept:
         cells = copy.copy(net.net)
         cells.stage = stage
         one = Backbone(cells, net.size, {**net.key, "stage": stage})
         folder = cache / f"maps-{net.key['backbone']}-{str(net.key['weights'])[:8]}-{stage}"
         for s, r in records.items():
             found[s].append(extract(r, one, folder, s, kind="cells", echo=echo))
-    return found, tuple(info[stage]["num_chs"] for stage in stages)
+    return found, tuple(info[stage]["num_chs"] for stage in kept)
 
 
 def open_clip(dataset: str, data_root: Path, weights: str, scale: str):

@@ -21,16 +21,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-# Operators of torch that do products or sampling and have no formula in its counter.
+# Operators of torch that do products or sample maps, and have no formula in its counter.
 UNSEEN = {
-    "aten::mv", "aten::addmv", "aten::dot", "aten::vdot", "aten::addr", "aten::addbmm", "aten::_trilinear",
-    "aten::_cdist_forward", "aten::_euclidean_dist", "aten::_sparse_mm", "aten::_int_mm", "aten::_embedding_bag",
-    "aten::grid_sampler_2d", "aten::grid_sampler_3d", "aten::cudnn_grid_sampler", "aten::mkldnn_rnn_layer",
-    "aten::_cudnn_rnn", "aten::_thnn_fused_lstm_cell", "aten::_thnn_fused_gru_cell", "aten::_fft_r2c",
-    "aten::_fft_c2c", "aten::_fft_c2r", "aten::_native_multi_head_attention", "aten::_transformer_encoder_layer_fwd",
+    "mv", "addmv", "dot", "vdot", "addr", "addbmm", "_addmm_activation", "_trilinear", "_cdist_forward",
+    "_pdist_forward", "_euclidean_dist", "_int_mm", "_grouped_mm", "_sparse_addmm", "_sparse_sparse_matmul",
+    "linalg_inv_ex", "linalg_lu_factor_ex", "linalg_cholesky_ex", "linalg_qr", "_linalg_eigh", "_linalg_svd",
+    "_linalg_solve_ex", "_fft_r2c", "_fft_c2c", "_fft_c2r", "mkldnn_rnn_layer", "_cudnn_rnn", "_thnn_fused_lstm_cell",
+    "_thnn_fused_gru_cell", "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "_embedding_bag",
+    "_embedding_bag_forward_only", "grid_sampler_2d", "_grid_sampler_2d_cpu_fallback", "grid_sampler_3d",
+    "cudnn_grid_sampler",
 }  # fmt: skip
-# Operators of other libraries that compare and do no products; all others of theirs are refused.
+# Of operators that are not torch's own all are refused, but for what compares and what only names a stretch of time.
 HARMLESS = {"torchvision::nms"}
+LIBRARIES = {"aten", "prim", "prims", "profiler"}
 
 
 def parameters(*modules: nn.Module) -> int:
@@ -41,9 +44,9 @@ def parameters(*modules: nn.Module) -> int:
 def cost(call: Callable, *inputs, modules: Iterable[nn.Module] | None = None, **keywords) -> dict:
     """Parameters, and the operations of `call(*inputs, **keywords)`.
 
-    A model and inputs on the `meta` device have shapes and no numbers: nothing is computed or stored, and a model of any
-    size is counted in seconds (`with torch.device("meta"): ...` makes both). The call must then not ask for a value
-    (`.item()`, a condition on a tensor): torch raises. One that does is counted on the CPU.
+    A model and inputs on the `meta` device have shapes and no numbers: nothing is computed or stored, and a model of
+    any size is counted in seconds (`with torch.device("meta"): ...` makes both). The call must then not ask for a
+    value (`.item()`, a condition or an index that is a mask): torch raises. One that does is counted on the CPU.
 
     Attention is run as its two products and a softmax, whatever kernel the machine would choose, and the call has
     gradients enabled: fused kernels of either kind are unknown to some releases' counters. A masked or causal
@@ -68,7 +71,12 @@ def cost(call: Callable, *inputs, modules: Iterable[nn.Module] | None = None, **
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _Refuse(), FlopCounterMode(display=False) as counter:
+        with (
+            torch.enable_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            _Refuse(),
+            FlopCounterMode(display=False) as counter,
+        ):
             call(*inputs, **keywords)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -77,7 +85,9 @@ def cost(call: Callable, *inputs, modules: Iterable[nn.Module] | None = None, **
         "parameters": parameters(*modules),
         "flops": flops,
         "multiply_adds": flops // 2,
-        "by_operator": {str(k): n for k, n in sorted(counter.get_flop_counts().get("Global", {}).items(), key=str)},
+        "by_operator": {
+            str(k): n for k, n in sorted(counter.get_flop_counts().get("Global", {}).items(), key=str)
+        },
     }
 
 
@@ -86,10 +96,10 @@ class _Refuse(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().partition(".")[0]
-        library = name.partition("::")[0]
-        if name in UNSEEN or (library not in ("aten", "prim", "prims") and name not in HARMLESS):
+        library, _, operator = name.partition("::")
+        if operator in UNSEEN or (library not in LIBRARIES and name not in HARMLESS):
             raise ValueError(
                 f"{name} does work that torch's flop counter does not see, so the count would be too small: "
-                "count the call without it, or write it as matrix products (a vector with an axis of batch)"
+                "count the call without it, or write it as products of matrices (of a vector: with an axis more)"
             )
         return func(*args, **(kwargs or {}))

@@ -36,6 +36,7 @@ from finematch.boxes import (
     convert,
     multi_scale_grid,
     neighbourhood,
+    neighbourhood_mean,
     roi_align_mean,
     summed_area,
 )
@@ -257,6 +258,8 @@ class VisionDecoder(nn.Module):
     Of a plain ViT there is one map, from which a simple pyramid is made (ViTDet: the map resized by each of `scales`
     with learnt layers, then 1 x 1 and 3 x 3 convolutions). The regression is coarse to fine, so F_1 is the coarsest.
 
+    Where the encoder has fewer stages than levels, coarser ones are made of its last by max pooling with stride 2.
+
     The paper's F_i has D channels. We keep `pyramid` of them and map pooled regions to D: pooling is linear, so
     that is the same as mapping every cell, for less work, and published detectors' 256 channels fit.
 
@@ -268,7 +271,7 @@ class VisionDecoder(nn.Module):
         scales: of a single map, coarse to fine; by default 1/2, 1, 2, 4 ...
 
     Raises:
-        ValueError: fewer stages than levels, or scales that are not as many.
+        ValueError: scales for an encoder with stages, or not as many as levels.
     """
 
     def __init__(
@@ -290,11 +293,8 @@ class VisionDecoder(nn.Module):
             channels = channels * levels
         elif scales:
             raise ValueError(f"scales {scales} resize a single map; this encoder has {len(channels)} stages")
-        elif len(channels) < levels:
-            raise ValueError(
-                f"{len(channels)} stages cannot make {levels} levels: take more of the encoder's"
-            )
-        taken = channels[-levels:]
+        self.pooled = max(levels - len(channels), 0)
+        taken = (*channels, *[channels[-1]] * self.pooled)[-levels:]
         self.fpn = self.simple = self.lateral = None
         if source == "encoder":
             self.lateral = nn.ModuleList(nn.Conv2d(c, pyramid, 1) for c in reversed(taken))
@@ -307,6 +307,8 @@ class VisionDecoder(nn.Module):
         """The encoder's maps, fine to coarse, to F_1 ... F_levels, coarse to fine."""
         if self.simple is not None:
             return [level(maps[-1]) for level in self.simple]
+        for _ in range(self.pooled):
+            maps = [*maps, F.max_pool2d(maps[-1], 2, ceil_mode=True)]
         if self.lateral is not None:
             given = [resized(maps[-1], s) for s in self.scales] or maps[: -self.levels - 1 : -1]
             return [layer(m) for layer, m in zip(self.lateral, given, strict=True)]
@@ -400,13 +402,19 @@ class RPN(nn.Module):
             found.append(torch.cat([centre, size], dim=-1).reshape(-1, 4))
         return torch.cat(found)
 
-    def forward(self, maps: list[Float[Tensor, "b c _ _"]]) -> Proposals:
+    def predict(
+        self, maps: list[Float[Tensor, "b c _ _"]]
+    ) -> tuple[Float[Tensor, "b m"], Float[Tensor, "b m 4"]]:
+        """Logits and deltas of all anchors, in their order: what labels train."""
         logits, deltas = self.head(maps)
         b, a = len(maps[0]), len(self.ratios)
         flat = [[x.unflatten(1, (a, -1)).permute(0, 3, 4, 1, 2).reshape(b, -1, n) for x in part]
                 for part, n in ((logits, 1), (deltas, 4))]  # fmt: skip
         logits, deltas = (wide(torch.cat(part, dim=1)) for part in flat)
-        logits = logits.squeeze(-1)
+        return logits.squeeze(-1), deltas
+
+    def forward(self, maps: list[Float[Tensor, "b c _ _"]]) -> Proposals:
+        logits, deltas = self.predict(maps)
         count = min(self.count, logits.shape[1])
         # suppression leaves the most salient of ten times as many
         top, index = logits.topk(min(10 * count, logits.shape[1]) if self.nms else count)
@@ -541,6 +549,8 @@ def load_proposals(
         raise ValueError(f"{path} holds no weights that can be read ({error})") from error
     if any(k.startswith("rpn.") for k in state):
         state = from_torchvision(state, decoder)
+    if isinstance(proposals, QueryProposals) and any(k.startswith("head.") for k in state):
+        raise ValueError(f"{path} holds an RPN, but these proposals are queries: use proposals='rpn'")
     if decoder is not None:
         own = {k[len("pyramid.") :]: v for k, v in state.items() if k.startswith("pyramid.")}
         _load_all(decoder, own, path, "pyramid.")
@@ -694,6 +704,15 @@ class RegionEmbedding(nn.Module):
         else:
             pooled = roi_align_mean(features, boxes, self.samples)
         return self.norm(self.project(pooled))
+
+    def around(
+        self, features: Float[Tensor, "b c h w"] | AreaTable, cells: Float[Tensor, "b t k2 4"]
+    ) -> Float[Tensor, "b t k2 d"]:
+        """`forward` of the cells of neighbourhoods, which share their edges."""
+        if self.roi == "table":
+            return self(features, cells)
+        cells = cells if self.box_grad else cells.detach()
+        return self.norm(self.project(neighbourhood_mean(features, cells, self.samples)))
 
 
 class CrossAttention(nn.Module):
@@ -904,7 +923,7 @@ class RegionAdaptor(nn.Module):
         size = boxes[..., 2:] - boxes[..., :2]
         extent = self.ratio * (size if self.extent == "region" else torch.ones_like(size))
         cells = neighbourhood(boxes, self.k, extent)
-        match = best_word(similarity(self.embed(features, cells), words, counted), counted)
+        match = best_word(similarity(self.embed.around(features, cells), words, counted), counted)
         if self.outside == "mean":
             middle = (cells[..., :2] + cells[..., 2:]) / 2
             inside = ((middle >= 0) & (middle <= 1)).all(-1)
@@ -1051,7 +1070,7 @@ class SelfLocator(nn.Module):
         width: D, of the words given and of everything returned.
         levels: L, 0 to the number of maps. With 0 the regions are the proposals, and words and regions never meet
             (Table 6, rows 1 and 2).
-        maps: levels of the decoder, all of which the proposals read; 3, or fewer for an encoder of fewer stages.
+        maps: levels of the decoder, all of which the proposals read.
         pyramid: channels of the decoder's maps.
         scales: of a plain ViT's pyramid, see `VisionDecoder`.
         heads, dropout: of the adaptors' attention.
@@ -1285,23 +1304,25 @@ SWITCHES = tuple(dict.fromkeys(argument for _, argument, _, _ in READINGS))
 # torchvision's detectors. `tiny`: pictures of 64 px with `SmallStages`; `photos`: a frozen MobileNetV2's stages 2 to 4.
 SETTINGS = {
     "tiny": {
-        "size": 64, "width": 64, "text_depth": 2, "text_heads": 4, "levels": 3, "pyramid": 32, "heads": 4, "count": 50,
-        "anchor": 4.0, "query_depth": 1, "query_heads": 4, "top": 10, "threshold": 0.5, "samples": 4, "dropout": 0.0,
-        "epochs": 4, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.02, "schedule": "cosine", "warmup": 0.1, "clip_norm": 1.0,
-        "precision": "no", "embed": 64, "queue": 0, "reg_weight": 1.0, "rerank": 16, "stages": (), "scales": (),
+        "size": 64, "maps": 2, "stages": (), "scales": (), "width": 64, "text_depth": 2, "text_heads": 4, "levels": 3,
+        "pyramid": 32, "heads": 4, "count": 32, "anchor": 4.0, "query_depth": 1, "query_heads": 4, "top": 10,
+        "threshold": 0.5, "samples": 4, "dropout": 0.0, "embed": 64, "queue": 0, "reg_weight": 0.0, "rerank": 16,
+        "random_negatives": 0.6, "encoder_epochs": 8, "epochs": 1, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.02,
+        "schedule": "cosine", "warmup": 0.1, "clip_norm": 0.0, "precision": "no",
     },
     "photos": {
-        "size": 224, "width": 128, "text_depth": 2, "text_heads": 4, "levels": 3, "pyramid": 48, "heads": 4,
-        "count": 100, "anchor": 4.0, "query_depth": 1, "query_heads": 4, "top": 10, "threshold": 0.5, "samples": 6,
-        "dropout": 0.1, "epochs": 8, "batch_size": 64, "lr": 5e-4, "weight_decay": 0.02, "schedule": "cosine", "warmup": 0.1,
-        "clip_norm": 1.0, "precision": "no", "embed": 128, "queue": 0, "reg_weight": 1.0, "rerank": 16, "stages": (), "scales": (),
+        "size": 224, "maps": 3, "stages": (), "scales": (), "width": 128, "text_depth": 2, "text_heads": 4, "levels": 3,
+        "pyramid": 48, "heads": 4, "count": 100, "anchor": 4.0, "query_depth": 1, "query_heads": 4, "top": 10,
+        "threshold": 0.5, "samples": 6, "dropout": 0.1, "embed": 128, "queue": 0, "reg_weight": 0.0, "rerank": 16,
+        "random_negatives": 0.6, "encoder_epochs": 8, "epochs": 2, "batch_size": 64, "lr": 5e-4, "weight_decay": 0.02,
+        "schedule": "cosine", "warmup": 0.1, "clip_norm": 0.0, "precision": "no",
     },
     "paper": {
-        "size": 224, "width": 768, "text_depth": 12, "text_heads": 12, "levels": 3, "pyramid": 256, "heads": 12,
-        "count": 100, "anchor": 8.0, "query_depth": 6, "query_heads": 8, "top": 10, "threshold": 0.5, "samples": 14,
-        "dropout": 0.0, "epochs": 20, "batch_size": 1280, "lr": 3e-4, "weight_decay": 0.02, "schedule": "linear", "warmup": 0.0,
-        "clip_norm": 0.0, "precision": "bf16", "embed": 256, "queue": 65536, "reg_weight": 1.0, "rerank": 128, "stages": (2, 3, 4),
-        "scales": (),
+        "size": 224, "maps": 3, "stages": (2, 3, 4), "scales": (), "width": 768, "text_depth": 12, "text_heads": 12,
+        "levels": 3, "pyramid": 256, "heads": 12, "count": 100, "anchor": 8.0, "query_depth": 6, "query_heads": 8,
+        "top": 10, "threshold": 0.5, "samples": 14, "dropout": 0.0, "embed": 256, "queue": 65536, "reg_weight": 1.0,
+        "rerank": 128, "random_negatives": 0.0, "encoder_epochs": 0, "epochs": 20, "batch_size": 1280, "lr": 3e-4,
+        "weight_decay": 0.02, "schedule": "linear", "warmup": 0.0, "clip_norm": 0.0, "precision": "bf16",
     },
 }  # fmt: skip
 LOCATOR = (
@@ -1313,7 +1334,11 @@ LOCATOR = (
 BATCHES = {"resnet50": 1280, "vit_base": 960, "vit_large": 640, "vit_huge": 640}
 
 # The value that leaves a setting to the scale; 0 for all others.
-UNSET = {"levels": -1, "top": -1, "threshold": -1, "dropout": -1, "queue": -1, "reg_weight": -1, "precision": ""}
+UNSET = {
+    "levels": -1, "top": -1, "threshold": -1, "dropout": -1, "queue": -1, "reg_weight": -1, "precision": "",
+    "encoder_epochs": -1,
+    "random_negatives": -1,
+}  # fmt: skip
 
 
 def settings(scale: str, dataset: str, given: dict) -> dict:
@@ -1330,5 +1355,5 @@ def settings(scale: str, dataset: str, given: dict) -> dict:
             preset["batch_size"],
         )
     if given.get("smoke"):
-        preset |= {"epochs": 1, "batch_size": 32}
+        preset |= {"epochs": 1, "batch_size": 32, "encoder_epochs": min(preset["encoder_epochs"], 1)}
     return preset | {k: v for k, v in given.items() if k in preset and v != UNSET.get(k, 0)}

@@ -42,6 +42,7 @@ READINGS = [
     ("S21", "tau", "learnable from 0.07, in [0.001, 0.5]", "'a temperature parameter'"),
     ("S22", "reduction", "sum | mean", "Eq. 6 sums the directions; ALBEF averages them"),
     ("S22", "distil", "0.0 | 0.4", "no momentum distillation; ALBEF has it"),
+    ("S24", "random_steps", "0 | any number", "'batch sampling following ALBEF': hard negatives from the start"),
     ("S25", "mlm", "positions | pooled", "p_mask(T_v, T_t): two vectors cannot tell positions apart"),
     ("S25", "mlm_picture", "True | False", "whether T_v joins the word's own state"),
     ("S37", "embed", "256 | 0 (none)", "a dot product of D-d tokens; ALBEF projects them to 256"),
@@ -592,6 +593,8 @@ class SLAN(nn.Module):
         distil, same_picture, reduction, tau: see `itc` and `Temperature`.
         mask_share: of the words, 0.15.
         mlm, mlm_picture, tied: see `MaskedWordHead`.
+        random_steps: for so many steps of training the negatives of matching are drawn at random. Against hard ones of
+            trained towers a matching head from scratch learns next to nothing in the first hundreds of steps.
         match_score: a pair ranks by the `odds`, the difference of its two logits, or by the `logit` of "matched"
             alone, as in ALBEF: but what both logits share no loss ever trains.
 
@@ -619,9 +622,14 @@ class SLAN(nn.Module):
         mlm: str = "positions",
         mlm_picture: bool = True,
         tied: nn.Embedding | None = None,
+        random_steps: int = 0,
         match_score: str = "odds",
     ):
         super().__init__()
+        if random_steps < 0:
+            raise ValueError(f"random_steps = {random_steps}: must not be negative")
+        self.random_steps = random_steps
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # of training, so far
         self.weights = dict.fromkeys(TERMS, 1.0) | dict(weights or {})
         if (
             set(self.weights) != set(TERMS)
@@ -738,6 +746,8 @@ class SLAN(nn.Module):
         picture = self.encoders.image(pixels_or_maps(**batch["image"]), self.locator if asked else None)
         caption = self.encode_text(**text)
         located = self.locate(picture, caption) if self.weights["itm"] or self.weights["reg"] else None
+        if self.training:
+            self.steps += 1
         terms = {}
         if self.weights["itc"]:
             terms["itc"] = self._contrast(batch, picture, caption)
@@ -771,6 +781,8 @@ class SLAN(nn.Module):
         """One true pair to two hard ones, from this process's own batch (as ALBEF)."""
         with torch.no_grad(), torch.autocast(image_id.device.type, enabled=False):
             similarity = self.temperature() * picture.vector @ caption.vector.T
+            if self.training and self.steps <= self.random_steps:
+                similarity = torch.zeros_like(similarity)
             texts, pictures = hard_negatives(similarity, image_id)
         rows = torch.arange(len(image_id), device=image_id.device)
         wrong = self.locate(picture[torch.cat([rows, pictures])], caption[torch.cat([texts, rows])])
@@ -798,8 +810,9 @@ class SLAN(nn.Module):
         Raises:
             ValueError: If towers, locator or projections differ; the message names the weights.
         """
-        state = {k: v for k, v in load_file(path).items() if not k.startswith(("momentum.", "queue."))}
-        mine = {k: v for k, v in self.state_dict().items() if not k.startswith(("momentum.", "queue."))}
+        own = ("momentum.", "queue.", "steps")
+        state = {k: v for k, v in load_file(path).items() if not k.startswith(own)}
+        mine = {k: v for k, v in self.state_dict().items() if not k.startswith(own)}
         wrong = [k for k in state if k in mine and state[k].shape != mine[k].shape]
         here = {
             mine[k].data_ptr() for k in mine if k in state
@@ -818,6 +831,40 @@ class SLAN(nn.Module):
         if self.queue is not None:
             self.queue.clear()
         return sorted({k.partition(".")[0] for k in (*missing, *extra)})
+
+
+class Unimodal(nn.Module):
+    """The encoders of a SLAN and the contrast in the batch (Eq. 5-6) alone, without a locator.
+
+    The paper begins with encoders that others have trained (4.1). Where there are none, this trains them: `fit` it, and
+    the model that it was made of has them, for the parts are shared. T_v is the pooled map, whatever the model's token.
+    """
+
+    def __init__(self, model: SLAN):
+        super().__init__()
+        self.encoders, self.temperature, self.form = model.encoders, model.temperature, model.form
+
+    def encode_image(self, pixels: Tensor | None = None, **maps: Tensor) -> Picture:
+        """As SLAN's; nothing is prepared."""
+        return self.encoders.image(pixels_or_maps(pixels=pixels, **maps))
+
+    def encode_text(
+        self,
+        input_ids: Int[Tensor, "b n"],
+        mask: Bool[Tensor, "b n"],
+        special: Bool[Tensor, "b n"] | None = None,
+    ) -> Caption:
+        """As SLAN's."""
+        return self.encoders.text(input_ids, mask, special)
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """`loss`: Eq. 6 of a batch, all processes together."""
+        image_id = batch["image_id"]
+        image, text = self.encode_image(**batch["image"]).vector, self.encode_text(**batch["text"]).vector
+        keys = Keys(gather(image), gather(text), gather(image_id))
+        form = {name: value for name, value in self.form.items() if name != "distil"}
+        loss = itc(image, text, image_id, keys, self.temperature(), first=rank() * len(image_id), **form)
+        return {"loss": shared(loss)}
 
 
 # ------------------------------------------------------------------------------ 4.2, retrieval

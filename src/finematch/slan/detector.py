@@ -1,0 +1,253 @@
+"""A detector for the embedded set, where no published one fits: proposals that were told where things are.
+
+The first row of Table 6 loads "the pre-trained weight from COCO Detection" into a frozen region proposal module, and
+Table 9 of arXiv's appendix begins with it. Published detectors do not fit small pictures and a network of one's own,
+so SLAN's own decoder and RPN are trained on the boxes of a train split, over the frozen maps that the runs read: the
+region proposal network of Ren et al., NeurIPS 2015 (Faster R-CNN), without classes.
+
+Axes: `b` pictures, `n` those of a split, `k` true boxes of one (padded, `real` says which exist), `q` proposals, `c`
+channels, `h` `w` cells of a map. Boxes are (x1, y1, x2, y2) in fractions of the picture.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from jaxtyping import Bool, Float
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.models.detection.rpn import RegionProposalNetwork
+
+from finematch.boxes import convert, iou, multi_scale_grid
+from finematch.data.pairs import MapSource
+from finematch.data.record import DataError, Record
+from finematch.slan.locator import RPN, CachedStages, Proposals, VisionDecoder, cut
+from finematch.training import Plan, fit, seed_everything, to_device, write_atomically
+
+TOPS = (10, 50)  # proposals that recall counts: T of the filter, and all that a run on scenes reads
+THRESHOLD = 0.5  # IoU at which a proposal finds a box
+NMS = 0.7  # IoU above which Ren et al. suppress a proposal
+
+
+class MapBoxes(Dataset):
+    """Pictures' maps and their true boxes as training batches: `maps`, `boxes` "b k 4", `real` "b k".
+
+    Args:
+        maps: of the pictures; their ids name them.
+        records: with objects, in any order; each picture's is found by its id, or by the name of its file without
+            extension (COCO numbers its pictures, Karpathy's files name them). Crowds (COCO) are left out.
+
+    Raises:
+        DataError: a picture without a record, a record without the picture's size, no boxes at all.
+    """
+
+    def __init__(self, maps: MapSource, records: list[Record]):
+        known = {r.image.stem: r for r in records if r.image} | {r.image_id: r for r in records}
+        split, self.maps, found = maps.stages[0].split, maps, []
+        for name in maps.stages[0].ids:
+            record = known.get(name)
+            if record is None or record.size is None:
+                problem = "has no record with boxes" if record is None else "has boxes but no size"
+                raise DataError(
+                    (record and record.source) or f"{split}_ids.txt", f"picture {name}", problem,
+                    "Give the records of the same split, from a file that states boxes and sizes (COCO's instances)",
+                )  # fmt: skip
+            frame = torch.tensor([*record.size, *record.size], dtype=torch.float32)
+            boxes = [o.box for o in record.objects if not o.crowd]
+            found.append(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) / frame)
+        most = max((len(boxes) for boxes in found), default=0)
+        if not most:
+            raise DataError(f"{split}_ids.txt", f"split {split}", "no picture has a box",
+                            "Give records with objects (COCO's instances)")  # fmt: skip
+        self.boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(found), most, 1)
+        self.real = torch.zeros(len(found), most, dtype=torch.bool)
+        for i, boxes in enumerate(found):
+            self.boxes[i, : len(boxes)], self.real[i, : len(boxes)] = boxes, True
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of the maps, fine to coarse."""
+        return tuple(stage.features.shape[2] for stage in self.maps.stages)
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitems__(self, index: list[int]) -> dict:
+        return {"maps": self.maps.batch(index), "boxes": self.boxes[index], "real": self.real[index]}
+
+
+class Detector(nn.Module):
+    """SLAN's decoder and RPN, and the losses of Ren et al. that train them.
+
+        loss = (sum of BCE over the sampled anchors + sum of smooth L1 over the positive ones of them) / their number
+
+    An anchor is positive that overlaps a box with IoU >= 0.7, or that overlaps a box best; negative below 0.3. Of each
+    picture 256 are sampled, at most half of them positive. All of this is torchvision's, which divides both terms by
+    the number of sampled anchors and has the knee of its smooth L1 at 1/9. Ren et al. leave out anchors that cross the
+    border; we keep them, as torchvision does, because most anchors of the coarsest map cross it.
+
+    Args:
+        channels: of the encoder's maps, fine to coarse.
+        pyramid, levels, source: of the decoder, `VisionDecoder`; `levels` is the locator's `maps`.
+        anchor, anchor_offset: of the `RPN`. The weights do not hold them: a run must read the same ones.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        pyramid: int = 32,
+        levels: int = 3,
+        *,
+        source: str = "decoder",
+        anchor: float = 4.0,
+        anchor_offset: float = 0.5,
+    ):
+        super().__init__()
+        self.encoder = CachedStages(channels)
+        self.decoder = VisionDecoder(channels, pyramid, levels, source=source)
+        self.proposals = RPN(pyramid, count=max(TOPS), anchor=anchor, anchor_offset=anchor_offset)
+        # without a head and anchors of its own: its rules alone, which hold no weights
+        self.rules = RegionProposalNetwork(nn.Identity(), nn.Identity(), 0.7, 0.3, 256, 0.5, {}, {}, NMS)
+
+    def read(self, maps: dict[str, Tensor]) -> list[Float[Tensor, "b _ _ _"]]:
+        """The decoder's maps, coarse to fine, from a `MapSource`'s."""
+        return self.decoder(self.encoder(list(maps.values())))
+
+    def targets(
+        self,
+        anchors: Float[Tensor, "m 4"],
+        boxes: Float[Tensor, "b k 4"],
+        real: Bool[Tensor, "b k"],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What each anchor (x, y, w, h) should say, picture by picture.
+
+        Returns:
+            Labels "m" (1 positive, 0 negative, -1 neither), and the deltas "m 4" that `locator.decode` takes from the
+            anchor to its box; those of anchors that are not positive mean nothing.
+        """
+        corners = [convert(anchors, "cxcywh", "xyxy")] * len(boxes)
+        given = [{"boxes": some[there]} for some, there in zip(boxes, real, strict=True)]
+        labels, matched = self.rules.assign_targets_to_anchors(corners, given)
+        return labels, list(self.rules.box_coder.encode(matched, corners))
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """`loss`, and its two terms `objectness_loss` and `box_loss`."""
+        maps = self.read(batch["maps"])
+        logits, deltas = self.proposals.predict(maps)
+        labels, wanted = self.targets(self.proposals.anchors(maps), batch["boxes"], batch["real"])
+        objectness, box = self.rules.compute_loss(logits, deltas.flatten(0, 1), labels, wanted)
+        return {"loss": objectness + box, "objectness_loss": objectness, "box_loss": box}
+
+    @torch.no_grad()
+    def propose(self, data: MapBoxes, nms: float = NMS, *, block: int = 100) -> Proposals:
+        """The proposals of all pictures of a split, most salient first, on the CPU; `nms` as in `RPN`, 0 is off."""
+        device, rpn, found = next(self.parameters()).device, copy.copy(self.proposals), []
+        rpn.nms = nms
+        for i in range(0, len(data), block):
+            maps = to_device(data.maps.batch(range(i, min(i + block, len(data)))), device)
+            found.append([part.cpu() for part in rpn(self.read(maps))])
+        return Proposals(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def weights(self) -> dict[str, Tensor]:
+        """In the layout "our own names" of `locator.load_proposals`."""
+        state = self.proposals.state_dict()
+        state |= {f"pyramid.{name}": value for name, value in self.decoder.state_dict().items()}
+        return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def recall(
+    boxes: Float[Tensor, "n q 4"],
+    valid: Bool[Tensor, "n q"],
+    truth: Float[Tensor, "n k 4"],
+    real: Bool[Tensor, "n k"],
+) -> dict[str, float]:
+    """`recall_10`, `recall_50`: share of the true boxes of all pictures that one of their picture's first 10 (50)
+    proposals overlaps with IoU >= 0.5; NaN without true boxes."""
+    hits = dict.fromkeys(TOPS, 0)
+    for some, there, true, exist in zip(boxes, valid, truth, real, strict=True):
+        overlap = iou(true[exist], some) * there
+        for top in TOPS:
+            hits[top] += int((overlap[:, :top] >= THRESHOLD).any(1).sum())
+    count = int(real.sum())
+    return {f"recall_{top}": n / count if count else float("nan") for top, n in hits.items()}
+
+
+def untaught(model: Detector, data: MapBoxes) -> dict[str, dict[str, float]]:
+    """`recall` of proposals that have learnt nothing: anchors drawn at random, and a regular grid (`multi_scale_grid`:
+    the whole picture, then windows from the centre outwards)."""
+    maps = model.read(to_device(data.maps.batch([0]), next(model.parameters()).device))
+    anchors = cut(model.proposals.anchors(maps)).cpu()
+    order = torch.rand(len(data), len(anchors), generator=torch.Generator().manual_seed(0))
+    drawn = order.topk(min(max(TOPS), len(anchors))).indices
+    grid = multi_scale_grid(1, 1, max(TOPS)).expand(len(data), -1, -1)
+    return {name: recall(boxes, torch.ones(boxes.shape[:2], dtype=torch.bool), data.boxes, data.real)
+            for name, boxes in (("random anchors", anchors[drawn]), ("grid", grid))}  # fmt: skip
+
+
+def detector(
+    out: str | Path,
+    maps: Mapping[str, MapSource],
+    records: Mapping[str, list[Record]],
+    *,
+    pyramid: int = 32,
+    levels: int = 3,
+    source: str = "decoder",
+    anchor: float = 4.0,
+    anchor_offset: float = 0.5,
+    epochs: int = 4,
+    batch_size: int = 32,
+    lr: float = 4e-3,
+    seed: int = 0,
+    echo: Callable[[str], None] | None = print,
+) -> Path:
+    """Train a `Detector` on the boxes of the *train* split and give the file of its weights, for `load_proposals`.
+
+    Beside it lies `recall.json`: `recall` on val of the detector with and without suppression, of the same network
+    before training, and of what is `untaught`; and the best epoch and the seconds.
+
+    Args:
+        out: folder. Each detector has its own in it, named by what made it (settings, true boxes, what made the maps);
+            a finished one is opened, a broken off one resumed. Training seeds all random states: seed a run afterwards.
+        maps, records: of `train` and `val`, see `MapBoxes`. Val chooses the epoch, by `recall_10` after suppression.
+        pyramid, levels, source, anchor, anchor_offset: see `Detector`; those of the runs that load it.
+
+    Raises:
+        DataError: as `MapBoxes`.
+        TrainingError: as `training.fit`.
+    """
+    train, val = (MapBoxes(maps[split], records[split]) for split in ("train", "val"))
+    shape = {"pyramid": pyramid, "levels": levels, "source": source, "anchor": anchor,
+             "anchor_offset": anchor_offset}  # fmt: skip
+    plan = Plan(epochs=epochs, batch_size=batch_size, lr=lr, warmup=0.1, seed=seed)
+    made_of = hashlib.sha256(json.dumps([shape, vars(plan)], sort_keys=True).encode())
+    for side in (train, val):
+        metas = [stage.meta for stage in side.maps.stages]
+        made_of.update(json.dumps([side.maps.stages[0].ids, metas], sort_keys=True, default=str).encode())
+        made_of.update(side.boxes.numpy().tobytes() + side.real.numpy().tobytes())
+    folder = Path(out) / f"detector-{made_of.hexdigest()[:8]}"
+    kept = folder / "detector.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):  # runs of a grid start together; one makes what all need
+        if kept.is_file():
+            return kept
+        seed_everything(seed)
+        model = Detector(train.channels, **shape)
+
+        def found(m: Detector, nms: float = NMS) -> dict[str, float]:
+            boxes, _, valid = m.propose(val, nms)
+            return recall(boxes, valid, val.boxes, val.real)
+
+        table = {"untrained": found(model), **untaught(model, val)}
+        summary = fit(model, train, plan, folder, evaluate=found, select="recall_10", echo=echo)
+        table = {"detector": found(model), "detector, nothing suppressed": found(model, 0.0), **table}
+        told = {"recall": table, "best_epoch": summary["best_epoch"], "seconds": summary["seconds"]}
+        write_atomically(folder / "recall.json", lambda part: part.write_text(json.dumps(told, indent=2)))
+        write_atomically(kept, lambda part: save_file(model.weights(), part))
+    return kept
