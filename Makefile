@@ -36,7 +36,8 @@ LIBRARY := $(shell find src/finematch -name '*.py')
 WORKBOOK := papermill_runs/workbook
 STEPS := $(patsubst %,$(WORKBOOK)/%.done,0_start_here 1_data mvam/1_lesson mvam/2_train) tiny-grid \
   $(patsubst %,$(WORKBOOK)/%.done,mvam/3_ablations mvam/4_attention hslm/1_lesson hslm/2_train hslm/3_ablations hslm/4_attention \
-  felga/0_vlp felga/1_lesson felga/2_train felga/3_ablations felga/4_retrieval slan/1_lesson 9_scorecard)
+  felga/0_vlp felga/1_lesson felga/2_train felga/3_ablations felga/4_retrieval \
+  slan/1_lesson slan/2_train slan/3_ablations slan/4_regions 9_scorecard)
 LOAD = from finematch.data import load; print(len(load("$(DATASET)", "$(DATA_ROOT)", "val")), "val pictures")
 
 .PHONY: help install notebooks workbook tiny-grid test lab bench data grid named unlock readme lint clean

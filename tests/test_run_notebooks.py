@@ -26,6 +26,9 @@ ORDER = [
     "felga/3_ablations",
     "felga/4_retrieval",
     "slan/1_lesson",
+    "slan/2_train",
+    "slan/3_ablations",
+    "slan/4_regions",
     "9_scorecard",
 ]
 SOURCES = {str(path.relative_to(NOTEBOOKS).with_suffix("")) for path in NOTEBOOKS.rglob("*.py")} - {"build"}

@@ -66,7 +66,7 @@ random_negatives: float = -1.0  # share of the steps whose wrong pairs are rando
 match_score: str = "odds"  # odds or logit: what ranks a pair
 itc_weight: float = 1.0  # weights of the four losses of Eq. 8-9 (S37)
 itm_weight: float = 1.0  # image-text matching
-mlm_weight: float = 1.0  # masked language modelling
+mlm_weight: float = -1.0  # masked words; -1 is the scale's (1 in the paper; 0 where a run is retrieval alone)
 reg_weight: float = -1.0  # Eq. 3; -1 is the scale's (1 in the paper)
 rerank: int = 0  # candidates that the matching head ranks again; 0 is the scale's
 rank_score: str = "itm"  # itm or itm+itc
@@ -93,7 +93,7 @@ p = strict(
     score_norm={"max", "minmax", "sigmoid"}, token={"", "map", "regions"}, fused={"regions", "map"}, target={"mean", "weighted"},
     embed_norm={"layer", "none"}, roi={"align", "table"}, queue=(-1, 2**20), momentum=(0, 0.99999), reduction={"sum", "mean"},
     distil=(0, 0.99), mlm={"positions", "pooled"}, random_negatives=(-1, 1), match_score={"odds", "logit"}, itc_weight=(0, 100), itm_weight=(0, 100),
-    mlm_weight=(0, 100), reg_weight=(-1, 100), rerank=(0, 10000), rank_score={"itm", "itm+itc"}, width=(0, 4096), encoder_epochs=(-1, 1000), epochs=(0, 1000),
+    mlm_weight=(-1, 100), reg_weight=(-1, 100), rerank=(0, 10000), rank_score={"itm", "itm+itc"}, width=(0, 4096), encoder_epochs=(-1, 1000), epochs=(0, 1000),
     batch_size=(0, 65536), lr=(0, 1), precision={"", "no", "bf16", "fp16"}, threads=(0, 256),
 )  # fmt: skip
 
@@ -107,10 +107,13 @@ import torch
 from filelock import FileLock
 
 from finematch.data import load
+from finematch.data.pairs import to_pixels
+from finematch.data.shards import ShardPairs
 from finematch.evaluation.grounding import grounding
 from finematch.evaluation.reranking import reranked_retrieval
 from finematch.evaluation.retrieval import retrieval
 from finematch.report import write_metrics
+from finematch.slan.detector import detector as train_detector
 from finematch.slan.locator import (
     LOCATOR,
     SWITCHES,
@@ -119,9 +122,10 @@ from finematch.slan.locator import (
     SelfLocator,
     Stages,
     Towers,
+    load_proposals,
     settings,
 )
-from finematch.slan.objective import SLAN, Unimodal, Words, pair_scorer
+from finematch.slan.objective import SLAN, Unimodal, Words, pair_scorer, world
 from finematch.training import Plan, check_writable, fit, seed_everything, to_device
 from finematch.workbench import embed, located_phrases, open_bench
 
@@ -145,6 +149,18 @@ bench = open_bench(
     vision_weights=p.vision_weights, text_weights=p.text_weights, smoke=p.smoke,
 )  # fmt: skip
 train, val, side = (bench.splits[name] for name in ("train", "val", bench.reported))
+data = train.pairs()
+if p.shards:  # `data.shards.write_shards` makes them; an epoch has every picture of every set once
+    if bench.maps:
+        raise ValueError("shards hold pictures, and this scale reads cached maps: use scale='paper'")
+    sets = dict(part.split(":", 1) for part in p.shards.split(","))
+    data = ShardPairs(
+        {name: root() / where for name, where in sets.items()},
+        to_pixels(s["size"], (0.0,) * 3, (1.0,) * 3),
+        bench.tokenizer,
+    )
+    print(*data.mixture(), sep="\n")
+steps_per_epoch = data.steps(s["batch_size"], world()) if p.shards else len(data) // s["batch_size"]
 {name: f"{len(part.records)} pictures, {len(part.captions)} captions" for name, part in bench.splits.items()}
 
 # %% [markdown]
@@ -156,7 +172,7 @@ train, val, side = (bench.splits[name] for name in ("train", "val", bench.report
 # %%
 weights = None
 if p.detector == "boxes":
-    weights = detector(
+    weights = train_detector(
         root() / p.cache / "slan_detector", {name: bench.splits[name].pictures for name in ("train", "val")},
         {name: load(f"{p.dataset}_coco", bench.data_root, name) for name in ("train", "val")},
         pyramid=s["pyramid"], source=p.source, anchor=s["anchor"],
@@ -183,10 +199,10 @@ locator = SelfLocator(
 )  # fmt: skip
 model = SLAN(
     towers, locator, width=s["width"], words=Words.of(bench.tokenizer),
-    weights={"itc": p.itc_weight, "itm": p.itm_weight, "mlm": p.mlm_weight, "reg": s["reg_weight"] if s["levels"] else 0.0},
+    weights={"itc": p.itc_weight, "itm": p.itm_weight, "mlm": s["mlm_weight"], "reg": s["reg_weight"] if s["levels"] else 0.0},
     embed=s["embed"], queue=s["queue"], momentum=p.momentum, same_picture=p.same_picture, reduction=p.reduction,
     distil=p.distil, mlm=p.mlm, mlm_picture=p.mlm_picture, match_score=p.match_score,
-    random_steps=round(s["random_negatives"] * s["epochs"] * (len(train.captions) // s["batch_size"])),
+    random_steps=round(s["random_negatives"] * s["epochs"] * steps_per_epoch),
 )  # fmt: skip
 if weights:
     load_proposals(locator.proposals, weights, decoder=locator.decoder)
@@ -195,9 +211,7 @@ if p.pretrained:
         f"Begins with {p.pretrained}; heads of only one of the two: {model.load_pretrained(root() / p.pretrained)}"
     )
 parameters = sum(q.numel() for q in model.parameters() if q.requires_grad)
-print(
-    f"{parameters / 1e6:.2f} M parameters to train, {len(train.captions) // s['batch_size']} steps an epoch"
-)
+print(f"{parameters / 1e6:.2f} M parameters to train, {steps_per_epoch} steps an epoch")
 
 
 # %% [markdown]
@@ -229,7 +243,7 @@ if s["encoder_epochs"] and not p.pretrained:
         root() / p.cache / f"slan_encoders-{p.dataset}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
     )
     with FileLock(f"{shared}.lock"):
-        fit(Unimodal(model), train.pairs(), first, shared, evaluate=val_metrics, select=bench.select)
+        fit(Unimodal(model), data, first, shared, evaluate=val_metrics, select=bench.select)
 
 
 # %% [markdown]
@@ -276,7 +290,7 @@ LOOK = ("pointing", "chance_pointing", "r1", "chance_r1", "upper_bound", "centre
 
 # %%
 summary = fit(
-    model, train.pairs(), Plan(epochs=s["epochs"], **plan), folder, evaluate=val_metrics, select=bench.select
+    model, data, Plan(epochs=s["epochs"], **plan), folder, evaluate=val_metrics, select=bench.select
 )
 
 # %% [markdown]

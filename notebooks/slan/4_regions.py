@@ -142,7 +142,7 @@ def built() -> SLAN:
     )  # fmt: skip
     return SLAN(
         towers, locator, width=s["width"], words=Words.of(bench.tokenizer),
-        weights={"itc": q.itc_weight, "itm": q.itm_weight, "mlm": q.mlm_weight, "reg": s["reg_weight"] if s["levels"] else 0.0},
+        weights={"itc": q.itc_weight, "itm": q.itm_weight, "mlm": s["mlm_weight"], "reg": s["reg_weight"] if s["levels"] else 0.0},
         embed=s["embed"], queue=s["queue"], momentum=q.momentum, same_picture=q.same_picture, reduction=q.reduction,
         distil=q.distil, mlm=q.mlm, mlm_picture=q.mlm_picture, match_score=q.match_score,
         random_steps=round(s["random_negatives"] * s["epochs"] * (len(train) // s["batch_size"])),

@@ -195,7 +195,7 @@ def open_bench(
             }
             arrays = {}
         elif backbone == "maps" and scale == "paper":
-            trained = Cells(vision or "resnet50", weights=vision_weights or "hub")
+            trained = Cells(vision or "resnet50", weights=vision_weights or ("" if vision else "hub"))
             transform = to_pixels(size, (0.0,) * 3, (1.0,) * 3)
             pictures, arrays = {s: PixelSource(r, transform) for s, r in records.items()}, {}
         elif backbone == "maps":
