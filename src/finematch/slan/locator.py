@@ -1308,7 +1308,7 @@ SETTINGS = {
         "pyramid": 32, "heads": 4, "count": 32, "anchor": 4.0, "query_depth": 1, "query_heads": 4, "top": 10,
         "threshold": 0.5, "samples": 4, "dropout": 0.0, "embed": 64, "queue": 0, "mlm_weight": 0.0, "reg_weight": 0.0,
         "rerank": 16,
-        "random_negatives": 0.6, "encoder_epochs": 8, "epochs": 1, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.02,
+        "random_negatives": 0.4, "encoder_epochs": 8, "epochs": 2, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.02,
         "schedule": "cosine", "warmup": 0.1, "clip_norm": 0.0, "precision": "no",
     },
     "photos": {
