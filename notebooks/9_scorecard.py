@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The scorecard: every table of the papers, published beside measured
 #
-# **Papers** MVAM, HSLM and FELGA so far; SLAN joins with its method. This page reads the metrics files of all finished runs and the tables that
+# **Papers** MVAM, HSLM, FELGA and SLAN. This page reads the metrics files of all finished runs and the tables that
 # `3_ablations` wrote, shows them side by side, counts the verdicts, and writes the generated blocks of the README. No number on it, or in
 # the README, was typed by hand.
 #
@@ -119,7 +119,8 @@ if not tables:
 # ## What is looked at
 #
 # Of phrases that people linked to boxes (no training sees the links): how often the region that a phrase attends to most has its centre in a true
-# box (pointing), and overlaps one by half (R@1). `before` is the untrained model, or, for FELGA, the frozen features it starts from.
+# box (pointing), and overlaps one by half (R@1). `before` is the untrained model, or, for FELGA, the frozen features it starts from. SLAN makes boxes of
+# its own, level by level; level 0 are its proposals.
 
 # %%
 looked = [
@@ -135,14 +136,15 @@ if looked:
     frame = pd.concat(
         [part.rename(columns=before).astype({"row": str}) for part in looked], ignore_index=True
     )
-    frame = frame[["grid", "dataset", *(c for c in frame if c not in ("grid", "dataset"))]]
+    begin = [name for name in ("grid", "dataset", "row", "level", "boxes") if name in frame]
+    frame = frame[[*begin, *(c for c in frame if c not in begin)]]
     blocks["grounding"] = to_markdown(frame, digits=1)
     display(Markdown(blocks["grounding"]))
 
 # %% [markdown]
 # ## Every claim
 #
-# Welch's one-sided t interval at 95 % over seeds, on rsum, or, for fragments, on the mAP of both tasks; the single metrics stand in the tables' own
+# Welch's one-sided t interval at 95 % over seeds, on rsum, for fragments on the mAP of both tasks, for SLAN's boxes on pointing and R@1; the single metrics stand in the tables' own
 # pages.
 
 # %%
@@ -151,7 +153,16 @@ for path in sorted((root() / p.figures).glob(f"*.{label}.claims.csv")):
     grid, name = path.name.split(".")[:2]
     verdicts = pd.read_csv(path)
     verdicts = verdicts[
-        verdicts["metric"].isin(["rsum", "discovery_map", "assignment_map", "assignment_expected"])
+        verdicts["metric"].isin(
+            [
+                "rsum",
+                "discovery_map",
+                "assignment_map",
+                "assignment_expected",
+                "grounding_pointing",
+                "grounding_r1",
+            ]
+        )
     ]
     lines += [{"grid": grid, "dataset": name, **row} for row in verdicts.to_dict("records")]
 if lines:

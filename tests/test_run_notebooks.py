@@ -8,6 +8,13 @@ import sys
 import pytest
 from filelock import FileLock
 from notebook_text import NOTEBOOKS, ROOT, declaration
+from transformers import BertModel
+
+from finematch.data import load
+from finematch.data.scenes import TOKENIZER, generate
+from finematch.data.shards import write_shards
+from finematch.encoders import small_bert
+from finematch.text import word_level, wordpiece
 
 ORDER = [
     "0_start_here",
@@ -47,6 +54,17 @@ def folder(tmp_path_factory):
     return shared
 
 
+def run_notebook(name, page, given):
+    """By papermill, as a person would; the executed page is `page`.ipynb."""
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", str(ROOT),
+               str(NOTEBOOKS / f"{name}.ipynb"), f"{page}.ipynb"]  # fmt: skip
+    for key, value in given.items():
+        command += ["-p", key, str(value)]
+    environment = {**os.environ, "MPLBACKEND": "agg", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+
+
 def executed(name, folder):
     """Runs a notebook once, whoever asks first; where another process is at it, waits.
     What a notebook opens (`run`) is made before it."""
@@ -61,13 +79,7 @@ def executed(name, folder):
             trained = f"{name.split('/')[0]}/2_train"
             executed(trained, folder)
             given["run"] = folder / trained.replace("/", "-")
-        command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", str(ROOT),
-                   str(NOTEBOOKS / f"{name}.ipynb"), str(folder / f"{name.replace('/', '-')}.ipynb")]  # fmt: skip
-        for key, value in given.items():
-            command += ["-p", key, str(value)]
-        environment = {**os.environ, "MPLBACKEND": "agg", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-        assert ran.returncode == 0, ran.stderr[-4000:]
+        run_notebook(name, folder / name.replace("/", "-"), given)
         done.touch()
 
 
@@ -88,3 +100,38 @@ def test_it_runs(name, folder):
     if "/4_" in name:
         pictures = name.replace("/4", "")  # mvam_attention, felga_retrieval
         assert len(list((folder / "figures").glob(f"{pictures}.*.png"))) >= 4
+
+
+def test_slan_pretrains_at_the_papers_scale_on_shards_and_goes_on_from_there(tmp_path):
+    """Pixels, a network to train, BERT's files, two sets of shards, queues and momentum, masked words; then fine-tuning."""
+    generate(tmp_path / "drawn" / "scenes", train=40, val=8, test=8)
+    records = load("scenes", tmp_path / "drawn", "train")
+    for name, part in (("one", records[:24]), ("two", records[24:])):
+        write_shards(part, tmp_path / name, samples_per_shard=4, echo=None)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(word_level(TOKENIZER).get_vocab())]
+    (tmp_path / "words.txt").write_text("\n".join(dict.fromkeys(words)))
+    bert = tmp_path / "bert"
+    wordpiece(tmp_path / "words.txt").save_pretrained(bert)
+    BertModel(small_bert(len(dict.fromkeys(words)), width=24, depth=1, heads=2)).save_pretrained(bert)
+    given = {
+        "scale": "paper", "smoke": True, "cache": tmp_path / "cache", "vision": "resnet18", "text_weights": bert,
+        "width": 24, "batch_size": 8, "queue": 16, "levels": 1, "rerank": 2, "precision": "no",
+    }  # fmt: skip
+    shards = f"one:{tmp_path / 'one'},two:{tmp_path / 'two'}"
+    first = ran("slan/2_train", tmp_path / "pretrained", **given, shards=shards)
+    assert first["parameters"]["mlm_weight"] == first["parameters"]["reg_weight"] == 1
+    log = json.loads((tmp_path / "pretrained" / "log.jsonl").read_text().splitlines()[-1])
+    assert log["steps"] == 5
+    assert {"itc", "itm", "mlm", "reg"} <= set(log)
+    weights = tmp_path / "pretrained" / "best.safetensors"
+    tuned = ran("slan/2_train", tmp_path / "tuned", **given, pretrained=weights, mlm_weight=0.0, lr=1e-9)
+    assert tuned["parameters"]["mlm_weight"] == 0
+    for name, value in first["metrics"].items():  # a rate of 1e-9 leaves the ranking where it was
+        if name.startswith("itc_"):
+            assert abs(value - tuned["metrics"][name]) < 1, name
+
+
+def ran(name, out, **given) -> dict:
+    """The metrics file of a notebook's run."""
+    run_notebook(name, out, given | {"out": out})
+    return json.loads((out / "metrics.json").read_text())

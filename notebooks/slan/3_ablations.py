@@ -11,6 +11,7 @@
 # | `slan_filter` | 7 (arXiv 6) | the region filter: all proposals, the top 10, those above a threshold |
 # | `slan_features` | arXiv 10 | where the maps of the levels come from: encoder or decoder |
 # | `slan_detector` | arXiv 9 | proposals from scratch, or trained on boxes first |
+# | `slan_boxes` | none | what moves the proposals: the gradient of pooling, the regression loss and its weight, nothing, or a detector that stays as it is |
 # | `slan_cost` | 8 (arXiv 4 and 7) | nothing is run: parameters and operations of the paper's sizes, counted in `benchmarks/slan_cost.json` |
 #
 # The row `levels-3` is the whole model and one run in all grids.
@@ -37,7 +38,7 @@ smoke: bool = False  # the runs were smoke runs: their numbers mean nothing
 from finematch.config import root, strict
 
 p = strict(
-    globals(), grid={"slan_adaptors", "slan_filter", "slan_features", "slan_detector", "slan_cost"},
+    globals(), grid={"slan_adaptors", "slan_filter", "slan_features", "slan_detector", "slan_boxes", "slan_cost"},
     scale={"tiny", "paper"}, seed=(0, 2**31),
 )  # fmt: skip
 
@@ -70,6 +71,9 @@ GRIDS = {
         "levels-3": "Top K 10, Threshold 0.5"}),
     "slan_features": ("SLAN-v1", "10", "source of the levels' maps", {"encoder": "Encoder", "levels-3": "Decoder"}),
     "slan_detector": ("SLAN-v1", "9", "proposals", {"levels-3": "from scratch", "detector": "pre-trained"}),
+    "slan_boxes": ("", "", "what moves the proposals", {
+        "levels-3": "pooling", "regression-005": "pooling, 0.05 L_reg", "regression-1": "pooling, L_reg", "no-gradient": "nothing",
+        "detector-frozen": "a detector, frozen"}),
     "slan_cost": ("SLAN", "8", "model", {}),
 }  # fmt: skip
 version, number, axis, names = GRIDS[p.grid]
@@ -79,7 +83,13 @@ if not is_cost:
     with open(root() / "grids" / f"{p.grid}.csv", newline="") as file:
         order = [row["name"] for row in csv.DictReader(file)]
 assert order == list(names), "the grid and the map of its rows to the paper's disagree"
-whole_table = published(version, number)
+site = "COCO" if p.dataset.startswith("coco") else "Flickr30k"
+if version:
+    whole_table = published(version, number)
+else:  # no such table in the paper: every cell of its columns stays empty
+    empty = [{"row": row, "column": f"{place} {way}@1"} for row in names.values() for place in ("COCO", "Flickr30k")
+             for way in ("i2t", "t2i")]  # fmt: skip
+    whole_table = pd.DataFrame(empty).assign(value=float("nan"), note="")
 for newer, older in (("6", "5"), ("7", "6")):  # the two versions of the paper print the same cells here
     assert published("SLAN", newer)["value"].tolist() == published("SLAN-v1", older)["value"].tolist()
 label = f"{p.dataset}.{'smoke' if p.smoke else p.scale}"
@@ -125,7 +135,6 @@ mean[["row", *METRICS, "n"]]
 # that the ICCV paper dropped. BLIP is counted in the same way, as a check on the way.
 
 # %%
-site = "COCO" if p.dataset.startswith("coco") else "Flickr30k"
 if is_cost:
     counted = {"rows": [], "published_over_ours": {"blip": {}}}
     if (file := root() / "benchmarks" / "slan_cost.json").exists():
@@ -186,9 +195,8 @@ def cells_of(cells: pd.DataFrame) -> str:
 
 parts = [to_markdown(beside)]
 if not is_cost:
-    parts[0] += (
-        f"\n\nPublished: {site}, {'ICCV' if version == 'SLAN' else 'arXiv'} Table {number}. Measured: {p.dataset}, after re-ranking."
-    )
+    where = f"{site}, {'ICCV' if version == 'SLAN' else 'arXiv'} Table {number}" if version else "nothing"
+    parts[0] += f"\n\nPublished: {where}. Measured: {p.dataset}, after re-ranking."
     WAYS = {"i2t@1": "i2t_r1", "t2i@1": "t2i_r1", "rsum": "rsum"}
     titles = {f"{pre}{key}": f"{title}, {stage}" for title, key in WAYS.items()
               for pre, stage in (("itc_", "contrast"), ("", "re-ranked"))}  # fmt: skip
@@ -345,6 +353,10 @@ CLAIMS = {
     ],
     "slan_features": [("maps of the decoder beat those of the encoder", "levels-3", "encoder")],
     "slan_detector": [("proposals trained on boxes first beat those from scratch", "detector", "levels-3")],
+    "slan_boxes": [
+        ("the regression loss as printed beats none", "regression-1", "levels-3"),
+        ("proposals of a frozen detector beat those from scratch", "detector-frozen", "levels-3"),
+    ],
     "slan_cost": [],
 }[p.grid]  # fmt: skip
 cells = whole_table.set_index(["row", "column"])["value"]

@@ -75,7 +75,7 @@ from finematch.evaluation.correspondence import inside, on_span, pieces
 from finematch.evaluation.grounding import GroundedPhrase
 from finematch.evaluation.retrieval import retrieval
 from finematch.report import to_markdown, write_metrics
-from finematch.slan.detector import detector
+from finematch.slan.detector import detector as train_detector
 from finematch.slan.locator import (
     LOCATOR, SWITCHES, VERSIONS, CachedStages, SelfLocator, Stages, Towers, load_proposals, settings,
 )  # fmt: skip
@@ -153,7 +153,7 @@ def begun() -> SLAN:
     """The run's model before its first step with the locator: a detector's proposals, a pretrained run, trained encoders."""
     model, cache, weights = built(), root() / q.cache, root() / q.detector
     if q.detector == "boxes":
-        weights = detector(
+        weights = train_detector(
             cache / "slan_detector", {k: bench.splits[k].pictures for k in ("train", "val")},
             {k: load(f"{q.dataset}_coco", bench.data_root, k) for k in ("train", "val")},
             pyramid=s["pyramid"], source=q.source, anchor=s["anchor"],
