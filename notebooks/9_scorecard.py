@@ -231,6 +231,17 @@ speed.append(
     f"channels, {of['side']} x {of['side']}, forward and backward, 1 thread: {ours['roi_align_mean']:.0f} times faster than torchvision's op and a mean "
     f"(which has none), the summed-area table {ours['box_mean']:.0f} times."
 )
+with open(root() / "benchmarks" / "slan_cost.json") as file:
+    b = json.load(file)
+for name, what in (("paper", "ResNet-50 and BERT base"), ("tiny", "small towers on cached maps")):
+    of = b["steps"][name]
+    took = {part: step["seconds"]["median"] for part, step in of["steps"].items()}
+    ratios = {part: took[part] / took["towers"] for part in took}
+    speed.append(
+        f"* **SLAN's locator**, {what}, {of['batch']} pairs of {of['size']} px and {of['tokens']} tokens, forward and backward, {b['parameters']['threads']} "
+        f"thread: one pass takes the step to {ratios['locator iccv']:.1f} (ICCV) and {ratios['locator arxiv']:.1f} times (arXiv) that of the bare towers, the "
+        f"whole objective to {ratios['objective iccv']:.1f} and {ratios['objective arxiv']:.1f}."
+    )
 blocks["speed"] = "\n".join(speed)
 Markdown(blocks["speed"])
 

@@ -1035,6 +1035,18 @@ assert close(itm(guess, y), -(log(1 / 3) + 2 * log(2 / 3)) / 3)
 assert close(itm(guess, y), 0.6365)
 
 # %% [markdown]
+# One linear layer on two tokens side by side adds something of the picture to something of the text. It cannot *compare* them: all comparing must have happened in the adaptors, where words and regions meet. With no adaptor (Table 6, rows 1 and 2) every sentence would rank all pictures alike:
+
+# %%
+faces, says = torch.randn(4, 2), torch.randn(3, 2)  # four pictures, three sentences, that never met
+logit = head(faces[:, None].expand(-1, 3, -1), says[None].expand(4, -1, -1))
+odds = logit[..., 1] - logit[..., 0]
+assert close(odds, odds[:, :1] + odds[:1] - odds[0, 0])
+assert (odds.argsort(0) == odds[:, :1].argsort(0)).all()
+
+# %% [markdown]
+# So `3_ablations` ranks those two rows by the contrast alone. And in the ICCV version, where the contrast reads the pooled map, no proposal enters it: its rows 1 and 2 cannot differ. In arXiv's, where $T_v$ is the mean of the regions, they can.
+#
 # **Which wrong ones?** The text is *drawn* from softmax(similarity / τ) over the others of the batch, so that those that look right come up often. A pair of the same picture is never wrong. By hand, three pairs, the first two of one picture; similarities over τ:
 #
 # | | text 1 | text 2 | text 3 | chance of each for this picture |
@@ -1755,5 +1767,6 @@ assert gain["COCO t2i@1"] == -1.2
 # * Eq. 1 as printed replaces words by mixtures of regions.
 # * Eq. 3 takes as ground truth what it has computed from the proposal itself. Loose, its only optimum is to stand still on average; held fixed, it has none, and where $p$ is below 1 proposals shrink after it.
 # * Matching alone does teach boxes to move to what is named, in a toy. It does not teach them how large to be.
+# * The cosine that steers a region has no loss of its own: only what the move does to the end of the pipeline teaches it.
 #
 # Next: `2_train` trains one model, `3_ablations` draws the paper's tables beside ours, `4_regions` shows what words chose.

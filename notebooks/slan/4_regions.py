@@ -27,7 +27,7 @@
 # as measured. Nobody ever told the model where anything is.
 
 # %% tags=["parameters"]
-run: str = "papermill_runs/slan/scenes.tiny.levels-3.s0"  # folder of the run to look into
+run: str = "papermill_runs/slan_train"  # folder of the run; a grid's row joins the figures' names
 example: int = 0  # number of the picture (of the reported split) that the figures begin with
 pictures: int = 3  # pictures a figure
 top: int = 5  # retrieved pictures a sentence
@@ -195,7 +195,8 @@ fresh, model = begun(), built().to(device).eval()
 load_best(model, metrics_file.with_name("best.safetensors"))
 
 L, scenes = s["levels"], q.dataset.startswith("scenes")
-name = f"slan_regions.{q.dataset}" + (".smoke" if p.smoke or q.smoke else "")
+row = metrics_file.parent.name.split(".")[2:-1]  # of a grid's run: dataset.scale.row.s0
+name = ".".join(["slan_regions", q.dataset, *row, *(["smoke"] if p.smoke or q.smoke else [])])
 label = f"{q.dataset} {bench.reported}"
 print(f"{label}: {len(side.records)} pictures, {len(side.captions)} captions; {s['count']} proposals a picture, at most "
       f"{s['top'] or 'all'} pass the filter, {L} levels; epoch {run_metrics['best_epoch']} of {q.epochs}")  # fmt: skip
