@@ -1,6 +1,7 @@
 """The contrastive loss, worked by hand, and its gather across processes."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +106,9 @@ def two_processes(rank, folder):
         p.grad /= 2
     torch.save([loss.detach(), weight.grad, scale.log_scale.grad], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    # a graph that held on to the group would keep its threads, and a process that ends among them may abort
+    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in threads if "gloo" in name], threads
 
 
 def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):

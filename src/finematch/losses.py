@@ -28,7 +28,11 @@ def gather(x: Tensor) -> Tensor:
 
 
 class GatherRows(torch.autograd.Function):
-    """Rows of all processes; backward, the gradients that all of them have for this one's rows are summed."""
+    """Rows of all processes; backward, the gradients that all of them have for this one's rows are summed.
+
+    (torch's own, `torch.distributed.nn.functional.all_gather`, is deprecated. Its graph holds the process group, whose
+    threads then outlive `destroy_process_group`, and now and then abort the process as it ends.)
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
