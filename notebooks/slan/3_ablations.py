@@ -295,10 +295,11 @@ if len(levels):
 Markdown(to_markdown(found) if len(found) else "No run here has linked phrases.")
 
 # %% [markdown]
-# The whole model (`levels-3`), level by level: left pointing, right R@1.
+# The whole model (`levels-3`), level by level: left pointing, right R@1. In `slan_boxes` it is `detector-frozen`, the row whose proposals lie on things.
 
 # %%
-shown = levels[levels["row"] == "levels-3"] if len(levels) else levels
+looked_at = {"slan_boxes": "detector-frozen"}.get(p.grid, "levels-3")
+shown = levels[levels["row"] == looked_at] if len(levels) else levels
 if len(shown):
     whole = summary(shown, by=["level"], metrics=list(NAMES)).set_index("level")
     LINES = {  # metric of pointing, of R@1: how it is drawn
@@ -327,7 +328,7 @@ if len(shown):
         F.save(figure, f"{stem}.grounding.svg")
         plt.show()
 else:
-    print("levels-3 has not run, or has no linked phrases.")
+    print(f"{looked_at} has not run, or has no linked phrases.")
 
 # %% [markdown]
 # ## The paper's claims, judged
@@ -382,7 +383,7 @@ Markdown(to_markdown(rows_judged.drop(columns="where")) if lines else "No claim 
 # Two levels of one run share its seed, so they are compared in pairs: the difference within each run, $d_s$ of seed $s$, is held against zero. (Welch's
 # interval against a side that is zero without spread is that of the paired test, $\bar d - t_{0.95,\,n-1}\, s_d / \sqrt n$.) The same is asked of the last
 # level against a random one of its boxes, the box in the middle, and itself before training; and of its boxes as such, without the choice among them,
-# against the proposals. The row `levels-3` is the same in all grids and is judged in `slan_adaptors` alone.
+# against the proposals. The row `levels-3` is the same in all grids and is judged in `slan_adaptors` alone; `slan_boxes` judges `detector-frozen`.
 
 
 # %%
@@ -399,7 +400,7 @@ assert example["difference"] == 2
 assert round(example["lower"], 3) == round(2 - 2.920 / 3**0.5, 3)
 
 lines = []
-if p.grid == "slan_adaptors" and len(shown):
+if p.grid in ("slan_adaptors", "slan_boxes") and len(shown):
     last = int(shown["level"].max())
     for metric in ("pointing", "r1"):
         at = shown.pivot(index="seed", columns="level", values=f"{metric}_after")
@@ -415,7 +416,7 @@ if p.grid == "slan_adaptors" and len(shown):
         start = shown[shown["level"] == 0].set_index("seed")
         sides = (one[f"chance_{metric}_after"] for one in (end, start))
         asked.append((f"a random box of level {last} beats a random proposal", *sides))
-        lines += [paired(claim, f"grounding_{metric}", *sides) for claim, *sides in asked]
+        lines += [paired(f"{looked_at}: {claim}", f"grounding_{metric}", *sides) for claim, *sides in asked]
 levels_judged = pd.DataFrame(lines)
 verdicts = pd.concat([rows_judged, levels_judged], ignore_index=True)
 if len(verdicts):

@@ -13,7 +13,7 @@
 # > "as training progresses, the regions of interest outputed by our model gradually become accurate"
 #
 # Each is measured here beside its figure, over the whole split. The pictures are the first of the split, or those that `example` asks
-# for; none is chosen by what the model does on it.
+# for; none is chosen by what the model does on it. A question that is asked of a run is answered with yes or no from two standard errors on.
 #
 # | on | cost, one core |
 # |---|---|
@@ -104,8 +104,22 @@ def show(frame: pd.DataFrame, digits: int = 1) -> None:
 # what was trained before (encoders, a detector) stands in the cache.
 
 # %%
-metrics_file = root() / p.run / "metrics.json"
-if not (metrics_file.is_file() and metrics_file.with_name("best.safetensors").is_file()):
+STANDARD, DEFAULTS = "papermill_runs/slan/scenes.tiny.levels-3.s0", "papermill_runs/slan_train"
+
+
+def finished(folder: str) -> bool:
+    """Whether a run ended, and its weights are still there."""
+    return all((root() / folder / file).is_file() for file in ("metrics.json", "best.safetensors"))
+
+
+run_folder = p.run
+if p.run == STANDARD and not finished(p.run) and finished(DEFAULTS):
+    run_folder = DEFAULTS
+    print(
+        f"{p.run} has no weights here (git keeps the metrics of runs alone): {DEFAULTS}, what 2_train made by default, is shown."
+    )
+metrics_file = root() / run_folder / "metrics.json"
+if not finished(run_folder):
     command = f"papermill notebooks/slan/2_train.ipynb run.ipynb -p out {p.run}"
     problem = "has not finished, was never started, or lost its best.safetensors"
     raise DataError(metrics_file, "the run", problem, f"Run first: {command}")
@@ -114,7 +128,7 @@ of_run, run_metrics, run_device = (
 )
 for key in ("dataset", "scale", "seed"):
     if getattr(p, key) not in ("", -1, of_run[key]):
-        raise ValueError(f"{key} = {getattr(p, key)!r}, but {p.run} was trained with {of_run[key]!r}")
+        raise ValueError(f"{key} = {getattr(p, key)!r}, but {run_folder} was trained with {of_run[key]!r}")
 given = {key: str(root() / of_run[key]) for key in ("vision_weights", "text_weights")
          if of_run[key] and (root() / of_run[key]).exists()}  # fmt: skip
 given |= {"data_root": root() / (p.data_root or of_run["data_root"]), "cache": root() / of_run["cache"]}
@@ -233,8 +247,8 @@ if again["t2i_r5"] < 10 * chance:
 #
 # People have linked phrases of captions to boxes (on `scenes` the generator has); nothing in training has seen these links. A phrase's *score* of a region is the
 # largest cosine of the region with any of its words, at each level (level 0 are the proposals that passed the filter). Of the region with the largest
-# score: is its centre inside a box of the phrase (*pointing*), and how much does it overlap with it (*IoU*, 1 is the same box)? Beside
-# it: a region drawn at random from the same ones (chance), the middle of the picture (centre; for IoU a box of half its sides), and the best
+# score: is its centre inside a box of the phrase (*pointing*), and how much does it overlap with it (*IoU*, 1 is the same box)? Of all regions: their mean
+# *side*, as a part of the picture's, and how many are *nearly the whole picture* (both sides at least 0.9 of it). Beside a measure: a region drawn at random from the same ones (chance), the middle of the picture (centre; for IoU a box of half its sides), and the best
 # of the regions (upper bound), for no model can choose better than its regions allow.
 
 
@@ -267,9 +281,10 @@ def outcome(one: GroundedPhrase) -> dict[str, float]:
     middle = torch.tensor([0.25, 0.25, 0.75, 0.75]) * size
     boxes, best = torch.cat([one.regions, middle[None]]), int(one.scores.argmax())  # the last is the centre
     at = convert(boxes, "xyxy", "cxcywh")[:, None, :2]
+    sides = (one.regions[:, 2:] - one.regions[:, :2]) / size[:2]
     on = 100.0 * ((at >= true[:, :2]) & (at <= true[:, 2:])).all(-1).any(1)
     found = {"score": float(one.scores[best]), "score, all regions": float(one.scores.mean()),
-             "side": float(((one.regions[:, 2:] - one.regions[:, :2]) / size[:2]).mean())}  # fmt: skip
+             "side": float(sides.mean()), "nearly the whole picture": 100 * float((sides >= 0.9).all(1).double().mean())}  # fmt: skip
     for key, values in (("pointing", on), ("IoU", iou(boxes, true).amax(1))):
         few = values[:-1]
         found |= {
@@ -303,17 +318,17 @@ def verdict(shown: list[float]) -> str:
               for key, digits in (("IoU", 2), ("pointing", 1))}  # fmt: skip
     return (f"Shown: {len(shown)} regions of level {L} whose words are linked to boxes, mean IoU {np.mean(shown):.2f}, "
             f"{sum(x >= 0.5 for x in shown)} of at least 0.5. The split: mean IoU {one['IoU']:.2f} ({beside['IoU']}), "
-            f"centre inside {one['pointing']:.1f} % ({beside['pointing']}).")  # fmt: skip
+            f"centre inside {one['pointing']:.1f} % ({beside['pointing']}). Sides of regions: {one['side']:.2f} of the picture's on average; "
+            f"{one['nearly the whole picture']:.0f} % of the regions are nearly all of it.")  # fmt: skip
 
 
 def claim(question: str, gain, rows, unit: str = "") -> float:
-    """Answers a question by the mean of what was gained: yes from two standard errors on. Gains of one picture are averaged
+    """Answers a question by the mean of what was gained, from two standard errors on. Gains of one picture are averaged
     first, for phrases of a picture are no independent witnesses. Returns the mean."""
     of_picture = pd.Series(np.asarray(gain, float)).groupby(np.asarray(rows)).mean()
     mean, error = of_picture.mean(), of_picture.std() / len(of_picture) ** 0.5
-    print(
-        f"{question} {'yes' if mean > 2 * error else 'no'}: {mean:+.2f}{unit} (standard error {error:.2f}, {len(of_picture)} pictures)"
-    )
+    says = "yes" if mean > 2 * error else "no, the contrary" if mean < -2 * error else "not to be told"
+    print(f"{question} {says}: {mean:+.3f}{unit} (standard error {error:.3f}, {len(of_picture)} pictures)")
     return float(mean)
 
 
@@ -737,7 +752,7 @@ keep(figure, 4)
 plt.show()
 print(verdict(shown))
 if here:
-    over = {f"{at:.3g}": {f"{key}, {where}": one[part][0][key].mean() for key in ("pointing", "IoU", "IoU, upper bound", "side")
+    over = {f"{at:.3g}": {f"{key}, {where}": one[part][0][key].mean() for key in ("pointing", "IoU", "IoU, upper bound", "side", "nearly the whole picture")
                           for part, where in (("first", "level 0"), ("last", f"level {L}"))} for at, one in history.items()}  # fmt: skip
     show(pd.DataFrame(over).rename_axis("relative duration"), digits=2)
     start, end = (history[at]["last"][0] for at in (min(history), max(history)))
@@ -886,6 +901,12 @@ for method in methods:
 
 # %%
 metrics |= {key: run_metrics[key] for key in ("itc_t2i_r1", "t2i_r1")}
-protocol = f"{label}: {len(side.records)} pictures, {len(asked)} phrases linked to boxes, from {p.run}"
-write_metrics(root() / p.out, p.as_dict(), metrics, seconds=time.monotonic() - started, protocol=protocol)
+protocol = f"{label}: {len(side.records)} pictures, {len(asked)} phrases linked to boxes, from {run_folder}"
+write_metrics(
+    root() / p.out,
+    p.as_dict() | {"run": run_folder},
+    metrics,
+    seconds=time.monotonic() - started,
+    protocol=protocol,
+)
 pd.Series(metrics)
