@@ -120,13 +120,17 @@ if not tables:
 #
 # Of phrases that people linked to boxes (no training sees the links): how often the region that a phrase attends to most has its centre in a true
 # box (pointing), and overlaps one by half (R@1). `before` is the untrained model, or, for FELGA, the frozen features it starts from. SLAN makes boxes of
-# its own, level by level; level 0 are its proposals.
+# its own, level by level: here stand its proposals (level 0) and the last level; its own page has all of them.
 
 # %%
 looked = [
     pd.read_csv(path).assign(grid=path.name.split(".")[0], dataset=path.name.split(".")[1])
     for path in sorted((root() / p.figures).glob(f"*.{label}.grounding.csv"))
     if path.stat().st_size > 1
+]
+looked = [  # of SLAN's levels the first and the last
+    part[~part.duplicated("row") | ~part.duplicated("row", keep="last")] if "level" in part else part
+    for part in looked
 ]
 if looked:
     before = {
