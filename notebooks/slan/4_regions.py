@@ -104,22 +104,8 @@ def show(frame: pd.DataFrame, digits: int = 1) -> None:
 # what was trained before (encoders, a detector) stands in the cache.
 
 # %%
-STANDARD, DEFAULTS = "papermill_runs/slan/scenes.tiny.levels-3.s0", "papermill_runs/slan_train"
-
-
-def finished(folder: str) -> bool:
-    """Whether a run ended, and its weights are still there."""
-    return all((root() / folder / file).is_file() for file in ("metrics.json", "best.safetensors"))
-
-
-run_folder = p.run
-if p.run == STANDARD and not finished(p.run) and finished(DEFAULTS):
-    run_folder = DEFAULTS
-    print(
-        f"{p.run} has no weights here (git keeps the metrics of runs alone): {DEFAULTS}, what 2_train made by default, is shown."
-    )
-metrics_file = root() / run_folder / "metrics.json"
-if not finished(run_folder):
+metrics_file = root() / p.run / "metrics.json"
+if not all(metrics_file.with_name(file).is_file() for file in ("metrics.json", "best.safetensors")):
     command = f"papermill notebooks/slan/2_train.ipynb run.ipynb -p out {p.run}"
     problem = "has not finished, was never started, or lost its best.safetensors"
     raise DataError(metrics_file, "the run", problem, f"Run first: {command}")
@@ -128,7 +114,7 @@ of_run, run_metrics, run_device = (
 )
 for key in ("dataset", "scale", "seed"):
     if getattr(p, key) not in ("", -1, of_run[key]):
-        raise ValueError(f"{key} = {getattr(p, key)!r}, but {run_folder} was trained with {of_run[key]!r}")
+        raise ValueError(f"{key} = {getattr(p, key)!r}, but {p.run} was trained with {of_run[key]!r}")
 given = {key: str(root() / of_run[key]) for key in ("vision_weights", "text_weights")
          if of_run[key] and (root() / of_run[key]).exists()}  # fmt: skip
 given |= {"data_root": root() / (p.data_root or of_run["data_root"]), "cache": root() / of_run["cache"]}
@@ -671,7 +657,7 @@ if here:
         )
         metrics |= {f"level{k}_{key.replace(',', '').replace(' ', '_').lower()}{'_untrained' * (row == 'untrained')}": value
                     for k in table.index for key, value in table.loc[k].items()}  # fmt: skip
-    for key, unit in (("pointing", " points"), ("IoU", ""), ("score, all regions", "")):
+    for key, unit in (("pointing", " points"), ("IoU", ""), ("score, all regions", "")) if L else ():
         claim(f"{key}: higher at level {L} than at level 0?", here[-1][key] - here[0][key], rows, unit)
 
 # %% [markdown]
@@ -908,10 +894,10 @@ for method in methods:
 
 # %%
 metrics |= {key: run_metrics[key] for key in ("itc_t2i_r1", "t2i_r1")}
-protocol = f"{label}: {len(side.records)} pictures, {len(asked)} phrases linked to boxes, from {run_folder}"
+protocol = f"{label}: {len(side.records)} pictures, {len(asked)} phrases linked to boxes, from {p.run}"
 write_metrics(
     root() / p.out,
-    p.as_dict() | {"run": run_folder},
+    p.as_dict(),
     metrics,
     seconds=time.monotonic() - started,
     protocol=protocol,

@@ -207,7 +207,7 @@ def open_bench(
             net.net.to(accelerator())
             found, maps = stage_maps(records, net, cache, stages=stages, echo=echo)
             pictures, arrays = {s: MapSource(stages) for s, stages in found.items()}, {}
-            facts |= {f"features_{k}": v for k, v in net.key.items()}
+            facts |= {f"features_{k}": v for k, v in net.key.items() if isinstance(v, (str, int, float))}
         else:
             if arrays is None:
                 net = picture_backbone(dataset, data_root, cache, scale, vision, vision_weights, smoke, echo)
