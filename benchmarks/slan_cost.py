@@ -51,8 +51,6 @@ from finematch.encoders import BertTower, Cells, small_bert
 from finematch.evaluation.cost import cost, parameters
 from finematch.report import git_commit, published, versions, write_json
 from finematch.slan.locator import (
-    LOCATOR,
-    SETTINGS,
     VERSIONS,
     CachedStages,
     SelfLocator,
@@ -61,6 +59,7 @@ from finematch.slan.locator import (
     Towers,
 )
 from finematch.slan.objective import SLAN, Words
+from finematch.slan.run import LOCATOR, SETTINGS
 from finematch.training import device_name
 
 SIZE, TOKENS, GOAL, CLOSE = 384, 30, 1.5, 0.05

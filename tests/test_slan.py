@@ -18,11 +18,8 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from finematch.boxes import convert, iou, multi_scale_grid
 from finematch.encoders import BertTower, Cells, small_bert
 from finematch.slan.locator import (
-    BATCHES,
-    LOCATOR,
     READINGS,
     RPN,
-    SETTINGS,
     SMALLEST,
     SWITCHES,
     VERSIONS,
@@ -46,7 +43,6 @@ from finematch.slan.locator import (
     offset,
     regression_loss,
     regression_target,
-    settings,
     similarity,
     stop,
 )
@@ -985,21 +981,6 @@ def test_in_half_precision_boxes_and_cosines_stay_single():
     assert_valid(located.boxes)
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-
-
-def test_settings_follow_scale_and_arguments():
-    assert settings("tiny", "scenes", {})["width"] == SETTINGS["tiny"]["width"]
-    assert settings("tiny", "flickr8k", {})["size"] == 224
-    paper = settings("paper", "coco_karpathy", {"vision": "vit_base_patch16_224", "levels": -1, "top": -1})
-    assert (paper["batch_size"], paper["levels"], paper["top"], paper["threshold"]) == (960, 3, 10, 0.5)
-    assert settings("paper", "coco_karpathy", {})["batch_size"] == BATCHES["resnet50"] == 1280
-    assert settings("tiny", "scenes", {"levels": 0, "top": 0, "threshold": 0.0, "width": 0})["levels"] == 0
-    assert settings("tiny", "scenes", {"threshold": 0.0})["threshold"] == 0.0
-    assert settings("tiny", "scenes", {"smoke": True})["epochs"] == 1
-    assert len({tuple(preset) for preset in SETTINGS.values()}) == 1
-    for scale in ("tiny", "photos"):
-        model = SelfLocator((8, 8, 8), **{name: SETTINGS[scale][name] for name in LOCATOR})
-        assert len(model.adaptors) == 3
 
 
 # ------------------------------------------------------------------------------------------- does it move?

@@ -68,13 +68,14 @@ from finematch.encoders import BertTower, small_bert
 from finematch.features import propose
 from finematch.report import published, to_markdown
 from finematch.slan.locator import (
-    LOCATOR, READINGS, SETTINGS, VERSIONS, CachedStages, CrossAttention, RegionAdaptor, RegionEmbedding,
+    READINGS, VERSIONS, CachedStages, CrossAttention, RegionAdaptor, RegionEmbedding,
     RegionFilter, SelfLocator, SmallStages, Towers, cell_weights, cut, decode, offset, regression_loss, regression_target,
     stop,
 )  # fmt: skip
 from finematch.slan.objective import (
     SLAN, Keys, MaskedWordHead, MatchingHead, Momentum, Queue, Temperature, Words, hard_negatives, itc, itm, mask_words, mlm,
 )  # fmt: skip
+from finematch.slan.run import LOCATOR, SETTINGS
 from finematch.text import tokenise, word_level
 from finematch.workbench import SMOKE
 

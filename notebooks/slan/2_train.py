@@ -98,35 +98,21 @@ p = strict(
 )  # fmt: skip
 
 # %%
-import hashlib
 import json
 import time
-from dataclasses import asdict
 
 import torch
-from filelock import FileLock
 
-from finematch.data import load
 from finematch.data.pairs import to_pixels
 from finematch.data.shards import ShardPairs
 from finematch.evaluation.grounding import grounding
 from finematch.evaluation.reranking import reranked_retrieval
 from finematch.evaluation.retrieval import retrieval
 from finematch.report import write_metrics
-from finematch.slan.detector import detector as train_detector
-from finematch.slan.locator import (
-    LOCATOR,
-    SWITCHES,
-    VERSIONS,
-    CachedStages,
-    SelfLocator,
-    Stages,
-    Towers,
-    load_proposals,
-    settings,
-)
-from finematch.slan.objective import SLAN, Unimodal, Words, pair_scorer, world
-from finematch.training import Plan, check_writable, fit, seed_everything, to_device
+from finematch.slan.locator import load_proposals
+from finematch.slan.objective import pair_scorer, world
+from finematch.slan.run import build, by_contrast, detector_file, plan, settings, switches, train_encoders
+from finematch.training import check_writable, fit, to_device
 from finematch.workbench import embed, located_phrases, open_bench
 
 if p.threads:
@@ -170,42 +156,20 @@ steps_per_epoch = data.steps(s["batch_size"], world()) if p.shards else len(data
 # the same proposal network, on the true boxes of the train split. All other runs never see a box.
 
 # %%
-weights = None
+weights = root() / p.detector if p.detector else None
 if p.detector == "boxes":
-    weights = train_detector(
-        root() / p.cache / "slan_detector", {name: bench.splits[name].pictures for name in ("train", "val")},
-        {name: load(f"{p.dataset}_coco", bench.data_root, name) for name in ("train", "val")},
-        pyramid=s["pyramid"], source=p.source, anchor=s["anchor"],
-    )  # fmt: skip
+    weights = detector_file(bench, s, p.as_dict(), root() / p.cache)
     print(json.loads((weights.parent / "recall.json").read_text()))
-elif p.detector:
-    weights = root() / p.detector
 
 # %% [markdown]
 # ## The model
+#
+# The lesson takes it apart; here `slan.run.build` puts it together with the random weights of the seed.
 
 # %%
-seed_everything(p.seed)
-cells, text = bench.towers()
-image = CachedStages(bench.maps) if cells is None else Stages(cells, s["stages"])
-towers = Towers(image, text, s["width"])
-chosen = {
-    name: p.cell_weights if name == "weights" else getattr(p, name) for name in SWITCHES if name not in s
-}
-chosen |= {name: value for name, value in VERSIONS[p.version].items() if not chosen[name]}
-locator = SelfLocator(
-    towers.channels, **{name: s[name] for name in LOCATOR}, frozen=p.frozen, scales=s["scales"] if len(towers.channels) == 1 else (),
-    **chosen,
-)  # fmt: skip
-model = SLAN(
-    towers, locator, width=s["width"], words=Words.of(bench.tokenizer),
-    weights={"itc": p.itc_weight, "itm": p.itm_weight, "mlm": s["mlm_weight"], "reg": s["reg_weight"] if s["levels"] else 0.0},
-    embed=s["embed"], queue=s["queue"], momentum=p.momentum, same_picture=p.same_picture, reduction=p.reduction,
-    distil=p.distil, mlm=p.mlm, mlm_picture=p.mlm_picture, match_score=p.match_score,
-    random_steps=round(s["random_negatives"] * s["epochs"] * steps_per_epoch),
-)  # fmt: skip
+model = build(bench, s, p.as_dict(), steps_per_epoch=steps_per_epoch)
 if weights:
-    load_proposals(locator.proposals, weights, decoder=locator.decoder)
+    load_proposals(model.locator.proposals, weights, decoder=model.locator.decoder)
 if p.pretrained:
     print(
         f"Begins with {p.pretrained}; heads of only one of the two: {model.load_pretrained(root() / p.pretrained)}"
@@ -213,37 +177,15 @@ if p.pretrained:
 parameters = sum(q.numel() for q in model.parameters() if q.requires_grad)
 print(f"{parameters / 1e6:.2f} M parameters to train, {steps_per_epoch} steps an epoch")
 
-
 # %% [markdown]
 # ## The encoders
 #
 # The paper begins with encoders that others have trained. Where a run has none (`encoder_epochs` above 0), the contrast trains the text tower and the
 # projection of the frozen maps first, without a locator. Runs of one seed share this: it stands in the cache.
 
-
 # %%
-def by_contrast(which_model, which) -> dict:
-    image, text = embed(which_model, which)
-    return retrieval(image, text, which.image_of)
-
-
-def val_metrics(which_model) -> dict[str, float]:
-    found = by_contrast(which_model, val)
-    return {name: found[name] for name in ("i2t_r1", "t2i_r1", "rsum")}
-
-
-plan = {"batch_size": s["batch_size"], "lr": s["lr"], "weight_decay": s["weight_decay"], "schedule": s["schedule"],
-        "warmup": s["warmup"], "clip_norm": s["clip_norm"], "precision": s["precision"], "seed": p.seed}  # fmt: skip
-if s["encoder_epochs"] and not p.pretrained:
-    first = Plan(epochs=s["encoder_epochs"], **plan)
-    made_of = json.dumps(
-        [asdict(first), s["width"], s["text_depth"], s["text_heads"], s["embed"], model.form, bench.facts]
-    )
-    shared = (
-        root() / p.cache / f"slan_encoders-{p.dataset}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
-    )
-    with FileLock(f"{shared}.lock"):
-        fit(Unimodal(model), data, first, shared, evaluate=val_metrics, select=bench.select)
+if not p.pretrained:
+    train_encoders(model, bench, data, s, p.as_dict(), root() / p.cache)
 
 
 # %% [markdown]
@@ -287,11 +229,9 @@ LOOK = ("pointing", "chance_pointing", "r1", "chance_r1", "upper_bound", "centre
 # itself is reported, the last one.
 
 # %%
-
-# %%
 summary = fit(
-    model, data, Plan(epochs=s["epochs"], **plan), folder, evaluate=val_metrics, select=bench.select
-)
+    model, data, plan(s, epochs=s["epochs"], seed=p.seed), folder, evaluate=lambda m: by_contrast(m, bench), select=bench.select,
+)  # fmt: skip
 
 # %% [markdown]
 # ## Evaluation
@@ -322,7 +262,7 @@ metrics |= {"best_epoch": summary["best_epoch"]}
 resolved = {
     **p.as_dict(),
     **{k: v for k, v in s.items() if k in p.as_dict()},
-    **{k: v for k, v in chosen.items() if k in ("proposals", "scaling", "token")},
+    **{k: v for k, v in switches(s, p.as_dict()).items() if k in ("proposals", "scaling", "token")},
     "smoke": p.smoke,
     **bench.facts,
 }

@@ -46,19 +46,16 @@ from finematch.config import root, strict
 p = strict(globals(), example=(0, 10**7), pictures=(1, 6), top=(2, 10), replay=(0, 10**6), seed=(-1, 2**31))
 
 # %%
-import hashlib
 import itertools
 import json
 import math
 import time
-from dataclasses import asdict
 from inspect import signature
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock
 from IPython.display import Markdown, display
 from matplotlib import patheffects
 from matplotlib import pyplot as plt
@@ -75,14 +72,12 @@ from finematch.evaluation.correspondence import inside, on_span, pieces
 from finematch.evaluation.grounding import GroundedPhrase
 from finematch.evaluation.retrieval import retrieval
 from finematch.report import to_markdown, write_metrics
-from finematch.slan.detector import detector as train_detector
-from finematch.slan.locator import (
-    LOCATOR, SWITCHES, VERSIONS, CachedStages, SelfLocator, Stages, Towers, load_proposals, settings,
-)  # fmt: skip
-from finematch.slan.objective import SLAN, Unimodal, Words, pair_scorer
+from finematch.slan.locator import load_proposals
+from finematch.slan.objective import SLAN, pair_scorer
+from finematch.slan.run import build, detector_file, plan, settings, train_encoders
 from finematch.text import tokenise
 from finematch.training import (
-    EpochBatches, Plan, device_name, fit, load_best, make_optimizer, make_schedule, seed_everything, to_device,
+    EpochBatches, device_name, load_best, make_optimizer, make_schedule, to_device,
 )  # fmt: skip
 from finematch.workbench import accelerator, embed, located_phrases, open_bench
 
@@ -130,67 +125,25 @@ if changed:  # what the cache holds was made anew since: these weights do not fi
 
 def built() -> SLAN:
     """The run's model, with the random weights of its seed."""
-    seed_everything(q.seed)
-    cells, text = bench.towers()
-    image = CachedStages(bench.maps) if cells is None else Stages(cells, s["stages"])
-    towers = Towers(image, text, s["width"])
-    chosen = {k: q.cell_weights if k == "weights" else of_run[k] for k in SWITCHES if k not in s}
-    chosen |= {k: value for k, value in VERSIONS[q.version].items() if not chosen[k]}
-    locator = SelfLocator(
-        towers.channels, **{k: s[k] for k in LOCATOR}, frozen=q.frozen, scales=s["scales"] if len(towers.channels) == 1 else (),
-        **chosen,
-    )  # fmt: skip
-    return SLAN(
-        towers, locator, width=s["width"], words=Words.of(bench.tokenizer),
-        weights={"itc": q.itc_weight, "itm": q.itm_weight, "mlm": s["mlm_weight"], "reg": s["reg_weight"] if s["levels"] else 0.0},
-        embed=s["embed"], queue=s["queue"], momentum=q.momentum, same_picture=q.same_picture, reduction=q.reduction,
-        distil=q.distil, mlm=q.mlm, mlm_picture=q.mlm_picture, match_score=q.match_score,
-        random_steps=round(s["random_negatives"] * s["epochs"] * (len(train) // s["batch_size"])),
-    )  # fmt: skip
+    return build(bench, s, of_run, steps_per_epoch=len(train) // s["batch_size"])
 
 
 def begun() -> SLAN:
     """The run's model before its first step with the locator: a detector's proposals, a pretrained run, trained encoders."""
-    model, cache, weights = built(), root() / q.cache, root() / q.detector
+    weights = root() / q.detector
     if q.detector == "boxes":
-        weights = train_detector(
-            cache / "slan_detector", {k: bench.splits[k].pictures for k in ("train", "val")},
-            {k: load(f"{q.dataset}_coco", bench.data_root, k) for k in ("train", "val")},
-            pyramid=s["pyramid"], source=q.source, anchor=s["anchor"],
-        )  # fmt: skip
+        weights = detector_file(bench, s, of_run, root() / q.cache)
+    model = built()
     if q.detector:
         load_proposals(model.locator.proposals, weights, decoder=model.locator.decoder)
     if q.pretrained:
         model.load_pretrained(root() / q.pretrained)
-    elif s["encoder_epochs"]:
-        first = Plan(epochs=s["encoder_epochs"], **plan)
-        made_of = [
-            asdict(first),
-            s["width"],
-            s["text_depth"],
-            s["text_heads"],
-            s["embed"],
-            model.form,
-            bench.facts,
-        ]
-        key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
-        shared = cache / f"slan_encoders-{q.dataset}-{key}"
-        with FileLock(f"{shared}.lock"):  # it stands in the cache; if it was thrown away, it is made again
-            fit(Unimodal(model), train, first, shared, evaluate=val_metrics, select=bench.select, echo=None)
+    else:
+        train_encoders(model, bench, train, s, of_run, root() / q.cache, echo=None)
     return model.to(device).eval()
 
 
-def val_metrics(of) -> dict[str, float]:
-    """By which the encoders' epoch was chosen."""
-    return retrieval(*embed(of, bench.splits["val"]), bench.splits["val"].image_of)
-
-
 train = bench.splits["train"].pairs()
-plan = {
-    key: s[key]
-    for key in ("batch_size", "lr", "weight_decay", "schedule", "warmup", "clip_norm", "precision")
-}
-plan |= {"seed": q.seed}
 fresh, model = begun(), built().to(device).eval()
 load_best(model, metrics_file.with_name("best.safetensors"))
 known_start = (
@@ -699,7 +652,7 @@ def snapshot(of: SLAN, at: float) -> None:
 snapshot(fresh, 0.0)
 if steps:
     again_from = begun().train()  # made anew: the dice, too, stand as they stood before the first step
-    schedule = Plan(epochs=s["epochs"], **plan)
+    schedule = plan(s, epochs=s["epochs"], seed=q.seed)
     trainable = [w for w in again_from.parameters() if w.requires_grad]
     optimizer = make_optimizer(trainable, schedule)
     scheduler = make_schedule(optimizer, schedule, total)

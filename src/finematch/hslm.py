@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from finematch.losses import gather, longest
+from finematch.losses import gather, longest, wide
 from finematch.training import to_device
 
 READINGS = [
@@ -297,11 +297,6 @@ class Views(NamedTuple):
         """The operands of the heavy products in another precision; norms and sums stay as they are."""
         return self._replace(**{name: part.to(dtype) for name, part in self._asdict().items()
                                 if name in ("regions", "local") and part is not None})  # fmt: skip
-
-
-def wide(x: Tensor) -> Tensor:
-    """Half precision to single; single and double stay."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def into(function: Callable[..., Tensor], x: Tensor) -> Tensor:

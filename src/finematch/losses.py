@@ -14,6 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
+def wide(x: Tensor) -> Tensor:
+    """Half precision to single, in which losses and cosines are taken; single and double stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def gather(x: Tensor) -> Tensor:
     """Concatenate `x` of all processes along the first axis, gradients included; identity in one process.
 

@@ -41,6 +41,7 @@ from finematch.boxes import (
     summed_area,
 )
 from finematch.encoders import Cells
+from finematch.losses import wide
 
 READINGS = [
     # (register, argument, values with the default first, what the paper says)
@@ -76,13 +77,11 @@ VERSIONS = {
     "arxiv": {"proposals": "queries", "scaling": "query", "token": "regions"},
 }
 
+# All arguments that set a reading.
+SWITCHES = tuple(dict.fromkeys(argument for _, argument, _, _ in READINGS))
+
 # The least side of a box: a smaller one is inside a cell of every map, where its size gets no gradient.
 SMALLEST = 1 / 32
-
-
-def wide(x: Tensor) -> Tensor:
-    """Half precision to single; single and double stay."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> str:
@@ -1295,74 +1294,3 @@ def ends(mask: Bool[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
     """The first and the last real token of every text."""
     place = torch.arange(mask.shape[1], device=mask.device)
     return (place == 0) | (place == mask.sum(1, keepdim=True) - 1)
-
-
-# ------------------------------------------------------------------------------ 4.1 implementation details
-SWITCHES = tuple(dict.fromkeys(argument for _, argument, _, _ in READINGS))
-
-# What a scale sets where a run does not. `paper`: 4.1 and Tables 6, 7; widths are those of BERT base and of
-# torchvision's detectors. `tiny`: pictures of 64 px with `SmallStages`; `photos`: a frozen MobileNetV2's stages 2 to 4.
-SETTINGS = {
-    "tiny": {
-        "size": 64, "maps": 2, "stages": (), "scales": (), "width": 64, "text_depth": 2, "text_heads": 4, "levels": 3,
-        "pyramid": 32, "heads": 4, "count": 32, "anchor": 4.0, "query_depth": 1, "query_heads": 4, "top": 10,
-        "threshold": 0.5, "samples": 4, "dropout": 0.0, "embed": 64, "queue": 0, "mlm_weight": 0.0, "reg_weight": 0.0,
-        "rerank": 16,
-        "random_negatives": 0.4, "encoder_epochs": 8, "epochs": 2, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.02,
-        "schedule": "cosine", "warmup": 0.1, "clip_norm": 0.0, "precision": "no",
-    },
-    "photos": {
-        "size": 224, "maps": 3, "stages": (), "scales": (), "width": 128, "text_depth": 2, "text_heads": 4, "levels": 3,
-        "pyramid": 48, "heads": 4, "count": 100, "anchor": 4.0, "query_depth": 1, "query_heads": 4, "top": 10,
-        "threshold": 0.5, "samples": 6, "dropout": 0.1, "embed": 128, "queue": 0, "mlm_weight": 0.0, "reg_weight": 0.0,
-        "rerank": 16,
-        "random_negatives": 0.6, "encoder_epochs": 8, "epochs": 2, "batch_size": 64, "lr": 5e-4, "weight_decay": 0.02,
-        "schedule": "cosine", "warmup": 0.1, "clip_norm": 0.0, "precision": "no",
-    },
-    "paper": {
-        "size": 224, "maps": 3, "stages": (2, 3, 4), "scales": (), "width": 768, "text_depth": 12, "text_heads": 12,
-        "levels": 3, "pyramid": 256, "heads": 12, "count": 100, "anchor": 8.0, "query_depth": 6, "query_heads": 8,
-        "top": 10, "threshold": 0.5, "samples": 14, "dropout": 0.0, "embed": 256, "queue": 65536, "mlm_weight": 1.0,
-        "reg_weight": 1.0,
-        "rerank": 128, "random_negatives": 0.0, "encoder_epochs": 0, "epochs": 20, "batch_size": 1280, "lr": 3e-4,
-        "weight_decay": 0.02, "schedule": "linear", "warmup": 0.0, "clip_norm": 0.0, "precision": "bf16",
-    },
-}  # fmt: skip
-LOCATOR = (
-    "width", "levels", "pyramid", "heads", "count", "anchor", "query_depth", "query_heads", "top", "threshold",
-    "samples", "dropout",
-)  # fmt: skip
-
-# Batch sizes of 4.1, by how a timm network is called.
-BATCHES = {"resnet50": 1280, "vit_base": 960, "vit_large": 640, "vit_huge": 640}
-
-# The value that leaves a setting to the scale; 0 for all others.
-UNSET = {
-    "levels": -1, "top": -1, "threshold": -1, "dropout": -1, "queue": -1, "reg_weight": -1,
-    "mlm_weight": -1, "precision": "",
-    "encoder_epochs": -1,
-    "random_negatives": -1,
-}  # fmt: skip
-
-
-def settings(scale: str, dataset: str, given: dict) -> dict:
-    """The settings of a run: the scale's, with those of `given` that are set (see `UNSET`). `tiny` on photos is
-    `photos`; at `paper`, `given["vision"]` (a timm name) sets the batch size of 4.1.
-
-    `SelfLocator(channels, **{name: s[name] for name in LOCATOR})` takes those of the model. A smoke run
-    (`given["smoke"]`) takes one epoch of small batches of small pictures.
-    """
-    preset = dict(SETTINGS["photos" if scale == "tiny" and not dataset.startswith("scenes") else scale])
-    if scale == "paper":
-        preset["batch_size"] = next(
-            (n for name, n in BATCHES.items() if given.get("vision", "").startswith(name)),
-            preset["batch_size"],
-        )
-    if given.get("smoke"):
-        preset |= {
-            "epochs": 1,
-            "batch_size": 32,
-            "size": 64,
-            "encoder_epochs": min(preset["encoder_epochs"], 1),
-        }
-    return preset | {k: v for k, v in given.items() if k in preset and v != UNSET.get(k, 0)}

@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from finematch.losses import gather
+from finematch.losses import gather, wide
 
 READINGS = [
     # (register, argument, values with the default first, what the paper says)
@@ -165,11 +165,6 @@ class Encoders(nn.Module):
 def pixels_or_maps(pixels: Tensor | None = None, **maps: Tensor) -> Tensor | list[Tensor]:
     """What towers take: pixels, or maps that were made before, in the order in which they are given."""
     return list(maps.values()) if pixels is None else pixels
-
-
-def wide(x: Tensor) -> Tensor:
-    """Half precision to single; single and double stay."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def unit(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:

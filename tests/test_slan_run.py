@@ -1,0 +1,198 @@
+"""A run of SLAN from its parameters: settings, the model, and what stands before the first step."""
+
+import json
+
+import pytest
+import torch
+from notebook_text import NOTEBOOKS, accepted, declaration
+
+from finematch.slan.locator import SWITCHES, VERSIONS, SelfLocator, load_proposals
+from finematch.slan.run import (
+    BATCHES,
+    LOCATOR,
+    SETTINGS,
+    build,
+    by_contrast,
+    detector_file,
+    plan,
+    settings,
+    switches,
+    train_encoders,
+)
+from finematch.workbench import open_bench
+
+SOURCE = NOTEBOOKS / "slan" / "2_train.py"
+SMALL = {"smoke": True, "threads": 1}
+
+
+def given(**changes) -> dict:
+    """The notebook's parameters."""
+    return accepted(SOURCE, SMALL | changes).as_dict()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("slan_run")
+
+
+@pytest.fixture(scope="module")
+def bench(cache):
+    s = settings("tiny", "scenes", given())
+    shape = {"width": s["width"], "depth": s["text_depth"], "heads": s["text_heads"], "stages": s["maps"]}
+    return open_bench(
+        dataset="scenes", data_root=cache, cache=cache, backbone="maps", **shape, smoke=True, echo=None
+    )
+
+
+@pytest.fixture(scope="module")
+def data(bench):
+    return bench.splits["train"].pairs()
+
+
+def made(bench, **changes):
+    asked = given(**changes)
+    return build(bench, settings("tiny", "scenes", asked), asked, steps_per_epoch=10)
+
+
+def same(one, other) -> bool:
+    here, there = one.state_dict(), other.state_dict()
+    return here.keys() == there.keys() and all(torch.equal(v, there[k]) for k, v in here.items())
+
+
+def test_settings_follow_scale_and_arguments():
+    assert settings("tiny", "scenes", {})["width"] == SETTINGS["tiny"]["width"]
+    assert settings("tiny", "flickr8k", {})["size"] == 224
+    paper = settings("paper", "coco_karpathy", {"vision": "vit_base_patch16_224", "levels": -1, "top": -1})
+    assert (paper["batch_size"], paper["levels"], paper["top"], paper["threshold"]) == (960, 3, 10, 0.5)
+    assert settings("paper", "coco_karpathy", {})["batch_size"] == BATCHES["resnet50"] == 1280
+    assert settings("tiny", "scenes", {"levels": 0, "top": 0, "threshold": 0.0, "width": 0})["levels"] == 0
+    assert settings("tiny", "scenes", {"threshold": 0.0})["threshold"] == 0.0
+    assert settings("tiny", "scenes", {"smoke": True})["epochs"] == 1
+    assert len({tuple(preset) for preset in SETTINGS.values()}) == 1
+    for scale in ("tiny", "photos"):
+        model = SelfLocator((8, 8, 8), **{name: SETTINGS[scale][name] for name in LOCATOR})
+        assert len(model.adaptors) == 3
+
+
+def test_every_setting_can_be_asked_for_or_is_the_scales_alone():
+    declared = set(declaration(SOURCE))
+    kept = {
+        "size", "maps", "stages", "scales", "text_depth", "text_heads", "pyramid", "heads", "count", "anchor",
+        "samples", "query_depth", "query_heads", "dropout", "embed", "weight_decay", "schedule", "warmup", "clip_norm",
+    }  # fmt: skip
+    assert set(SETTINGS["tiny"]) - declared == kept
+
+
+def test_the_plan_has_the_settings():
+    s = settings("paper", "coco_karpathy", {})
+    made = plan(s, epochs=3, seed=5)
+    assert (made.epochs, made.seed, made.batch_size, made.precision) == (3, 5, 1280, "bf16")
+    assert (made.lr, made.schedule, made.warmup) == (3e-4, "linear", 0.0)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_version_sets_what_is_left_empty(version):
+    s = settings("tiny", "scenes", given(version=version))
+    assert VERSIONS[version].items() <= switches(s, given(version=version)).items()
+    assert switches(s, given(version=version, token="map", scaling="level")) == {
+        **switches(s, given(version=version)),
+        "token": "map",
+        "scaling": "level",
+    }
+    assert set(switches(s, given())) == set(SWITCHES) - set(s)
+
+
+def test_the_model_depends_on_the_seed_alone(bench):
+    torch.manual_seed(99)
+    first = made(bench)
+    assert same(first, made(bench))
+    assert not same(first, made(bench, seed=1))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"version": "arxiv", "levels": 1}, {"reg_weight": 0.5, "queue": 64, "mlm_weight": 1.0}]
+)
+def test_a_finished_run_gives_its_model_again(bench, changes):
+    """Parameters as `metrics.json` keeps them, settings and version resolved, and through JSON."""
+    asked = given(**changes)
+    s = settings("tiny", "scenes", asked)
+    resolved = asked | {k: v for k, v in s.items() if k in asked}
+    resolved |= {k: v for k, v in switches(s, asked).items() if k in ("proposals", "scaling", "token")}
+    resolved = json.loads(json.dumps(resolved | bench.facts))
+    again = settings("tiny", "scenes", resolved)
+    assert again == s
+    model = build(bench, s, asked, steps_per_epoch=10)
+    other = build(bench, again, resolved, steps_per_epoch=10)
+    assert same(model, other)
+    assert (model.weights, model.form, model.random_steps) == (other.weights, other.form, other.random_steps)
+
+
+def test_parameters_reach_the_model(bench):
+    asked = {
+        "levels": 2, "top": 5, "threshold": 0.25, "reg_weight": 0.5, "queue": 64, "itc_weight": 2.0, "mlm_weight": 0.25,
+        "itm_weight": 3.0, "reduction": "mean", "same_picture": False, "distil": 0.1, "match_score": "logit",
+        "random_negatives": 0.5, "epochs": 3, "cell_weights": "raw", "nms": 0.5, "frozen": True,
+    }  # fmt: skip
+    model = made(bench, **asked)
+    assert (len(model.locator.adaptors), model.locator.filter.top, model.locator.filter.threshold) == (
+        2,
+        5,
+        0.25,
+    )
+    assert model.weights == {"itc": 2.0, "itm": 3.0, "mlm": 0.25, "reg": 0.5}
+    assert model.form == {"same_picture": False, "distil": 0.1, "reduction": "mean"}
+    assert (model.match_score, model.random_steps, len(model.queue.image)) == ("logit", 15, 64)
+    assert not any(p.requires_grad for p in model.locator.proposals.parameters())
+    assert made(bench, levels=0, reg_weight=0.5).weights["reg"] == 0  # there is nothing to regress to
+
+
+def test_encoders_are_trained_once_for_all_runs_of_a_seed(bench, data, cache, capsys):
+    asked, folder = given(encoder_epochs=1), cache / "shared"
+    s = settings("tiny", "scenes", asked)
+    before, model = (build(bench, s, asked, steps_per_epoch=10) for _ in range(2))
+    train_encoders(model, bench, data, s, asked, folder)
+    assert "epoch 1/1" in capsys.readouterr().out
+    assert not same(model, before)
+    alike = {
+        name: same(getattr(model, name), getattr(before, name)) for name in ("encoders", "locator", "head")
+    }
+    assert alike == {"encoders": False, "locator": True, "head": True}  # and none of what comes later
+
+    asked |= {"levels": 1, "threshold": 0.1}  # another locator, the same encoders
+    other = build(bench, settings("tiny", "scenes", asked), asked, steps_per_epoch=10)
+    train_encoders(other, bench, data, settings("tiny", "scenes", asked), asked, folder)
+    assert "epoch" not in capsys.readouterr().out
+    assert same(other.encoders, model.encoders)
+    assert by_contrast(other, bench) == by_contrast(model, bench)
+    assert len(list(folder.glob("slan_encoders-scenes-*[0-9a-f]"))) == 1
+
+    asked |= {"seed": 1}  # another seed, its own
+    train_encoders(build(bench, s, asked, steps_per_epoch=10), bench, data, s, asked, folder, echo=None)
+    assert len(list(folder.glob("slan_encoders-scenes-*[0-9a-f]"))) == 2
+
+
+def test_without_epochs_the_encoders_stay_as_they_are(bench, data, cache):
+    asked = given(encoder_epochs=0)
+    s = settings("tiny", "scenes", asked)
+    model = build(bench, s, asked, steps_per_epoch=10)
+    train_encoders(model, bench, data, s, asked, cache / "none")
+    assert same(model, build(bench, s, asked, steps_per_epoch=10))
+    assert not (cache / "none").exists()
+
+
+def test_a_detector_fits_the_runs_proposals(bench, cache):
+    asked = given(detector="boxes")
+    s = settings("tiny", "scenes", asked)
+    weights = detector_file(bench, s, asked, cache)
+    assert weights == detector_file(bench, s, asked, cache)  # made once
+    model, before = (build(bench, s, asked, steps_per_epoch=10) for _ in range(2))
+    load_proposals(model.locator.proposals, weights, decoder=model.locator.decoder)
+    assert not same(model.locator.proposals, before.locator.proposals)
+    assert same(model.encoders, before.encoders)
+
+
+def test_val_is_ranked_by_the_contrast(bench):
+    found = by_contrast(made(bench), bench)
+    assert set(found) == {"i2t_r1", "t2i_r1", "rsum"}
+    assert 0 <= found["t2i_r1"] <= 100
+    assert 0 < found["rsum"] <= 600
