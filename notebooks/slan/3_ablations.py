@@ -11,7 +11,8 @@
 # | `slan_filter` | 7 (arXiv 6) | the region filter: all proposals, the top 10, those above a threshold |
 # | `slan_features` | arXiv 10 | where the maps of the levels come from: encoder or decoder |
 # | `slan_detector` | arXiv 9 | proposals from scratch, or trained on boxes first |
-# | `slan_boxes` | none | what moves the proposals: the gradient of pooling, the regression loss and its weight, nothing, or a detector that stays as it is |
+# | `slan_boxes` | none | what moves the boxes: the gradient of pooling, the regression loss and its weight, random negatives to the end, nothing; a detector that stays as it is, and there how far a level looks (reading S6) and steps (S5) |
+# | `slan_photos` | none | photos (Flickr8k): no self-locator, and three adaptors |
 # | `slan_cost` | 8 (arXiv 4 and 7) | nothing is run: parameters and operations of the paper's sizes, counted in `benchmarks/slan_cost.json` |
 #
 # The row `levels-3` is the whole model and one run in all grids.
@@ -38,7 +39,7 @@ smoke: bool = False  # the runs were smoke runs: their numbers mean nothing
 from finematch.config import root, strict
 
 p = strict(
-    globals(), grid={"slan_adaptors", "slan_filter", "slan_features", "slan_detector", "slan_boxes", "slan_cost"},
+    globals(), grid={"slan_adaptors", "slan_filter", "slan_features", "slan_detector", "slan_boxes", "slan_photos", "slan_cost"},
     scale={"tiny", "paper"}, seed=(0, 2**31),
 )  # fmt: skip
 
@@ -73,7 +74,9 @@ GRIDS = {
     "slan_detector": ("SLAN-v1", "9", "proposals", {"levels-3": "from scratch", "detector": "pre-trained"}),
     "slan_boxes": ("", "", "what moves the proposals", {
         "levels-3": "pooling", "regression-005": "pooling, 0.05 L_reg", "regression-1": "pooling, L_reg", "no-gradient": "nothing",
-        "detector-frozen": "a detector, frozen"}),
+        "random": "pooling, random negatives", "detector-frozen": "a detector, frozen",
+        "detector-region": "detector, N of the region", "detector-n": "detector, steps of N"}),
+    "slan_photos": ("", "", "number of adaptors", {"levels-0": "0", "levels-3": "3"}),
     "slan_cost": ("SLAN", "8", "model", {}),
 }  # fmt: skip
 version, number, axis, names = GRIDS[p.grid]
@@ -357,7 +360,11 @@ CLAIMS = {
     "slan_boxes": [
         ("the regression loss as printed beats none", "regression-1", "levels-3"),
         ("proposals of a frozen detector beat those from scratch", "detector-frozen", "levels-3"),
+        ("random negatives to the end beat hard ones", "random", "levels-3"),
+        ("neighbourhoods of the region beat those of the map", "detector-region", "detector-frozen"),
+        ("steps of N/K beat those of N, as printed", "detector-frozen", "detector-n"),
     ],
+    "slan_photos": [("3 adaptors beat none", "levels-3", "levels-0")],
     "slan_cost": [],
 }[p.grid]  # fmt: skip
 cells = whole_table.set_index(["row", "column"])["value"]
@@ -400,7 +407,7 @@ assert example["difference"] == 2
 assert round(example["lower"], 3) == round(2 - 2.920 / 3**0.5, 3)
 
 lines = []
-if p.grid in ("slan_adaptors", "slan_boxes") and len(shown):
+if p.grid in ("slan_adaptors", "slan_boxes", "slan_photos") and len(shown):
     last = int(shown["level"].max())
     for metric in ("pointing", "r1"):
         at = shown.pivot(index="seed", columns="level", values=f"{metric}_after")
