@@ -12,6 +12,7 @@ from finematch.data.entities import load_entities
 from finematch.data.karpathy import load_karpathy
 from finematch.data.precomp import Regions, RegionsWriter, finished, load_regions
 from finematch.data.record import Box, DataError, Object, Phrase, Record, open_rgb
+from finematch.data.visual_genome import load_visual_genome
 
 __all__ = [
     "Box",
@@ -29,6 +30,7 @@ __all__ = [
     "load_entities",
     "load_karpathy",
     "load_regions",
+    "load_visual_genome",
     "open_rgb",
 ]
 
@@ -62,6 +64,15 @@ def _entities(folder: str, images: str) -> tuple[tuple[str, ...], Callable[..., 
         return load_entities(root / folder, split, **{"image_dir": root / images, **options})
 
     return (f"{folder}/{{s}}.txt", f"{folder}/Sentences", f"{folder}/Annotations", images), read
+
+
+def _visual_genome(
+    regions: str, images: str, folder: str
+) -> tuple[tuple[str, ...], Callable[..., list[Record]]]:
+    def read(root: Path, split: str, **options) -> list[Record]:
+        return load_visual_genome(root / regions, root / images, root / folder, split=split, **options)
+
+    return (regions, images, f"{folder}/VG_100K", f"{folder}/VG_100K_2"), read
 
 
 _DATASETS = {
@@ -103,6 +114,12 @@ _DATASETS = {
     "flickr30k_entities": _Dataset(
         "Flickr30k Entities (train, val, test)", *_entities("flickr30k_entities", "flickr30k_entities/images")
     ),
+    "visual_genome": _Dataset(
+        "described regions, for pretraining (train alone)",
+        *_visual_genome(
+            "visual_genome/region_descriptions.json", "visual_genome/image_data.json", "visual_genome"
+        ),
+    ),
 }
 
 
@@ -122,7 +139,8 @@ def load(dataset: str, data_root: str | Path, split: str, **options) -> list[Rec
         dataset: a name that `dataset_help()` lists.
         data_root: folder above the dataset's own. `scenes` is drawn there if it is absent.
         split: as the format has them: `train`, `val`, `test`, for COCO also `restval` and `trainrestval`.
-        options: passed to the format's loader (`load_karpathy`, `load_coco`, `load_entities`).
+        options: passed to the format's loader (`load_karpathy`, `load_coco`, `load_entities`,
+            `load_visual_genome`).
 
     Raises:
         DataError: an unknown name, a dataset that is not under `data_root`, or what the loader raises.
