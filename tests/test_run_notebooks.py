@@ -56,12 +56,24 @@ def folder(tmp_path_factory):
     return shared
 
 
-def run_notebook(name, page, given):
-    """By papermill, as a person would; the executed page is `page`.ipynb."""
+def run_notebook(name, page, given, processes=1):
+    """By papermill, as a person would; the executed page is `page`.ipynb, of several processes `page`.0.ipynb ..."""
+    ending = ".$RANK.ipynb" if processes > 1 else ".ipynb"
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", str(ROOT),
-               str(NOTEBOOKS / f"{name}.ipynb"), f"{page}.ipynb"]  # fmt: skip
+               str(NOTEBOOKS / f"{name}.ipynb"), f"{page}{ending}"]  # fmt: skip
     for key, value in given.items():
         command += ["-p", key, str(value)]
+    if processes > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [
+            *torchrun,
+            "--nproc-per-node",
+            str(processes),
+            "--no-python",
+            "bash",
+            "-c",
+            " ".join(command),
+        ]
     environment = {**os.environ, "MPLBACKEND": "agg", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     for _ in range(3):
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
@@ -107,8 +119,9 @@ def test_it_runs(name, folder):
         assert len(list((folder / "figures").glob(f"{pictures}.*.png"))) >= 4
 
 
-def test_slan_pretrains_at_the_papers_scale_on_shards_and_goes_on_from_there(tmp_path):
-    """Pixels, a network to train, BERT's files, two sets of shards, queues, momentum, masks; then fine-tuning."""
+@pytest.fixture
+def pretraining(tmp_path):
+    """Small parts for `scale=paper`: two sets of shards and a BERT; the parameters of `2_train`, and `shards`."""
     generate(tmp_path / "drawn" / "scenes", train=40, val=8, test=8)
     records = load("scenes", tmp_path / "drawn", "train")
     for name, part in (("one", records[:24]), ("two", records[24:])):
@@ -122,7 +135,12 @@ def test_slan_pretrains_at_the_papers_scale_on_shards_and_goes_on_from_there(tmp
         "scale": "paper", "smoke": True, "cache": tmp_path / "cache", "vision": "resnet18", "text_weights": bert,
         "width": 24, "batch_size": 8, "queue": 16, "levels": 1, "rerank": 2, "precision": "no",
     }  # fmt: skip
-    shards = f"one:{tmp_path / 'one'},two:{tmp_path / 'two'}"
+    return given, f"one:{tmp_path / 'one'},two:{tmp_path / 'two'}"
+
+
+def test_slan_pretrains_at_the_papers_scale_on_shards_and_goes_on_from_there(tmp_path, pretraining):
+    """Pixels, a network to train, BERT's files, two sets of shards, queues, momentum, masks; then fine-tuning."""
+    given, shards = pretraining
     first = ran("slan/2_train", tmp_path / "pretrained", **given, shards=shards)
     assert first["parameters"]["mlm_weight"] == first["parameters"]["reg_weight"] == 1
     log = json.loads((tmp_path / "pretrained" / "log.jsonl").read_text().splitlines()[-1])
@@ -131,6 +149,10 @@ def test_slan_pretrains_at_the_papers_scale_on_shards_and_goes_on_from_there(tmp
     weights = tmp_path / "pretrained" / "best.safetensors"
     tuned = ran("slan/2_train", tmp_path / "tuned", **given, pretrained=weights, mlm_weight=0.0, lr=1e-9)
     assert tuned["parameters"]["mlm_weight"] == 0
+    as_it_is = ran("slan/2_train", tmp_path / "zero", **given, pretrained=weights, mlm_weight=0.0, zero_shot=True)
+    assert not (tmp_path / "zero" / "best.safetensors").exists()
+    assert as_it_is["metrics"]["rsum"] == pytest.approx(tuned["metrics"]["rsum"], abs=2)  # one of 200 captions: 0.5
+    assert as_it_is["metrics"]["best_epoch"] == 0
     before, after = (load_file(tmp_path / run / "best.safetensors") for run in ("pretrained", "tuned"))
     assert {name.partition(".")[0] for name in set(before) - set(after)} == {"masked"}
     moved = {
@@ -142,7 +164,29 @@ def test_slan_pretrains_at_the_papers_scale_on_shards_and_goes_on_from_there(tmp
     }  # at a rate of 1e-9
 
 
-def ran(name, out, **given) -> dict:
+def test_slan_pretrains_in_two_processes(tmp_path, pretraining):
+    """By torchrun, each with a kernel and a page of its own: both train, the first evaluates and writes."""
+    given, shards = pretraining
+    given |= {
+        "vision": "vit_tiny_patch16_224",
+        "version": "arxiv",
+    }  # whose queries leave parts of the pyramid unused
+    metrics = ran("slan/2_train", tmp_path / "both", processes=2, **given, shards=shards)
+    assert metrics["metrics"]["images"] == 40
+    log = json.loads((tmp_path / "both" / "log.jsonl").read_text().splitlines()[-1])
+    assert {"itc", "itm", "mlm", "reg"} <= set(log)
+    assert log["steps"] == 5  # 40 pictures by a whole batch of 8, as in one process
+    pages = [json.loads((tmp_path / f"both.{rank}.ipynb").read_text()) for rank in (0, 1)]
+    ends = [
+        [output.get("ename") for cell in page["cells"] for output in cell.get("outputs", ())]
+        for page in pages
+    ]
+    assert [names.count("SystemExit") for names in ends] == [0, 1]
+    state = load_file(tmp_path / "both" / "best.safetensors")
+    assert int(state["steps"]) == 5
+
+
+def ran(name, out, processes=1, **given) -> dict:
     """The metrics file of a notebook's run."""
-    run_notebook(name, out, given | {"out": out})
+    run_notebook(name, out, given | {"out": out}, processes)
     return json.loads((out / "metrics.json").read_text())

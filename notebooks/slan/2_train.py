@@ -30,7 +30,8 @@ threshold: float = -1.0  # h of the filter; -1 is the scale's (0.5)
 source: str = "decoder"  # decoder or encoder: where the maps of all levels come from (arXiv, Table 10)
 frozen: bool = False  # the proposals are not trained (Table 6, row 1)
 detector: str = ""  # weights of the proposals: a file, or boxes: trained on the boxes of the train split
-pretrained: str = ""  # best.safetensors of a run to begin with (fine-tuning, zero-shot with epochs of 1 step)
+pretrained: str = ""  # best.safetensors of a run to begin with: fine-tuning, or see zero_shot
+zero_shot: bool = False  # evaluate `pretrained` as it is; nothing is trained
 shards: str = ""  # pretraining data, as name:folder pairs with commas; in place of the dataset's train split
 proposals: str = ""  # rpn or queries (reading S28); empty is the version's
 attn: str = "transformer"  # transformer or literal (S1)
@@ -112,9 +113,14 @@ from finematch.report import write_metrics
 from finematch.slan.locator import load_proposals
 from finematch.slan.objective import pair_scorer, world
 from finematch.slan.run import build, by_contrast, detector_file, plan, settings, switches, train_encoders
-from finematch.training import check_writable, fit, to_device
-from finematch.workbench import embed, located_phrases, open_bench
+from finematch.training import check_writable, fit, join_processes, leave_to_first, to_device
+from finematch.workbench import accelerator, embed, located_phrases, open_bench
 
+join_processes()
+if p.zero_shot and not p.pretrained:
+    raise ValueError(
+        "zero_shot evaluates what another run has trained: give its best.safetensors as `pretrained`"
+    )
 if p.threads:
     torch.set_num_threads(p.threads)
 s = settings(p.scale, p.dataset, p.as_dict())
@@ -167,7 +173,7 @@ if p.detector == "boxes":
 # The lesson takes it apart; here `slan.run.build` puts it together with the random weights of the seed.
 
 # %%
-model = build(bench, s, p.as_dict(), steps_per_epoch=steps_per_epoch)
+model = build(bench, s, p.as_dict(), steps_per_epoch=steps_per_epoch).to(accelerator())
 if weights:
     load_proposals(model.locator.proposals, weights, decoder=model.locator.decoder)
 if p.pretrained:
@@ -226,12 +232,13 @@ LOOK = ("pointing", "chance_pointing", "r1", "chance_r1", "upper_bound", "centre
 #
 # Three passes through the locator a step: the true pair, two wrong ones for each (matching), and the masked sentence. The log has each term. The
 # epoch with the best rsum on *val* is kept (the contrast alone, of all of val: re-ranking it each epoch would take as long as training); where val
-# itself is reported, the last one.
+# itself is reported, the last one. With `zero_shot` there is nothing to train, and the "after" of the boxes is their "before".
 
 # %%
-summary = fit(
+summary = {"best_epoch": 0, "seconds": 0.0} if p.zero_shot else fit(
     model, data, plan(s, epochs=s["epochs"], seed=p.seed), folder, evaluate=lambda m: by_contrast(m, bench), select=bench.select,
 )  # fmt: skip
+leave_to_first()  # of several processes (torchrun); else nothing
 
 # %% [markdown]
 # ## Evaluation

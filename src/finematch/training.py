@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
@@ -111,6 +112,35 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+# ------------------------------------------------------------------------------------------- processes
+def join_processes() -> int:
+    """Under torchrun, meet the other processes and take this one's GPU; how many there are, 1 without.
+
+    Call it before anything asks how many there are. A notebook runs in several processes, each with a kernel and an
+    executed page of its own, as
+
+        torchrun --nproc-per-node 8 --no-python bash -c 'papermill 2_train.ipynb run.$RANK.ipynb -p ...'
+    """
+    if "RANK" in os.environ:
+        PartialState(cpu=not torch.accelerator.is_available())
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def leave_to_first() -> None:
+    """Training is over: the first process goes on alone, the others of torchrun end here.
+
+    Raises:
+        SystemExit: In all but the first (status 0, which papermill takes as a page that has ended well).
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    first = dist.get_rank() == 0
+    dist.barrier()
+    dist.destroy_process_group()
+    if not first:
+        raise SystemExit(0)
+
+
 # ------------------------------------------------------------------------------------------- the loop
 def fit(
     model: nn.Module,
@@ -148,6 +178,8 @@ def fit(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=plan.precision,
         step_scheduler_with_optimizer=False,
+        # a switch may leave parts of a model without use; processes would wait for their gradients for ever
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     if main:

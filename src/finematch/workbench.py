@@ -195,7 +195,10 @@ def open_bench(
             }
             arrays = {}
         elif backbone == "maps" and scale == "paper":
-            trained = Cells(vision or "resnet50", weights=vision_weights or ("" if vision else "hub"))
+            # no classifier, which nothing would train; a ViT for pictures of any size
+            options = {"num_classes": 0} | ({"dynamic_img_size": True} if vision.startswith("vit_") else {})
+            weights = vision_weights or ("" if vision else "hub")
+            trained = Cells(vision or "resnet50", weights=weights, options=options)
             transform = to_pixels(size, (0.0,) * 3, (1.0,) * 3)
             pictures, arrays = {s: PixelSource(r, transform) for s, r in records.items()}, {}
         elif backbone == "maps":

@@ -9,6 +9,7 @@ own or those of a `metrics.json`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from finematch.data.pairs import Pairs
 from finematch.evaluation.retrieval import retrieval
 from finematch.slan.detector import detector
 from finematch.slan.locator import SWITCHES, VERSIONS, CachedStages, SelfLocator, Stages, Towers
-from finematch.slan.objective import SLAN, Unimodal, Words
+from finematch.slan.objective import SLAN, Unimodal, Words, rank
 from finematch.training import Plan, fit, seed_everything
 from finematch.workbench import Bench, embed
 
@@ -117,7 +118,11 @@ def build(bench: Bench, s: Mapping, given: Mapping, *, steps_per_epoch: int) -> 
     """
     seed_everything(given["seed"])
     cells, text = bench.towers()
-    image = CachedStages(bench.maps) if cells is None else Stages(cells, s["stages"])
+    if cells is None:
+        image = CachedStages(bench.maps)
+    else:  # a plain ViT's blocks are no stages: their maps are all of one size, and only the last is V
+        plain = len({stage["reduction"] for stage in cells.net.feature_info}) == 1
+        image = Stages(cells, (-1,) if plain else s["stages"])
     towers = Towers(image, text, s["width"])
     locator = SelfLocator(
         towers.channels, **{name: s[name] for name in LOCATOR}, frozen=given["frozen"],
@@ -171,7 +176,8 @@ def train_encoders(
     made_of = [asdict(first), *shape, model.form, bench.facts]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
     folder = cache / f"slan_encoders-{given['dataset']}-{key}"
-    with FileLock(f"{folder}.lock"):  # runs of a grid start together; one makes what all need
+    # runs of a grid start together: one makes what all need. Processes of one run work on it together
+    with FileLock(f"{folder}.lock") if rank() == 0 else contextlib.nullcontext():
         fit(Unimodal(model), data, first, folder, evaluate=lambda m: by_contrast(m, bench), select=bench.select,
             echo=echo)  # fmt: skip
 
