@@ -6,6 +6,7 @@ torchvision's `roi_align` with averaging against ours, on maps of 256 x 56 x 56:
   has none to the boxes.
 * grid_sample: torch's bilinear sampling at the same 14 x 14 points, then the mean; gradients to both.
 * roi_align_mean: the same value as torchvision's by one matrix product; gradients to both.
+* neighbourhood_mean: the same of whole neighbourhoods, whose boxes share their edges: what a level calls.
 * box_mean: the exact mean by a summed-area table, the table included; gradients to both. "read" is one more reading
   of a table that is there already.
 
@@ -37,7 +38,14 @@ from tabulate import tabulate
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from finematch.boxes import AreaTable, box_mean, neighbourhood, roi_align_mean, summed_area
+from finematch.boxes import (
+    AreaTable,
+    box_mean,
+    neighbourhood,
+    neighbourhood_mean,
+    roi_align_mean,
+    summed_area,
+)
 from finematch.report import git_commit, versions, write_json
 from finematch.training import device_name
 
@@ -186,15 +194,22 @@ def main() -> None:
     boxes = neighbourhood(regions(b, options.regions), options.k, 0.5).flatten(1, 2)
     upstream = torch.randn(*boxes.shape[:2], options.channels)
 
+    def together(features: Tensor, boxes: Tensor) -> Tensor:
+        return neighbourhood_mean(features, boxes.unflatten(1, (options.regions, -1))).flatten(1, 2)
+
+    poolings = POOLINGS | {"neighbourhood_mean": together}
+
     # the same numbers, wherever boxes lie; grid_sample has another rule outside the picture
     inside = ((boxes >= 0) & (boxes <= 1)).all(-1)
     with torch.no_grad():
         wanted = POOLINGS["torchvision"](features, boxes)
-        difference = {name: (pool(features, boxes) - wanted).abs() for name, pool in POOLINGS.items()}
+        difference = {name: (pool(features, boxes) - wanted).abs() for name, pool in poolings.items()}
     agreement = {
         name: {"inside": d[inside].max().item(), "anywhere": d.max().item()} for name, d in difference.items()
     }
-    assert agreement["roi_align_mean"]["anywhere"] < 1e-4, agreement
+    assert max(agreement[name]["anywhere"] for name in ("roi_align_mean", "neighbourhood_mean")) < 1e-4, (
+        agreement
+    )
 
     content: dict = {
         "parameters": {
@@ -206,7 +221,7 @@ def main() -> None:
     for threads in options.threads:
         torch.set_num_threads(threads)
         load = os.getloadavg()[0]
-        jobs = {name: job(pool, features, boxes, upstream) for name, pool in POOLINGS.items()}
+        jobs = {name: job(pool, features, boxes, upstream) for name, pool in poolings.items()}
         times = in_turn(
             {"copy": copy(features), **jobs, "read": read(features, boxes, upstream)}, options.repeats
         )
