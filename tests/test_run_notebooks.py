@@ -184,6 +184,8 @@ def test_slan_pretrains_in_two_processes(tmp_path, pretraining):
     assert [names.count("SystemExit") for names in ends] == [0, 1]
     state = load_file(tmp_path / "both" / "best.safetensors")
     assert int(state["steps"]) == 5
+    assert any(name.startswith("locator.decoder.simple.") for name in state)  # of a plain ViT's last map
+    assert not any(".cells.net.head." in name for name in state)  # no classifier
 
 
 def ran(name, out, processes=1, **given) -> dict:
