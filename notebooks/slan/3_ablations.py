@@ -12,6 +12,7 @@
 # | `slan_features` | arXiv 10 | where the maps of the levels come from: encoder or decoder |
 # | `slan_detector` | arXiv 9 | proposals from scratch, or trained on boxes first |
 # | `slan_boxes` | none | what moves the boxes: the gradient of pooling, the regression loss and its weight, random negatives to the end, nothing; a detector that stays as it is, and there how far a level looks (reading S6) and steps (S5) |
+# | `slan_tokens` | 6, rows 1 and 2 | frozen and trained proposals where the contrast compares regions (arXiv's token, reading S20): the ICCV version's reads none, so that these rows are one model there |
 # | `slan_photos` | none | photos (Flickr8k): no self-locator, and three adaptors |
 # | `slan_cost` | 8 (arXiv 4 and 7) | nothing is run: parameters and operations of the paper's sizes, counted in `benchmarks/slan_cost.json` |
 #
@@ -39,7 +40,7 @@ smoke: bool = False  # the runs were smoke runs: their numbers mean nothing
 from finematch.config import root, strict
 
 p = strict(
-    globals(), grid={"slan_adaptors", "slan_filter", "slan_features", "slan_detector", "slan_boxes", "slan_photos", "slan_cost"},
+    globals(), grid={"slan_adaptors", "slan_filter", "slan_features", "slan_detector", "slan_boxes", "slan_tokens", "slan_photos", "slan_cost"},
     scale={"tiny", "paper"}, seed=(0, 2**31),
 )  # fmt: skip
 
@@ -76,6 +77,8 @@ GRIDS = {
         "levels-3": "pooling", "regression-005": "pooling, 0.05 L_reg", "regression-1": "pooling, L_reg", "no-gradient": "nothing",
         "random": "pooling, random negatives", "detector-frozen": "a detector, frozen",
         "detector-region": "detector, N of the region", "detector-n": "detector, steps of N"}),
+    "slan_tokens": ("", "", "proposals, a contrast that reads regions", {
+        "frozen-0-regions": "frozen", "levels-0-regions": "trainable"}),
     "slan_photos": ("", "", "number of adaptors", {"levels-0": "0", "levels-3": "3"}),
     "slan_cost": ("SLAN", "8", "model", {}),
 }  # fmt: skip
@@ -364,6 +367,7 @@ CLAIMS = {
         ("neighbourhoods of the region beat those of the map", "detector-region", "detector-frozen"),
         ("steps of N/K beat those of N, as printed", "detector-frozen", "detector-n"),
     ],
+    "slan_tokens": [("trained proposals beat frozen ones", "levels-0-regions", "frozen-0-regions")],
     "slan_photos": [("3 adaptors beat none", "levels-3", "levels-0")],
     "slan_cost": [],
 }[p.grid]  # fmt: skip
