@@ -270,7 +270,10 @@ def verdict(shown: list[float]) -> str:
 
 def claim(question: str, gain, rows, unit: str = "") -> float:
     """Answers a question by the mean of what was gained, from two standard errors on. Gains of one picture are averaged
-    first, for phrases of a picture are no independent witnesses. Returns the mean."""
+    first, for phrases of a picture are no independent witnesses. Returns the mean; nan if there is nothing to go by."""
+    if not len(gain):
+        print(f"{question} There is no such picture here.")
+        return math.nan
     of_picture = pd.Series(np.asarray(gain, float)).groupby(np.asarray(rows)).mean()
     mean, error = of_picture.mean(), of_picture.std() / len(of_picture) ** 0.5
     says = "yes" if mean > 2 * error else "no, the contrary" if mean < -2 * error else "undecided"
@@ -308,7 +311,7 @@ else:
 # where the word's phrase really is; where two regions are one, the thinner line lies on the thicker.
 
 # %%
-STOP = {"a", "an", "the", "of", "with", "and", "in", "on", "at", "to", "is", "are", "there", "his", "her", "its", "their"}  # fmt: skip
+STOP = {"", "a", "an", "the", "of", "with", "and", "in", "on", "at", "to", "is", "are", "there", "his", "her", "its", "their"}  # fmt: skip
 
 
 def spoken(i: int) -> tuple[str, ...]:
@@ -476,8 +479,8 @@ def following(levels: list[list[GroundedPhrase]]) -> tuple[pd.DataFrame, np.ndar
     return pd.DataFrame(table, index=[f"level {k}" for k in range(len(levels))]), 100 * np.array(votes)
 
 
-if here:
-    pairs = text_pairs()
+pairs = text_pairs() if here else []
+if pairs:
     (follows, votes), (of_fresh, fresh_votes) = following(trained), following(untrained)
     show(follows.rename_axis(f"trained, {len(pairs)} pairs of captions"), digits=2)
     show(of_fresh.rename_axis("untrained"), digits=2)
@@ -493,6 +496,8 @@ if here:
     }
     metrics |= {"moved_by_sentence": follows["moved by another sentence"].iloc[-1],
                 "moved_from_proposal": follows["moved from the proposal"].iloc[-1]}  # fmt: skip
+else:
+    print("No picture has two captions whose first linked phrases lie apart: not asked.")
 
 # %% [markdown]
 # ## ICCV, Figure 6: coarse to fine
