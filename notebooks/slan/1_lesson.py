@@ -1769,5 +1769,6 @@ assert gain["COCO t2i@1"] == -1.2
 # * Eq. 3 takes as ground truth what it has computed from the proposal itself. Loose, its only optimum is to stand still on average; held fixed, it has none, and where $p$ is below 1 proposals shrink after it.
 # * Matching alone does teach boxes to move to what is named, in a toy. It does not teach them how large to be.
 # * The cosine that steers a region has no loss of its own: only what the move does to the end of the pipeline teaches it.
+# * On `scenes`, with whole sentences and small runs, that is not enough, and the grid `slan_boxes` asks why. Proposals from scratch grow until they are the picture: all of it tells best whether a sentence is true, and pooling's gradient says so. Neither Eq. 3 nor easier negatives prevent it. Where a detector's frozen proposals lie on things, levels that look over the whole map (S6, `extent="map"`) take them off; levels that look about the region (`extent="region"`) leave them there, but choose among them no better than chance. The README has the numbers.
 #
 # Next: `2_train` trains one model, `3_ablations` draws the paper's tables beside ours, `4_regions` shows what words chose.
