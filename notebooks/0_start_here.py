@@ -3,7 +3,7 @@
 #
 # **finematch** is a workbook on *fine-grained image-text matching*: given a caption, find its picture among
 # many, and the reverse, where the pictures differ in details. It reproduces and teaches four methods, each
-# from its paper: **MVAM** is here; HSLM, FELGA and SLAN are planned.
+# from its paper: MVAM, HSLM, FELGA and SLAN.
 #
 # * **You are learning.** Read a lesson, change a parameter, run it again. Every claim that can be checked is
 #   followed by an assert.
