@@ -2,7 +2,6 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -22,7 +21,7 @@ GPUS ?=
 # anything: runs of seconds, under names of their own; repeat finished runs
 SMOKE ?=
 FORCE ?=
-# tests at a time
+# tests, or notebooks of the workbook, at a time
 JOBS ?= 2
 
 PAPERMILL := $(BIN)/papermill --no-progress-bar --log-output
@@ -34,13 +33,13 @@ SNAKEMAKE = $(BIN)/snakemake --workflow-profile profiles/$(PROFILE) \
 INSTALLED := .venv/.installed
 LIBRARY := $(shell find src/finematch -name '*.py')
 WORKBOOK := papermill_runs/workbook
-STEPS := $(patsubst %,$(WORKBOOK)/%.done,0_start_here 1_data mvam/1_lesson mvam/2_train) tiny-grid \
-  $(patsubst %,$(WORKBOOK)/%.done,mvam/3_ablations mvam/4_attention hslm/1_lesson hslm/2_train hslm/3_ablations hslm/4_attention \
+PAGES := 0_start_here slan/1_lesson slan/2_train slan/3_ablations slan/4_regions 1_data \
   felga/0_vlp felga/1_lesson felga/2_train felga/3_ablations felga/4_retrieval \
-  slan/1_lesson slan/2_train slan/3_ablations slan/4_regions 9_scorecard)
+  hslm/1_lesson hslm/2_train hslm/3_ablations hslm/4_attention \
+  mvam/1_lesson mvam/2_train mvam/3_ablations mvam/4_attention 9_scorecard
 LOAD = from finematch.data import load; print(len(load("$(DATASET)", "$(DATA_ROOT)", "val")), "val pictures")
 
-.PHONY: help install notebooks workbook tiny-grid test lab bench data grid named unlock readme lint clean
+.PHONY: help install notebooks workbook pages tiny-grid test lab bench data grid named unlock readme lint clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -54,13 +53,27 @@ $(INSTALLED): pyproject.toml
 notebooks: $(INSTALLED)  ## build each .ipynb from its .py
 	$(BIN)/python notebooks/build.py
 
-# A step is done when its stamp is there: an executed notebook on disk proves nothing.
-workbook: $(INSTALLED) notebooks data $(STEPS)  ## run every notebook and a tiny grid, print what each took
+# A page is done when its stamp is there: an executed notebook on disk proves nothing. The methods run side by side.
+workbook: $(INSTALLED) notebooks data  ## run every notebook and a tiny grid, print what each took (JOBS=2)
+	each=$$(( ($$(getconf _NPROCESSORS_ONLN) + $(JOBS) - 1) / $(JOBS) )); \
+	  OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$each} $(MAKE) --no-print-directory -j $(JOBS) pages
 	@echo "Executed notebooks: $(WORKBOOK)/; tables and pictures: figures/"
 $(WORKBOOK)/%.done: notebooks/%.ipynb $(LIBRARY)
 	mkdir -p $(@D)
 	TIMEFORMAT='$* took %0lR'; time $(PAPERMILL) $< $(WORKBOOK)/$*.ipynb
 	touch $@
+pages: $(PAGES:%=$(WORKBOOK)/%.done) tiny-grid
+after = $(foreach page,$2,$(eval $(WORKBOOK)/$(page).done: | $(1:%=$(WORKBOOK)/%.done)))
+$(call after,0_start_here,1_data slan/1_lesson felga/0_vlp)
+$(call after,1_data,hslm/1_lesson mvam/1_lesson)
+$(foreach method,slan hslm mvam,$(call after,$(method)/1_lesson,$(method)/2_train))
+$(call after,felga/0_vlp,felga/1_lesson)
+$(call after,felga/1_lesson 1_data,felga/2_train)
+$(foreach method,slan hslm mvam felga,$(call after,$(method)/2_train,$(method)/3_ablations))
+$(foreach method,slan/4_regions hslm/4_attention mvam/4_attention felga/4_retrieval,\
+  $(call after,$(dir $(method))3_ablations,$(method)) $(call after,$(method),9_scorecard))
+tiny-grid: | $(WORKBOOK)/mvam/2_train.done
+$(WORKBOOK)/mvam/3_ablations.done: | tiny-grid
 tiny-grid: $(INSTALLED)
 	TIMEFORMAT='the tiny grid took %0lR'; time $(MAKE) --no-print-directory grid GRID=mvam_views SEEDS=0 SMOKE=1
 
