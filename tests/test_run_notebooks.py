@@ -149,9 +149,15 @@ def test_slan_pretrains_at_the_papers_scale_on_shards_and_goes_on_from_there(tmp
     weights = tmp_path / "pretrained" / "best.safetensors"
     tuned = ran("slan/2_train", tmp_path / "tuned", **given, pretrained=weights, mlm_weight=0.0, lr=1e-9)
     assert tuned["parameters"]["mlm_weight"] == 0
-    as_it_is = ran("slan/2_train", tmp_path / "zero", **given, pretrained=weights, mlm_weight=0.0, zero_shot=True)
+    as_it_is = ran(
+        "slan/2_train", tmp_path / "zero", **given, pretrained=weights, mlm_weight=0.0, zero_shot=True
+    )
     assert not (tmp_path / "zero" / "best.safetensors").exists()
-    assert as_it_is["metrics"]["rsum"] == pytest.approx(tuned["metrics"]["rsum"], abs=2)  # one of 200 captions: 0.5
+    for name in (
+        "rsum",
+        "itc_rsum",
+    ):  # the same weights on the same split (a step of tuning moves batch norms' means)
+        assert as_it_is["metrics"][name] == pytest.approx(first["metrics"][name])
     assert as_it_is["metrics"]["best_epoch"] == 0
     before, after = (load_file(tmp_path / run / "best.safetensors") for run in ("pretrained", "tuned"))
     assert {name.partition(".")[0] for name in set(before) - set(after)} == {"masked"}
