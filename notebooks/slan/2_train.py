@@ -221,7 +221,7 @@ def grounded() -> dict[str, float]:
     return found
 
 
-untrained = grounded()
+untrained = untrained if p.zero_shot else grounded()
 LOOK = ("pointing", "chance_pointing", "r1", "chance_r1", "upper_bound", "centre_r1", "centre_pointing")
 {name: round(value, 1) for name, value in untrained.items() if name.partition("_")[2] in LOOK}
 

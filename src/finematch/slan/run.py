@@ -1,7 +1,7 @@
 """One run of SLAN, from its parameters to the model before its first step: 4.1, implementation details.
 
 `settings` says what the scale sets where a run is silent. `build` puts towers, locator and objective together. What the
-paper takes from others stands before the first step: a detector's proposals (`load_detector`), and encoders, which a
+paper takes from others stands before the first step: a detector's proposals (`detector_file`), and encoders, which a
 run without any trains by the contrast (`train_encoders`). Whoever trains a run (`2_train`) and whoever opens a finished
 one come this way, so that the second gets the first one's model: `given` are the parameters of `2_train` by name, its
 own or those of a `metrics.json`.
