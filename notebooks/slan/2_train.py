@@ -221,7 +221,7 @@ def grounded() -> dict[str, float]:
     return found
 
 
-untrained = untrained if p.zero_shot else grounded()
+untrained = grounded()
 LOOK = ("pointing", "chance_pointing", "r1", "chance_r1", "upper_bound", "centre_r1", "centre_pointing")
 {name: round(value, 1) for name, value in untrained.items() if name.partition("_")[2] in LOOK}
 
@@ -259,7 +259,7 @@ if p.itm_weight:
     print(f"{metrics['pairs']:,} pairs in {seconds:.1f} s: {metrics['pairs'] / seconds:,.0f} a second")
 else:
     metrics |= contrast
-trained = grounded()
+trained = untrained if p.zero_shot else grounded()
 metrics |= {f"grounding_{name}_before": value for name, value in untrained.items()}
 metrics |= {f"grounding_{name}_after": value for name, value in trained.items()}
 metrics
