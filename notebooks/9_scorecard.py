@@ -120,7 +120,7 @@ if not tables:
 #
 # Of phrases that people linked to boxes (no training sees the links): how often the region that a phrase attends to most has its centre in a true
 # box (pointing), and overlaps one by half (R@1). `before` is the untrained model, or, for FELGA, the frozen features it starts from. SLAN makes boxes of
-# its own, level by level: here stand its proposals (level 0) and the last level; its own page has all of them.
+# its own, level by level: here stand its proposals (level 0) and the last level; its own page has all of them. A run of several grids stands once.
 
 # %%
 looked = [
@@ -142,6 +142,7 @@ if looked:
     )
     begin = [name for name in ("grid", "dataset", "row", "level", "boxes") if name in frame]
     frame = frame[[*begin, *(c for c in frame if c not in begin)]]
+    frame = frame[~frame.drop(columns=["grid", "row"]).duplicated()]
     blocks["grounding"] = to_markdown(frame, digits=1)
     display(Markdown(blocks["grounding"]))
 
@@ -172,9 +173,12 @@ for path in sorted((root() / p.figures).glob(f"*.{label}.claims.csv")):
 if lines:
     frame = pd.DataFrame(lines)[["grid", "dataset", "claim", "metric", "verdict", "difference", "n_a", "n_b"]]
     frame = frame[frame["verdict"] != "not run"].reset_index(drop=True)
-    print(frame["verdict"].value_counts().to_string())
     blocks["claims"] = to_markdown(frame)
-    display(Markdown(blocks["claims"]))
+    verdicts = ["holds", "not separated", "does not hold", "one seed only"]
+    counts = pd.crosstab([frame["grid"].str.partition("_")[0], frame["dataset"]], frame["verdict"])
+    counts = counts.reindex(columns=verdicts, fill_value=0).rename_axis(index=["method", "dataset"])
+    blocks["verdicts"] = to_markdown(counts.reset_index())
+    display(Markdown(blocks["verdicts"]), Markdown(blocks["claims"]))
 
 # %% [markdown]
 # ## Speed

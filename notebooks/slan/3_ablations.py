@@ -13,6 +13,7 @@
 # | `slan_detector` | arXiv 9 | proposals from scratch, or trained on boxes first |
 # | `slan_boxes` | none | what moves the boxes: the gradient of pooling, the regression loss and its weight, random negatives to the end, nothing; a detector that stays as it is, and there how far a level looks (reading S6) and steps (S5) |
 # | `slan_tokens` | 6, rows 1 and 2 | frozen and trained proposals where the contrast compares regions (arXiv's token, reading S20): the ICCV version's reads none, so that these rows are one model there |
+# | `slan_epochs` | none | three times as many epochs of training, without a self-locator and with three adaptors |
 # | `slan_photos` | none | photos (Flickr8k): no self-locator, and three adaptors |
 # | `slan_cost` | 8 (arXiv 4 and 7) | nothing is run: parameters and operations of the paper's sizes, counted in `benchmarks/slan_cost.json` |
 #
@@ -40,7 +41,8 @@ smoke: bool = False  # the runs were smoke runs: their numbers mean nothing
 from finematch.config import root, strict
 
 p = strict(
-    globals(), grid={"slan_adaptors", "slan_filter", "slan_features", "slan_detector", "slan_boxes", "slan_tokens", "slan_photos", "slan_cost"},
+    globals(), grid={"slan_adaptors", "slan_filter", "slan_features", "slan_detector", "slan_boxes", "slan_tokens", "slan_epochs",
+          "slan_photos", "slan_cost"},
     scale={"tiny", "paper"}, seed=(0, 2**31),
 )  # fmt: skip
 
@@ -79,6 +81,8 @@ GRIDS = {
         "detector-region": "detector, N of the region", "detector-n": "detector, steps of N"}),
     "slan_tokens": ("", "", "proposals, a contrast that reads regions", {
         "frozen-0-regions": "frozen", "levels-0-regions": "trainable"}),
+    "slan_epochs": ("", "", "number of adaptors, epochs", {
+        "levels-0": "0, 2 epochs", "levels-0-6": "0, 6 epochs", "levels-3": "3, 2 epochs", "levels-3-6": "3, 6 epochs"}),
     "slan_photos": ("", "", "number of adaptors", {"levels-0": "0", "levels-3": "3"}),
     "slan_cost": ("SLAN", "8", "model", {}),
 }  # fmt: skip
@@ -301,10 +305,11 @@ if len(levels):
 Markdown(to_markdown(found) if len(found) else "No run here has linked phrases.")
 
 # %% [markdown]
-# The whole model (`levels-3`), level by level: left pointing, right R@1. In `slan_boxes` it is `detector-frozen`, the row whose proposals lie on things.
+# The whole model (`levels-3`), level by level: left pointing, right R@1. In `slan_boxes` it is `detector-frozen`, the row whose proposals lie on things; in
+# `slan_epochs`, `levels-3-6`.
 
 # %%
-looked_at = {"slan_boxes": "detector-frozen"}.get(p.grid, "levels-3")
+looked_at = {"slan_boxes": "detector-frozen", "slan_epochs": "levels-3-6"}.get(p.grid, "levels-3")
 shown = levels[levels["row"] == looked_at] if len(levels) else levels
 if len(shown):
     whole = summary(shown, by=["level"], metrics=list(NAMES)).set_index("level")
@@ -368,6 +373,11 @@ CLAIMS = {
         ("steps of N/K beat those of N, as printed", "detector-frozen", "detector-n"),
     ],
     "slan_tokens": [("trained proposals beat frozen ones", "levels-0-regions", "frozen-0-regions")],
+    "slan_epochs": [
+        ("after 6 epochs 3 adaptors beat none", "levels-3-6", "levels-0-6"),
+        ("3 adaptors: 6 epochs beat 2", "levels-3-6", "levels-3"),
+        ("no adaptor: 6 epochs beat 2", "levels-0-6", "levels-0"),
+    ],
     "slan_photos": [("3 adaptors beat none", "levels-3", "levels-0")],
     "slan_cost": [],
 }[p.grid]  # fmt: skip
@@ -394,7 +404,7 @@ Markdown(to_markdown(rows_judged.drop(columns="where")) if lines else "No claim 
 # Two levels of one run share its seed, so they are compared in pairs: the difference within each run, $d_s$ of seed $s$, is held against zero. (Welch's
 # interval against a side that is zero without spread is that of the paired test, $\bar d - t_{0.95,\,n-1}\, s_d / \sqrt n$.) The same is asked of the last
 # level against a random one of its boxes, the box in the middle, and itself before training; and of its boxes as such, without the choice among them,
-# against the proposals. The row `levels-3` is the same in all grids and is judged in `slan_adaptors` alone; `slan_boxes` judges `detector-frozen`.
+# against the proposals. The row `levels-3` is the same in all grids and is judged in `slan_adaptors` alone; `slan_boxes` judges `detector-frozen`, `slan_epochs` the longer run.
 
 
 # %%
@@ -411,7 +421,7 @@ assert example["difference"] == 2
 assert round(example["lower"], 3) == round(2 - 2.920 / 3**0.5, 3)
 
 lines = []
-if p.grid in ("slan_adaptors", "slan_boxes", "slan_photos") and len(shown):
+if p.grid in ("slan_adaptors", "slan_boxes", "slan_epochs", "slan_photos") and len(shown):
     last = int(shown["level"].max())
     for metric in ("pointing", "r1"):
         at = shown.pivot(index="seed", columns="level", values=f"{metric}_after")
