@@ -281,19 +281,32 @@ def test_a_queue_is_a_ring_that_starts_empty():
     assert (queue.image_id == NOBODY).all()
 
 
+def test_a_batch_may_go_round_the_end_of_a_queue():
+    """Five places, batches of two, three and five: always the latest five pairs, in a ring as in a list."""
+    queue, seen = Queue(5, 3), []
+    for step, size in enumerate((2, 2, 3, 5, 2, 1, 3, 3)):
+        image, text = (vectors(size, 3, seed=2 * step + i).float() for i in range(2))
+        image_id = 10 * step + torch.arange(size)
+        queue.enqueue(image, text, image_id)
+        seen += zip(image_id.tolist(), image, text, strict=True)
+        latest = {name: both for name, *both in seen[-5:]}
+        keys = queue.keys()
+        assert set(keys.image_id.tolist()) == set(latest)
+        for row, name in enumerate(keys.image_id.tolist()):
+            assert torch.equal(torch.stack([keys.image[row], keys.text[row]]), torch.stack(latest[name]))
+
+
 def test_a_queue_refuses():
     with pytest.raises(ValueError, match="queue = 0"):
         Queue(0, 4)
     queue = Queue(10, 4)
-    with pytest.raises(ValueError, match=r"no multiple of the whole batch of 4 .* use queue=8"):
-        queue.enqueue(torch.zeros(4, 4), torch.zeros(4, 4), torch.arange(4))
-    with pytest.raises(ValueError, match="use queue=12"):
-        queue.check(12)
+    with pytest.raises(ValueError, match=r"queue = 10 has no room for the whole batch of 12 .* use queue=12"):
+        queue.enqueue(torch.zeros(12, 4), torch.zeros(12, 4), torch.arange(12))
     with pytest.raises(ValueError, match="image_id -1 is negative"):
         queue.enqueue(torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([3, -1]))
-    model = tiny(queue=10).train()
+    model = tiny(queue=3).train()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="no multiple"):
+    with pytest.raises(ValueError, match="no room"):
         model(pairs(4))
     for name, value in model.state_dict().items():  # refused before anything moved
         assert torch.equal(value, before[name]), name

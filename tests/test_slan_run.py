@@ -7,6 +7,7 @@ import torch
 from notebook_text import NOTEBOOKS, accepted, declaration
 
 from finematch.slan.locator import SWITCHES, VERSIONS, SelfLocator, load_proposals
+from finematch.slan.objective import Queue
 from finematch.slan.run import (
     BATCHES,
     LOCATOR,
@@ -47,6 +48,19 @@ def bench(cache):
 @pytest.fixture(scope="module")
 def data(bench):
     return bench.splits["train"].pairs()
+
+
+@pytest.mark.parametrize("vision", BATCHES)
+def test_the_papers_batches_go_round_its_queue(vision):
+    """None of its batch sizes divides the queue's 65,536 places."""
+    s = settings("paper", "flickr30k", given(scale="paper", vision=vision, smoke=False))
+    b, queue = s["batch_size"], Queue(s["queue"], 1)
+    assert s["queue"] % b
+    steps = s["queue"] // b + 2
+    for step in range(steps):
+        queue.enqueue(torch.zeros(b, 1), torch.zeros(b, 1), step * b + torch.arange(b))
+    ids = queue.keys().image_id.sort().values
+    assert torch.equal(ids, torch.arange(steps * b - s["queue"], steps * b))
 
 
 def made(bench, **changes):

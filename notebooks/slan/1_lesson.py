@@ -1120,11 +1120,11 @@ for step in range(3):
     queue.enqueue(v + step, t + step, torch.tensor([2 * step, 2 * step + 1]))
 assert queue.keys().image_id.tolist() == [4, 5, 2, 3]  # the first two have left
 try:
-    queue.check(3)
+    queue.check(5)
 except ValueError as problem:
     print(problem)
 else:
-    raise AssertionError("three do not go into four")
+    raise AssertionError("five do not go into four")
 
 follower = nn.Linear(1, 1, bias=False).requires_grad_(False)
 follower.weight.fill_(1.0)

@@ -243,9 +243,10 @@ class Keys(NamedTuple):
 class Queue(nn.Module):
     """I_q and T_q of 3.3: the vectors of the latest `size` pairs, with the ids of their pictures.
 
-    A ring. It starts empty, and what is empty takes no part (ALBEF's starts with random vectors, which then are
-    negatives). All processes enqueue the pairs of all processes, in the order of their ranks, so that their queues
-    stay alike; the buffers are part of a checkpoint.
+    A ring, of any size (ALBEF's is a multiple of the batch, but no power of two is one of the paper's 1,280). It
+    starts empty, and what is empty takes no part (ALBEF's starts with random vectors, which then are negatives). All
+    processes enqueue the pairs of all processes, in the order of their ranks, so that their queues stay alike; the
+    buffers are part of a checkpoint.
 
     Args:
         size: number of pairs.
@@ -268,16 +269,15 @@ class Queue(nn.Module):
         return Keys(self.image[:n], self.text[:n], self.image_id[:n])
 
     def check(self, batch: int) -> None:
-        """Refuse a whole batch, of all processes, that does not go into the ring a whole number of times.
+        """Refuse a whole batch, of all processes, that has more pairs than the ring has places.
 
         Raises:
-            ValueError: With both numbers and a size that would do.
+            ValueError: With both numbers.
         """
-        if self.size % batch:
-            better = max(batch, self.size // batch * batch)
+        if batch > self.size:
             raise ValueError(
-                f"queue = {self.size} is no multiple of the whole batch of {batch} pairs (all processes together): "
-                f"use queue={better}, or another batch_size"
+                f"queue = {self.size} has no room for the whole batch of {batch} pairs (all processes together): use "
+                f"queue={batch} or more, or queue=0, which contrasts within the batch"
             )
 
     @torch.no_grad()
@@ -293,13 +293,9 @@ class Queue(nn.Module):
         self.check(len(image))
         if bool((image_id < 0).any()):
             raise ValueError(f"image_id {int(image_id.min())} is negative: number the pictures from 0")
-        start = int(self.total) % self.size
-        rows = slice(start, start + len(image))
-        self.image[rows], self.text[rows], self.image_id[rows] = (
-            image.to(self.image),
-            text.to(self.text),
-            image_id,
-        )
+        rows = (self.total + torch.arange(len(image), device=image.device)) % self.size  # round the end
+        self.image[rows], self.text[rows] = image.to(self.image), text.to(self.text)
+        self.image_id[rows] = image_id
         self.total += len(image)
 
     @torch.no_grad()
@@ -582,7 +578,7 @@ class SLAN(nn.Module):
         weights: of the terms `itc`, `itm`, `mlm`, `reg`, 1 each unless given. A term of weight 0 is not computed, and
             its head is not made (fine-tuning for retrieval: `{"mlm": 0}`).
         embed: see `Encoders`.
-        queue: pairs in the queues, a multiple of the whole batch; 0 contrasts within the batch.
+        queue: pairs in the queues, no fewer than the whole batch; 0 contrasts within the batch.
         momentum: decay of the momentum encoders, which give the keys. They exist where keys must last or teach, with
             a queue or `distil`; 0 is none, and the queue then keeps the encoders' own vectors.
         distil, same_picture, reduction, tau: see `itc` and `Temperature`.
@@ -730,7 +726,7 @@ class SLAN(nn.Module):
         In training mode the momentum encoders take a step and the batch enters the queues.
 
         Raises:
-            ValueError: If the queue is no multiple of the whole batch, or ITM finds no negative.
+            ValueError: If the queue has fewer places than the whole batch has pairs, or ITM finds no negative.
         """
         text, image_id = batch["text"], batch["image_id"]
         if self.queue is not None:
