@@ -176,8 +176,10 @@ def test_slan_pretrains_in_two_processes(tmp_path, pretraining):
     given, shards = pretraining
     given |= {
         "vision": "vit_tiny_patch16_224",
-        "version": "arxiv",
-    }  # whose queries leave parts of the pyramid unused
+        "version": "arxiv",  # whose queries leave parts of the pyramid unused
+        "workers": 2,
+        "checkpoint_steps": 2,
+    }
     metrics = ran("slan/2_train", tmp_path / "both", processes=2, **given, shards=shards)
     assert metrics["metrics"]["images"] == 40
     log = json.loads((tmp_path / "both" / "log.jsonl").read_text().splitlines()[-1])

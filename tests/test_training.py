@@ -72,6 +72,43 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     assert first["history"] == second["history"]
 
 
+def test_workers_and_checkpoints_change_no_number(tmp_path):
+    """Nor need they be the same when a broken run goes on."""
+
+    class Broken(target.Data):
+        def __init__(self, at=10**9):
+            super().__init__()
+            self.at = at
+
+        def __getitems__(self, index):
+            self.at -= 1
+            if self.at < 0:
+                raise KeyboardInterrupt
+            return super().__getitems__(index)
+
+    found = []
+    for name, first, then in (
+        ("whole", None, {}),
+        ("read by others", None, {"workers": 2}),
+        ("broken", {"checkpoint_steps": 2}, {"workers": 1, "checkpoint_steps": 5}),
+    ):
+        if first is not None:
+            seed_everything(0)
+            with pytest.raises(KeyboardInterrupt):
+                fit(target.Toy(), Broken(13), target.plan(**first), tmp_path / name, echo=None)
+        seed_everything(0 if first is None else 7)
+        model = target.Toy()
+        fit(model, target.Data(), target.plan(**then), tmp_path / name, echo=None)
+        found.append(target.digest(model))
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_plan_refuses_what_makes_no_sense():
+    for name in ("workers", "checkpoint_steps"):
+        with pytest.raises(ValueError, match=f"{name} = -1: must not be negative"):
+            target.plan(**{name: -1})
+
+
 def torchrun(script, *arguments):
     """Two gloo processes of one thread each."""
     command = [

@@ -53,6 +53,7 @@ epochs: int = 0  # 0 is the scale's
 batch_size: int = 0  # 0 is the scale's
 lr: float = 0.0  # 0 is the scale's
 precision: str = ""  # no, bf16 or fp16; empty is the scale's
+workers: int = 0  # processes that read the data beside the one that trains; a CLIP's pictures want some
 threads: int = 0  # of torch on a CPU; 0 leaves them as they are
 
 # %% jupyter={"source_hidden": true}
@@ -66,7 +67,7 @@ p = strict(
     diversity_power={1, 2}, diversity_reduce={"mean", "sum"}, normalise={"after", "per_view"},
     reduction={"mean", "sum"}, tau=(0.01, 10), ensemble=(1, 64), proposals={"auto", "selective_search", "grid"},
     regions=(0, 1000), width=(0, 8192), depth=(0, 48), input_dropout=(-1, 0.95), epochs=(0, 1000), batch_size=(0, 65536), lr=(0, 1),
-    precision={"", "no", "bf16", "fp16"}, threads=(0, 256),
+    precision={"", "no", "bf16", "fp16"}, workers=(0, 256), threads=(0, 256),
 )  # fmt: skip
 
 # %%
@@ -144,7 +145,7 @@ def val_metrics(m: MVAM) -> dict[str, float]:
 
 def plan(lr: float, epochs: int, member: int) -> Plan:
     return Plan(epochs=epochs, batch_size=s["batch_size"], lr=lr, weight_decay=s["weight_decay"], warmup=s["warmup"],
-                clip_norm=1.0, precision=s["precision"], seed=p.seed * 1000 + member)  # fmt: skip
+                clip_norm=1.0, precision=s["precision"], workers=p.workers, seed=p.seed * 1000 + member)  # fmt: skip
 
 
 def train(m: MVAM, where, member: int) -> dict:

@@ -80,6 +80,8 @@ epochs: int = 0  # 0 is the scale's
 batch_size: int = 0  # 0 is the scale's
 lr: float = 0.0  # 0 is the scale's
 precision: str = ""  # no, bf16 or fp16; empty is the scale's
+workers: int = -1  # processes that read pictures, beside each that trains; -1 is the scale's (4 in the paper)
+checkpoint_steps: int = -1  # a checkpoint at least every so many steps, 0 is one an epoch; -1 is the scale's
 threads: int = 0  # of torch on a CPU; 0 leaves them as they are
 
 # %% jupyter={"source_hidden": true}
@@ -95,7 +97,7 @@ p = strict(
     embed_norm={"layer", "none"}, roi={"align", "table"}, queue=(-1, 2**20), momentum=(0, 0.99999), reduction={"sum", "mean"},
     distil=(0, 0.99), mlm={"positions", "pooled"}, random_negatives=(-1, 1), match_score={"odds", "logit"}, itc_weight=(0, 100), itm_weight=(0, 100),
     mlm_weight=(-1, 100), reg_weight=(-1, 100), rerank=(0, 10000), rank_score={"itm", "itm+itc"}, width=(0, 4096), encoder_epochs=(-1, 1000), epochs=(0, 1000),
-    batch_size=(0, 65536), lr=(0, 1), precision={"", "no", "bf16", "fp16"}, threads=(0, 256),
+    batch_size=(0, 65536), lr=(0, 1), precision={"", "no", "bf16", "fp16"}, workers=(-1, 256), checkpoint_steps=(-1, 10**6), threads=(0, 256),
 )  # fmt: skip
 
 # %%

@@ -44,6 +44,7 @@ class Plan:
         accumulate: batches per optimiser step. A contrastive batch is still one batch: accumulation does
             not add negatives.
         precision: `no`, `bf16`, `fp16` (accelerate's names).
+        workers: processes that read the data, beside each that trains; 0 reads where it trains.
         checkpoint_steps: a checkpoint at least every so many batches, besides one per epoch; 0: per epoch.
     """
 
@@ -67,6 +68,9 @@ class Plan:
         for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("workers", "checkpoint_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: must not be negative")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr = {self.lr}: must be positive")
         if self.optimizer not in ("adamw", "adam", "sgd"):
@@ -363,8 +367,10 @@ class Checkpoint:
         self.scheduler, self.scaler, self.world = scheduler, accelerator.scaler, accelerator.num_processes
 
     def identity(self, plan: Plan) -> dict:
-        """What must not change between a run and its continuation."""
-        return {**json.loads(json.dumps(asdict(plan))), "processes": self.world}
+        """What must not change between a run and its continuation: all that its numbers depend on."""
+        free = ("workers", "checkpoint_steps")
+        kept = {name: value for name, value in asdict(plan).items() if name not in free}
+        return {**json.loads(json.dumps(kept)), "processes": self.world}
 
     def save(self, plan: Plan, at: dict) -> None:
         python = random.getstate()

@@ -36,7 +36,7 @@ SETTINGS = {
         "threshold": 0.5, "samples": 4, "dropout": 0.0, "embed": 64, "queue": 0, "mlm_weight": 0.0, "reg_weight": 0.0,
         "rerank": 16,
         "random_negatives": 0.4, "encoder_epochs": 8, "epochs": 2, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.02,
-        "schedule": "cosine", "warmup": 0.1, "clip_norm": 0.0, "precision": "no",
+        "schedule": "cosine", "warmup": 0.1, "clip_norm": 0.0, "precision": "no", "workers": 0, "checkpoint_steps": 0,
     },
     "photos": {
         "size": 224, "maps": 3, "stages": (), "scales": (), "width": 128, "text_depth": 2, "text_heads": 4, "levels": 3,
@@ -44,7 +44,7 @@ SETTINGS = {
         "threshold": 0.5, "samples": 6, "dropout": 0.1, "embed": 128, "queue": 0, "mlm_weight": 0.0, "reg_weight": 0.0,
         "rerank": 16,
         "random_negatives": 0.6, "encoder_epochs": 8, "epochs": 2, "batch_size": 64, "lr": 5e-4, "weight_decay": 0.02,
-        "schedule": "cosine", "warmup": 0.1, "clip_norm": 0.0, "precision": "no",
+        "schedule": "cosine", "warmup": 0.1, "clip_norm": 0.0, "precision": "no", "workers": 0, "checkpoint_steps": 0,
     },
     "paper": {
         "size": 224, "maps": 3, "stages": (2, 3, 4), "scales": (), "width": 768, "text_depth": 12, "text_heads": 12,
@@ -53,6 +53,7 @@ SETTINGS = {
         "reg_weight": 1.0,
         "rerank": 128, "random_negatives": 0.0, "encoder_epochs": 0, "epochs": 20, "batch_size": 1280, "lr": 3e-4,
         "weight_decay": 0.02, "schedule": "linear", "warmup": 0.0, "clip_norm": 0.0, "precision": "bf16",
+        "workers": 4, "checkpoint_steps": 500,
     },
 }  # fmt: skip
 LOCATOR = (
@@ -69,6 +70,7 @@ UNSET = {
     "mlm_weight": -1, "precision": "",
     "encoder_epochs": -1,
     "random_negatives": -1,
+    "workers": -1, "checkpoint_steps": -1,
 }  # fmt: skip
 
 
@@ -91,13 +93,15 @@ def settings(scale: str, dataset: str, given: dict) -> dict:
             "batch_size": 32,
             "size": 64,
             "encoder_epochs": min(preset["encoder_epochs"], 1),
+            "workers": min(preset["workers"], 1),
         }
     return preset | {k: v for k, v in given.items() if k in preset and v != UNSET.get(k, 0)}
 
 
 def plan(s: Mapping, *, epochs: int, seed: int) -> Plan:
     """How a run with the settings `s` trains: the encoders before, and the whole model."""
-    shared = ("batch_size", "lr", "weight_decay", "schedule", "warmup", "clip_norm", "precision")
+    shared = ("batch_size", "lr", "weight_decay", "schedule", "warmup", "clip_norm", "precision", "workers",
+              "checkpoint_steps")  # fmt: skip
     return Plan(epochs=epochs, seed=seed, **{name: s[name] for name in shared})
 
 
