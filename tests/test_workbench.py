@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from formats import five, karpathy, karpathy_entry, precomp
+from safetensors.torch import save_file
 from torch.utils.data import Subset
 from transformers import AutoTokenizer, BertModel, CLIPImageProcessor, CLIPModel
 
@@ -102,6 +103,40 @@ def test_scenes_opens_with_maps(root):
     eye, words = bench.towers()
     assert eye is None
     assert isinstance(words, BertTower)
+
+
+def test_maps_at_paper_scale_are_a_network_s_to_train(root, bert, tmp_path, monkeypatch):
+    """As in SLAN 4.1 its weights are random ("all random initialized"), of the seed; a file's where one is given."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def opened(**options):
+        return scenes(
+            root, backbone="maps", text="bert", scale="paper", size=64, text_weights=str(bert), **options
+        )
+
+    def eye(bench, seed):
+        seed_everything(seed)
+        return bench.towers()[0].net
+
+    def same(one, other):
+        there = other.state_dict()
+        return all(torch.equal(value, there[name]) for name, value in one.state_dict().items())
+
+    bench = opened(vision="resnet10t")
+    first = eye(bench, 3)
+    assert same(first, eye(bench, 3))
+    assert not same(first, eye(bench, 4))
+    assert same(first, eye(opened(vision="resnet10t"), 3)), "whatever was drawn before"
+    assert all(p.requires_grad for p in first.parameters())
+    save_file(first.state_dict(), tmp_path / "eye.safetensors")
+    given = opened(vision="resnet10t", vision_weights=str(tmp_path / "eye.safetensors"))
+    assert same(first, eye(given, 4))
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors"):
+        opened(vision="resnet10t", vision_weights="nowhere.safetensors")
+    # unless named it is the paper's ResNet-50, for which nothing is fetched
+    pixels = opened().splits["val"].pictures.batch([0, 1])["pixels"]
+    maps = eye(opened(), 0).forward_intermediates(pixels, indices=[1, 2, 3, 4], intermediates_only=True)
+    assert [tuple(m.shape) for m in maps] == [(2, 256 * 2**i, 16 // 2**i, 16 // 2**i) for i in range(4)]
 
 
 def test_located_phrases_are_level_by_level(root):

@@ -71,8 +71,8 @@ mlm_weight: float = -1.0  # masked words; -1 is the scale's (1 in the paper; 0 w
 reg_weight: float = -1.0  # Eq. 3; -1 is the scale's (1 in the paper)
 rerank: int = 0  # candidates that the matching head ranks again; 0 is the scale's
 rank_score: str = "itm"  # itm or itm+itc
-vision: str = ""  # a timm name in place of the scale's picture backbone
-vision_weights: str = ""  # safetensors file for it, or hub
+vision: str = ""  # a timm name in place of the scale's picture backbone (resnet50 in the paper)
+vision_weights: str = ""  # safetensors file for it, or hub; empty is random at the paper's scale
 text_weights: str = ""  # folder or hub name of the BERT, or of its vocabulary at scale tiny
 width: int = 0  # D; 0 is the scale's
 encoder_epochs: int = -1  # epochs of the contrast alone before; -1 is the scale's (0 in the paper)
@@ -188,8 +188,9 @@ print(f"{parameters / 1e6:.2f} M parameters to train, {steps_per_epoch} steps an
 # %% [markdown]
 # ## The encoders
 #
-# The paper begins with encoders that others have trained. Where a run has none (`encoder_epochs` above 0), the contrast trains the text tower and the
-# projection of the frozen maps first, without a locator. Runs of one seed share this: it stands in the cache.
+# The paper's BERT comes trained, its vision encoder begins with random weights ("all random initialized") and meets 14 million pictures twenty times. A
+# small run has no such time: where `encoder_epochs` is above 0, the contrast trains the text tower and the projection of the frozen maps first,
+# without a locator. Runs of one seed share this: it stands in the cache.
 
 # %%
 if not p.pretrained:

@@ -13,7 +13,7 @@
 # | `slan_detector` | arXiv 9 | proposals from scratch, or trained on boxes first |
 # | `slan_boxes` | none | what moves the boxes: the gradient of pooling, the regression loss and its weight, random negatives to the end, nothing; a detector that stays as it is, and there how far a level looks (reading S6) and steps (S5) |
 # | `slan_tokens` | 6, rows 1 and 2 | frozen and trained proposals where the contrast compares regions (arXiv's token, reading S20): the ICCV version's reads none, so that these rows are one model there |
-# | `slan_epochs` | none | three times as many epochs of training, without a self-locator and with three adaptors |
+# | `slan_epochs` | 6, rows 2 to 5 | three times as many epochs of training, without a self-locator and with 1 to 3 adaptors |
 # | `slan_photos` | none | photos (Flickr8k): no self-locator, and three adaptors |
 # | `slan_cost` | 8 (arXiv 4 and 7) | nothing is run: parameters and operations of the paper's sizes, counted in `benchmarks/slan_cost.json` |
 #
@@ -82,7 +82,7 @@ GRIDS = {
     "slan_tokens": ("", "", "proposals, a contrast that reads regions", {
         "frozen-0-regions": "frozen", "levels-0-regions": "trainable"}),
     "slan_epochs": ("", "", "number of adaptors, epochs", {
-        "levels-0": "0, 2 epochs", "levels-0-6": "0, 6 epochs", "levels-3": "3, 2 epochs", "levels-3-6": "3, 6 epochs"}),
+        "levels-0": "0, 2 epochs", "levels-3": "3, 2 epochs", **{f"levels-{k}-6": f"{k}, 6 epochs" for k in range(4)}}),
     "slan_photos": ("", "", "number of adaptors", {"levels-0": "0", "levels-3": "3"}),
     "slan_cost": ("SLAN", "8", "model", {}),
 }  # fmt: skip
@@ -374,6 +374,7 @@ CLAIMS = {
     ],
     "slan_tokens": [("trained proposals beat frozen ones", "levels-0-regions", "frozen-0-regions")],
     "slan_epochs": [
+        *((f"after 6 epochs {claim}", f"{a}-6", f"{b}-6") for claim, a, b in STEPS),
         ("after 6 epochs 3 adaptors beat none", "levels-3-6", "levels-0-6"),
         ("3 adaptors: 6 epochs beat 2", "levels-3-6", "levels-3"),
         ("no adaptor: 6 epochs beat 2", "levels-0-6", "levels-0"),

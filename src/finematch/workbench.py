@@ -20,6 +20,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -143,7 +144,9 @@ def open_bench(
             (`published_regions`); neither pictures nor Karpathy's file are looked for.
         backbone, text: see the table above.
         width, depth, input_dropout: of the randomly initialised Transformers.
-        vision, vision_weights: a timm name and a safetensors file (or "hub") in place of the scale's own.
+        vision, vision_weights: a timm name and a safetensors file (or "hub") in place of the scale's own. `maps` at
+            paper scale have a network to train, a ResNet-50 unless named; without weights it is random, drawn anew by
+            each `Bench.towers`.
         text_weights: folder or hub name of the BERT (paper) or the MiniLM.
         clip_weights: folder or hub name of a CLIP; empty is a small one from scratch.
         regions: proposals a picture, where regions are extracted here.
@@ -197,8 +200,8 @@ def open_bench(
         elif backbone == "maps" and scale == "paper":
             # no classifier, which nothing would train; a ViT for pictures of any size
             options = {"num_classes": 0} | ({"dynamic_img_size": True} if vision.startswith("vit_") else {})
-            weights = vision_weights or ("" if vision else "hub")
-            trained = Cells(vision or "resnet50", weights=weights, options=options)
+            trained = partial(Cells, vision or "resnet50", weights=vision_weights, options=options)
+            trained()  # a name or a file that is wrong is known now
             transform = to_pixels(size, (0.0,) * 3, (1.0,) * 3)
             pictures, arrays = {s: PixelSource(r, transform) for s, r in records.items()}, {}
         elif backbone == "maps":
@@ -252,7 +255,7 @@ def open_bench(
                 bench.clip = (clip, tokenizer, processor)
                 return CLIPVision(clip), CLIPText(clip)
             if backbone == "maps":
-                eye = copy.deepcopy(trained)
+                eye = trained() if trained else None
                 return eye, (
                     BertTower(text_weights or "bert-base-uncased")
                     if scale == "paper"

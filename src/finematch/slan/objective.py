@@ -827,8 +827,9 @@ class SLAN(nn.Module):
 class Unimodal(nn.Module):
     """The encoders of a SLAN and the contrast in the batch (Eq. 5-6) alone, without a locator.
 
-    The paper begins with encoders that others have trained (4.1). Where there are none, this trains them: `fit` it, and
-    the model that it was made of has them, for the parts are shared. T_v is the pooled map, whatever the model's token.
+    The paper has nothing of the kind: its BERT comes trained, and 14 million pictures train its vision encoder (4.1).
+    For runs with neither: `fit` it, and the model that it was made of has trained encoders, for the parts are shared.
+    T_v is the pooled map, whatever the model's token.
     """
 
     def __init__(self, model: SLAN):

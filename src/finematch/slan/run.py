@@ -1,10 +1,10 @@
 """One run of SLAN, from its parameters to the model before its first step: 4.1, implementation details.
 
-`settings` says what the scale sets where a run is silent. `build` puts towers, locator and objective together. What the
-paper takes from others stands before the first step: a detector's proposals (`detector_file`), and encoders, which a
-run without any trains by the contrast (`train_encoders`). Whoever trains a run (`2_train`) and whoever opens a finished
-one come this way, so that the second gets the first one's model: `given` are the parameters of `2_train` by name, its
-own or those of a `metrics.json`.
+`settings` says what the scale sets where a run is silent. `build` puts towers, locator and objective together. Two
+things may stand before the first step: a detector's proposals (`detector_file`; Table 6 takes them from others), and
+encoders that the contrast has trained (`train_encoders`), for small runs that cannot train them as long as the paper.
+Whoever trains a run (`2_train`) and whoever opens a finished one come this way, so that the second gets the first
+one's model: `given` are the parameters of `2_train` by name, its own or those of a `metrics.json`.
 """
 
 from __future__ import annotations
