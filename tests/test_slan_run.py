@@ -88,10 +88,23 @@ def test_settings_follow_scale_and_arguments():
         assert len(model.adaptors) == 3
 
 
+def test_fine_tuning_at_the_papers_scale_has_settings_of_its_own():
+    """ALBEF's configs/Retrieval_flickr.yaml and Retrieval_coco.yaml, at 32 pairs on each of 8 GPUs."""
+    asked = {"pretrained": "best.safetensors", "vision": "vit_base_patch16_224"}
+    names = ("size", "epochs", "batch_size", "lr", "schedule", "rerank", "mlm_weight")
+    for dataset, epochs, rerank in (("flickr30k", 10, 128), ("coco_karpathy", 5, 256)):
+        s = settings("paper", dataset, asked)
+        assert [s[name] for name in names] == [384, epochs, 256, 1e-5, "cosine", rerank, 0.0]
+        assert settings("paper", dataset, asked | {"mlm_weight": 1.0, "size": 224})["mlm_weight"] == 1.0
+        as_it_is = settings("paper", dataset, asked | {"zero_shot": True})
+        assert as_it_is == settings("paper", dataset, {"vision": asked["vision"]})
+    assert settings("tiny", "scenes", asked) == settings("tiny", "scenes", {})
+
+
 def test_every_setting_can_be_asked_for_or_is_the_scales_alone():
     declared = set(declaration(SOURCE))
     kept = {
-        "size", "maps", "stages", "scales", "text_depth", "text_heads", "pyramid", "heads", "count", "anchor",
+        "maps", "stages", "scales", "text_depth", "text_heads", "pyramid", "heads", "count", "anchor",
         "samples", "query_depth", "query_heads", "dropout", "embed", "weight_decay", "schedule", "warmup", "clip_norm",
     }  # fmt: skip
     assert set(SETTINGS["tiny"]) - declared == kept

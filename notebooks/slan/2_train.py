@@ -74,6 +74,7 @@ rank_score: str = "itm"  # itm or itm+itc
 vision: str = ""  # a timm name in place of the scale's picture backbone (resnet50 in the paper)
 vision_weights: str = ""  # safetensors file for it, or hub; empty is random at the paper's scale
 text_weights: str = ""  # folder or hub name of the BERT, or of its vocabulary at scale tiny
+size: int = 0  # side of the pictures in pixels, at scale paper; 0 is the scale's (224, fine-tuning 384)
 width: int = 0  # D; 0 is the scale's
 encoder_epochs: int = -1  # epochs of the contrast alone before; -1 is the scale's (0 in the paper)
 epochs: int = 0  # 0 is the scale's
@@ -96,7 +97,7 @@ p = strict(
     score_norm={"max", "minmax", "sigmoid"}, token={"", "map", "regions"}, fused={"regions", "map"}, target={"mean", "weighted"},
     embed_norm={"layer", "none"}, roi={"align", "table"}, queue=(-1, 2**20), momentum=(0, 0.99999), reduction={"sum", "mean"},
     distil=(0, 0.99), mlm={"positions", "pooled"}, random_negatives=(-1, 1), match_score={"odds", "logit"}, itc_weight=(0, 100), itm_weight=(0, 100),
-    mlm_weight=(-1, 100), reg_weight=(-1, 100), rerank=(0, 10000), rank_score={"itm", "itm+itc"}, width=(0, 4096), encoder_epochs=(-1, 1000), epochs=(0, 1000),
+    mlm_weight=(-1, 100), reg_weight=(-1, 100), rerank=(0, 10000), rank_score={"itm", "itm+itc"}, size=(0, 4096), width=(0, 4096), encoder_epochs=(-1, 1000), epochs=(0, 1000),
     batch_size=(0, 65536), lr=(0, 1), precision={"", "no", "bf16", "fp16"}, workers=(-1, 256), checkpoint_steps=(-1, 10**6), threads=(0, 256),
 )  # fmt: skip
 
@@ -122,6 +123,10 @@ join_processes()
 if p.zero_shot and not p.pretrained:
     raise ValueError(
         "zero_shot evaluates what another run has trained: give its best.safetensors as `pretrained`"
+    )
+if p.size and p.scale == "tiny":
+    raise ValueError(
+        f"size = {p.size}: at scale tiny the maps are those of pictures of one size; leave it at 0"
     )
 if p.threads:
     torch.set_num_threads(p.threads)

@@ -61,6 +61,13 @@ LOCATOR = (
     "samples", "dropout",
 )  # fmt: skip
 
+# What fine-tuning (`pretrained`) sets at scale `paper`, which says nothing of it but the 384 px at which Table 8 counts
+# operations: ALBEF's values for retrieval. On COCO: half the epochs and twice the list.
+FINETUNE = {
+    "size": 384, "epochs": 10, "batch_size": 256, "lr": 1e-5, "schedule": "cosine", "mlm_weight": 0.0, "rerank": 128,
+}  # fmt: skip
+FINETUNE_COCO = {"epochs": 5, "rerank": 256}
+
 # Batch sizes of 4.1, by how a timm network is called.
 BATCHES = {"resnet50": 1280, "vit_base": 960, "vit_large": 640, "vit_huge": 640}
 
@@ -76,7 +83,8 @@ UNSET = {
 
 def settings(scale: str, dataset: str, given: dict) -> dict:
     """The settings of a run: the scale's, with those of `given` that are set (see `UNSET`). `tiny` on photos is
-    `photos`; at `paper`, `given["vision"]` (a timm name) sets the batch size of 4.1.
+    `photos`; at `paper`, `given["vision"]` (a timm name) sets the batch size of 4.1, and `given["pretrained"]` what
+    `FINETUNE` has, unless the run is zero-shot.
 
     `SelfLocator(channels, **{name: s[name] for name in LOCATOR})` takes those of the model. A smoke run
     (`given["smoke"]`) takes one epoch of small batches of small pictures.
@@ -87,6 +95,8 @@ def settings(scale: str, dataset: str, given: dict) -> dict:
             (n for name, n in BATCHES.items() if given.get("vision", "").startswith(name)),
             preset["batch_size"],
         )
+        if given.get("pretrained") and not given.get("zero_shot"):
+            preset |= FINETUNE | (FINETUNE_COCO if dataset.startswith("coco") else {})
     if given.get("smoke"):
         preset |= {
             "epochs": 1,
