@@ -262,7 +262,7 @@ metrics = {f"itc_{name}": contrast[name] for name in ("i2t_r1", "t2i_r1", "rsum"
 if p.itm_weight:
     scorer = pair_scorer(model, side.pictures.batch, side.texts.batch, block=256)
     metrics |= reranked_retrieval(image, text, side.image_of, scorer, k=s["rerank"], score=p.rank_score,
-                                  split=f"{p.dataset} {bench.reported}")  # fmt: skip
+                                  split=f"{p.dataset} {bench.reported}", progress=p.scale == "paper")  # fmt: skip
     seconds = time.monotonic() - started
     print(f"{metrics['pairs']:,} pairs in {seconds:.1f} s: {metrics['pairs'] / seconds:,.0f} a second")
 else:
