@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,38 @@ def test_two_processes_train_as_one(tmp_path):
         theirs = torch.load(tmp_path / "two" / f"weights{rank}.pt", weights_only=True)
         for name, value in model.state_dict().items():
             torch.testing.assert_close(theirs[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_processes_go_on_from_the_latest_step_that_all_have(tmp_path):
+    """A kill may fall between the moments at which two processes put their checkpoints in place."""
+
+    def weights(name):
+        return [torch.load(tmp_path / name / f"weights{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+    torchrun(SCRIPT, tmp_path / "whole", "parallel", 0.3)
+    for step, stop in ((3, 4), (6, 7)):
+        torchrun(SCRIPT, tmp_path / f"at{step}", "parallel", 0.3, stop)
+    left = {  # files of both processes, and of which step they are
+        "between": ({"": 6}, {"": 3, ".next": 6}),
+        "before": ({"": 3, ".next": 6}, {"": 3}),
+        "lost": ({"": 6}, {"": 3}),
+    }
+    for name, ranks in left.items():
+        (tmp_path / name).mkdir()
+        for rank, files in enumerate(ranks):
+            own = f"checkpoint{f'.{rank}' if rank else ''}.pt"
+            for end, step in files.items():
+                shutil.copy(tmp_path / f"at{step}" / own, tmp_path / name / f"{own}{end}")
+        if name == "lost":
+            with pytest.raises(
+                AssertionError, match=r"no common \(epoch, step\): \{0: \[\(0, 6\)\], 1: \[\(0, 3\)\]\}"
+            ):
+                torchrun(SCRIPT, tmp_path / name, "parallel", 0.3)
+            continue
+        torchrun(SCRIPT, tmp_path / name, "parallel", 0.3)
+        for mine, theirs in zip(weights(name), weights("whole"), strict=True):
+            assert all(torch.equal(value, theirs[key]) for key, value in mine.items()), name
+        assert not list((tmp_path / name).glob("*.next"))
 
 
 def test_epoch_batches_partition_an_epoch():

@@ -1,7 +1,8 @@
 """A small run for test_training.py, started as a process of its own.
 
 `python training_target.py OUT [SLEEP]` trains and prints a digest of the weights (killed and resumed from outside).
-`torchrun ... training_target.py OUT parallel` trains without dropout and leaves each process's weights in OUT.
+`torchrun ... training_target.py OUT parallel [DROPOUT [STOP]]` leaves each process's weights in OUT, or its checkpoints
+where it is broken off after STOP batches.
 """
 
 import sys
@@ -67,18 +68,32 @@ def main(out, sleep=0.0):
     print("END", digest(model), losses, summary["best_epoch"], flush=True)
 
 
-def parallel(out):
+def parallel(out, dropout=0.0, stop=None):
     from accelerate import PartialState
 
     seed_everything(0)
     model = Toy()
-    model.net[1].p = 0.0
-    fit(model, Data(), plan(epochs=2), out, echo=None)
-    torch.save(model.state_dict(), f"{out}/weights{PartialState().process_index}.pt")
+    model.net[1].p = dropout
+
+    class Stops(Data):
+        left = stop
+
+        def __getitems__(self, index):
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left = self.left and self.left - 1
+            return super().__getitems__(index)
+
+    state = PartialState(cpu=True)
+    try:
+        fit(model, Stops(), plan(epochs=2), out, echo=None)
+    except KeyboardInterrupt:
+        return
+    torch.save(model.state_dict(), f"{out}/weights{state.process_index}.pt")
 
 
 if __name__ == "__main__":
-    if sys.argv[2:] == ["parallel"]:
-        parallel(sys.argv[1])
+    if sys.argv[2:3] == ["parallel"]:
+        parallel(sys.argv[1], *(kind(value) for kind, value in zip((float, int), sys.argv[3:], strict=False)))
     else:
         main(sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 0.0)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
@@ -359,12 +360,15 @@ def make_schedule(optimizer, plan: Plan, steps: int) -> torch.optim.lr_scheduler
 class Checkpoint:
     """Everything a run needs to go on: weights, optimiser, schedule, scaler, random states, place in the data.
 
-    Each process keeps a file of its own (its random states differ); the file is replaced atomically.
+    Each process keeps a file of its own (its random states differ), replaced atomically. Several processes write the
+    new ones beside the old (`.next`), meet, and only then put them in their place: wherever a run is killed, all have
+    files of one step.
     """
 
     def __init__(self, path: Path, model: nn.Module, optimizer, scheduler, accelerator: Accelerator):
-        self.path, self.model, self.optimizer = path, model, optimizer
+        self.path, self.next, self.model, self.optimizer = path, Path(f"{path}.next"), model, optimizer
         self.scheduler, self.scaler, self.world = scheduler, accelerator.scaler, accelerator.num_processes
+        self.meet = accelerator.wait_for_everyone
 
     def identity(self, plan: Plan) -> dict:
         """What must not change between a run and its continuation: all that its numbers depend on."""
@@ -387,16 +391,46 @@ class Checkpoint:
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        write_atomically(self.path, lambda path: torch.save(content, path))
+        if self.world == 1:
+            write_atomically(self.path, lambda path: torch.save(content, path))
+            return
+        write_atomically(self.next, lambda path: torch.save(content, path))
+        self.meet()
+        self.next.replace(self.path)
+
+    def latest(self) -> dict | None:
+        """The content of the latest step that all processes have files of; None if none has any.
+
+        Raises:
+            TrainingError: A file cannot be read, or the processes have files of no common step.
+        """
+        found = {}
+        for path in (self.path, self.next) if self.world > 1 else (self.path,):
+            if not path.exists():
+                continue
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:
+                raise TrainingError(f"{path} cannot be read ({error}); remove it to start over") from error
+            found[content["at"]["epoch"], content["at"]["step"]] = path, content
+        places = gather_object([sorted(found)]) if self.world > 1 else [sorted(found)]
+        if not any(places):
+            return None
+        common = set.intersection(*map(set, places))
+        if not common:
+            raise TrainingError(
+                f"{self.path.parent}: the processes have checkpoints of no common (epoch, step): "
+                f"{dict(enumerate(places))}. Remove all of them to start over"
+            )
+        path, content = found[max(common)]
+        path.replace(self.path)  # a kill has left it beside
+        return content
 
     def load(self, plan: Plan) -> dict | None:
         """Restore all states and return the place; None without a checkpoint."""
-        if not self.path.exists():
+        content = self.latest()
+        if content is None:
             return None
-        try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise TrainingError(f"{self.path} cannot be read ({error}); remove it to start over") from error
         mine, theirs = self.identity(plan), content["plan"]
         changed = {k: (theirs.get(k), v) for k, v in mine.items() if theirs.get(k) != v}
         if changed:
