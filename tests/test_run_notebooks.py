@@ -1,6 +1,7 @@
 """Every notebook runs headless with smoke=True, in the order of the workbook, and leaves what it promises."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -205,15 +206,34 @@ def test_slan_pretrains_in_two_processes(tmp_path, pretraining):
     assert {"itc", "itm", "mlm", "reg"} <= set(log)
     assert log["steps"] == 5  # 40 pictures by a whole batch of 8, as in one process
     pages = [json.loads((tmp_path / f"both.{rank}.ipynb").read_text()) for rank in (0, 1)]
-    ends = [
-        [output.get("ename") for cell in page["cells"] for output in cell.get("outputs", ())]
-        for page in pages
-    ]
-    assert [names.count("SystemExit") for names in ends] == [0, 1]
+    assert [left(page) for page in pages] == [False, True]
     state = load_file(tmp_path / "both" / "best.safetensors")
     assert int(state["steps"]) == 5
     assert any(name.startswith("locator.decoder.simple.") for name in state)  # of a plain ViT's last map
     assert not any(".cells.net.head." in name for name in state)  # no classifier
+
+
+@pytest.mark.parametrize("method", ["mvam", "hslm", "felga"])
+def test_any_method_trains_in_two_processes(tmp_path, folder, method):
+    """As many steps, and of the whole batch: only the first process evaluates and writes."""
+    name = f"{method}/2_train"
+    executed(name, folder)  # by one process, and what both need is in the cache then
+    ran(name, tmp_path / "both", processes=2, smoke=True, cache=folder / "cache", threads=1)
+    logs = [
+        [json.loads(line) for line in (where / "log.jsonl").read_text().splitlines()]
+        for where in (tmp_path / "both", folder / name.replace("/", "-"))
+    ]
+    assert [line["steps"] for line in logs[0]] == [line["steps"] for line in logs[1]]
+    assert all(math.isfinite(line["loss"]) for line in logs[0])
+    pages = [json.loads((tmp_path / f"both.{rank}.ipynb").read_text()) for rank in (0, 1)]
+    assert [left(page) for page in pages] == [False, True]
+
+
+def left(page: dict) -> bool:
+    """Whether a page ended after training, as those of all processes but the first do."""
+    return any(
+        output.get("ename") == "SystemExit" for cell in page["cells"] for output in cell.get("outputs", ())
+    )
 
 
 def ran(name, out, processes=1, **given) -> dict:

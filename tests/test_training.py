@@ -18,6 +18,7 @@ from finematch.training import (
     EpochBatches,
     Plan,
     TrainingError,
+    by_one_process,
     check_writable,
     fit,
     make_optimizer,
@@ -108,6 +109,16 @@ def test_a_plan_refuses_what_makes_no_sense():
     for name in ("workers", "checkpoint_steps"):
         with pytest.raises(ValueError, match=f"{name} = -1: must not be negative"):
             target.plan(**{name: -1})
+
+
+def test_what_runs_share_is_refused_in_several_processes(monkeypatch):
+    """Made under a lock it would wait for processes that wait for the lock."""
+    by_one_process("a detector")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        TrainingError, match="a detector is made once, by one process, and is not in the cache"
+    ):
+        by_one_process("a detector")
 
 
 def torchrun(script, *arguments):

@@ -82,9 +82,10 @@ from IPython.display import display
 from finematch.felga import FELGA, SWITCHES, FragmentPairs, settings
 from finematch.fragment_bench import frozen, open_fragments, phrase_grounding, tasks
 from finematch.report import write_metrics
-from finematch.training import Plan, check_writable, fit, seed_everything
+from finematch.training import Plan, check_writable, fit, join_processes, leave_to_first, seed_everything
 from finematch.workbench import accelerator
 
+join_processes()
 if p.threads:
     torch.set_num_threads(p.threads)
 # the scale's `keywords` is their number, which is `words` here: `keywords` names how they are found
@@ -210,6 +211,7 @@ if trained:
     summary = fit(model, data, plan, folder)
 else:
     print(f"features={p.features!r}: nothing is trained")
+leave_to_first()  # of several processes (torchrun); else nothing
 
 # %% [markdown]
 # ## After training

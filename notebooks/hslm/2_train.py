@@ -83,9 +83,10 @@ from finematch.evaluation.grounding import grounding
 from finematch.evaluation.retrieval import karpathy_protocol, retrieval_blocks
 from finematch.hslm import HSLM, SWITCHES, settings, tile_scores
 from finematch.report import write_metrics
-from finematch.training import Plan, check_writable, fit, seed_everything
+from finematch.training import Plan, check_writable, fit, join_processes, leave_to_first, seed_everything
 from finematch.workbench import attended_phrases, open_bench
 
+join_processes()
 if p.threads:
     torch.set_num_threads(p.threads)
 s = settings(p.scale, p.dataset, p.as_dict())
@@ -177,6 +178,7 @@ plan = Plan(epochs=s["epochs"], batch_size=s["batch_size"], lr=s["lr"], optimize
             milestones=tuple(range(s["decay_every"], s["epochs"], s["decay_every"])), clip_norm=s["clip_norm"],
             precision=s["precision"], seed=p.seed)  # fmt: skip
 summary = fit(model, train.pairs(), plan, folder, evaluate=val_metrics, select=bench.select)
+leave_to_first()  # of several processes (torchrun); else nothing
 stuck = [line["epoch"] for line in summary["history"] if line["plateau"] > 0.5]
 if stuck:
     print(

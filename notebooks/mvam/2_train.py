@@ -78,9 +78,18 @@ import torch
 from finematch.evaluation.retrieval import karpathy_protocol, retrieval
 from finematch.mvam import MVAM, SWITCHES, ensemble as concatenated, settings, view_statistics
 from finematch.report import write_metrics
-from finematch.training import Plan, check_writable, fit, seed_everything, to_device
+from finematch.training import (
+    Plan,
+    check_writable,
+    fit,
+    join_processes,
+    leave_to_first,
+    seed_everything,
+    to_device,
+)
 from finematch.workbench import embed, open_bench
 
+join_processes()
 if p.threads:
     torch.set_num_threads(p.threads)
 s = settings(p.scale, p.dataset, p.as_dict())
@@ -170,6 +179,7 @@ for member in range(p.ensemble):
     summary = train(model, folder / f"member{member}" if p.ensemble > 1 else folder, member)
     seconds += summary["seconds"]
     vectors.append(embed(model, side))
+leave_to_first()  # of several processes (torchrun); else nothing
 
 # %% [markdown]
 # ## Evaluation

@@ -6,18 +6,22 @@ anyone trained a matcher on its regions. It sees boxes and labels of the train s
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from finematch.data.record import Record
 from finematch.encoders import Cells
 from finematch.features import Backbone, fingerprint, pool_regions
-from finematch.training import Plan, fit, seed_everything
+from finematch.training import Plan, by_one_process, fit, seed_everything, write_atomically
 
 
 class AttributeNet(nn.Module):
@@ -100,7 +104,24 @@ def attribute_backbone(
             value for every name in `classes`. Val chooses the epoch, by the mean accuracy of the attributes.
         out: folder of the run; a finished one is reused, a broken off one resumed.
     """
-    seed_everything(seed)
+    plan = Plan(epochs=epochs, batch_size=32, lr=2e-3, weight_decay=0.02, warmup=0.1, seed=seed)
+    made_of = hashlib.sha256(json.dumps([name, stage, asdict(plan)]).encode())
+    kept = (
+        Path(out) / f"cells-{made_of.hexdigest()[:8]}.safetensors"
+    )  # of another plan: `fit` refuses the folder
+    if not kept.is_file():
+        by_one_process(f"the attribute network of {out}")
+        model = _trained(out, train, val, classes, name, stage, plan, echo)
+        write_atomically(kept, lambda part: save_file(model.cells.state_dict(), part))
+    net = Cells(name, stage=stage, mean=0.5, sd=0.25)
+    net.load_state_dict(load_file(kept))
+    net.eval().requires_grad_(False)
+    return Backbone(net, size, {"backbone": name, "weights": fingerprint(net), "size": size, "stage": stage,
+                                "trained_on": "attributes of the train split"})  # fmt: skip
+
+
+def _trained(out, train, val, classes, name, stage, plan, echo) -> AttributeNet:
+    seed_everything(plan.seed)
     model = AttributeNet(Cells(name, stage=stage, mean=0.5, sd=0.25), {k: len(v) for k, v in classes.items()})
     held = BoxLabels(*val, classes, jitter=False)
 
@@ -116,7 +137,6 @@ def attribute_backbone(
         accuracy = {f"val_{k}": v / int(held.real.sum()) for k, v in right.items()}
         return {**accuracy, "accuracy": sum(accuracy.values()) / len(accuracy)}
 
-    plan = Plan(epochs=epochs, batch_size=32, lr=2e-3, weight_decay=0.02, warmup=0.1, seed=seed)
     fit(
         model,
         BoxLabels(*train, classes, jitter=True),
@@ -126,6 +146,4 @@ def attribute_backbone(
         select="accuracy",
         echo=echo,
     )
-    net = model.cells.eval().requires_grad_(False)
-    return Backbone(net, size, {"backbone": name, "weights": fingerprint(net), "size": size, "stage": stage,
-                                "trained_on": "attributes of the train split"})  # fmt: skip
+    return model

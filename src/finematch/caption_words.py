@@ -25,7 +25,7 @@ from finematch.data.record import Record, pairs
 from finematch.encoders import Cells
 from finematch.features import Backbone, fingerprint
 from finematch.text import Ragged
-from finematch.training import Plan, fit, seed_everything, write_atomically
+from finematch.training import Plan, by_one_process, fit, seed_everything, write_atomically
 
 
 def log_mean_exp(logits: Float[Tensor, "b v h w"], sharpness: float = 3.0) -> Float[Tensor, "b v"]:
@@ -104,6 +104,7 @@ def caption_backbone(
     kept = Path(out) / "cells.safetensors"
     size = train[0][0].open().width
     if not kept.is_file():
+        by_one_process(f"the network of {out}, which reads captions,")
         model = _trained(out, train, val, vocabulary, name, stage, epochs, batch_size, lr, seed, echo)
         write_atomically(kept, lambda part: save_file(model.cells.state_dict(), part))
     net = Cells(name, stage=stage, mean=0.5, sd=0.25)

@@ -70,7 +70,7 @@ from finematch.fragments import (
 from finematch.losses import contrastive
 from finematch.proposals import Proposals, extract_proposals, given
 from finematch.text import Ragged, keyword_method, tokenise
-from finematch.training import Plan, fit, seed_everything
+from finematch.training import Plan, by_one_process, fit, seed_everything
 from finematch.workbench import SMOKE, accelerator, cells_backbone, minilm_folder, tokenizer_of
 
 Echo = Callable[[str], None] | None
@@ -332,6 +332,7 @@ def small_vlp(
             sources[split] = lambda rows, cells=cells: _as_map(cells[rows])
         channels, size = sources["val"](np.arange(1)).shape[1:3]
 
+        by_one_process(f"the small CLIP of {folder}")
         seed_everything(s["seed"])
         config = small_clip(len(tokenizer), eos=tokenizer.sep_token_id, bos=tokenizer.cls_token_id, size=size, patch=1,
                             width=s["width"], depth=s["depth"], positions=POSITIONS)  # fmt: skip

@@ -131,6 +131,19 @@ def join_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def by_one_process(what: str) -> None:
+    """Refuse to make in several processes what runs share: while one holds the lock, `fit` would wait for the others.
+
+    Raises:
+        TrainingError: Under torchrun, with more than one process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainingError(
+            f"{what} is made once, by one process, and is not in the cache: first run this page, or 1_data, without "
+            "torchrun and with the same `cache`"
+        )
+
+
 def leave_to_first() -> None:
     """Training is over: the first process goes on alone, the others of torchrun end here.
 

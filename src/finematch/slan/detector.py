@@ -29,7 +29,7 @@ from finematch.boxes import convert, iou, multi_scale_grid
 from finematch.data.pairs import MapSource
 from finematch.data.record import DataError, Record
 from finematch.slan.locator import RPN, CachedStages, Proposals, VisionDecoder, cut
-from finematch.training import Plan, fit, seed_everything, to_device, write_atomically
+from finematch.training import Plan, by_one_process, fit, seed_everything, to_device, write_atomically
 
 TOPS = (10, 50)  # proposals that recall counts: T of the filter, and all that a run on scenes reads
 THRESHOLD = 0.5  # IoU at which a proposal finds a box
@@ -237,6 +237,7 @@ def detector(
     with FileLock(folder / ".lock"):  # runs of a grid start together; one makes what all need
         if kept.is_file():
             return kept
+        by_one_process(f"the detector of {folder}")
         seed_everything(seed)
         model = Detector(train.channels, **shape)
 
