@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from finematch.data.record import Record
 from finematch.encoders import Cells
-from finematch.features import Backbone, fingerprint, pool_regions
-from finematch.training import Plan, by_one_process, fit, seed_everything, write_atomically
+from finematch.features import Backbone, pool_regions, taught_backbone
+from finematch.training import Plan, fit, seed_everything
 
 
 class AttributeNet(nn.Module):
@@ -109,15 +108,14 @@ def attribute_backbone(
     kept = (
         Path(out) / f"cells-{made_of.hexdigest()[:8]}.safetensors"
     )  # of another plan: `fit` refuses the folder
-    if not kept.is_file():
-        by_one_process(f"the attribute network of {out}")
-        model = _trained(out, train, val, classes, name, stage, plan, echo)
-        write_atomically(kept, lambda part: save_file(model.cells.state_dict(), part))
-    net = Cells(name, stage=stage, mean=0.5, sd=0.25)
-    net.load_state_dict(load_file(kept))
-    net.eval().requires_grad_(False)
-    return Backbone(net, size, {"backbone": name, "weights": fingerprint(net), "size": size, "stage": stage,
-                                "trained_on": "attributes of the train split"})  # fmt: skip
+    return taught_backbone(
+        kept,
+        lambda: _trained(out, train, val, classes, name, stage, plan, echo).cells,
+        name,
+        stage=stage,
+        size=size,
+        trained_on="attributes of the train split",
+    )
 
 
 def _trained(out, train, val, classes, name, stage, plan, echo) -> AttributeNet:

@@ -18,14 +18,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from finematch.data.record import Record, pairs
 from finematch.encoders import Cells
-from finematch.features import Backbone, fingerprint
+from finematch.features import Backbone, taught_backbone
 from finematch.text import Ragged
-from finematch.training import Plan, by_one_process, fit, seed_everything, write_atomically
+from finematch.training import Plan, fit, seed_everything
 
 
 def log_mean_exp(logits: Float[Tensor, "b v h w"], sharpness: float = 3.0) -> Float[Tensor, "b v"]:
@@ -101,17 +100,14 @@ def caption_backbone(
         train, val: records and their tokenised captions. Val chooses the epoch, by its loss.
         vocabulary: number of word ids.
     """
-    kept = Path(out) / "cells.safetensors"
-    size = train[0][0].open().width
-    if not kept.is_file():
-        by_one_process(f"the network of {out}, which reads captions,")
-        model = _trained(out, train, val, vocabulary, name, stage, epochs, batch_size, lr, seed, echo)
-        write_atomically(kept, lambda part: save_file(model.cells.state_dict(), part))
-    net = Cells(name, stage=stage, mean=0.5, sd=0.25)
-    net.load_state_dict(load_file(kept))
-    net.eval().requires_grad_(False)
-    return Backbone(net, size, {"backbone": name, "weights": fingerprint(net), "size": size, "stage": stage,
-                                "trained_on": "words of the train captions"})  # fmt: skip
+    return taught_backbone(
+        Path(out) / "cells.safetensors",
+        lambda: _trained(out, train, val, vocabulary, name, stage, epochs, batch_size, lr, seed, echo).cells,
+        name,
+        stage=stage,
+        size=train[0][0].open().width,
+        trained_on="words of the train captions",
+    )
 
 
 def _trained(out, train, val, vocabulary, name, stage, epochs, batch_size, lr, seed, echo) -> WordNet:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.ops import roi_align
 from transformers import PreTrainedTokenizerBase
@@ -30,7 +31,7 @@ from finematch.data.precomp import Regions, RegionsWriter, finished, load_region
 from finematch.data.record import DataError, Record
 from finematch.encoders import BertTower, Cells
 from finematch.text import tokenise
-from finematch.training import write_atomically
+from finematch.training import by_one_process, write_atomically
 
 
 @dataclass
@@ -73,6 +74,31 @@ def timm_backbone(name: str, *, weights: str | Path = "", size: int = 0, **optio
 def mobilenet(weights: str | Path) -> Backbone:
     """MobileNetV2 1.0 with weights that were converted from TensorFlow: its padding and normalisation."""
     return timm_backbone("mobilenetv2_100", weights=weights, mean=0.5, sd=0.5, options={"pad_type": "same"})
+
+
+def taught_backbone(
+    kept: Path, teach: Callable[[], Cells], name: str, *, stage: int, size: int, trained_on: str
+) -> Backbone:
+    """The network of the file `kept`, frozen, for pictures with values about 0.5; made by `teach` if there is no file.
+
+    Raises:
+        TrainingError: If it must be made and there are several processes (`training.by_one_process`).
+    """
+    if not kept.is_file():
+        by_one_process(f"{kept}, a network trained on {trained_on},")
+        state = teach().state_dict()
+        write_atomically(kept, lambda part: save_file(state, part))
+    net = Cells(name, stage=stage, mean=0.5, sd=0.25)
+    net.load_state_dict(load_file(kept))
+    net.eval().requires_grad_(False)
+    key = {
+        "backbone": name,
+        "weights": fingerprint(net),
+        "size": size,
+        "stage": stage,
+        "trained_on": trained_on,
+    }
+    return Backbone(net, size, key)
 
 
 def fingerprint(net: torch.nn.Module) -> str:
