@@ -213,7 +213,7 @@ def test_slan_pretrains_in_two_processes(tmp_path, pretraining):
     assert not any(".cells.net.head." in name for name in state)  # no classifier
 
 
-@pytest.mark.parametrize("method", ["mvam", "hslm", "felga"])
+@pytest.mark.parametrize("method", ["mvam", "hslm", "felga", "slan"])
 def test_any_method_trains_in_two_processes(tmp_path, folder, method):
     """As many steps, and of the whole batch: only the first process evaluates and writes."""
     name = f"{method}/2_train"

@@ -9,11 +9,10 @@ one's model: `given` are the parameters of `2_train` by name, its own or those o
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -23,8 +22,8 @@ from finematch.data.pairs import Pairs
 from finematch.evaluation.retrieval import retrieval
 from finematch.slan.detector import detector
 from finematch.slan.locator import SWITCHES, VERSIONS, CachedStages, SelfLocator, Stages, Towers
-from finematch.slan.objective import SLAN, Unimodal, Words, rank
-from finematch.training import Plan, fit, seed_everything
+from finematch.slan.objective import SLAN, Unimodal, Words, world
+from finematch.training import Plan, by_one_process, fit, load_best, seed_everything
 from finematch.workbench import Bench, embed
 
 # What a scale sets where a run does not. `paper`: 4.1 and Tables 6, 7; widths are those of BERT base and of
@@ -182,18 +181,26 @@ def train_encoders(
     """Where the settings give `encoder_epochs`, train the encoders of `model` by the contrast alone, in place.
 
     Runs that differ in the locator alone share them: they stand in `cache`, and are made again if that was emptied.
+
+    Raises:
+        TrainingError: In several processes, if they are not there (`training.by_one_process`).
     """
     if not s["encoder_epochs"]:
         return
     first = plan(s, epochs=s["encoder_epochs"], seed=given["seed"])
     shape = [s[name] for name in ("width", "text_depth", "text_heads", "embed")]
-    made_of = [asdict(first), *shape, model.form, bench.facts]
+    made_of = [asdict(replace(first, workers=0, checkpoint_steps=0)), *shape, model.form, bench.facts]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:8]
     folder = cache / f"slan_encoders-{given['dataset']}-{key}"
-    # runs of a grid start together: one makes what all need. Processes of one run work on it together
-    with FileLock(f"{folder}.lock") if rank() == 0 else contextlib.nullcontext():
-        fit(Unimodal(model), data, first, folder, evaluate=lambda m: by_contrast(m, bench), select=bench.select,
-            echo=echo)  # fmt: skip
+    log = folder / "log.jsonl"
+    with FileLock(f"{folder}.lock"):  # runs of a grid start together; one makes what all need
+        if world() == 1:  # a finished one is opened, with the random states that it ended with
+            fit(Unimodal(model), data, first, folder, evaluate=lambda m: by_contrast(m, bench), select=bench.select,
+                echo=echo)  # fmt: skip
+        elif not log.is_file() or len(log.read_text().splitlines()) < first.epochs:
+            by_one_process(f"what {folder} holds, encoders that the contrast has trained,")
+        else:
+            load_best(Unimodal(model), folder / "best.safetensors")
 
 
 def by_contrast(model: SLAN | Unimodal, bench: Bench, split: str = "val") -> dict[str, float]:
