@@ -174,11 +174,13 @@ if lines:
     frame = pd.DataFrame(lines)[["grid", "dataset", "claim", "metric", "verdict", "difference", "n_a", "n_b"]]
     frame = frame[frame["verdict"] != "not run"].reset_index(drop=True)
     blocks["claims"] = to_markdown(frame)
-    verdicts = ["holds", "not separated", "does not hold", "one seed only"]
-    counts = pd.crosstab([frame["grid"].str.partition("_")[0], frame["dataset"]], frame["verdict"])
-    counts = counts.reindex(columns=verdicts, fill_value=0).rename_axis(index=["method", "dataset"])
-    blocks["verdicts"] = to_markdown(counts.reset_index())
-    display(Markdown(blocks["verdicts"]), Markdown(blocks["claims"]))
+    display(Markdown(blocks["claims"]))
+    if len(frame):
+        methods = frame["grid"].str.split("_").str[0].rename("method")
+        counts = pd.crosstab([methods, frame["dataset"]], frame["verdict"])
+        verdicts = ["holds", "not separated", "does not hold", "one seed only"]
+        blocks["verdicts"] = to_markdown(counts.reindex(columns=verdicts, fill_value=0).reset_index())
+        display(Markdown(blocks["verdicts"]))
 
 # %% [markdown]
 # ## Speed
