@@ -7,7 +7,7 @@
 # | scale | data | cost of one run |
 # |---|---|---|
 # | `smoke` | 160 pictures | seconds; the numbers mean nothing |
-# | `tiny`, scenes | 4,000 pictures of 64 px, maps of a frozen network that has read the captions | 4 minutes on one core, after 5 for what all runs share |
+# | `tiny`, scenes | 4,000 pictures of 64 px, maps of a frozen network that has read the captions | 4 minutes on two cores, after 5 for what all runs share |
 # | `tiny`, flickr8k | 6,000 photos, maps of a frozen MobileNetV2 | 45 minutes on one core |
 # | `paper` | COCO or Flickr30k, or shards of several caption sets for pretraining; ResNet-50 or a ViT, BERT, batch 640 to 1,280 | GPUs (the paper does not say how many) |
 #
