@@ -38,8 +38,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from finematch.felga import FELGA, SETTINGS, FragmentPairs
-from finematch.report import git_commit, versions, write_json
+from finematch.models.felga import FELGA, SETTINGS, FragmentPairs
+from finematch.tables import git_commit, versions, write_json
 from finematch.training import Plan, device_name, make_optimizer
 
 PAIRS = 256

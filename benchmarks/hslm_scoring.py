@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from hslm_naive import naive_scores
 
-from finematch.hslm import HSLM, Caption, Picture, score
-from finematch.report import git_commit, versions, write_json
+from finematch.models.hslm import HSLM, Caption, Picture, score
+from finematch.tables import git_commit, versions, write_json
 from finematch.training import device_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,7 +128,7 @@ def print_peak_growth(captions: int) -> None:
 def bf16_on_run(folder: Path) -> dict:
     """R@K of a trained model with products in single precision and in bfloat16."""
     from finematch.evaluation.retrieval import retrieval_blocks
-    from finematch.hslm import SWITCHES, settings, tile_scores
+    from finematch.models.hslm import SWITCHES, settings, tile_scores
     from finematch.training import load_best
     from finematch.workbench import open_bench
 

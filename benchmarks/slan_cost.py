@@ -49,8 +49,7 @@ from transformers import BertConfig, BertLMHeadModel, BlipConfig, BlipForImageTe
 
 from finematch.encoders import BertTower, Cells, small_bert
 from finematch.evaluation.cost import cost, parameters
-from finematch.report import git_commit, published, versions, write_json
-from finematch.slan.locator import (
+from finematch.models.slan.locator import (
     VERSIONS,
     CachedStages,
     SelfLocator,
@@ -58,8 +57,9 @@ from finematch.slan.locator import (
     Stages,
     Towers,
 )
-from finematch.slan.objective import SLAN, Words
-from finematch.slan.run import LOCATOR, SETTINGS
+from finematch.models.slan.objective import SLAN, Words
+from finematch.models.slan.run import LOCATOR, SETTINGS
+from finematch.tables import git_commit, published, versions, write_json
 from finematch.training import device_name
 
 SIZE, TOKENS, GOAL, CLOSE = 384, 30, 1.5, 0.05

@@ -59,14 +59,14 @@ from finematch import figures as draw
 from finematch.data import Regions, load
 from finematch.data.pairs import RegionSource
 from finematch.data.record import Record, pairs
-from finematch.data.scenes import TOKENIZER, attributes, generate
-from finematch.data.scenes_baselines import bag_of_words, difficulty, table
-from finematch.data.scenes_language import solutions
+from finematch.scenes.generator import TOKENIZER, attributes, generate
+from finematch.scenes.baselines import bag_of_words, difficulty, table
+from finematch.scenes.language import solutions
 from finematch.encoders import GRUTower, TokenTransformer
 from finematch.evaluation.correspondence import pieces
 from finematch.evaluation.retrieval import retrieval
-from finematch.mvam import MVAM
-from finematch.report import write_metrics
+from finematch.models.mvam import MVAM
+from finematch.tables import write_metrics
 from finematch.text import tokenise, word_level
 from finematch.training import Plan, fit, seed_everything
 from finematch.workbench import SMOKE, Side, embed

@@ -61,11 +61,11 @@ from finematch import figures
 from finematch.boxes import iou
 from finematch.data import DataError, Record, dataset_help, load, load_karpathy, load_regions
 from finematch.data.record import check_box
-from finematch.data.scenes import TOKENIZER, attributes, generate
-from finematch.data.scenes_baselines import difficulty, table
-from finematch.features import propose
-from finematch.mvam import settings
-from finematch.report import to_markdown
+from finematch.scenes.generator import TOKENIZER, attributes, generate
+from finematch.scenes.baselines import difficulty, table
+from finematch.features.proposals import propose
+from finematch.models.mvam import settings
+from finematch.tables import to_markdown
 from finematch.text import tokenise, word_level, wordpiece
 from finematch.workbench import SMOKE, open_bench, open_records
 

@@ -28,7 +28,7 @@ import json
 import pandas as pd
 from IPython.display import Markdown, display
 
-from finematch.report import measured, published, replace_block, summary, to_markdown
+from finematch.tables import measured, published, replace_block, summary, to_markdown
 
 label = "smoke" if p.smoke else p.scale
 METRICS = ["i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "rsum"]

@@ -44,7 +44,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small `scenes` set, `<data_root>/scenes`, in every format it is written in. Read only."""
-    from finematch.data.scenes import generate
+    from finematch.scenes.generator import generate
 
     folder = tmp_path_factory.mktemp("data_root") / "scenes"
     generate(folder, seed=0, size=64, train=40, val=12, test=12)

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from finematch.data.record import Record
-from finematch.features import extract, timm_backbone
+from finematch.features.backbones import timm_backbone
+from finematch.features.regions import extract
 
 BLOCK = 3
 

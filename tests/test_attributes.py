@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from finematch.attributes import AttributeNet, BoxLabels, attribute_backbone
 from finematch.data import load
 from finematch.data.record import Record
-from finematch.data.scenes import attributes, generate
-from finematch.data.scenes_language import TABLES
 from finematch.encoders import Cells
-from finematch.features import fingerprint
+from finematch.features.attribute_net import AttributeNet, BoxLabels, attribute_backbone
+from finematch.features.backbones import fingerprint
+from finematch.scenes.generator import attributes, generate
+from finematch.scenes.language import TABLES
 
 CLASSES = {name: list(values) for name, values in TABLES.items()}
 

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from finematch.data.coco import categories as read_categories
 from finematch.data.coco import load_coco
 from finematch.data.record import Object, Record
-from finematch.data.scenes_language import SHAPES
 from finematch.evaluation import average_precision as module
 from finematch.evaluation.average_precision import (
     READINGS,
@@ -28,7 +27,8 @@ from finematch.evaluation.average_precision import (
     plural,
     query_boxes,
 )
-from finematch.report import write_metrics
+from finematch.scenes.language import SHAPES
+from finematch.tables import write_metrics
 
 
 def naive(scores, relevant):

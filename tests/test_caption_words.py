@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from finematch.caption_words import PictureWords, WordNet, caption_backbone, log_mean_exp, picture_words
 from finematch.data import Record
-from finematch.data.scenes import TOKENIZER
 from finematch.encoders import Cells
+from finematch.features.word_net import PictureWords, WordNet, caption_backbone, log_mean_exp, picture_words
+from finematch.scenes.generator import TOKENIZER
 from finematch.text import tokenise, word_level
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finematch.data.scenes import TOKENIZER
 from finematch.evaluation.correspondence import correspondence, inside, on_span, pieces
+from finematch.scenes.generator import TOKENIZER
 from finematch.text import tokenise, word_level, wordpiece
 
 

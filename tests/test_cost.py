@@ -9,7 +9,7 @@ from torch.utils.flop_counter import flop_registry
 
 from finematch.boxes import box_mean, roi_align_mean, summed_area
 from finematch.evaluation.cost import HARMLESS, UNSEEN, cost, parameters
-from finematch.slan.locator import SelfLocator
+from finematch.models.slan.locator import SelfLocator
 
 
 def test_linear():

@@ -218,7 +218,7 @@ def test_coco_karpathy_and_options_reach_the_loader(tmp_path):
 
 
 def test_scenes_are_drawn_once_where_absent(tmp_path, monkeypatch):
-    from finematch.data import scenes
+    from finematch.scenes import generator as scenes
 
     calls = []
 

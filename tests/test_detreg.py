@@ -17,11 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finematch import detreg as D
 from finematch.boxes import iou
 from finematch.data.record import DataError, Record
 from finematch.encoders import deformable_detr
-from finematch.proposals import Detector, extract_proposals
+from finematch.features import detreg as D
+from finematch.features.proposals import Detector, extract_proposals
 
 WIDTH, HEADS, POINTS, LEVELS, QUERIES = 32, 4, 3, 4, 25
 OPEN = {"backbone": "test_resnet", "heads": HEADS, "shortest": 64, "longest": 160}

@@ -74,7 +74,7 @@ def test_real_mobilenet(real_data):
     """The converted weights: fp16 on disk, fp32 here, and sensible features of a real photo."""
     from PIL import Image
 
-    from finematch.features import mobilenet
+    from finematch.features.backbones import mobilenet
 
     backbone = mobilenet(real_data / "weights" / "mobilenetv2_100_tf_imagenet.safetensors")
     photos = sorted((real_data / "flickr8k" / "images").iterdir())[:2]

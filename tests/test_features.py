@@ -16,16 +16,16 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import BertModel
 
-from finematch import features as F
 from finematch.boxes import multi_scale_grid
 from finematch.data.record import DataError, Record
 from finematch.encoders import BertTower, small_bert
+from finematch.features import backbones, proposals, regions, texts
 from finematch.text import tokenise, wordpiece
 
 
 @pytest.fixture(scope="module")
-def backbone() -> F.Backbone:
-    return F.timm_backbone("test_resnet", size=96)
+def backbone() -> backbones.Backbone:
+    return backbones.timm_backbone("test_resnet", size=96)
 
 
 def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
@@ -57,14 +57,14 @@ ARRAYS = ("ims.npy", "boxes.npy", "sizes.npy", "caps.txt", "ids.txt", "meta.json
 # ------------------------------------------------------------------------------------------ backbones
 def test_key_of_a_random_network_says_so_and_is_one_network():
     torch.manual_seed(1)
-    a = F.timm_backbone("test_resnet")
+    a = backbones.timm_backbone("test_resnet")
     state = torch.get_rng_state()
     torch.manual_seed(2)
-    b = F.timm_backbone("test_resnet")
+    b = backbones.timm_backbone("test_resnet")
     assert a.key == b.key
     assert a.key["weights"] == "random"
     assert (a.key["backbone"], a.key["size"]) == ("test_resnet", a.size)
-    assert F.fingerprint(a.net) == F.fingerprint(b.net)
+    assert backbones.fingerprint(a.net) == backbones.fingerprint(b.net)
     torch.manual_seed(1)
     assert torch.equal(torch.get_rng_state(), state)  # the caller's random state is left alone
     assert not a.net.training
@@ -73,25 +73,28 @@ def test_key_of_a_random_network_says_so_and_is_one_network():
 
 def test_key_holds_the_hash_of_the_weights_file(tmp_path):
     path = tmp_path / "w.safetensors"
-    state = F.timm_backbone("test_resnet").net.net.state_dict()
+    state = backbones.timm_backbone("test_resnet").net.net.state_dict()
     save_file(state, path)
-    one = F.timm_backbone("test_resnet", weights=path)
+    one = backbones.timm_backbone("test_resnet", weights=path)
     assert one.key["weights"] == hashlib.sha256(path.read_bytes()).hexdigest()
     name = next(iter(state))
     save_file({**state, name: state[name] + 1}, path)
-    two = F.timm_backbone("test_resnet", weights=path)
+    two = backbones.timm_backbone("test_resnet", weights=path)
     assert two.key["weights"] == hashlib.sha256(path.read_bytes()).hexdigest() != one.key["weights"]
-    assert F.fingerprint(one.net) != F.fingerprint(two.net)
+    assert backbones.fingerprint(one.net) != backbones.fingerprint(two.net)
 
 
 def test_key_tells_what_else_changes_features():
-    keys = [F.timm_backbone("test_resnet", **o).key for o in ({}, {"size": 64}, {"stage": 2}, {"mean": 0.5})]
+    keys = [
+        backbones.timm_backbone("test_resnet", **o).key
+        for o in ({}, {"size": 64}, {"stage": 2}, {"mean": 0.5})
+    ]
     assert all(a != b for i, a in enumerate(keys) for b in keys[:i])
 
 
 def test_mobilenet_reads_as_its_weights_were_made(real_data):
     """Padding and range of the TensorFlow release: with others, the wrong classes light up."""
-    net = F.mobilenet(real_data / "weights" / "mobilenetv2_100_tf_imagenet.safetensors")
+    net = backbones.mobilenet(real_data / "weights" / "mobilenetv2_100_tf_imagenet.safetensors")
     assert net.net.mean.flatten().tolist() == net.net.sd.flatten().tolist() == [0.5] * 3
     photo = next(iter(sorted((real_data / "flickr8k" / "images").glob("*.jpg"))))
     with Image.open(photo) as picture:
@@ -105,7 +108,7 @@ def test_mobilenet_reads_as_its_weights_were_made(real_data):
 @pytest.mark.parametrize("size", [(120, 60), (50, 110)])
 def test_the_cell_whose_box_holds_a_patch_answers_it(tmp_path, name, size):
     """A bright patch at a known place of a picture that is not square: the cell there changes most."""
-    net = F.timm_backbone(name, size=160)
+    net = backbones.timm_backbone(name, size=160)
     rows, cols = net([Image.new("RGB", size)]).shape[2:]
     width, height = size
     places = [(0, 0), (0, cols - 1), (rows - 1, 0), (rows - 1, cols - 1), (1, cols - 2), (rows // 2, 1)]
@@ -118,7 +121,7 @@ def test_the_cell_whose_box_holds_a_patch_answers_it(tmp_path, name, size):
             array[y1:y2, x1:x2] = np.random.default_rng(0).integers(0, 256, (y2 - y1, x2 - x1, 3))
         Image.fromarray(array).save(tmp_path / f"{i}.png")
         records.append(Record(str(i), "train", ("x",), image=tmp_path / f"{i}.png"))
-    made = F.extract(records, net, tmp_path / name, "train", dtype="float32", echo=None)
+    made = regions.extract(records, net, tmp_path / name, "train", dtype="float32", echo=None)
     assert made.features.shape[:2] == (7, rows * cols)
     for i, (row, col) in enumerate(places, start=1):
         change = np.abs(made.features[i] - made.features[0]).sum(-1)
@@ -129,7 +132,7 @@ def test_the_cell_whose_box_holds_a_patch_answers_it(tmp_path, name, size):
 
 
 def test_cells_boxes_tile_each_picture(pictures, tmp_path, backbone):
-    made = F.extract(extract_target.records(pictures), backbone, tmp_path, "train", echo=None)
+    made = regions.extract(extract_target.records(pictures), backbone, tmp_path, "train", echo=None)
     assert made.sizes[3].tolist() == [81, 50]
     for (width, height), boxes in zip(made.sizes, made.boxes, strict=True):
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
@@ -142,7 +145,7 @@ def test_cells_boxes_tile_each_picture(pictures, tmp_path, backbone):
 
 def test_cells_equal_the_networks_own_map(pictures, tmp_path, backbone):
     records = extract_target.records(pictures)
-    made = F.extract(records, backbone, tmp_path, "train", block=4, echo=None)
+    made = regions.extract(records, backbone, tmp_path, "train", block=4, echo=None)
     assert made.features.dtype == np.float16
     one = backbone([records[5].open()])[0].flatten(1).T
     np.testing.assert_allclose(made.features[5], one.numpy(), rtol=2e-3, atol=2e-3)
@@ -157,7 +160,7 @@ def test_pooling_aligned_boxes_against_a_naive_average():
     maps = torch.stack([torch.stack([x, y, 2 * x - 3 * y]), torch.stack([x + 7, -y, x + y])])
     cells = torch.tensor([[1, 1, 5, 3], [2, 1, 4, 3], [1, 1, 3, 2]])  # x1 y1 x2 y2 in cells, off the border
     boxes = torch.stack([cells * (s / torch.tensor([w, h])).repeat(2) for s in sizes])
-    got = F.pool_regions(maps, boxes, sizes)
+    got = regions.pool_regions(maps, boxes, sizes)
     assert got.shape == (b, 3, 3)
     for i in range(b):
         for j, (x1, y1, x2, y2) in enumerate(cells.tolist()):
@@ -168,7 +171,7 @@ def test_pooling_a_constant_map_gives_the_constant():
     maps = torch.full((1, 5, 3, 7), 2.5)
     boxes = torch.tensor([[[0.0, 0.0, 64.0, 48.0], [3.3, 1.7, 4.1, 2.2], [50.0, 40.0, 64.0, 48.0]]])
     torch.testing.assert_close(
-        F.pool_regions(maps, boxes, torch.tensor([[64, 48]])), torch.full((1, 3, 5), 2.5)
+        regions.pool_regions(maps, boxes, torch.tensor([[64, 48]])), torch.full((1, 3, 5), 2.5)
     )
 
 
@@ -177,7 +180,7 @@ def test_pooling_does_not_swap_width_and_height():
     maps = torch.zeros(1, 2, 8, 8)
     maps[0, 0, :, 4:], maps[0, 1, 4:] = 1, 1
     boxes = torch.tensor([[[100.0, 0.0, 200.0, 50.0], [0.0, 25.0, 200.0, 50.0], [0.0, 0.0, 90.0, 22.0]]])
-    got = F.pool_regions(maps, boxes, torch.tensor([[200, 50]]))[0]
+    got = regions.pool_regions(maps, boxes, torch.tensor([[200, 50]]))[0]
     assert got[0, 0] > 0.9
     assert 0.4 < got[0, 1] < 0.6
     assert got[1, 1] > 0.9
@@ -187,7 +190,7 @@ def test_pooling_does_not_swap_width_and_height():
 
 def test_regions_are_pooled_at_their_boxes(pictures, tmp_path, backbone):
     records = extract_target.records(pictures)
-    made = F.extract(
+    made = regions.extract(
         records, backbone, tmp_path, "train", kind="regions", regions=5, proposals="grid", echo=None
     )
     assert made.features.shape[:2] == (10, 5)
@@ -195,7 +198,7 @@ def test_regions_are_pooled_at_their_boxes(pictures, tmp_path, backbone):
     picture = records[2].open()
     np.testing.assert_array_equal(made.boxes[2], multi_scale_grid(*picture.size, 5).numpy())
     boxes, size = torch.from_numpy(np.array(made.boxes[2:3])), torch.tensor([picture.size])
-    one = F.pool_regions(backbone([picture]), boxes, size)[0]
+    one = regions.pool_regions(backbone([picture]), boxes, size)[0]
     np.testing.assert_allclose(made.features[2], one.numpy(), rtol=2e-3, atol=2e-3)
 
 
@@ -204,7 +207,7 @@ def test_regions_are_pooled_at_their_boxes(pictures, tmp_path, backbone):
 @pytest.mark.parametrize("top", [1, 7, 200])
 def test_selective_search_gives_as_many_boxes_as_asked(size, top):
     picture = noise(size) if min(size) > 8 else Image.new("RGB", size, (9, 9, 9))
-    boxes = F.selective_search(picture, top)
+    boxes = proposals.selective_search(picture, top)
     assert boxes.shape == (top, 4)
     assert boxes.dtype == np.float32
     assert (boxes >= 0).all()
@@ -216,14 +219,14 @@ def test_selective_search_gives_as_many_boxes_as_asked(size, top):
 def test_selective_search_finds_a_thing():
     array = np.full((80, 120, 3), 60, np.uint8)
     array[20:60, 70:100] = (250, 30, 30)
-    boxes = F.selective_search(Image.fromarray(array), 20)
-    assert F.iou(torch.from_numpy(boxes), torch.tensor([[70.0, 20.0, 100.0, 60.0]])).max() > 0.85
+    boxes = proposals.selective_search(Image.fromarray(array), 20)
+    assert proposals.iou(torch.from_numpy(boxes), torch.tensor([[70.0, 20.0, 100.0, 60.0]])).max() > 0.85
 
 
 def test_selective_search_of_a_picture_does_not_depend_on_those_before_it():
     pictures = [noise((90, 70), seed) for seed in range(3)]
-    first = [F.selective_search(p, 12) for p in pictures]
-    again = [F.selective_search(p, 12) for p in reversed(pictures)][::-1]
+    first = [proposals.selective_search(p, 12) for p in pictures]
+    again = [proposals.selective_search(p, 12) for p in reversed(pictures)][::-1]
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -232,28 +235,28 @@ def test_distinct_keeps_the_first_of_near_copies():
     boxes = np.array(
         [[0, 0, 10, 10], [0, 0, 10, 9.5], [20, 0, 30, 10], [0, 0, 10, 5], [20, 0, 30, 10]], np.float32
     )
-    np.testing.assert_array_equal(F.distinct(boxes), boxes[[0, 2, 3]])
-    np.testing.assert_array_equal(F.distinct(boxes, 0.4), boxes[[0, 2]])
-    assert F.distinct(boxes[:0]).shape == (0, 4)
+    np.testing.assert_array_equal(proposals.distinct(boxes), boxes[[0, 2, 3]])
+    np.testing.assert_array_equal(proposals.distinct(boxes, 0.4), boxes[[0, 2]])
+    assert proposals.distinct(boxes[:0]).shape == (0, 4)
 
 
 def test_proposals_by_name():
-    assert F.propose("selective_search") == ("selective_search", F.selective_search)
-    name, method = F.propose("grid")
+    assert proposals.propose("selective_search") == ("selective_search", proposals.selective_search)
+    name, method = proposals.propose("grid")
     assert name == "grid"
     np.testing.assert_array_equal(method(Image.new("RGB", (40, 20)), 6), multi_scale_grid(40, 20, 6).numpy())
     with pytest.raises(ValueError, match=r"'edge_boxes'; use 'auto', 'selective_search' or 'grid'"):
-        F.propose("edge_boxes")
+        proposals.propose("edge_boxes")
 
 
 def test_auto_says_which_it_took(monkeypatch):
     import cv2
 
-    assert F.propose("auto")[0] == "selective_search"
+    assert proposals.propose("auto")[0] == "selective_search"
     monkeypatch.delattr(cv2.ximgproc.segmentation, "createSelectiveSearchSegmentation")  # plain opencv
-    assert F.propose("auto")[0] == "grid"
+    assert proposals.propose("auto")[0] == "grid"
     with pytest.raises(ValueError, match="opencv-contrib"):
-        F.propose("selective_search")
+        proposals.propose("selective_search")
 
 
 # ------------------------------------------------------------------------------------------ extraction
@@ -279,15 +282,15 @@ def test_killed_extraction_resumes_to_the_same_bytes(pictures, tmp_path):
 def test_finished_features_are_reused_and_others_made_again(pictures, tmp_path, backbone):
     records = extract_target.records(pictures)
 
-    def extract(**options) -> tuple[float, F.Regions]:
+    def extract(**options) -> tuple[float, regions.Regions]:
         given = options.pop("records", records), options.pop("backbone", backbone)
-        made = F.extract(*given, tmp_path, "train", echo=None, **options)
+        made = regions.extract(*given, tmp_path, "train", echo=None, **options)
         return (tmp_path / "train_ims.npy").stat().st_mtime_ns, made
 
     first, _ = extract()
     assert extract()[0] == first
     calls = []
-    other = F.Backbone(backbone.net, backbone.size, {**backbone.key, "weights": "others"})
+    other = backbones.Backbone(backbone.net, backbone.size, {**backbone.key, "weights": "others"})
     for change in ({"backbone": other}, {}, {"dtype": "float32"}, {"records": records[:4]},
                    {"kind": "regions", "regions": 3, "proposals": "grid"},
                    {"kind": "regions", "regions": 4, "proposals": "grid"}):  # fmt: skip
@@ -312,18 +315,18 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, backbone, damage):
         bad.write_bytes(b"no picture" if damage == "text" else bad.read_bytes()[:90])
         records = extract_target.records(tmp_path)
     with pytest.raises(DataError, match=r"p3\.png"):
-        F.extract(records, backbone, tmp_path / "out", "train", block=2, echo=None)
+        regions.extract(records, backbone, tmp_path / "out", "train", block=2, echo=None)
     with pytest.raises(DataError):
-        F.load_regions(tmp_path / "out", "train")  # nothing half is taken for whole
+        regions.load_regions(tmp_path / "out", "train")  # nothing half is taken for whole
     noise((64, 48), 3).save(bad)
-    assert len(F.extract(records, backbone, tmp_path / "out", "train", block=2, echo=None)) == 5
+    assert len(regions.extract(records, backbone, tmp_path / "out", "train", block=2, echo=None)) == 5
 
 
 def test_extraction_refuses(tmp_path, backbone):
     with pytest.raises(ValueError, match="'patches'; use 'cells' or 'regions'"):
-        F.extract([], backbone, tmp_path, "train", kind="patches")
+        regions.extract([], backbone, tmp_path, "train", kind="patches")
     with pytest.raises(DataError, match="no pictures"):
-        F.extract([], backbone, tmp_path, "train")
+        regions.extract([], backbone, tmp_path, "train")
 
 
 # ------------------------------------------------------------------------------------------ text states
@@ -358,7 +361,7 @@ def bert(tmp_path_factory) -> Path:
 
 def states(folder, bert, captions=CAPTIONS, **options):
     options = {"key": "k", "block": 2, **options}
-    return F.text_states(captions, BertTower(bert), wordpiece(bert), folder, "val", **options)
+    return texts.text_states(captions, BertTower(bert), wordpiece(bert), folder, "val", **options)
 
 
 def test_cached_states_equal_the_live_towers(tmp_path, bert):
@@ -402,7 +405,9 @@ def test_interrupted_states_are_made_again(tmp_path, bert, monkeypatch, when):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((BertTower, "forward") if when == "in the states" else (F, "write_atomically")), stop)
+        patch.setattr(
+            *((BertTower, "forward") if when == "in the states" else (texts, "write_atomically")), stop
+        )
         with pytest.raises(KeyboardInterrupt):
             states(tmp_path, bert)
     assert not list(tmp_path.glob("*.npz"))
@@ -424,5 +429,5 @@ def test_states_that_overflow_fp16_are_refused(tmp_path, bert):
     with torch.no_grad():
         tower.net.encoder.layer[-1].output.LayerNorm.weight.mul_(1e6)
     with pytest.raises(ValueError, match=r"caption \d .*not finite in fp16"):
-        F.text_states(CAPTIONS, tower, wordpiece(bert), tmp_path, "val", key="k")
+        texts.text_states(CAPTIONS, tower, wordpiece(bert), tmp_path, "val", key="k")
     assert not list(tmp_path.glob("*.npz"))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from finematch.felga import (
+from finematch.models.felga import (
     FELGA,
     READINGS,
     SETTINGS,

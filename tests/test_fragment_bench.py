@@ -25,10 +25,10 @@ from transformers import (
 
 from finematch import fragment_bench as B
 from finematch.data.record import DataError
-from finematch.data.scenes import CATEGORIES, TOKENIZER
 from finematch.encoders import Cells, small_clip
 from finematch.evaluation.grounding import GroundedPhrase, grounding
-from finematch.fragments import CellVLP, Fragments, crop_maps
+from finematch.features.fragments import CellVLP, Fragments, crop_maps
+from finematch.scenes.generator import CATEGORIES, TOKENIZER
 from finematch.text import word_level
 
 SMALL = {"width": 16, "depth": 1, "epochs": 1, "batch_size": 8}

@@ -27,14 +27,15 @@ from transformers import (
     CLIPModel,
 )
 
-from finematch import fragments as G
-from finematch import proposals as P
 from finematch.boxes import multi_scale_grid
 from finematch.data import load
 from finematch.data.record import DataError, Object, Record
-from finematch.data.scenes import TOKENIZER
 from finematch.encoders import open_clip_model, open_vision_language, small_bert, small_clip
-from finematch.features import Backbone, selective_search, timm_backbone
+from finematch.features import fragments as G
+from finematch.features import proposals as P
+from finematch.features.backbones import Backbone, timm_backbone
+from finematch.features.proposals import selective_search
+from finematch.scenes.generator import TOKENIZER
 from finematch.text import keyword_method, word_level, wordpiece
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "ball", "red", "man", "on", "horse", "the"]

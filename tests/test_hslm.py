@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hslm_naive import naive_scores, one_caption
 
-from finematch.hslm import (
+from finematch.models.hslm import (
     HSLM,
     MGCN,
     MODULES,

@@ -17,7 +17,7 @@ from transformers import BertModel
 
 from finematch.data import load
 from finematch.encoders import small_bert
-from finematch.fragments import document, extract_keywords
+from finematch.features.fragments import document, extract_keywords
 from finematch.text import (
     KeyBERTKeywords,
     KeywordMethod,

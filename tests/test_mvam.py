@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from finematch.encoders import GRUTower, Tokens, TokenTransformer
-from finematch.mvam import MVAM, READINGS, TokenPooling, ViewAttention, diversity, ensemble, view_statistics
+from finematch.models.mvam import (
+    MVAM,
+    READINGS,
+    TokenPooling,
+    ViewAttention,
+    diversity,
+    ensemble,
+    view_statistics,
+)
 
 
 def tokens(b=3, n=7, d=12, seed=0, pads=(0, 2, 4)):

@@ -10,7 +10,7 @@ import re
 import pandas as pd
 import pytest
 
-from finematch.report import PUBLISHED, published
+from finematch.tables import PUBLISHED, published
 
 RECALLS = ["i2t@1", "i2t@5", "i2t@10", "t2i@1", "t2i@5", "t2i@10"]
 TASKS = [

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from finematch.data.record import DataError
-from finematch.report import (
+from finematch.tables import (
     FIELDS,
     Claim,
     claims,

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import BertModel
 
 from finematch.data import load
-from finematch.data.scenes import TOKENIZER, generate
 from finematch.data.shards import write_shards
 from finematch.encoders import small_bert
+from finematch.scenes.generator import TOKENIZER, generate
 from finematch.text import word_level, wordpiece
 
 ORDER = [

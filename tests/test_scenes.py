@@ -14,12 +14,13 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer
 
-from finematch.data import scenes as scenes_module
 from finematch.data.coco import categories, load_coco
 from finematch.data.entities import load_entities
 from finematch.data.karpathy import load_karpathy
 from finematch.data.record import DataError
-from finematch.data.scenes import (
+from finematch.scenes import generator as scenes_module
+from finematch.scenes.baselines import bag_of_words, difficulty, full_oracle, recalls
+from finematch.scenes.generator import (
     CATEGORIES,
     MIN_VISIBLE,
     RGB,
@@ -34,8 +35,7 @@ from finematch.data.scenes import (
     owners,
     picture_of,
 )
-from finematch.data.scenes_baselines import bag_of_words, difficulty, full_oracle, recalls
-from finematch.data.scenes_language import TABLES, labels, noun_phrase, plural, solutions, vocabulary
+from finematch.scenes.language import TABLES, labels, noun_phrase, plural, solutions, vocabulary
 
 COUNTS = {"train": 60, "val": 20, "test": 20}
 

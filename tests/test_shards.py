@@ -17,7 +17,6 @@ from PIL import Image
 
 from finematch.data import DataError, Record, load
 from finematch.data.pairs import to_pixels
-from finematch.data.scenes import TOKENIZER
 from finematch.data.shards import (
     CHUNK,
     Shard,
@@ -29,6 +28,7 @@ from finematch.data.shards import (
     read_index,
     write_shards,
 )
+from finematch.scenes.generator import TOKENIZER
 from finematch.text import word_level
 from finematch.training import Plan, fit
 

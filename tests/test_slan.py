@@ -17,7 +17,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from finematch.boxes import convert, iou, multi_scale_grid
 from finematch.encoders import BertTower, Cells, small_bert
-from finematch.slan.locator import (
+from finematch.models.slan.locator import (
     READINGS,
     RPN,
     SMALLEST,

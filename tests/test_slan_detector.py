@@ -19,8 +19,8 @@ from finematch.data import load
 from finematch.data.pairs import MapSource
 from finematch.data.precomp import Regions
 from finematch.data.record import DataError, Object, Record
-from finematch.slan.detector import Detector, MapBoxes, detector, recall, untaught
-from finematch.slan.locator import SelfLocator, cut, decode, load_proposals
+from finematch.models.slan.detector import Detector, MapBoxes, detector, recall, untaught
+from finematch.models.slan.locator import SelfLocator, cut, decode, load_proposals
 from finematch.training import Plan, TrainingError, fit, seed_everything
 
 CHANNELS = (3, 4, 5)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from finematch.losses import contrastive
-from finematch.slan.objective import (
+from finematch.models.slan.objective import (
     NOBODY,
     READINGS,
     SLAN,
@@ -410,7 +410,7 @@ def test_words_are_hidden_15_percent_80_10_10_and_never_specials_or_padding():
 
 
 def test_words_of_a_tokenizer():
-    from finematch.data.scenes import TOKENIZER
+    from finematch.scenes.generator import TOKENIZER
     from finematch.text import word_level
 
     tokenizer = word_level(TOKENIZER)
@@ -557,7 +557,7 @@ def test_matching_begins_with_random_negatives(monkeypatch):
         seen.append(float(similarity.abs().max()))
         return hard_negatives(similarity, image_id)
 
-    monkeypatch.setattr("finematch.slan.objective.hard_negatives", drawn)
+    monkeypatch.setattr("finematch.models.slan.objective.hard_negatives", drawn)
     model, batch = tiny(random_steps=2).eval(), pairs(4)
     model(batch)
     for _ in range(3):
@@ -752,8 +752,8 @@ def test_the_pair_scorer_scores_any_pairs(block, memory):
 # ------------------------------------------------------------------------------------------- with SLAN's own parts
 def real(version, seed=0, **options):
     from finematch.encoders import BertTower, small_bert
-    from finematch.slan.locator import VERSIONS, SelfLocator, SmallStages
-    from finematch.slan.locator import Towers as SLANTowers
+    from finematch.models.slan.locator import VERSIONS, SelfLocator, SmallStages
+    from finematch.models.slan.locator import Towers as SLANTowers
 
     torch.manual_seed(seed)
     text = BertTower(small_bert(WORDS.size, width=16, depth=1, heads=2, positions=16))
@@ -815,7 +815,7 @@ def test_slan_matches_alike_whatever_the_company(version):
 
 
 def test_cached_maps_take_the_place_of_pixels():
-    from finematch.slan.locator import CachedStages
+    from finematch.models.slan.locator import CachedStages
 
     model, batch = real("iccv").eval(), real_pairs()
     expected = model.encode_image(**batch["image"]).vector

@@ -6,9 +6,9 @@ import pytest
 import torch
 from notebook_text import NOTEBOOKS, accepted, declaration
 
-from finematch.slan.locator import SWITCHES, VERSIONS, SelfLocator, load_proposals
-from finematch.slan.objective import Queue
-from finematch.slan.run import (
+from finematch.models.slan.locator import SWITCHES, VERSIONS, SelfLocator, load_proposals
+from finematch.models.slan.objective import Queue
+from finematch.models.slan.run import (
     BATCHES,
     LOCATOR,
     SETTINGS,

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig
 
-from finematch.data.scenes import TOKENIZER
+from finematch.scenes.generator import TOKENIZER
 from finematch.text import Ragged, padded, tokenise, word_level, wordpiece
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

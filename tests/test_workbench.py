@@ -16,10 +16,10 @@ from transformers import AutoTokenizer, BertModel, CLIPImageProcessor, CLIPModel
 from finematch import workbench as W
 from finematch.data.pairs import PixelSource, RegionSource, StateSource
 from finematch.data.record import DataError
-from finematch.data.scenes import TOKENIZER
 from finematch.encoders import BertTower, CLIPVision, GRUTower, TokenTransformer, small_bert, small_clip
 from finematch.evaluation.retrieval import retrieval
-from finematch.mvam import MVAM
+from finematch.models.mvam import MVAM
+from finematch.scenes.generator import TOKENIZER
 from finematch.text import Ragged, word_level, wordpiece
 from finematch.training import Plan, fit, seed_everything
 

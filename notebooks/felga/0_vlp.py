@@ -58,7 +58,7 @@ from finematch.data.record import pairs
 from finematch.evaluation.average_precision import query_boxes
 from finematch.evaluation.retrieval import retrieval
 from finematch.fragment_bench import VLP_SETTINGS, open_sets, open_vlp, small_vlp
-from finematch.report import to_markdown, write_metrics
+from finematch.tables import to_markdown, write_metrics
 from finematch.training import check_writable
 
 if p.threads:

@@ -56,17 +56,17 @@ from finematch import figures
 from finematch.boxes import iou
 from finematch.data import load
 from finematch.data.record import Object, Record
-from finematch.data.scenes import TOKENIZER, attributes, generate
-from finematch.data.scenes_language import AFTER_NOUN, COLOURS, SHAPES, TEXTURES, plural
+from finematch.scenes.generator import TOKENIZER, attributes, generate
+from finematch.scenes.language import AFTER_NOUN, COLOURS, SHAPES, TEXTURES, plural
 from finematch.encoders import open_clip_model, small_clip
 from finematch.evaluation import average_precision as metric
-from finematch.felga import (
+from finematch.models.felga import (
     FELGA, LABELS, READINGS, SETTINGS, FENet, affinity, batch_labels, cosine, dense, dynamic, global_affinity,
     global_labels, lifted, real_pairs, sparse,
 )  # fmt: skip
-from finematch.fragments import VLP, cut, document
-from finematch.proposals import extract_proposals
-from finematch.report import published, to_markdown
+from finematch.features.fragments import VLP, cut, document
+from finematch.features.proposals import extract_proposals
+from finematch.tables import published, to_markdown
 from finematch.text import keyword_method, word_level
 from finematch.workbench import SMOKE
 

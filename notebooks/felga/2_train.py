@@ -79,9 +79,9 @@ import pandas as pd
 import torch
 from IPython.display import display
 
-from finematch.felga import FELGA, SWITCHES, FragmentPairs, settings
+from finematch.models.felga import FELGA, SWITCHES, FragmentPairs, settings
 from finematch.fragment_bench import frozen, open_fragments, phrase_grounding, tasks
-from finematch.report import write_metrics
+from finematch.tables import write_metrics
 from finematch.training import Plan, check_writable, fit, join_processes, leave_to_first, seed_everything
 from finematch.workbench import accelerator
 

@@ -44,7 +44,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from finematch import figures as F
-from finematch.report import Claim, claims, measured, published, summary, table, to_markdown, write_text
+from finematch.tables import Claim, claims, measured, published, summary, table, to_markdown, write_text
 
 
 def variants(model: str, proposals: str, prefix: str = "") -> dict[str, str]:

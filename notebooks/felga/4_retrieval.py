@@ -64,9 +64,9 @@ from finematch.data.record import DataError
 from finematch.evaluation.average_precision import (
     average_precision_blocks, category_relevance, description_assignment, expected_random, object_discovery, query_boxes,
 )  # fmt: skip
-from finematch.felga import FELGA, SWITCHES
+from finematch.models.felga import FELGA, SWITCHES
 from finematch.fragment_bench import FragmentBench, embed, frozen, open_fragments, phrase_grounding, tasks
-from finematch.report import to_markdown, write_metrics
+from finematch.tables import to_markdown, write_metrics
 from finematch.training import load_best
 from finematch.workbench import accelerator
 

@@ -54,13 +54,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from finematch import figures
 from finematch.boxes import iou
 from finematch.data import load
-from finematch.data.scenes import TOKENIZER, attributes, generate
-from finematch.features import propose
-from finematch.hslm import (
+from finematch.scenes.generator import TOKENIZER, attributes, generate
+from finematch.features.proposals import propose
+from finematch.models.hslm import (
     HSLM, MGCN, MODULES, READINGS, SETTINGS, Caption, GraphLayer, PairScorer, Picture, SelfAttentionPooling,
     WordEncoder, WordSelfAttention, hinge, score, word_correlation,
 )  # fmt: skip
-from finematch.report import published, to_markdown
+from finematch.tables import published, to_markdown
 from finematch.text import tokenise, word_level
 from finematch.workbench import SMOKE
 

@@ -81,8 +81,8 @@ import torch
 
 from finematch.evaluation.grounding import grounding
 from finematch.evaluation.retrieval import karpathy_protocol, retrieval_blocks
-from finematch.hslm import HSLM, SWITCHES, settings, tile_scores
-from finematch.report import write_metrics
+from finematch.models.hslm import HSLM, SWITCHES, settings, tile_scores
+from finematch.tables import write_metrics
 from finematch.training import Plan, check_writable, fit, join_processes, leave_to_first, seed_everything
 from finematch.workbench import attended_phrases, open_bench
 

@@ -54,13 +54,13 @@ from matplotlib.patches import Rectangle
 from finematch import figures as draw
 from finematch.data import load
 from finematch.data.record import DataError
-from finematch.data.scenes import attributes
-from finematch.data.scenes_language import AFTER_NOUN, BACKGROUNDS, GENERIC, TABLES, plural, solutions
+from finematch.scenes.generator import attributes
+from finematch.scenes.language import AFTER_NOUN, BACKGROUNDS, GENERIC, TABLES, plural, solutions
 from finematch.evaluation.correspondence import pieces
 from finematch.evaluation.grounding import GroundedPhrase, grounding
 from finematch.evaluation.retrieval import retrieval_blocks
-from finematch.hslm import HSLM, tile_scores, word_correlation
-from finematch.report import write_metrics
+from finematch.models.hslm import HSLM, tile_scores, word_correlation
+from finematch.tables import write_metrics
 from finematch.training import load_best, seed_everything
 from finematch.workbench import Bench, accelerator, attended_phrases, open_bench
 

@@ -49,12 +49,12 @@ from torch import Tensor
 
 from finematch import figures
 from finematch.data import load
-from finematch.data.scenes import attributes, generate
-from finematch.data.scenes_baselines import bag_of_words
-from finematch.data.scenes_language import solutions
+from finematch.scenes.generator import attributes, generate
+from finematch.scenes.baselines import bag_of_words
+from finematch.scenes.language import solutions
 from finematch.encoders import CLIPText, CLIPVision, Tokens, TokenTransformer, open_clip_model, small_clip
 from finematch.losses import contrastive
-from finematch.mvam import (
+from finematch.models.mvam import (
     MVAM,
     READINGS,
     SETTINGS,
@@ -65,7 +65,7 @@ from finematch.mvam import (
     settings,
     view_statistics,
 )
-from finematch.report import published, to_markdown
+from finematch.tables import published, to_markdown
 from finematch.workbench import SMOKE
 
 figures.style()

@@ -76,8 +76,8 @@ import time
 import torch
 
 from finematch.evaluation.retrieval import karpathy_protocol, retrieval
-from finematch.mvam import MVAM, SWITCHES, ensemble as concatenated, settings, view_statistics
-from finematch.report import write_metrics
+from finematch.models.mvam import MVAM, SWITCHES, ensemble as concatenated, settings, view_statistics
+from finematch.tables import write_metrics
 from finematch.training import (
     Plan,
     check_writable,

@@ -44,7 +44,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from finematch import figures as F
-from finematch.report import Claim, claims, measured, published, summary, table, to_markdown, write_text
+from finematch.tables import Claim, claims, measured, published, summary, table, to_markdown, write_text
 
 GRIDS = {
     # grid: (paper's table to show, label of the rows axis, {row of ours: row of the paper})

@@ -51,12 +51,12 @@ from finematch import figures as draw
 from finematch.boxes import grid_boxes
 from finematch.data import load
 from finematch.data.record import DataError
-from finematch.data.scenes import attributes
-from finematch.data.scenes_language import solutions
+from finematch.scenes.generator import attributes
+from finematch.scenes.language import solutions
 from finematch.evaluation.correspondence import correspondence, inside, on_span, pieces
 from finematch.evaluation.retrieval import retrieval
-from finematch.mvam import MVAM, SWITCHES, view_statistics
-from finematch.report import write_metrics
+from finematch.models.mvam import MVAM, SWITCHES, view_statistics
+from finematch.tables import write_metrics
 from finematch.training import load_best
 from finematch.workbench import Bench, embed, minilm_folder, open_bench, tokenizer_of
 

@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from finematch import figures
-from finematch.slan import objective
+from finematch.models.slan import objective
 from finematch.boxes import (
     box_mean,
     convert,
@@ -63,19 +63,19 @@ from finematch.boxes import (
     summed_area,
 )
 from finematch.data import load
-from finematch.data.scenes import TOKENIZER, attributes, generate
+from finematch.scenes.generator import TOKENIZER, attributes, generate
 from finematch.encoders import BertTower, small_bert
-from finematch.features import propose
-from finematch.report import published, to_markdown
-from finematch.slan.locator import (
+from finematch.features.proposals import propose
+from finematch.tables import published, to_markdown
+from finematch.models.slan.locator import (
     READINGS, VERSIONS, CachedStages, CrossAttention, RegionAdaptor, RegionEmbedding,
     RegionFilter, SelfLocator, SmallStages, Towers, cell_weights, cut, decode, offset, regression_loss, regression_target,
     stop,
 )  # fmt: skip
-from finematch.slan.objective import (
+from finematch.models.slan.objective import (
     SLAN, Keys, MaskedWordHead, MatchingHead, Momentum, Queue, Temperature, Words, hard_negatives, itc, itm, mask_words, mlm,
 )  # fmt: skip
-from finematch.slan.run import LOCATOR, SETTINGS
+from finematch.models.slan.run import LOCATOR, SETTINGS
 from finematch.text import tokenise, word_level
 from finematch.workbench import SMOKE
 

@@ -112,10 +112,18 @@ from finematch.data.shards import ShardPairs
 from finematch.evaluation.grounding import grounding
 from finematch.evaluation.reranking import reranked_retrieval
 from finematch.evaluation.retrieval import retrieval
-from finematch.report import write_metrics
-from finematch.slan.locator import load_proposals
-from finematch.slan.objective import pair_scorer, world
-from finematch.slan.run import build, by_contrast, detector_file, plan, settings, switches, train_encoders
+from finematch.tables import write_metrics
+from finematch.models.slan.locator import load_proposals
+from finematch.models.slan.objective import pair_scorer, world
+from finematch.models.slan.run import (
+    build,
+    by_contrast,
+    detector_file,
+    plan,
+    settings,
+    switches,
+    train_encoders,
+)
 from finematch.training import check_writable, fit, join_processes, leave_to_first, to_device
 from finematch.workbench import accelerator, embed, located_phrases, open_bench
 

@@ -56,7 +56,7 @@ from IPython.display import Markdown
 from matplotlib.ticker import LogLocator
 
 from finematch import figures as F
-from finematch.report import (
+from finematch.tables import (
     Claim,
     measured,
     published,

@@ -66,15 +66,15 @@ from finematch import figures as draw
 from finematch.boxes import convert, iou
 from finematch.data import load
 from finematch.data.record import DataError
-from finematch.data.scenes import attributes
-from finematch.data.scenes_language import solutions
+from finematch.scenes.generator import attributes
+from finematch.scenes.language import solutions
 from finematch.evaluation.correspondence import inside, on_span, pieces
 from finematch.evaluation.grounding import GroundedPhrase
 from finematch.evaluation.retrieval import retrieval
-from finematch.report import to_markdown, write_metrics
-from finematch.slan.locator import load_proposals
-from finematch.slan.objective import SLAN, pair_scorer
-from finematch.slan.run import build, detector_file, plan, settings, train_encoders
+from finematch.tables import to_markdown, write_metrics
+from finematch.models.slan.locator import load_proposals
+from finematch.models.slan.objective import SLAN, pair_scorer
+from finematch.models.slan.run import build, detector_file, plan, settings, train_encoders
 from finematch.text import tokenise
 from finematch.training import (
     EpochBatches, device_name, load_best, make_optimizer, make_schedule, to_device,

@@ -37,9 +37,6 @@ from torchvision.ops import roi_align
 from finematch.data import categories as category_names
 from finematch.data import load, load_coco
 from finematch.data.record import DataError, Record, pairs
-from finematch.data.scenes import generate
-from finematch.data.scenes_language import SHAPES
-from finematch.detreg import DETReg
 from finematch.encoders import config_of, open_clip_model, small_clip
 from finematch.evaluation.average_precision import (
     RELEVANCE,
@@ -53,8 +50,8 @@ from finematch.evaluation.average_precision import (
 )
 from finematch.evaluation.grounding import GroundedPhrase, grounding
 from finematch.evaluation.retrieval import full_precision, retrieval
-from finematch.features import extract
-from finematch.fragments import (
+from finematch.features.detreg import DETReg
+from finematch.features.fragments import (
     PUBLISHED,
     VLP,
     CellVLP,
@@ -67,8 +64,11 @@ from finematch.fragments import (
     whole_pictures,
     whole_texts,
 )
+from finematch.features.proposals import Proposals, extract_proposals, given
+from finematch.features.regions import extract
 from finematch.losses import contrastive
-from finematch.proposals import Proposals, extract_proposals, given
+from finematch.scenes.generator import generate
+from finematch.scenes.language import SHAPES
 from finematch.text import Ragged, keyword_method, tokenise
 from finematch.training import Plan, by_one_process, fit, seed_everything
 from finematch.workbench import SMOKE, accelerator, cells_backbone, minilm_folder, tokenizer_of

@@ -30,14 +30,10 @@ from filelock import FileLock
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerBase
 
-from finematch.attributes import attribute_backbone
-from finematch.caption_words import caption_backbone
 from finematch.data import load
 from finematch.data.pairs import MapSource, Pairs, PixelSource, RegionSource, Source, to_pixels
 from finematch.data.precomp import Regions, load_regions
 from finematch.data.record import DataError, Record, pairs
-from finematch.data.scenes import TOKENIZER, attributes, generate
-from finematch.data.scenes_language import TABLES
 from finematch.encoders import (
     BertTower,
     Cells,
@@ -52,7 +48,14 @@ from finematch.encoders import (
 )  # fmt: skip
 from finematch.evaluation.correspondence import on_span, pieces
 from finematch.evaluation.grounding import GroundedPhrase, phrase_scores
-from finematch.features import Backbone, extract, fingerprint, mobilenet, propose, text_states, timm_backbone
+from finematch.features.attribute_net import attribute_backbone
+from finematch.features.backbones import Backbone, fingerprint, mobilenet, timm_backbone
+from finematch.features.proposals import propose
+from finematch.features.regions import extract
+from finematch.features.texts import text_states
+from finematch.features.word_net import caption_backbone
+from finematch.scenes.generator import TOKENIZER, attributes, generate
+from finematch.scenes.language import TABLES
 from finematch.text import tokenise, word_level, wordpiece
 from finematch.training import to_device
 

@@ -151,7 +151,9 @@ def load(dataset: str, data_root: str | Path, split: str, **options) -> list[Rec
         raise DataError("(no file)", f"dataset {dataset!r}", problem, f"Choose one of {', '.join(_DATASETS)}")
     root = Path(data_root)
     if dataset.startswith("scenes") and not (root / "scenes").exists():
-        from finematch.data.scenes import generate  # here, because drawing imports more than reading needs
+        from finematch.scenes.generator import (
+            generate,  # here, because drawing imports more than reading needs
+        )
 
         generate(root / "scenes")
     first = root / Path(_DATASETS[dataset].paths[0]).parts[0]

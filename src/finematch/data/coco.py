@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pycocotools.coco import COCO
 
-from finematch.data.files import BoxPolicy, clean_caption, read_json, reading, require_pictures
+from finematch.data.checks import BoxPolicy, clean_caption, read_json, reading, require_pictures
 from finematch.data.record import DataError, Object, Record
 
 

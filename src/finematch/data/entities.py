@@ -17,7 +17,7 @@ from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import ParseError, fromstring
 from PIL import Image, UnidentifiedImageError
 
-from finematch.data.files import BoxPolicy, clean_caption, read_text, reading, require_pictures
+from finematch.data.checks import BoxPolicy, clean_caption, read_text, reading, require_pictures
 from finematch.data.record import Box, DataError, Phrase, Record
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finematch.data.files import clean_caption, read_json, reading, require_pictures
+from finematch.data.checks import clean_caption, read_json, reading, require_pictures
 from finematch.data.record import DataError, Record
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int, Num
 
-from finematch.data.files import clean_caption, read_json, read_text, reading
+from finematch.data.checks import clean_caption, read_json, read_text, reading
 from finematch.data.precomp_writer import RegionsWriter, finished
 from finematch.data.record import DataError, Record
 

@@ -48,7 +48,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 from webdataset.tariterators import group_by_keys
 
-from finematch.data.files import clean_caption, read_json, reading
+from finematch.data.checks import clean_caption, read_json, reading
 from finematch.data.record import DataError, Record
 from finematch.text import Ragged, tokenise
 

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from finematch.data.files import BoxPolicy, clean_caption, read_json, reading, require_pictures
+from finematch.data.checks import BoxPolicy, clean_caption, read_json, reading, require_pictures
 from finematch.data.record import DataError, Phrase, Record
 
 logger = logging.getLogger(__name__)

@@ -30,8 +30,8 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from finematch.data.record import DataError, Record
 from finematch.encoders import open_vision_language
-from finematch.features import Backbone, fingerprint
-from finematch.proposals import Proposals
+from finematch.features.backbones import Backbone, fingerprint
+from finematch.features.proposals import Proposals
 from finematch.text import KeywordMethod, Keywords
 from finematch.training import write_atomically
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from finematch.data.record import Record, pairs
 from finematch.encoders import Cells
-from finematch.features import Backbone, taught_backbone
+from finematch.features.backbones import Backbone, taught_backbone
 from finematch.text import Ragged
 from finematch.training import Plan, fit, seed_everything
 

@@ -8,6 +8,7 @@ Axes: `n` pictures, `m` boxes of the fullest picture, `r` boxes of one picture.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 from collections.abc import Callable
@@ -20,12 +21,67 @@ import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
-from finematch.boxes import clip
+from finematch.boxes import clip, iou, multi_scale_grid
 from finematch.data.precomp import RegionsWriter, finished
 from finematch.data.record import DataError, Object, Record
-from finematch.features import propose
 
 SURPLUS = 4  # times as many boxes are asked for, so that small ones can go
+
+
+def selective_search(picture: Image.Image, top: int) -> Float[np.ndarray, "r 4"]:
+    """The first `top` distinct boxes of OpenCV contrib's fast selective search, xyxy pixels.
+
+    Boxes under 4 % of the picture's shorter side are dropped; a picture with fewer proposals than `top` is
+    filled up from the multi-scale grid, so that every picture has as many. OpenCV ranks its proposals with
+    the C library's `rand`; it is seeded here, or a picture's boxes would depend on the pictures before it.
+    """
+    import cv2
+
+    ctypes.CDLL(None).srand(1)
+    search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
+    search.setBaseImage(np.asarray(picture)[:, :, ::-1].copy())
+    search.switchToSelectiveSearchFast()
+    found = search.process().astype(np.float32)
+    found[:, 2:] += found[:, :2]
+    sides = found[:, 2:] - found[:, :2]
+    found = distinct(found[(sides >= 0.04 * min(picture.size)).all(1)])
+    spare = multi_scale_grid(*picture.size, top).numpy()
+    return np.concatenate([found, spare])[:top]
+
+
+def distinct(boxes: Float[np.ndarray, "m 4"], threshold: float = 0.9) -> Float[np.ndarray, "k 4"]:
+    """Boxes in order, without those that overlap an earlier one by more than `threshold` IoU."""
+    if not len(boxes):
+        return boxes
+    overlap, keep = iou(torch.from_numpy(boxes), torch.from_numpy(boxes)).numpy(), []
+    for i in range(len(boxes)):
+        if not keep or overlap[i, keep].max() <= threshold:
+            keep.append(i)
+    return boxes[keep]
+
+
+def propose(method: str) -> tuple[str, Callable[[Image.Image, int], np.ndarray]]:
+    """A proposal method by name, and the name of what it really is.
+
+    `"auto"` takes selective search where OpenCV has its contrib modules and the grid where it has not; the
+    returned name goes into the features' key, so the file says which.
+
+    Raises:
+        ValueError: For an unknown method, or selective search without OpenCV contrib.
+    """
+    if method not in ("auto", "selective_search", "grid"):
+        raise ValueError(f"proposals is {method!r}; use 'auto', 'selective_search' or 'grid'")
+    if method != "grid":
+        try:
+            import cv2
+
+            cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
+            return "selective_search", selective_search
+        except (ImportError, AttributeError) as error:
+            if method == "selective_search":
+                raise ValueError("selective search needs opencv-contrib-python-headless; "
+                                 "install it, or use proposals='grid'") from error  # fmt: skip
+    return "grid", lambda picture, top: multi_scale_grid(*picture.size, top).numpy()
 
 
 @runtime_checkable

@@ -28,7 +28,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from finematch.boxes import convert, iou, multi_scale_grid
 from finematch.data.pairs import MapSource
 from finematch.data.record import DataError, Record
-from finematch.slan.locator import RPN, CachedStages, Proposals, VisionDecoder, cut
+from finematch.models.slan.locator import RPN, CachedStages, Proposals, VisionDecoder, cut
 from finematch.training import Plan, by_one_process, fit, seed_everything, to_device, write_atomically
 
 TOPS = (10, 50)  # proposals that recall counts: T of the filter, and all that a run on scenes reads

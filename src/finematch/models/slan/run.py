@@ -20,9 +20,9 @@ from filelock import FileLock
 from finematch.data import load
 from finematch.data.pairs import Pairs
 from finematch.evaluation.retrieval import retrieval
-from finematch.slan.detector import detector
-from finematch.slan.locator import SWITCHES, VERSIONS, CachedStages, SelfLocator, Stages, Towers
-from finematch.slan.objective import SLAN, Unimodal, Words, world
+from finematch.models.slan.detector import detector
+from finematch.models.slan.locator import SWITCHES, VERSIONS, CachedStages, SelfLocator, Stages, Towers
+from finematch.models.slan.objective import SLAN, Unimodal, Words, world
 from finematch.training import Plan, by_one_process, fit, load_best, seed_everything
 from finematch.workbench import Bench, embed
 

@@ -1,7 +1,7 @@
 """The embedded set `scenes`: compositional pictures drawn by the project, written in the field's own formats.
 
 A picture holds two to five objects (shape, colour, size, texture) before one of six backgrounds; objects may
-hide one another in part. Five captions each mention a part of it (`scenes_language`). `generate` writes
+hide one another in part. Five captions each mention a part of it (`language`). `generate` writes
 
     dataset_scenes.json                                   Karpathy JSON
     images/*.png
@@ -12,7 +12,7 @@ hide one another in part. Five captions each mention a part of it (`scenes_langu
 
 Every picture has its own random stream (seed, split, index): it doesn't change with the size of a split, the
 number of workers or the order of drawing. Boxes are integer pixels (x1, y1, x2, y2) around the visible pixels
-of an object. `python -m finematch.data.scenes OUT` generates the set and prints how hard it is.
+of an object. `python -m finematch.scenes.generator OUT` generates the set and prints how hard it is.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from finematch.data.files import read_json, reading
+from finematch.data.checks import read_json, reading
 from finematch.data.record import DataError
-from finematch.data.scenes_language import SHAPES, TABLES, captions, pick, vocabulary
+from finematch.scenes.language import SHAPES, TABLES, captions, pick, vocabulary
 
 VERSION = 1
 SPLITS = ("train", "val", "test")
 CATEGORIES = tuple(SHAPES)  # COCO id = position + 1
-TOKENIZER = Path(__file__).with_name("scenes_tokenizer.json")
+TOKENIZER = Path(__file__).with_name("tokenizer.json")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MIN_SIZE = 32
 MIN_VISIBLE = 0.55  # of an object's own pixels
@@ -207,7 +207,7 @@ def picture_of(seed: int, split: str, index: int, size: int) -> dict:
         (degrees) as drawn; box (x1, y1, x2, y2), area (visible pixels), visible (fraction of its own pixels),
         position (names);
         relations: all true [subject, name, object];
-        captions: see `scenes_language.captions`.
+        captions: see `language.captions`.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index, 0])
     while True:
@@ -636,7 +636,7 @@ def attributes(root: str | Path, split: str) -> list[dict]:
 def build_tokenizer() -> Tokenizer:
     """The word-level tokeniser of `scenes`: [PAD] [UNK] [CLS] [SEP] [MASK], then every word, sorted.
 
-    scenes_tokenizer.json beside this file is this tokeniser, saved.
+    tokenizer.json beside this file is this tokeniser, saved.
     """
     words = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *vocabulary()])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
@@ -655,10 +655,10 @@ def build_tokenizer() -> Tokenizer:
 
 def main(arguments: list[str] | None = None) -> None:
     """Generate the set and print its difficulty."""
-    from finematch.data.scenes_baselines import difficulty, table
+    from finematch.scenes.baselines import difficulty, table
 
     parser = argparse.ArgumentParser(
-        prog="python -m finematch.data.scenes", description=generate.__doc__.split("\n")[0]
+        prog="python -m finematch.scenes.generator", description=generate.__doc__.split("\n")[0]
     )
     parser.add_argument("out", type=Path)
     for name, default in (

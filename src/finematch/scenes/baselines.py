@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from finematch.data.files import read_json, reading
+from finematch.data.checks import read_json, reading
 from finematch.data.record import DataError
-from finematch.data.scenes import attributes
-from finematch.data.scenes_language import TABLES, labels, solutions
+from finematch.scenes.generator import attributes
+from finematch.scenes.language import TABLES, labels, solutions
 
 RANKS = (1, 5, 10)
 
@@ -97,7 +97,7 @@ def bag_of_words(pictures: list[dict], texts: list[str], penalty: float = 10.0) 
 
 
 def full_oracle(pictures: list[dict], meanings: list[dict]) -> np.ndarray:
-    """Scores (b, c): -1 where the caption is untrue of the picture (`scenes_language.solutions`), else
+    """Scores (b, c): -1 where the caption is untrue of the picture (`language.solutions`), else
     log(b / pictures it is true of), so that one picture's true captions are ranked by how much they say."""
     true = np.array([[bool(solutions(picture, meaning)) for meaning in meanings] for picture in pictures])
     return np.where(true, np.log(len(pictures) / np.maximum(true.sum(0), 1)), -1.0)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from finematch.data.record import Record
 from finematch.encoders import Cells
-from finematch.features import Backbone, pool_regions, taught_backbone
+from finematch.features.backbones import Backbone, taught_backbone
+from finematch.features.regions import pool_regions
 from finematch.training import Plan, fit, seed_everything
 
 

@@ -1,0 +1,1 @@
+"""Frozen networks and what they make: backbones, proposals, regions, fragments, token states."""

@@ -1,0 +1,97 @@
+"""Frozen picture networks: a timm network with its key, or one that was trained here.
+
+Axes: `b` images, `d` width, `h` `w` cells of a map.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finematch.encoders import Cells
+from finematch.training import by_one_process, write_atomically
+
+
+@dataclass
+class Backbone:
+    """A frozen `Cells` network, the side (pixels) that pictures are squashed to, and the key of its weights."""
+
+    net: Cells
+    size: int
+    key: dict = field(default_factory=dict)
+
+    @torch.no_grad()
+    def __call__(self, pictures: list[Image.Image]) -> Float[Tensor, "b d h w"]:
+        """Feature maps of RGB pictures, each squashed to size x size: a cell stays a fixed fraction of it."""
+        arrays = [
+            np.asarray(p.resize((self.size, self.size), Image.Resampling.BICUBIC), np.float32)
+            for p in pictures
+        ]
+        device = next(self.net.parameters()).device
+        return self.net(torch.from_numpy(np.stack(arrays) / 255).permute(0, 3, 1, 2).to(device))
+
+
+def timm_backbone(name: str, *, weights: str | Path = "", size: int = 0, **options) -> Backbone:
+    """A timm network ready to extract: `weights` as in `Cells` (`""` random, `"hub"`, or a file).
+
+    The key holds the file's SHA-256, or "random": features of a random network say so. A random network is
+    always the same one, whatever was drawn before: splits extracted in two processes belong together.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = Cells(name, weights=weights, **options).eval().requires_grad_(False)
+    if weights in ("", "hub"):
+        digest = weights or "random"
+    else:
+        digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    size = size or net.size
+    return Backbone(net, size, {"backbone": name, "weights": digest, "size": size, "stage": net.stage,
+                                **json.loads(json.dumps(options, default=str))})  # fmt: skip
+
+
+def mobilenet(weights: str | Path) -> Backbone:
+    """MobileNetV2 1.0 with weights that were converted from TensorFlow: its padding and normalisation."""
+    return timm_backbone("mobilenetv2_100", weights=weights, mean=0.5, sd=0.5, options={"pad_type": "same"})
+
+
+def taught_backbone(
+    kept: Path, teach: Callable[[], Cells], name: str, *, stage: int, size: int, trained_on: str
+) -> Backbone:
+    """The network of the file `kept`, frozen, for pictures with values about 0.5; made by `teach` if there is no file.
+
+    Raises:
+        TrainingError: If it must be made and there are several processes (`training.by_one_process`).
+    """
+    if not kept.is_file():
+        by_one_process(f"{kept}, a network trained on {trained_on},")
+        state = teach().state_dict()
+        write_atomically(kept, lambda part: save_file(state, part))
+    net = Cells(name, stage=stage, mean=0.5, sd=0.25)
+    net.load_state_dict(load_file(kept))
+    net.eval().requires_grad_(False)
+    key = {
+        "backbone": name,
+        "weights": fingerprint(net),
+        "size": size,
+        "stage": stage,
+        "trained_on": trained_on,
+    }
+    return Backbone(net, size, key)
+
+
+def fingerprint(net: torch.nn.Module) -> str:
+    """SHA-256 of a network's weights: features cached under it are never another network's."""
+    digest = hashlib.sha256()
+    for value in net.state_dict().values():
+        digest.update(value.cpu().contiguous().numpy())
+    return digest.hexdigest()
