@@ -28,7 +28,8 @@ import torch
 from torch.nn import functional as F
 
 from finematch.evaluation.average_precision import BLOCK, SCORES, TILE, average_precision
-from finematch.tables import git_commit, versions, write_json
+from finematch.files import write_json
+from finematch.tables import git_commit, versions
 from finematch.training import device_name
 
 CLASSES = 80

@@ -38,8 +38,9 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from finematch.files import write_json
 from finematch.models.felga import FELGA, SETTINGS, FragmentPairs
-from finematch.tables import git_commit, versions, write_json
+from finematch.tables import git_commit, versions
 from finematch.training import Plan, device_name, make_optimizer
 
 PAIRS = 256

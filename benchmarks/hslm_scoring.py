@@ -34,8 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from hslm_naive import naive_scores
 
+from finematch.files import write_json
 from finematch.models.hslm import HSLM, Caption, Picture, score
-from finematch.tables import git_commit, versions, write_json
+from finematch.tables import git_commit, versions
 from finematch.training import device_name
 
 ROOT = Path(__file__).resolve().parents[1]

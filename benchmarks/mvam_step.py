@@ -37,8 +37,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from finematch.encoders import BertTower, Tokens, TokenTransformer, small_bert
+from finematch.files import write_json
 from finematch.models.mvam import MVAM, SETTINGS, TokenPooling, ViewAttention
-from finematch.tables import git_commit, versions, write_json
+from finematch.tables import git_commit, versions
 from finematch.training import Plan, device_name, make_optimizer
 
 VIEWS = 16

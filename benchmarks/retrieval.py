@@ -28,7 +28,8 @@ import torch
 from torch.nn import functional as F
 
 from finematch.evaluation.retrieval import BLOCK, retrieval, retrieval_from_scores
-from finematch.tables import git_commit, versions, write_json
+from finematch.files import write_json
+from finematch.tables import git_commit, versions
 from finematch.training import device_name
 
 CAPTIONS = 5

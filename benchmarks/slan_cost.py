@@ -49,6 +49,7 @@ from transformers import BertConfig, BertLMHeadModel, BlipConfig, BlipForImageTe
 
 from finematch.encoders import BertTower, Cells, small_bert
 from finematch.evaluation.cost import cost, parameters
+from finematch.files import write_json
 from finematch.models.slan.locator import (
     VERSIONS,
     CachedStages,
@@ -59,7 +60,7 @@ from finematch.models.slan.locator import (
 )
 from finematch.models.slan.objective import SLAN, Words
 from finematch.models.slan.run import LOCATOR, SETTINGS
-from finematch.tables import git_commit, published, versions, write_json
+from finematch.tables import git_commit, published, versions
 from finematch.training import device_name
 
 SIZE, TOKENS, GOAL, CLOSE = 384, 30, 1.5, 0.05

@@ -44,7 +44,8 @@ import pandas as pd
 from IPython.display import Markdown
 
 from finematch import figures as F
-from finematch.tables import Claim, claims, measured, published, summary, table, to_markdown, write_text
+from finematch.files import write_text
+from finematch.tables import Claim, claims, measured, published, summary, table, to_markdown
 
 
 def variants(model: str, proposals: str, prefix: str = "") -> dict[str, str]:

@@ -42,7 +42,8 @@ import pandas as pd
 from IPython.display import Markdown
 
 from finematch import figures as F
-from finematch.tables import Claim, claims, measured, published, summary, table, to_markdown, write_text
+from finematch.files import write_text
+from finematch.tables import Claim, claims, measured, published, summary, table, to_markdown
 
 main_table = {"coco_karpathy": "3"}.get(p.dataset, "1")  # COCO: the 5K protocol; all else beside Flickr30k's
 GRIDS = {

@@ -44,7 +44,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from finematch import figures as F
-from finematch.tables import Claim, claims, measured, published, summary, table, to_markdown, write_text
+from finematch.files import write_text
+from finematch.tables import Claim, claims, measured, published, summary, table, to_markdown
 
 GRIDS = {
     # grid: (paper's table to show, label of the rows axis, {row of ours: row of the paper})

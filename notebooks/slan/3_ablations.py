@@ -56,6 +56,7 @@ from IPython.display import Markdown
 from matplotlib.ticker import LogLocator
 
 from finematch import figures as F
+from finematch.files import write_text
 from finematch.tables import (
     Claim,
     measured,
@@ -63,7 +64,6 @@ from finematch.tables import (
     summary,
     table,
     to_markdown,
-    write_text,
 )
 
 GRIDS = {

@@ -24,7 +24,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image
 
-from finematch.training import write_atomically
+from finematch.files import write_atomically
 
 # Okabe and Ito's colours in an order whose lightness alternates; markers and hatches go with them.
 PALETTE = ("#0072B2", "#E69F00", "#332288", "#56B4E9", "#882255", "#009E73")

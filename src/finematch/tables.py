@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from finematch.data.record import DataError
-from finematch.training import device_name, peak_memory, write_atomically
+from finematch.files import DataError, write_atomically, write_json
+from finematch.training import device_name, peak_memory
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 FIELDS = ("parameters", "metrics", "protocol", "seconds", "peak_memory_bytes", "device", "versions", "commit")
@@ -66,17 +66,6 @@ def write_metrics(
     }
     write_json(path, content)
     return path
-
-
-def write_json(path: str | Path, content: Mapping) -> None:
-    """Strict JSON (no NaN), as `write_text` writes."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """UTF-8 with line feeds, written beside `path` and moved into place: a reader never sees half a file."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(path), lambda part: part.write_bytes(text.encode()))
 
 
 def versions() -> dict[str, str]:

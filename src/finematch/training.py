@@ -29,6 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
+from finematch import files
+
 
 class TrainingError(RuntimeError):
     """The run cannot go on; the message says at which step, why, and what to do."""
@@ -496,16 +498,16 @@ def load_best(model: nn.Module, path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` a file beside `path`, flush it to disk, rename it into place: a reader sees the old or the new."""
-    part = path.with_name(f"{path.name}.part")
+    """`files.write_atomically` for what a run leaves in its `out`.
+
+    Raises:
+        TrainingError: If the file cannot be written.
+    """
     try:
-        write(part)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
+        files.write_atomically(path, write)
+    except files.DataError as error:
         raise TrainingError(
-            f"{path} cannot be written: {error}. Free space, or give another `out`"
+            f"{path} cannot be written: {error.__cause__}. Free space, or give another `out`"
         ) from error
 
 

@@ -12,15 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from finematch.files import DataError
+
 Box = tuple[float, float, float, float]
-
-
-class DataError(ValueError):
-    """Bad input. The message names the file, the record in it, and the remedy."""
-
-    def __init__(self, file: str | Path, record: str, problem: str, remedy: str):
-        super().__init__(f"{file}: {record}: {problem}. {remedy}.")
-        self.file, self.record, self.problem, self.remedy = str(file), record, problem, remedy
 
 
 @dataclass(frozen=True, slots=True)
