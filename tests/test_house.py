@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "src" / "finematch"
 MODULES = sorted(LIBRARY.rglob("*.py"))
 METHODS = {"mvam", "hslm", "felga", "slan"}
-BOTTOM = {"boxes", "files", "text", "losses", "config"}  # import nothing of ours
-TOP = {"training", "evaluation", "tables", "figures", "features", "runs"}
+BOTTOM = {"boxes", "files", "hold", "text", "losses", "config"}  # import nothing of ours
+TOP = {"checkpoints", "training", "evaluation", "tables", "figures", "features", "runs"}
 MIDDLE = {"data", "encoders", "scenes"}  # stand on the bottom alone
 GRIDS = sorted((ROOT / "grids").glob("*.csv"))
 

@@ -1,5 +1,6 @@
-"""fit(): schedules, refusals, kill and resume, two processes."""
+"""fit(): schedules, refusals, kill and resume, stop and rerun, damage, two processes."""
 
+import contextlib
 import json
 import os
 import random
@@ -13,7 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 import training_target as target
+from safetensors.torch import save_file
 
+from finematch.checkpoints import load_best, read_checkpoint, read_weights, save_weights, state_digest
+from finematch.hold import Busy, hold
 from finematch.training import (
     EpochBatches,
     Plan,
@@ -359,3 +363,163 @@ def test_unique_state_keeps_shared_tensors_once():
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
     model["b"].weight = model["a"].weight
     assert set(unique_state(model)) == {"a.weight", "a.bias", "b.bias"}
+
+
+# ------------------------------------------------------------------------------------------- stop and rerun
+class Stops(target.Data):
+    """The target's data, which raise what Ctrl-C raises before batch `at`."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.left = at
+
+    def __getitems__(self, index):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return super().__getitems__(index)
+
+
+def in_two_stages(model, data, folder):
+    """As a notebook's training cell: the last layer alone, then all; what remains of the random state counts too."""
+    options = {"echo": None, "evaluate": lambda m: {"rsum": float(m.net[0].weight.detach().sum())}}
+    fit(model, data, target.plan(epochs=2, accumulate=2), folder / "stage1",
+        trainable=lambda name: name.startswith("net.2"), **options)  # fmt: skip
+    second = fit(model, data, target.plan(epochs=2), folder / "stage2", **options)
+    return target.digest(model), [line["loss"] for line in second["history"]], float(torch.rand(()))
+
+
+@pytest.mark.parametrize("at", [0, 1, 5, 9, 15, 16, 17, 20, 31])
+def test_a_cell_that_is_stopped_and_run_again_gives_what_an_unbroken_one_gives(tmp_path, at):
+    """Same model, same process; 16 batches of two epochs a stage. At odd batches a gradient is left half summed."""
+    seed_everything(0)
+    whole = in_two_stages(target.Toy(), target.Data(), tmp_path / "whole")
+    seed_everything(0)
+    model = target.Toy()
+    with pytest.raises(KeyboardInterrupt):
+        in_two_stages(model, Stops(at), tmp_path / "stopped")
+    assert all(p.requires_grad for p in model.parameters())
+    assert in_two_stages(model, target.Data(), tmp_path / "stopped") == whole
+
+
+# ------------------------------------------------------------------------------------------- identity
+def test_a_checkpoint_of_another_identity_is_refused_with_two_ways_on(tmp_path):
+    options = {"echo": None, "identity": "a" * 64}
+    fit(target.Toy(), target.Data(), target.plan(epochs=1), tmp_path, **options)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    for other in ("b" * 64, ""):
+        with pytest.raises(TrainingError, match=r"another run.*aaaaaaaa.*another `out`.*resume='fresh'"):
+            fit(target.Toy(), target.Data(), target.plan(epochs=1), tmp_path, echo=None, identity=other)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    fit(target.Toy(), target.Data(), target.plan(epochs=1), tmp_path, **options)
+
+
+def test_a_run_that_never_took_a_step_is_in_nobodys_way(tmp_path):
+    for name, batches in (("first", 0), ("other", 100)):
+        seed_everything(0)
+        model = target.Toy()
+        stopped = pytest.raises(KeyboardInterrupt) if not batches else contextlib.nullcontext()
+        with stopped:
+            fit(model, Stops(batches), target.plan(epochs=1), tmp_path, echo=None, identity=name)
+    seed_everything(0)
+    fresh = target.Toy()
+    fit(fresh, target.Data(), target.plan(epochs=1), tmp_path / "fresh", echo=None)
+    assert target.digest(model) == target.digest(fresh)
+
+
+# ------------------------------------------------------------------------------------------- damage
+def same(a, b):
+    """Equality of nested dicts and lists of tensors and values."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "best.safetensors"])
+def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path, name):
+    """40 places spread over the file, and 40 in its last kilobyte, where a zip keeps its directory."""
+    fit(target.Toy(), target.Data(), target.plan(epochs=1), tmp_path, echo=None)
+    file = tmp_path / name
+    read = read_checkpoint if name.endswith(".pt") else lambda path: read_weights(path)[0]
+    whole, content = file.read_bytes(), read(file)
+    places = {len(whole) * k // 40 for k in range(40)} | {len(whole) - 1 - 25 * k for k in range(40)}
+    refused = 0
+    for place in places:
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        try:
+            assert same(read(file), content), f"byte {place} of {len(whole)} was taken"
+        except TrainingError:
+            refused += 1
+    assert refused > len(places) / 3
+    file.write_bytes(whole[:-100])
+    with pytest.raises(TrainingError, match="cannot be read"):
+        read(file)
+
+
+def test_weights_carry_their_digest_and_files_without_one_still_open(tmp_path):
+    model, other = target.Toy(), target.Toy()
+    save_weights(model, tmp_path / "new.safetensors")
+    save_file(unique_state(model), tmp_path / "old.safetensors")
+    digests = {load_best(other, tmp_path / f"{age}.safetensors") for age in ("new", "old")}
+    assert digests == {state_digest(model.state_dict())}
+    assert target.digest(model) == target.digest(other)
+    assert state_digest({"a": torch.zeros(2)}) != state_digest({"a": torch.zeros(2, 1)})
+    assert state_digest({"a": torch.zeros(2)}) != state_digest({"b": torch.zeros(2)})
+
+
+def test_a_disk_that_fills_up_keeps_the_old_checkpoint(tmp_path):
+    seed_everything(0)
+    fit(target.Toy(), target.Data(), target.plan(epochs=1), tmp_path, echo=None)
+    old = {name: (tmp_path / name).read_bytes() for name in ("checkpoint.pt", "best.safetensors")}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+        with pytest.raises(TrainingError, match=r"best\.safetensors cannot be written"):
+            save_weights(target.Toy(), tmp_path / "best.safetensors")
+        with pytest.raises(TrainingError, match="cannot hold this run"):
+            fit(target.Toy(), target.Data(), target.plan(epochs=1), tmp_path, echo=None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert {name: (tmp_path / name).read_bytes() for name in old} == old
+    assert not list(tmp_path.glob("*.part"))
+
+
+# ------------------------------------------------------------------------------------------- two runs, one folder
+def test_a_second_process_is_told_who_trains_there(tmp_path):
+    first = subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(tmp_path), "3"], stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout.readline() == "batch\n"
+    with pytest.raises(Busy, match=f"another run is at work in .*pid {first.pid}.*since") as told:
+        fit(target.Toy(), target.Data(), target.plan(), tmp_path, echo=None)
+    assert "another `out`" in str(told.value)
+    first.kill()
+    first.wait()
+    with hold(tmp_path):  # a killed process holds nothing
+        pass
+
+
+def test_of_two_that_start_together_one_goes_on(tmp_path):
+    jobs = [subprocess.Popen([sys.executable, str(SCRIPT), str(tmp_path), "0.2"], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True) for _ in range(2)]  # fmt: skip
+    ended = [(job, *job.communicate()) for job in jobs]
+    assert sorted(job.returncode for job, _, _ in ended) == [0, 1]
+    assert sum("another run is at work" in error for _, _, error in ended) == 1
+
+
+def test_a_process_may_take_its_folder_twice_and_lets_go_with_the_last(tmp_path, monkeypatch):
+    ask = [sys.executable, "-c", f"from finematch.hold import hold; hold({str(tmp_path)!r}).take()"]
+    outer = hold(tmp_path).take()
+    with hold(tmp_path):
+        pass
+    assert subprocess.run(ask, capture_output=True).returncode == 1
+    outer.release()
+    outer.release()
+    assert subprocess.run(ask, capture_output=True).returncode == 0
+    monkeypatch.setenv("RANK", "1")  # the other processes of torchrun take nothing
+    with hold(tmp_path):
+        assert subprocess.run(ask, env={**os.environ, "RANK": "0"}).returncode == 0

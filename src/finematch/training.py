@@ -8,7 +8,6 @@ stopped: bit for bit on a CPU.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -17,23 +16,33 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
-from finematch import files
+from finematch.checkpoints import (
+    Checkpoint,
+    TrainingError,
+    check_writable,
+    load_best,
+    room_for,
+    save_weights,
+    unique_state,
+    write_atomically,
+)
+from finematch.hold import hold
 
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; the message says at which step, why, and what to do."""
+__all__ = [
+    "EpochBatches", "Plan", "TrainingError", "by_one_process", "check_writable", "device_name", "fit", "join_processes",
+    "leave_to_first", "load_best", "make_optimizer", "make_schedule", "peak_memory", "save_weights", "seed_everything",
+    "to_device", "unique_state", "whole", "write_atomically",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -168,6 +177,7 @@ def fit(
     plan: Plan,
     out: str | Path,
     *,
+    identity: str = "",
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     select: str = "rsum",
     trainable: Callable[[str], bool] | None = None,
@@ -175,10 +185,14 @@ def fit(
 ) -> dict:
     """Train `model` in place, or take up where a killed run stopped; leave it at its best epoch.
 
+    Weights and random states are kept before the first step too, so that a call that was stopped (Ctrl-C, JupyterLab's
+    stop) and is made again, with the same model in the same process, gives what an unbroken one gives.
+
     Args:
         data: has `len()` and `__getitems__(index) -> batch` (nested dicts of tensors); or, where it is read in an
             order of its own, `steps(batch_size, world)` and `batches(...)` (`data.shards.ShardPairs`).
         out: folder for `checkpoint.pt`, `best.safetensors` and `log.jsonl` (a line an epoch).
+        identity: digest of what the run's numbers depend on besides `plan`; a checkpoint of another one is refused.
         evaluate: gives validation metrics after each epoch (main process only, in eval mode, no gradient).
             The weights of the epoch with the largest `select` are kept; without it, the last epoch's.
         trainable: names of the parameters to train; the others are frozen for this call.
@@ -189,140 +203,197 @@ def fit(
         those before an interruption.
 
     Raises:
-        TrainingError: For an unwritable or full `out`, a checkpoint of another plan, a loss that is not
-            finite (the step and the terms are named), a `select` that `evaluate` does not return.
+        TrainingError: For an unwritable or full `out`, a checkpoint that is damaged or of another identity, plan or
+            model, a loss that is not finite (the step and the terms are named), a `select` that `evaluate` does not
+            return.
+        Busy: If another process trains in `out`.
     """
-    out = Path(out)
-    # told outright: without `cpu`, accelerate under torchrun on a machine without GPUs runs N lone processes
-    accelerator = Accelerator(
+    out, accelerator = Path(out), open_accelerator(plan)
+    main = accelerator.is_main_process
+    if main:
+        check_writable(out, room=room_for(model, out))
+    with hold(out) if main else contextlib.nullcontext(), training_only(model, trainable):
+        accelerator.wait_for_everyone()
+        loop = Loop(model, data, plan, accelerator, Checkpoint(
+            out / f"checkpoint{f'.{accelerator.process_index}' if not main else ''}.pt", plan, accelerator,
+            identity=identity))  # fmt: skip
+        loop.begin()
+        at = loop.at
+        if main:
+            rewrite_log(out / "log.jsonl", at["history"])
+        for epoch in range(at["epoch"], plan.epochs):
+            line = loop.epoch(epoch)
+            if evaluate is not None and main:
+                line = validate(model, evaluate, select, line)
+            score = line.get(select) if evaluate is not None else float(epoch)
+            if main and (at["best"] is None or score > at["best"][0]):
+                at["best"] = [score, epoch + 1]
+                save_weights(model, out / "best.safetensors")
+            loop.close_epoch(epoch, line)
+            if main:
+                rewrite_log(out / "log.jsonl", at["history"])
+                if echo:
+                    echo(describe(line, plan.epochs))
+            accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
+        load_best(model, out / "best.safetensors")
+    model.to(accelerator.device).eval()
+    return {
+        "history": at["history"],
+        "best_epoch": at["best"][1] if at["best"] else plan.epochs,
+        "steps": loop.steps * plan.epochs,
+        "seconds": at["seconds"],
+        "peak_memory_bytes": peak_memory(),
+        "device": device_name(),
+    }
+
+
+def open_accelerator(plan: Plan) -> Accelerator:
+    """The processes and devices to train on, and in which precision."""
+    return Accelerator(
+        # told outright: without `cpu`, accelerate under torchrun on a machine without GPUs runs N lone processes
         cpu=not torch.accelerator.is_available(),
         mixed_precision=plan.precision,
         step_scheduler_with_optimizer=False,
         # a switch may leave parts of a model without use; processes would wait for their gradients for ever
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
-    if main:
-        check_writable(out, room=sum(p.numel() * p.element_size() for p in model.parameters()) * 5)
-    accelerator.wait_for_everyone()
 
+
+@contextlib.contextmanager
+def training_only(model: nn.Module, trainable: Callable[[str], bool] | None) -> Iterator[None]:
+    """Freeze all parameters but those that `trainable` names, and drop gradients that a stopped call has left.
+
+    Raises:
+        TrainingError: If no parameter is left to train.
+    """
     frozen = [p for n, p in model.named_parameters() if trainable and not trainable(n) and p.requires_grad]
-    for p in frozen:
-        p.requires_grad_(False)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise TrainingError("no parameter is left to train: check `trainable`")
-    optimizer = make_optimizer(parameters, plan)
-    streamed = hasattr(data, "batches")  # shards: read in an order of their own
-    steps_per_epoch = (
-        data.steps(plan.batch_size, world)
-        if streamed
-        else len(EpochBatches(len(data), plan.batch_size, seed=0, epoch=0, world=world))
-    )
-    scheduler = make_schedule(optimizer, plan, math.ceil(steps_per_epoch / plan.accumulate) * plan.epochs)
-    plain = model
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model.zero_grad(set_to_none=True)
+    try:
+        for p in frozen:
+            p.requires_grad_(False)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise TrainingError("no parameter is left to train: check `trainable`")
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
 
-    state = Checkpoint(
-        out / f"checkpoint{f'.{rank}' if rank else ''}.pt", plain, optimizer, scheduler, accelerator
-    )
-    at = state.load(plan) or {"epoch": 0, "step": 0, "sums": {}, "best": None, "history": [], "seconds": 0.0}
-    if main:
-        rewrite_log(out / "log.jsonl", at["history"])
-    started = time.monotonic() - at["seconds"]
 
-    # data that live on the GPU already cannot be pinned
-    on_cpu = getattr(data, "device", torch.device("cpu")).type == "cpu"
-    pinned = accelerator.device.type == "cuda" and on_cpu
-    for epoch in range(at["epoch"], plan.epochs):
-        place = {"seed": plan.seed, "epoch": epoch, "first": at["step"], "rank": rank, "world": world}
-        if streamed:
-            loader = data.batches(plan.batch_size, **place, workers=plan.workers, pin_memory=pinned)
-        else:
-            batches = EpochBatches(
-                len(data),
-                plan.batch_size,
-                seed=plan.seed,
-                epoch=epoch,
-                first=at["step"],
-                rank=rank,
-                world=world,
-            )
-            # a generator of its own: a loader must not draw from the random state that the model uses
-            loader = DataLoader(data, batch_sampler=batches, num_workers=plan.workers, collate_fn=whole,
-                                generator=torch.Generator(), pin_memory=pinned)  # fmt: skip
-        model.train()
-        for step, batch in enumerate(loader, start=at["step"]):
+def validate(model: nn.Module, evaluate: Callable, select: str, line: dict) -> dict:
+    """An epoch's line of the log with the metrics of the model in eval mode.
+
+    Raises:
+        TrainingError: If `select` is not in it.
+    """
+    model.eval()
+    with torch.no_grad():
+        line |= evaluate(model)
+    if select not in line:
+        raise TrainingError(
+            f"`evaluate` returned {sorted(line)}, not {select!r}, by which to choose the epoch"
+        )
+    return line
+
+
+class Loop:
+    """The parts of one `fit`, and the place where it is: `at` holds epoch, step and what was summed up so far."""
+
+    def __init__(self, model: nn.Module, data, plan: Plan, accelerator: Accelerator, checkpoint: Checkpoint):
+        self.plain, self.data, self.plan = model, data, plan
+        self.accelerator, self.checkpoint = accelerator, checkpoint
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = make_optimizer(self.parameters, plan)
+        self.streamed = hasattr(data, "batches")  # shards: read in an order of their own
+        world = accelerator.num_processes
+        self.steps = (
+            data.steps(plan.batch_size, world)
+            if self.streamed
+            else len(EpochBatches(len(data), plan.batch_size, seed=0, epoch=0, world=world))
+        )
+        updates = math.ceil(self.steps / plan.accumulate) * plan.epochs
+        self.scheduler = make_schedule(optimizer, plan, updates)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+
+    def begin(self) -> None:
+        """Restore the latest checkpoint; without one, keep the weights and random states of before the first step."""
+        at = self.checkpoint.load(self.plain, self.optimizer, self.scheduler)
+        self.at = at or {"epoch": 0, "step": 0, "sums": {}, "best": None, "history": [], "seconds": 0.0}
+        self.started = time.monotonic() - self.at["seconds"]
+        if at is None:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of this place."""
+        self.checkpoint.save(self.plain, self.optimizer, self.scheduler, self.at)
+
+    def loader(self, epoch: int):
+        """The rest of an epoch's batches, this process's share of each."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        place = {
+            "seed": self.plan.seed,
+            "epoch": epoch,
+            "first": self.at["step"],
+            "rank": rank,
+            "world": world,
+        }
+        # data that live on the GPU already cannot be pinned
+        on_cpu = getattr(self.data, "device", torch.device("cpu")).type == "cpu"
+        pinned = self.accelerator.device.type == "cuda" and on_cpu
+        size, workers = self.plan.batch_size, self.plan.workers
+        if self.streamed:
+            return self.data.batches(size, **place, workers=workers, pin_memory=pinned)
+        # a generator of its own: a loader must not draw from the random state that the model uses
+        return DataLoader(self.data, batch_sampler=EpochBatches(len(self.data), size, **place), num_workers=workers,
+                          collate_fn=whole, generator=torch.Generator(), pin_memory=pinned)  # fmt: skip
+
+    def epoch(self, epoch: int) -> dict:
+        """Train the rest of an epoch; its line of the log: the mean of each loss term."""
+        plan, at = self.plan, self.at
+        self.model.train()
+        for step, batch in enumerate(self.loader(epoch), start=at["step"]):
             # the last batches of an epoch close their accumulation group even if it is incomplete
-            last = (step + 1) % plan.accumulate == 0 or step + 1 == steps_per_epoch
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                terms = model(to_device(batch, accelerator.device))
-                values = {k: float(v.detach()) for k, v in terms.items()}
-                if not all(math.isfinite(v) for v in values.values()):
-                    raise TrainingError(
-                        f"epoch {epoch + 1}, step {step + 1} of {steps_per_epoch}: the loss is not "
-                        f"finite ({values}). Lower lr or raise warmup; in fp16, try bf16"
-                    )
-                accelerator.backward(terms["loss"] / plan.accumulate)
-            if last:
-                if plan.clip_norm:
-                    accelerator.clip_grad_norm_(parameters, plan.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                scheduler.step()
+            update = (step + 1) % plan.accumulate == 0 or step + 1 == self.steps
+            values = self.step(batch, update, f"epoch {epoch + 1}, step {step + 1} of {self.steps}")
             for name, value in values.items():
                 at["sums"][name] = at["sums"].get(name, 0.0) + value
             at["step"] = step + 1
-            if (
-                plan.checkpoint_steps
-                and last
-                and at["step"] % plan.checkpoint_steps == 0
-                and at["step"] < steps_per_epoch
-            ):
-                state.save(plan, {**at, "seconds": time.monotonic() - started})
+            due = plan.checkpoint_steps and at["step"] % plan.checkpoint_steps == 0
+            if due and update and at["step"] < self.steps:
+                at["seconds"] = time.monotonic() - self.started
+                self.save()
+        line = {"epoch": epoch + 1, "steps": self.steps, "lr": self.scheduler.get_last_lr()[0]}
+        return line | {name: total / self.steps for name, total in at["sums"].items()}
 
-        line = {"epoch": epoch + 1, "steps": steps_per_epoch, "lr": scheduler.get_last_lr()[0]}
-        line |= {name: total / steps_per_epoch for name, total in at["sums"].items()}
-        if evaluate is not None and main:
-            plain.eval()
-            with torch.no_grad():
-                line |= evaluate(plain)
-            if select not in line:
+    def step(self, batch, update: bool, where: str) -> dict[str, float]:
+        """Forward and backward of one batch, and the optimiser's step where `update` says so; the loss terms.
+
+        Raises:
+            TrainingError: If a term is not finite.
+        """
+        plan, accelerator = self.plan, self.accelerator
+        with contextlib.nullcontext() if update else accelerator.no_sync(self.model):
+            terms = self.model(to_device(batch, accelerator.device))
+            values = {k: float(v.detach()) for k, v in terms.items()}
+            if not all(math.isfinite(v) for v in values.values()):
                 raise TrainingError(
-                    f"`evaluate` returned {sorted(line)}, not {select!r}, by which to choose the epoch"
+                    f"{where}: the loss is not finite ({values}). Lower lr or raise warmup; in fp16, try bf16"
                 )
-        score = line.get(select) if evaluate is not None else float(epoch)
-        if main and (at["best"] is None or score > at["best"][0]):
-            at["best"] = [score, epoch + 1]
-            write_atomically(out / "best.safetensors", lambda path: save_file(unique_state(plain), path))
-        line["seconds"] = round(time.monotonic() - started, 3)
-        at |= {
-            "epoch": epoch + 1,
-            "step": 0,
-            "sums": {},
-            "history": [*at["history"], line],
-            "seconds": line["seconds"],
-        }
-        state.save(plan, at)
-        if main:
-            rewrite_log(out / "log.jsonl", at["history"])
-            if echo:
-                echo(describe(line, plan.epochs))
-        accelerator.wait_for_everyone()
+            accelerator.backward(terms["loss"] / plan.accumulate)
+        if update:
+            if plan.clip_norm:
+                accelerator.clip_grad_norm_(self.parameters, plan.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scheduler.step()
+        return values
 
-    for p in frozen:
-        p.requires_grad_(True)
-    accelerator.wait_for_everyone()
-    load_best(plain, out / "best.safetensors")
-    plain.to(accelerator.device).eval()
-    return {
-        "history": at["history"],
-        "best_epoch": at["best"][1] if at["best"] else plan.epochs,
-        "steps": steps_per_epoch * plan.epochs,
-        "seconds": at["seconds"],
-        "peak_memory_bytes": peak_memory(),
-        "device": device_name(),
-    }
+    def close_epoch(self, epoch: int, line: dict) -> None:
+        """Add `line` to the history and write a checkpoint of the next epoch's beginning."""
+        line["seconds"] = round(time.monotonic() - self.started, 3)
+        self.at |= {"epoch": epoch + 1, "step": 0, "sums": {}, "history": [*self.at["history"], line],
+                    "seconds": line["seconds"]}  # fmt: skip
+        self.save()
 
 
 def whole(batch: dict) -> dict:
@@ -369,172 +440,6 @@ def make_schedule(optimizer, plan: Plan, steps: int) -> torch.optim.lr_scheduler
         return 1.0
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-# ------------------------------------------------------------------------------------------- checkpoints
-class Checkpoint:
-    """Everything a run needs to go on: weights, optimiser, schedule, scaler, random states, place in the data.
-
-    Each process keeps a file of its own (its random states differ), replaced atomically. Several processes write the
-    new ones beside the old (`.next`), meet, and only then put them in their place: wherever a run is killed, all have
-    files of one step.
-    """
-
-    def __init__(self, path: Path, model: nn.Module, optimizer, scheduler, accelerator: Accelerator):
-        self.path, self.next, self.model, self.optimizer = path, Path(f"{path}.next"), model, optimizer
-        self.scheduler, self.scaler, self.world = scheduler, accelerator.scaler, accelerator.num_processes
-        self.meet = accelerator.wait_for_everyone
-
-    def identity(self, plan: Plan) -> dict:
-        """What must not change between a run and its continuation: all that its numbers depend on."""
-        free = ("workers", "checkpoint_steps")
-        kept = {name: value for name, value in asdict(plan).items() if name not in free}
-        return {**json.loads(json.dumps(kept)), "processes": self.world}
-
-    def save(self, plan: Plan, at: dict) -> None:
-        python = random.getstate()
-        kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
-        content = {
-            "plan": self.identity(plan),
-            "at": at,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler else {},
-            "python": [python[0], list(python[1]), python[2]],
-            "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-        if self.world == 1:
-            write_atomically(self.path, lambda path: torch.save(content, path))
-            return
-        write_atomically(self.next, lambda path: torch.save(content, path))
-        self.meet()
-        self.next.replace(self.path)
-
-    def latest(self) -> dict | None:
-        """The content of the latest step that all processes have files of; None if none has any.
-
-        Raises:
-            TrainingError: A file cannot be read, or the processes have files of no common step.
-        """
-        found = {}
-        for path in (self.path, self.next) if self.world > 1 else (self.path,):
-            if not path.exists():
-                continue
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:
-                raise TrainingError(f"{path} cannot be read ({error}); remove it to start over") from error
-            found[content["at"]["epoch"], content["at"]["step"]] = path, content
-        places = gather_object([sorted(found)]) if self.world > 1 else [sorted(found)]
-        if not any(places):
-            return None
-        common = set.intersection(*map(set, places))
-        if not common:
-            raise TrainingError(
-                f"{self.path.parent}: the processes have checkpoints of no common (epoch, step): "
-                f"{dict(enumerate(places))}. Remove all of them to start over"
-            )
-        path, content = found[max(common)]
-        path.replace(self.path)  # a kill has left it beside
-        return content
-
-    def load(self, plan: Plan) -> dict | None:
-        """Restore all states and return the place; None without a checkpoint."""
-        content = self.latest()
-        if content is None:
-            return None
-        mine, theirs = self.identity(plan), content["plan"]
-        changed = {k: (theirs.get(k), v) for k, v in mine.items() if theirs.get(k) != v}
-        if changed:
-            raise TrainingError(
-                f"{self.path} belongs to another plan (was, is): {changed}. "
-                "Remove it to start over, or give the run another `out`"
-            )
-        try:
-            self.model.load_state_dict(content["model"])
-        except RuntimeError as error:
-            raise TrainingError(
-                f"{self.path} belongs to another model: {error}. "
-                "Remove it to start over, or give the run another `out`"
-            ) from error
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scheduler.load_state_dict(content["scheduler"])
-        if self.scaler and content["scaler"]:
-            self.scaler.load_state_dict(content["scaler"])
-        version, internal, gauss = content["python"]
-        random.setstate((version, tuple(internal), gauss))
-        kind, keys, *rest = content["numpy"]
-        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-        torch.set_rng_state(content["torch"])
-        if content["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(content["cuda"])
-        return content["at"]
-
-
-def unique_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state for safetensors: contiguous, each shared tensor once under its first name."""
-    seen, state = set(), {}
-    for name, value in model.state_dict().items():
-        if value.data_ptr() in seen and value.numel():
-            continue
-        seen.add(value.data_ptr())
-        state[name] = value.detach().cpu().contiguous()
-    return state
-
-
-def load_best(model: nn.Module, path: Path) -> None:
-    """Load what `unique_state` saved; every tensor of the model must be there, or share memory with one that is."""
-    state = load_file(path)
-    fits = model.load_state_dict(state, strict=False)
-    here = {v.data_ptr() for k, v in model.state_dict().items() if k in state}
-    missing = [k for k in fits.missing_keys if model.state_dict()[k].data_ptr() not in here]
-    if missing or fits.unexpected_keys:
-        raise TrainingError(
-            f"{path} belongs to another model: missing {missing[:5]}, unknown {fits.unexpected_keys[:5]}"
-        )
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`files.write_atomically` for what a run leaves in its `out`.
-
-    Raises:
-        TrainingError: If the file cannot be written.
-    """
-    try:
-        files.write_atomically(path, write)
-    except files.DataError as error:
-        raise TrainingError(
-            f"{path} cannot be written: {error.__cause__}. Free space, or give another `out`"
-        ) from error
-
-
-def check_writable(out: Path, *, room: int) -> None:
-    """Fail now rather than after an epoch: `out` must take a file of `room` bytes.
-
-    Raises:
-        TrainingError: If it cannot be made or written, or the disk cannot hold that much more.
-    """
-    probe = out / ".probe"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with open(probe, "wb") as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, max(room, 1))
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise
-                file.write(b"\0" * max(room, 1))  # file systems without fallocate
-    except OSError as error:
-        raise TrainingError(
-            f"out = {out} cannot hold this run ({room / 1e6:.1f} MB): {error}. "
-            "Free space, or give another `out`"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
 
 
 def rewrite_log(path: Path, history: list[dict]) -> None:
