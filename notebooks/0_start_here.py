@@ -31,9 +31,9 @@ epochs: int = 3  # and how often it sees them
 views: int = 4  # of the small model
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import parameters, root
 
-p = strict(
+p = parameters(
     globals(), dataset={"scenes"}, scale={"tiny"}, seed=(0, 2**31), pictures=(100, 4000), epochs=(1, 50),
     views=(1, 64),
 )  # fmt: skip
@@ -65,6 +65,7 @@ from finematch.scenes.language import solutions
 from finematch.encoders import GRUTower, TokenTransformer
 from finematch.evaluation.correspondence import pieces
 from finematch.evaluation.retrieval import retrieval
+from finematch.models.configs import MVAMConfig
 from finematch.models.mvam import MVAM
 from finematch.tables import write_metrics
 from finematch.text import tokenise, word_level
@@ -202,8 +203,8 @@ assert side.captions == captions
 
 seed_everything(p.seed)
 eye = TokenTransformer(sides["train"].regions.features.shape[-1], width=64, depth=1, boxes=True)
-model = MVAM(eye, GRUTower(len(tokenizer), embed=64, width=64), views=p.views, total_dim=64 * p.views,
-             diversity_weight=0.01)  # fmt: skip
+model = MVAM(eye, GRUTower(len(tokenizer), embed=64, width=64), 
+             MVAMConfig(views=p.views, total_dim=64 * p.views, diversity_weight=0.01))  # fmt: skip
 folder = f"{len(sides['train'].records)}pictures.{p.epochs}epochs.{p.views}views.s{p.seed}"
 plan = Plan(epochs=1 if p.smoke else p.epochs, batch_size=32 if p.smoke else 128, lr=2e-3, weight_decay=0.02,
             warmup=0.1, clip_norm=1.0, seed=p.seed)  # fmt: skip

@@ -30,18 +30,18 @@ smoke: bool = False  # run everything in seconds
 cache: str = "data/cache"  # backbones and features that runs share
 proposals: str = "auto"  # auto, selective_search or grid; auto takes the grid for many photos
 kinds: str = "grid,regions"  # which features are made: grid, regions or both
-regions: int = 0  # proposals a picture; 0 is what MVAM's runs take at this scale
+regions: int = None  # proposals a picture; unset: what MVAM's runs take at this scale
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import Settings, parameters, root
 
-p = strict(
+p = parameters(
     globals(),
     scale={"tiny", "paper"},
     seed=(0, 2**31),
     proposals={"auto", "selective_search", "grid"},
     kinds={"grid", "regions", "grid,regions"},
-    regions=(0, 1000),
+    regions=(1, 1000, None),
 )
 
 # %%
@@ -64,7 +64,6 @@ from finematch.data.record import check_box
 from finematch.scenes.generator import TOKENIZER, attributes, generate
 from finematch.scenes.baselines import difficulty, table
 from finematch.features.proposals import propose
-from finematch.models.mvam import settings
 from finematch.tables import to_markdown
 from finematch.text import tokenise, word_level, wordpiece
 from finematch.workbench import SMOKE, open_bench, open_records
@@ -337,7 +336,9 @@ for name, tokenizer in tokenizers.items():
 # half?
 
 # %%
-count = settings(p.scale, p.dataset, {"regions": p.regions})["regions"]  # boxes a picture that runs take
+count = Settings(
+    "mvam", {"scale": p.scale, "dataset": p.dataset, "regions": p.regions}
+).regions  # boxes a picture that runs take
 methods = dict(propose(name) for name in ("selective_search", "grid"))
 with_boxes = [r for r in boxed if boxes_of(r)]
 sample = with_boxes[: 12 if p.smoke else 200 if embedded else 40]

@@ -18,9 +18,9 @@ readme: str = ""  # README whose generated blocks to rewrite; empty leaves it al
 smoke: bool = False  # show smoke runs, whose numbers mean nothing
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import parameters, root
 
-p = strict(globals(), scale={"tiny", "paper"}, seed=(0, 2**31))
+p = parameters(globals(), scale={"tiny", "paper"}, seed=(0, 2**31))
 
 # %%
 import json

@@ -5,14 +5,20 @@
 
 The .ipynb holds what the .py says and nothing that depends on the machine, the day or jupytext's version:
 numbered cell ids, no outputs, the kernel `python3`, of the cells' metadata only `tags` and `jupyter`.
+
+The parameters of a training page (`<method>/2_train.py`) are declared in `presets/<method>.toml` and in the model's
+config. Their lines in the .py, type, default and comment, are written from there as well; their order is the page's.
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 import jupytext
 import nbformat
+
+from finematch.config import PRESETS, declared
 
 KERNEL = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
@@ -43,6 +49,19 @@ def build(source: Path) -> str:
     return nbformat.writes(notebook, version=nbformat.NO_CONVERT) + "\n"
 
 
+def generated(source: Path) -> str:
+    """The text of `source`, the lines of its parameters as they are declared."""
+    text, method = source.read_text(encoding="utf-8"), source.parent.name
+    if source.name != "2_train.py" or not (PRESETS / f"{method}.toml").is_file():
+        return text
+    known = declared(method)
+    head, tag, rest = text.partition('# %% tags=["parameters"]\n')
+    cell, mark, rest = rest.partition("\n# %%")
+    lines = (known[m[1]].line if (m := re.match(r"(\w+): ", line)) and m[1] in known else line
+             for line in cell.splitlines())  # fmt: skip
+    return head + tag + "".join(f"{line}\n" for line in lines) + mark + rest
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: with `--check` 1 for a stale pair or an .ipynb that has no .py."""
     parser = argparse.ArgumentParser(
@@ -54,6 +73,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     stale = []
     for source in sources(options.folder):
+        if (written := generated(source)) != source.read_text(encoding="utf-8"):
+            stale.append(source)
+            print(
+                f"{source}: {'its parameters are not as declared: run make notebooks' if options.check else 'written'}"
+            )
+            if not options.check:
+                source.write_text(written, encoding="utf-8", newline="\n")
         target, text = source.with_suffix(".ipynb"), build(source)
         if not target.exists() or target.read_text(encoding="utf-8") != text:
             stale.append(target)

@@ -1,4 +1,4 @@
-"""What tests read off a notebook without running it: its cells, declared parameters and strict call."""
+"""What tests read off a notebook without running it: its cells, declared parameters and the call that checks them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import nbformat
 
-from finematch.config import Params
+from finematch.config import Params, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -38,21 +38,21 @@ def declaration(source: Path) -> dict[str, tuple[str, Any, str]]:
     return declared
 
 
-def until_strict(source: Path) -> list[ast.stmt]:
-    """The statements of the third cell up to the one that calls `strict`, that one included."""
+def until_checked(source: Path) -> list[ast.stmt]:
+    """The statements of the third cell up to the one that checks the parameters, that one included."""
     statements = ast.parse(cells(source)[2].source).body
     for number, statement in enumerate(statements, start=1):
         calls = [node for node in ast.walk(statement) if isinstance(node, ast.Call)]
-        if any(getattr(call.func, "id", "") == "strict" for call in calls):
+        if any(getattr(call.func, "id", "") in ("parameters", "settings") for call in calls):
             return statements[:number]
-    raise AssertionError(f"{source}: the third cell does not call strict(globals(), ...)")
+    raise AssertionError(f"{source}: the third cell does not call parameters(globals(), ...)")
 
 
-def accepted(source: Path, injected: dict[str, Any] | None = None) -> Params:
-    """Runs the parameters cell, papermill's assignments and the third cell as far as `strict`."""
+def accepted(source: Path, injected: dict[str, Any] | None = None) -> Params | Settings:
+    """Runs the parameters cell, papermill's assignments and the third cell as far as the check."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     exec(cells(source)[1].source, namespace)
     namespace |= injected or {}
-    exec(compile(ast.Module(until_strict(source), type_ignores=[]), str(source), "exec"), namespace)
-    (params,) = (value for value in namespace.values() if isinstance(value, Params))
+    exec(compile(ast.Module(until_checked(source), type_ignores=[]), str(source), "exec"), namespace)
+    (params,) = (value for value in namespace.values() if isinstance(value, (Params, Settings)))
     return params

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from finematch.config import ParameterError, Params, root, strict
+from finematch.config import ParameterError, Params, parameters, root
 
 RULES = {"views": (1, 256), "pooling": {"cls", "mean", "attention", "mvam"}, "lr": (0.0, 1.0)}
 
@@ -27,7 +27,7 @@ def notebook(injected: str = "", declaration: str = "") -> dict:
 
 
 def test_defaults_and_injected_values_are_read_in_order():
-    p = strict(notebook("views = 8"), **RULES)
+    p = parameters(notebook("views = 8"), **RULES)
     assert p.as_dict() == {"views": 8, "pooling": "mvam", "lr": 1e-4, "smoke": False, "out": "run"}
     assert list(p.as_dict()) == ["views", "pooling", "lr", "smoke", "out"]
     assert (p.views, p.lr) == (8, 1e-4)
@@ -36,7 +36,7 @@ def test_defaults_and_injected_values_are_read_in_order():
 @pytest.mark.parametrize("value", ["8", "2.5", "True", "None", "'x'", "[1]", "{}"])
 def test_unknown_name_is_refused_with_the_declared_and_the_closest(value):
     with pytest.raises(ParameterError) as refused:
-        strict(notebook(f"veiws = {value}"), **RULES)
+        parameters(notebook(f"veiws = {value}"), **RULES)
     message = str(refused.value)
     assert "unknown parameter 'veiws': did you mean 'views'?" in message
     for name in ("views: int", "pooling: str", "lr: float", "smoke: bool", "out: str"):
@@ -45,7 +45,7 @@ def test_unknown_name_is_refused_with_the_declared_and_the_closest(value):
 
 def test_unknown_name_like_nothing_else_gets_no_suggestion():
     with pytest.raises(ParameterError, match=r"unknown parameter 'zzzz'\n"):
-        strict(notebook("zzzz = 1"), **RULES)
+        parameters(notebook("zzzz = 1"), **RULES)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_unknown_name_like_nothing_else_gets_no_suggestion():
 )
 def test_wrong_values_are_refused(injected, message):
     with pytest.raises(ParameterError, match=message):
-        strict(notebook(injected), **RULES)
+        parameters(notebook(injected), **RULES)
 
 
 @pytest.mark.parametrize(
@@ -86,42 +86,42 @@ def test_wrong_values_are_refused(injected, message):
     [("lr = 1", 1.0), ("lr = '1e-4'", 1e-4), ("lr = '.5'", 0.5), ("lr = 0", 0.0), ("lr = ' 1E-3 '", 1e-3)],
 )
 def test_float_parameters_take_ints_and_spelt_numbers(injected, expected):
-    lr = strict(notebook(injected), **RULES).lr
+    lr = parameters(notebook(injected), **RULES).lr
     assert type(lr) is float
     assert lr == expected
 
 
 def test_all_that_is_wrong_is_said_at_once():
     with pytest.raises(ParameterError) as refused:
-        strict(notebook("veiws = 8\nviews = 'many'\nlr = 7"), **RULES)
+        parameters(notebook("veiws = 8\nviews = 'many'\nlr = 7"), **RULES)
     message = str(refused.value)
     assert all(part in message for part in ("'veiws'", "'views' must be int", "'lr' must lie in"))
 
 
 def test_the_cell_can_run_again_among_the_users_own_variables():
     namespace = notebook("views = 8")
-    strict(namespace, **RULES)
+    parameters(namespace, **RULES)
     exec("best = 0.5\nnames = []\nstep: int = 3\nmatrix: 'Tensor' = None\nviews = 4", namespace)
-    p = strict(namespace, **RULES)
+    p = parameters(namespace, **RULES)
     assert p.views == 4
     assert "step" not in p.as_dict()
     namespace["views"] = 0  # ... but its own parameters stay held to their rules
     with pytest.raises(ParameterError, match="views"):
-        strict(namespace, **RULES)
+        parameters(namespace, **RULES)
 
 
 def test_a_refused_run_is_refused_again():
     namespace = notebook("veiws = 8")
     for _ in range(2):
         with pytest.raises(ParameterError, match="veiws"):
-            strict(namespace, **RULES)
+            parameters(namespace, **RULES)
 
 
 def test_annotations_may_be_strings():
     namespace = notebook(
         declaration="from __future__ import annotations\nviews: int = 8\nfrom pathlib import Path"
     )
-    assert strict(namespace).views == 8
+    assert parameters(namespace).views == 8
 
 
 @pytest.mark.parametrize(
@@ -145,11 +145,11 @@ def test_annotations_may_be_strings():
 )
 def test_wrong_declarations_and_rules_are_refused(declaration, rules, message):
     with pytest.raises(ParameterError, match=message):
-        strict(notebook(declaration=declaration), **rules)
+        parameters(notebook(declaration=declaration), **rules)
 
 
 def test_params_are_frozen_and_replace_is_strict():
-    p = strict(notebook(), **RULES)
+    p = parameters(notebook(), **RULES)
     with pytest.raises(AttributeError, match="frozen"):
         p.views = 8
     with pytest.raises(AttributeError, match="frozen"):
@@ -168,7 +168,7 @@ def test_params_are_frozen_and_replace_is_strict():
 
 
 def test_params_are_values():
-    p = strict(notebook(), **RULES)
+    p = parameters(notebook(), **RULES)
     assert p == p.replace() == copy.deepcopy(p) == pickle.loads(pickle.dumps(p))
     assert p != p.replace(views=8)
     assert hash(p) == hash(p.replace())
@@ -204,8 +204,8 @@ def test_papermill_refuses_a_misspelt_parameter(tmp_path):
             "views: int = 16  # number of view codes", metadata={"tags": ["parameters"]}
         ),
         nbformat.v4.new_code_cell(
-            "from finematch.config import strict\n"
-            "p = strict(globals(), views=(1, 256))\n"
+            "from finematch.config import parameters\n"
+            "p = parameters(globals(), views=(1, 256))\n"
             "print('took', p.views)"
         ),
         nbformat.v4.new_code_cell("open('later', 'w')"),

@@ -23,9 +23,9 @@ views: int = 1  # number of view codes
 weights: str = ""  # another run's folder
 
 # %%
-from finematch.config import strict
+from finematch.config import parameters
 
-p = strict(globals(), views=(1, 256), scale={"tiny", "paper"})
+p = parameters(globals(), views=(1, 256), scale={"tiny", "paper"})
 
 # %%
 import json
@@ -60,9 +60,9 @@ smoke: bool = False  # as the runs
 # %%
 from pathlib import Path
 
-from finematch.config import strict
+from finematch.config import parameters
 
-p = strict(globals())
+p = parameters(globals())
 name = f"{p.grid}.{p.dataset}.{'smoke' if p.smoke else p.scale}"
 for kind in ("csv", "md", "svg"):
     Path("figures", f"{name}.{kind}").write_text(name)

@@ -8,10 +8,10 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
-from notebook_text import NOTEBOOKS, ROOT, accepted, build, cells, declaration, until_strict
+from notebook_text import NOTEBOOKS, ROOT, accepted, build, cells, declaration, until_checked
 from papermill.cli import _resolve_type
 
-from finematch.config import ParameterError
+from finematch.config import ParameterError, Settings
 
 SOURCES = build.sources(NOTEBOOKS)
 GRIDS = sorted((ROOT / "grids").glob("*.csv"))
@@ -31,9 +31,9 @@ dataset: str = "scenes"  # data set
 views: int = 16  # number of view codes
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import strict
+from finematch.config import parameters
 
-p = strict(globals(), views=(1, 256))
+p = parameters(globals(), views=(1, 256))
 """
 
 
@@ -78,7 +78,7 @@ def test_parameters_are_flat_scalars_with_comments(source):
     assert set(declared) >= ALWAYS
     for name, (kind, default, comment) in declared.items():
         assert kind in ("int", "float", "str", "bool"), f"{name}: {kind}"
-        assert type(default).__name__ == kind, f"{name}: {kind} = {default!r}"
+        assert default is None or type(default).__name__ == kind, f"{name}: {kind} = {default!r}"
         assert comment, f"{name} has no comment on its line"
 
 
@@ -96,14 +96,20 @@ def test_papermill_sees_the_same_parameters(source):
 @each_notebook
 def test_the_third_cell_accepts_the_defaults_and_refuses_a_misspelling(source):
     defaults = {name: default for name, (_, default, _) in declaration(source).items()}
-    assert accepted(source).as_dict() == defaults
+    taken = accepted(source)
+    if isinstance(taken, Settings):  # what is unset is resolved
+        assert taken.given == {}
+        assert taken.as_dict().keys() == defaults.keys()
+        assert None not in taken.as_dict().values()
+    else:
+        assert taken.as_dict() == defaults
     with pytest.raises(ParameterError, match=r"unknown parameter 'sead': did you mean 'seed'"):
         accepted(source, {"sead": 1})
 
 
 @each_notebook
 def test_nothing_heavy_is_imported_before_the_parameters_are_checked(source):
-    for statement in until_strict(source):
+    for statement in until_checked(source):
         for node in ast.walk(statement):
             if isinstance(node, ast.Import):
                 modules = [alias.name for alias in node.names]

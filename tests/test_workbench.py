@@ -18,6 +18,7 @@ from finematch.data.pairs import PixelSource, RegionSource, StateSource
 from finematch.data.record import DataError
 from finematch.encoders import BertTower, CLIPVision, GRUTower, TokenTransformer, small_bert, small_clip
 from finematch.evaluation.retrieval import retrieval
+from finematch.models.configs import MVAMConfig
 from finematch.models.mvam import MVAM
 from finematch.scenes.generator import TOKENIZER
 from finematch.text import Ragged, word_level, wordpiece
@@ -53,7 +54,7 @@ def scenes(root: Path, **options) -> W.Bench:
 
 def model_of(bench: W.Bench, *, seed: int = 0, **options) -> MVAM:
     seed_everything(seed)
-    return MVAM(*bench.towers(), **{"views": 4, "total_dim": 32, **options})
+    return MVAM(*bench.towers(), MVAMConfig(**{"views": 4, "total_dim": 32, **options}))
 
 
 def loss_of_two(bench: W.Bench):

@@ -36,9 +36,9 @@ examples: int = 8  # pictures to look at
 threads: int = 0  # of torch on a CPU; 0 leaves them as they are
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import parameters, root
 
-p = strict(globals(), dataset={"scenes", "flickr8k"}, scale={"tiny"}, seed=(-1, 2**31), epochs=(0, 1000), examples=(1, 40),
+p = parameters(globals(), dataset={"scenes", "flickr8k"}, scale={"tiny"}, seed=(-1, 2**31), epochs=(0, 1000), examples=(1, 40),
            threads=(0, 256))  # fmt: skip
 
 # %%

@@ -32,9 +32,9 @@ noise: float = 0.3  # of the hand-made features of section 2
 steps: int = 600  # of the toy in section 11
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import parameters, root
 
-p = strict(globals(), dataset={"scenes"}, scale={"tiny", "photos", "paper"}, seed=(0, 2**31), regions=(4, 40),
+p = parameters(globals(), dataset={"scenes"}, scale={"tiny", "photos", "paper"}, seed=(0, 2**31), regions=(4, 40),
            words=(4, 20), pairs=(3, 32), noise=(0, 3), steps=(100, 10000))  # fmt: skip
 
 # %%

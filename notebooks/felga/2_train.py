@@ -59,9 +59,9 @@ precision: str = ""  # no, bf16 or fp16; empty is the scale's
 threads: int = 0  # of torch on a CPU; 0 leaves them as they are
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import parameters, root
 
-p = strict(
+p = parameters(
     globals(), dataset={"scenes", "flickr8k", "coco", "coco2014"}, scale={"tiny", "paper"}, seed=(0, 2**31),
     report={"test", "val"}, features={"whole", "proposals", "fenet"}, labels={"dense", "sparse", "dynamic"},
     alignment={"local", "global", "both"}, label_features={"frozen", "online"}, fenet={"shared", "separate"},

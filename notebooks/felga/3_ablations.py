@@ -29,9 +29,9 @@ figures: str = "figures"  # where table and plot go
 smoke: bool = False  # the runs were smoke runs: their numbers mean nothing
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import parameters, root
 
-p = strict(
+p = parameters(
     globals(), grid={"felga_variants", "felga_alignment", "felga_global", "felga_blip", "felga_blip2"},
     scale={"tiny", "paper"}, seed=(0, 2**31),
 )  # fmt: skip

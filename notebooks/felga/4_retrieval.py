@@ -35,9 +35,9 @@ figures: str = "figures"  # folder of the figures; those that show photos go to 
 smoke: bool = False  # a smoke run in place of the standard one, and `.smoke.` in the figures' names
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import parameters, root
 
-p = strict(globals(), example=(0, 10**7), top=(2, 10), seed=(0, 2**31))
+p = parameters(globals(), example=(0, 10**7), top=(2, 10), seed=(0, 2**31))
 
 # %%
 import json

@@ -32,9 +32,9 @@ sharp: float = 16.0  # the sharper cross_scale of section 5
 batch: int = 128  # pairs of the batch in section 7
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import parameters, root
 
-p = strict(globals(), dataset={"scenes"}, scale={"tiny", "photos", "paper"}, seed=(0, 2**31), regions=(8, 40),
+p = parameters(globals(), dataset={"scenes"}, scale={"tiny", "photos", "paper"}, seed=(0, 2**31), regions=(8, 40),
            layers=(2, 6), sharp=(6, 64), batch=(32, 256))  # fmt: skip
 
 # %%

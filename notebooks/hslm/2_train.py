@@ -62,9 +62,9 @@ score_precision: str = "fp32"  # fp32, or bf16 for the heavy products of the fin
 threads: int = 0  # of torch on a CPU; 0 leaves them as they are
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import parameters, root
 
-p = strict(
+p = parameters(
     globals(), scale={"tiny", "paper"}, seed=(0, 2**31), depth=(-1, 48), self_attention={"word", "channel", "softmax"},
     relation={"nodes", "raw", "softmax"}, graph_norm={"", "none", "layer", "batch"}, cross={"attend", "gate"},
     gate_pool={"mean", "max"}, cross_scale=(0, 1000), node_gate={"scalar", "element"}, node_weights={"raw", "l1"},

@@ -28,9 +28,9 @@ figures: str = "figures"  # where table and plot go
 smoke: bool = False  # the runs were smoke runs: their numbers mean nothing
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import parameters, root
 
-p = strict(
+p = parameters(
     globals(), grid={"hslm_modules", "hslm_depth", "hslm_main"}, scale={"tiny", "paper"}, seed=(0, 2**31)
 )
 

@@ -33,9 +33,9 @@ figures: str = "figures"  # folder of the figures; those that show photos go to 
 smoke: bool = False  # one untrained model in place of three, and `.smoke.` in the figures' names
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import parameters, root
 
-p = strict(globals(), example=(0, 10**7), seed=(0, 2**31 - 3))
+p = parameters(globals(), example=(0, 10**7), seed=(0, 2**31 - 3))
 
 # %%
 import json

@@ -32,9 +32,9 @@ steps: int = 400  # of the toy's optimiser
 pull: float = 5.0  # how much the toy gains from wide views
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import Settings, declared, parameters, root
 
-p = strict(globals(), dataset={"scenes"}, scale={"tiny", "paper"}, seed=(0, 2**31), views={4, 9, 16, 25},
+p = parameters(globals(), dataset={"scenes"}, scale={"tiny", "paper"}, seed=(0, 2**31), views={4, 9, 16, 25},
            side=(5, 32), steps=(100, 5000), pull=(0, 100))  # fmt: skip
 
 # %%
@@ -54,15 +54,13 @@ from finematch.scenes.baselines import bag_of_words
 from finematch.scenes.language import solutions
 from finematch.encoders import CLIPText, CLIPVision, Tokens, TokenTransformer, open_clip_model, small_clip
 from finematch.losses import contrastive
+from finematch.models.configs import MVAMConfig
 from finematch.models.mvam import (
     MVAM,
-    READINGS,
-    SETTINGS,
     TokenPooling,
     ViewAttention,
     diversity,
     ensemble,
-    settings,
     view_statistics,
 )
 from finematch.tables import published, to_markdown
@@ -417,7 +415,7 @@ def tiny(**options) -> MVAM:
     """A tiny MVAM, always from the same start."""
     torch.manual_seed(p.seed)
     towers = TokenTransformer(8, width=8, depth=1, heads=2), TokenTransformer(8, width=8, depth=1, heads=2)
-    return MVAM(*towers, **{"total_dim": 16, **options}).eval()
+    return MVAM(*towers, MVAMConfig(**{"total_dim": 16, **options})).eval()
 
 
 batch = {"features": torch.randn(3, 5, 8), "mask": torch.ones(3, 5, dtype=torch.bool)}
@@ -731,7 +729,7 @@ if (p.views, p.side, p.steps, p.pull, p.seed) == (16, 12, 400, 5.0, 0):  # chang
 # %%
 torch.manual_seed(p.seed)
 fresh = ViewAttention(768, views=16).requires_grad_(False)(tokens(torch.randn(4, 197, 768))).attention
-setting = settings(p.scale, p.dataset, {})
+setting = Settings("mvam", {"scale": p.scale, "dataset": p.dataset}).as_dict()
 cost = {
     (variant, power): float(diversity(fresh, variant=variant, power=power))
     for variant in ("base", "sqrt")
@@ -933,15 +931,11 @@ assert 16 * size(tiny(pooling="attention", total_dim=64 // 16)) > 4 * size(tiny(
 # `mvam/2_train` takes them all as parameters.
 
 # %%
-show(
-    pd.DataFrame(READINGS, columns=["reading", "argument", "values, default first", "the paper"]).set_index(
-        "reading"
-    )
-)
-for _, argument, values, _ in READINGS:  # the table cannot drift from the code: each value is accepted
-    for value in values.split(" | ") if argument != "tau" else ["0.07"]:
-        value = {"True": True, "False": False}.get(value, float(value) if argument == "tau" else value)
-        tiny(views=4, **{argument: int(value) if argument == "diversity_power" else value})
+columns = ["reading", "argument", "values", "default", "literal", "the paper"]
+show(pd.DataFrame(MVAMConfig.readings(), columns=columns).set_index("reading"))
+for _, argument, values, *_ in MVAMConfig.readings():  # each value is accepted
+    for value in values:
+        tiny(views=4, **{argument: value})
 
 # %% [markdown]
 # ## 12. The holes in print, and how each was filled
@@ -965,9 +959,11 @@ for _, argument, values, _ in READINGS:  # the table cannot drift from the code:
 # `total_dim` and λ are the paper's; the rest is ours (M9, M10):
 
 # %%
-presets = pd.DataFrame(SETTINGS).T.rename_axis("preset")
+presets = pd.DataFrame(
+    {name: one.presets for name, one in declared("mvam").items() if one.presets}
+).rename_axis("preset")
 show(presets.map(lambda value: value if isinstance(value, str) else f"{value:g}"))
-paper = SETTINGS["paper"]
+paper = presets.loc["paper"]
 assert (paper["batch_size"], paper["epochs"], paper["total_dim"]) == (1024, 20, 1024)
 assert paper["diversity_weight"] == 10
 

@@ -15,60 +15,57 @@
 # README's generated table. The run writes `metrics.json` last: that file, not this page, is the proof that it succeeded.
 
 # %% tags=["parameters"]
-dataset: str = "scenes"  # scenes, flickr8k, flickr30k, coco_karpathy
-data_root: str = "data"  # folder above the dataset's own
-scale: str = "tiny"  # tiny or paper
-seed: int = 0  # of the start, the order and the dropout
-out: str = "papermill_runs/mvam_train"  # the run's folder
-smoke: bool = False  # run everything in seconds
-cache: str = "data/cache"  # backbones, features and text states that runs share
-backbone: str = ""  # grid, regions or clip; empty is the scale's (regions; on photos at scale tiny, grid)
-text: str = "bert"  # bert, gru, minilm or clip
-pooling: str = "mvam"  # cls, mean, attention or mvam
-views: int = 16  # number of view codes
-total_dim: int = 0  # width of the representation; 0 is the scale's
-projection: str = "split"  # split, shared or full (reading M1)
-view_dim: int = 64  # width of a view when the projection is shared
-scoring: str = "dot"  # dot, scaled or tanh (M2)
-include_special: bool = True  # attend to [IMG], [CLS], [SEP] (M3)
-diversity: str = "base"  # base (Eq. 10), sqrt (Eq. 11) or none
-diversity_weight: float = -1.0  # lambda of Eq. 13; -1 is the scale's (10 in the paper)
-diversity_power: int = 2  # the Frobenius norm, squared or not (M4)
-diversity_reduce: str = "mean"  # over the batch: mean or sum (M4)
-normalise: str = "after"  # after the concatenation, or per_view (M6)
-reduction: str = "mean"  # of the two directions in Eq. 6: mean or sum (M5)
-same_picture_positives: bool = False  # captions of one picture are positives (M11)
-tau: float = 0.07  # initial temperature, learnable (M7)
-ensemble: int = 1  # 1 is one model; 16 is Table 3's control of independent models
-vision: str = ""  # a timm name in place of the scale's picture backbone
-vision_weights: str = ""  # safetensors file for it, or hub
+dataset: str = "scenes"  # scenes, flickr8k, flickr30k or coco_karpathy
+data_root: str = "data"  # folder that holds the datasets' folders
+scale: str = "tiny"  # tiny takes the preset photos on photos: tiny | paper
+reading: str = None  # readings of the paper; literal at scale paper: default | literal
+seed: int = 0  # random seed of initialisation, sampling order and dropout
+out: str = "papermill_runs/mvam_train"  # folder of the run
+smoke: bool = False  # run everything in seconds; the numbers mean nothing
+cache: str = "data/cache"  # folder of the backbones, features and text states that runs share
+backbone: str = None  # image features: grid | regions | clip; tiny regions, photos grid, paper regions
+text: str = "bert"  # text tower: bert | gru | minilm | clip
+pooling: str = None  # what makes one vector of the tokens: attention | cls | mean | mvam; default mvam
+views: int = None  # number of view codes; default 16
+total_dim: int = None  # width of the vector; tiny 512, photos 512, paper 1024
+projection: str = None  # the layer before the views: split | shared | full; default split (M1)
+view_dim: int = None  # width of a view where projection is shared; default 64
+scoring: str = None  # code times token: dot | scaled | tanh; default dot (M2)
+include_special: bool = None  # attend to [IMG], [CLS] and [SEP]; default True (M3)
+diversity: str = None  # diversity loss (Eq. 10, Eq. 11): base | none | sqrt; default base
+diversity_weight: float = None  # lambda of Eq. 13; tiny 0.01, photos 0.01, paper 10
+diversity_power: int = None  # power of the norm of Eq. 10-11: 2 | 1; default 2 (M4)
+diversity_reduce: str = None  # diversity loss over the batch: mean | sum; default mean (M4)
+normalise: str = None  # unit length: after | per_view; default after (M6)
+reduction: str = None  # the two directions of Eq. 6: mean | sum; default mean (M5)
+same_picture_positives: bool = None  # other captions of the same image are positives; default False (M11)
+tau: float = None  # initial temperature, learnable; default 0.07 (M7)
+ensemble: int = 1  # number of independent models; 16 is the control of Table 3
+vision: str = ""  # a timm name in place of the scale's backbone
+vision_weights: str = ""  # its safetensors file, or hub
 text_weights: str = ""  # folder or hub name of the text model
 clip_weights: str = ""  # folder or hub name of a CLIP; empty trains a small one from scratch
-proposals: str = "auto"  # regions by auto, selective_search or grid
-regions: int = 0  # proposals a picture; 0 is the scale's
-width: int = 0  # of the randomly initialised Transformers; 0 is the scale's
-depth: int = 0  # their layers; 0 is the scale's
-input_dropout: float = -1.0  # of whole channels of frozen features; -1 is the scale's
-epochs: int = 0  # 0 is the scale's
-batch_size: int = 0  # 0 is the scale's
-lr: float = 0.0  # 0 is the scale's
-precision: str = ""  # no, bf16 or fp16; empty is the scale's
-workers: int = 0  # processes that read the data beside the one that trains; a CLIP's pictures want some
-threads: int = 0  # of torch on a CPU; 0 leaves them as they are
+proposals: str = "auto"  # what proposes the regions: auto | selective_search | grid
+regions: int = None  # proposals per image; tiny 20, photos 36, paper 36
+width: int = None  # of the Transformers from scratch; tiny 128, photos 256, paper 768
+depth: int = None  # of the Transformers from scratch; tiny 1, photos 0, paper 12
+input_dropout: float = None  # of channels of frozen features; tiny 0, photos 0.3, paper 0
+epochs: int = None  # passes over the training pairs; tiny 4, photos 5, paper 20
+batch_size: int = None  # pairs per step; tiny 128, photos 128, paper 1024
+lr: float = None  # learning rate (stage 2); tiny 0.001, photos 0.001, paper 0.0001
+stage1_lr: float = None  # learning rate of stage 1, with clip_weights; default 0.001
+weight_decay: float = None  # of AdamW; tiny 0.05, photos 0.05, paper 0.01
+warmup: float = None  # share of the steps with a rising learning rate; default 0.1
+precision: str = None  # mixed precision: no | bf16 | fp16; tiny no, photos bf16, paper no
+workers: int = 0  # processes that read the data beside the training process
+threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number
+
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import root, settings
 
-p = strict(
-    globals(), scale={"tiny", "paper"}, seed=(0, 2**31), backbone={"", "grid", "regions", "clip"},
-    text={"bert", "gru", "minilm", "clip"}, pooling={"cls", "mean", "attention", "mvam"}, views=(1, 256),
-    total_dim=(0, 65536), projection={"split", "shared", "full"}, view_dim=(1, 4096),
-    scoring={"dot", "scaled", "tanh"}, diversity={"base", "sqrt", "none"}, diversity_weight=(-1, 1e6),
-    diversity_power={1, 2}, diversity_reduce={"mean", "sum"}, normalise={"after", "per_view"},
-    reduction={"mean", "sum"}, tau=(0.01, 10), ensemble=(1, 64), proposals={"auto", "selective_search", "grid"},
-    regions=(0, 1000), width=(0, 8192), depth=(0, 48), input_dropout=(-1, 0.95), epochs=(0, 1000), batch_size=(0, 65536), lr=(0, 1),
-    precision={"", "no", "bf16", "fp16"}, workers=(0, 256), threads=(0, 256),
-)  # fmt: skip
+s = settings(globals(), "mvam")
+s
 
 # %%
 import time
@@ -76,7 +73,8 @@ import time
 import torch
 
 from finematch.evaluation.retrieval import karpathy_protocol, retrieval
-from finematch.models.mvam import MVAM, SWITCHES, ensemble as concatenated, settings, view_statistics
+from finematch.models.configs import MVAMConfig
+from finematch.models.mvam import MVAM, ensemble as concatenated, view_statistics
 from finematch.tables import write_metrics
 from finematch.training import (
     Plan,
@@ -90,13 +88,11 @@ from finematch.training import (
 from finematch.workbench import embed, open_bench
 
 join_processes()
-if p.threads:
-    torch.set_num_threads(p.threads)
-s = settings(p.scale, p.dataset, p.as_dict())
-folder = root() / p.out
+if s.threads:
+    torch.set_num_threads(s.threads)
+folder = root() / s.out
 check_writable(folder, room=10_000_000)
 started = time.monotonic()
-s
 
 # %% [markdown]
 # ## The data and the towers
@@ -105,10 +101,10 @@ s
 
 # %%
 bench = open_bench(
-    dataset=p.dataset, data_root=root() / p.data_root, cache=root() / p.cache, scale=p.scale,
-    backbone=s["backbone"], text=p.text, width=s["width"], depth=s["depth"], input_dropout=s["input_dropout"], vision=p.vision,
-    vision_weights=p.vision_weights, text_weights=p.text_weights, clip_weights=p.clip_weights,
-    proposals=p.proposals, regions=s["regions"], smoke=p.smoke,
+    dataset=s.dataset, data_root=root() / s.data_root, cache=root() / s.cache, scale=s.scale,
+    backbone=s.backbone, text=s.text, width=s.width, depth=s.depth, input_dropout=s.input_dropout, vision=s.vision,
+    vision_weights=s.vision_weights, text_weights=s.text_weights, clip_weights=s.clip_weights,
+    proposals=s.proposals, regions=s.regions, smoke=s.smoke,
 )  # fmt: skip
 {name: f"{len(side.records)} pictures, {len(side.captions)} captions" for name, side in bench.splits.items()}
 
@@ -121,17 +117,16 @@ bench = open_bench(
 
 # %%
 def build(member: int) -> MVAM:
-    seed_everything(p.seed * 1000 + member)
-    options = {name: getattr(p, name) for name in SWITCHES} | {
-        "total_dim": s["total_dim"] // p.ensemble, "diversity_weight": s["diversity_weight"]}  # fmt: skip
-    return MVAM(*bench.towers(), **options)
+    seed_everything(s.seed * 1000 + member)
+    config = MVAMConfig.of(s, total_dim=s.total_dim // s.ensemble)
+    return MVAM(*bench.towers(), config)
 
 
-if s["total_dim"] % p.ensemble:
-    raise ValueError(f"an ensemble of {p.ensemble} does not divide total_dim = {s['total_dim']}")
+if s.total_dim % s.ensemble:
+    raise ValueError(f"an ensemble of {s.ensemble} does not divide total_dim = {s.total_dim}")
 model = build(0)
 print(f"{sum(q.numel() for q in model.parameters()) / 1e6:.2f} M parameters, "
-      f"representation {p.ensemble} x {s['total_dim'] // p.ensemble}")  # fmt: skip
+      f"representation {s.ensemble} x {s.total_dim // s.ensemble}")  # fmt: skip
 
 
 # %% [markdown]
@@ -153,30 +148,25 @@ def val_metrics(m: MVAM) -> dict[str, float]:
 
 
 def plan(lr: float, epochs: int, member: int) -> Plan:
-    return Plan(epochs=epochs, batch_size=s["batch_size"], lr=lr, weight_decay=s["weight_decay"], warmup=s["warmup"],
-                clip_norm=1.0, precision=s["precision"], workers=p.workers, seed=p.seed * 1000 + member)  # fmt: skip
+    return Plan(epochs=epochs, batch_size=s.batch_size, lr=lr, weight_decay=s.weight_decay, warmup=s.warmup,
+                clip_norm=1.0, precision=s.precision, workers=s.workers, seed=s.seed * 1000 + member)  # fmt: skip
 
 
 def train(m: MVAM, where, member: int) -> dict:
     data, rest = bench.splits["train"].pairs(), {"evaluate": val_metrics, "select": bench.select}
-    if not p.clip_weights:
-        lr = p.lr or (s["clip_lr"] if s["backbone"] == "clip" else s["lr"])
-        return fit(m, data, plan(lr, s["epochs"], member), where, **rest)
-    if p.pooling in ("cls", "mean"):
-        return fit(m, data, plan(p.lr or s["stage2_lr"], s["epochs"], member), where, **rest)
-    first = max(1, s["epochs"] // 2)
-    fit(m, data, plan(s["stage1_lr"], first, member), where / "stage1",
+    if not s.clip_weights or s.pooling in ("cls", "mean"):
+        return fit(m, data, plan(s.lr, s.epochs, member), where, **rest)
+    first = max(1, s.epochs // 2)
+    fit(m, data, plan(s.stage1_lr, first, member), where / "stage1",
         trainable=lambda name: not name.startswith(("vision.", "text.")), **rest)  # fmt: skip
-    return fit(
-        m, data, plan(p.lr or s["stage2_lr"], max(1, s["epochs"] - first), member), where / "stage2", **rest
-    )
+    return fit(m, data, plan(s.lr, max(1, s.epochs - first), member), where / "stage2", **rest)
 
 
 side = bench.splits[bench.reported]
 vectors, seconds = [], 0.0
-for member in range(p.ensemble):
+for member in range(s.ensemble):
     model = build(member) if member else model
-    summary = train(model, folder / f"member{member}" if p.ensemble > 1 else folder, member)
+    summary = train(model, folder / f"member{member}" if s.ensemble > 1 else folder, member)
     seconds += summary["seconds"]
     vectors.append(embed(model, side))
 leave_to_first()  # of several processes (torchrun); else nothing
@@ -188,8 +178,8 @@ leave_to_first()  # of several processes (torchrun); else nothing
 
 # %%
 image, words = (concatenated(list(part)) for part in zip(*vectors, strict=True))
-metrics = retrieval(image, words, side.image_of, split=f"{p.dataset} {bench.reported}")
-if p.dataset == "coco_karpathy" and len(side.records) == 5000:  # 1K: five folds of the 5,000, averaged
+metrics = retrieval(image, words, side.image_of, split=f"{s.dataset} {bench.reported}")
+if s.dataset == "coco_karpathy" and len(side.records) == 5000:  # 1K: five folds of the 5,000, averaged
     folds = retrieval(image, words, side.image_of, **karpathy_protocol("coco1k", 5000))
     metrics |= {f"coco1k_{k}": v for k, v in folds.items() if k.startswith(("i2t", "t2i", "rsum"))}
 
@@ -209,13 +199,7 @@ with torch.no_grad():
 metrics
 
 # %%
-if s["backbone"] == "clip":
+if s.backbone == "clip":
     bench.save_clip(folder / "encoder")
 metrics["best_epoch"] = summary["best_epoch"]
-resolved = {
-    **p.as_dict(),
-    **{k: v for k, v in s.items() if k in p.as_dict()},
-    "smoke": p.smoke,
-    **bench.facts,
-}
-write_metrics(folder, resolved, metrics, seconds=seconds)
+write_metrics(folder, s.as_dict() | bench.facts, metrics, seconds=seconds)

@@ -29,9 +29,9 @@ figures: str = "figures"  # where table and plot go
 smoke: bool = False  # the runs were smoke runs: their numbers mean nothing
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import parameters, root
 
-p = strict(
+p = parameters(
     globals(), grid={"mvam_backbones", "mvam_ensemble", "mvam_views", "mvam_diversity", "mvam_lambda",
                      "mvam_photos"}, scale={"tiny", "paper"},
     seed=(0, 2**31),

@@ -33,9 +33,9 @@ figures: str = "figures"  # folder of the figures; those that show photos go to 
 smoke: bool = False  # fewer shuffles, and `.smoke.` in the figures' names
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import parameters, root
 
-p = strict(globals(), example=(0, 10**7), seed=(0, 2**31))
+p = parameters(globals(), example=(0, 10**7), seed=(0, 2**31))
 
 # %%
 import json
@@ -55,7 +55,8 @@ from finematch.scenes.generator import attributes
 from finematch.scenes.language import solutions
 from finematch.evaluation.correspondence import correspondence, inside, on_span, pieces
 from finematch.evaluation.retrieval import retrieval
-from finematch.models.mvam import MVAM, SWITCHES, view_statistics
+from finematch.models.configs import MVAMConfig
+from finematch.models.mvam import MVAM, view_statistics
 from finematch.tables import write_metrics
 from finematch.training import load_best
 from finematch.workbench import Bench, embed, minilm_folder, open_bench, tokenizer_of
@@ -93,7 +94,7 @@ def reopen(folder: str) -> tuple[dict, dict, Bench, MVAM]:
     paths = {"data_root": root() / (p.data_root or was["data_root"]), "cache": root() / was["cache"]}
     asked = {name: was[name] for name in signature(open_bench).parameters if name in was}
     opened = open_bench(**(asked | at | paths))
-    model = MVAM(*opened.towers(), **{name: was[name] for name in SWITCHES}).eval()
+    model = MVAM(*opened.towers(), MVAMConfig.of(was)).eval()
     stage2 = root() / folder / "stage2" / "best.safetensors"
     load_best(model, stage2 if stage2.is_file() else root() / folder / "best.safetensors")
     return was | at, found["metrics"], opened, model
@@ -421,7 +422,7 @@ if not p.compare:
           "and this compares: -p compare papermill_runs/mvam_train_none")  # fmt: skip
 else:
     of_other, other_metrics, other_bench, other = reopen(p.compare)
-    differ = {key for key in (*SWITCHES, "dataset", "backbone", "text", "seed", "smoke")
+    differ = {key for key in (*vars(MVAMConfig()), "dataset", "backbone", "text", "seed", "smoke")
               if of_other[key] != of_run[key]}  # fmt: skip
     if unexpected := differ - {"diversity", "diversity_weight", "diversity_power", "diversity_reduce"}:
         raise ValueError(

@@ -31,9 +31,9 @@ steps: int = 120  # of the toy in section 13
 descent: int = 60  # steps of each of the four runs of section 14
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import parameters, root
 
-p = strict(globals(), dataset={"scenes"}, scale={"tiny", "photos", "paper"}, seed=(0, 2**31), regions=(8, 40),
+p = parameters(globals(), dataset={"scenes"}, scale={"tiny", "photos", "paper"}, seed=(0, 2**31), regions=(8, 40),
            steps=(1, 5000), descent=(1, 1000))  # fmt: skip
 
 # %%

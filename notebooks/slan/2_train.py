@@ -86,9 +86,9 @@ checkpoint_steps: int = -1  # a checkpoint at least every so many steps, 0 is on
 threads: int = 0  # of torch on a CPU; 0 leaves them as they are
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import parameters, root
 
-p = strict(
+p = parameters(
     globals(), scale={"tiny", "paper"}, seed=(0, 2**31), version={"iccv", "arxiv"}, levels=(-1, 12), top=(-1, 1000), threshold=(-1, 1),
     source={"decoder", "encoder"}, proposals={"", "rpn", "queries"}, attn={"transformer", "literal"},
     region_update={"residual", "overwrite", "reweight"}, axes={"image", "paper"}, unit={"N/K", "N"}, extent={"map", "region"}, k=(1, 15),

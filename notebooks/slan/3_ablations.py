@@ -38,9 +38,9 @@ figures: str = "figures"  # where table and plot go
 smoke: bool = False  # the runs were smoke runs: their numbers mean nothing
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import parameters, root
 
-p = strict(
+p = parameters(
     globals(), grid={"slan_adaptors", "slan_filter", "slan_features", "slan_detector", "slan_boxes", "slan_tokens", "slan_epochs",
           "slan_photos", "slan_cost"},
     scale={"tiny", "paper"}, seed=(0, 2**31),

@@ -41,9 +41,11 @@ figures: str = "figures"  # folder of the figures; those that show photos go to 
 smoke: bool = False  # few steps again, and `.smoke.` in the figures' names
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, strict
+from finematch.config import parameters, root
 
-p = strict(globals(), example=(0, 10**7), pictures=(1, 6), top=(2, 10), replay=(0, 10**6), seed=(-1, 2**31))
+p = parameters(
+    globals(), example=(0, 10**7), pictures=(1, 6), top=(2, 10), replay=(0, 10**6), seed=(-1, 2**31)
+)
 
 # %%
 import itertools

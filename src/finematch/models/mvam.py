@@ -4,7 +4,7 @@ In the paper's order: 3.1 two-stream model and its pooling, 3.2 objective, 3.3 m
 3.4 diversity loss, 4.6.1 the ensemble control. The conversion of the paper that circulates lost its
 formulas; the equations below are reconstructed from the text around them and from the works it cites
 (Poly-encoders for the codes, DRSA for the square root). Every reading that could go either way is an
-argument; `READINGS` lists them.
+argument, declared in `MVAMConfig`.
 
 Axes: `b` images or texts, `n` tokens (patches, regions or words), `v` views, `k` width of one view,
 `d` width of the encoder's states, `D` width of the final representation.
@@ -22,19 +22,7 @@ from torch import Tensor, nn
 
 from finematch.encoders import Tokens
 from finematch.losses import LogitScale, contrastive
-
-READINGS = [
-    # (register, argument, values with the default first, what the paper says)
-    ("M1", "projection", "split | shared | full", "width of C lost; +Attn projects to 1024 before attention"),
-    ("M2", "scoring", "dot | scaled | tanh", "'codes as queries', as in Poly-encoders"),
-    ("M3", "include_special", "True | False", "does not say whether [IMG], [CLS], [SEP] are attended"),
-    ("M4", "diversity_power", "2 | 1", "'Frobenius norm'; SAN squares it, DRSA's code does not"),
-    ("M4", "diversity_reduce", "mean | sum", "batch reduction not given"),
-    ("M5", "reduction", "mean | sum", "Eq. 6 lost; CLIP halves the sum"),
-    ("M6", "normalise", "after | per_view", "'concatenated for matching'"),
-    ("M7", "tau", "learnable from 0.07", "'following CLIP'"),
-    ("M11", "same_picture_positives", "False | True", "in-batch negatives, literally the diagonal"),
-]
+from finematch.models.configs import MVAMConfig
 
 
 class Pooled(NamedTuple):
@@ -207,66 +195,34 @@ class MVAM(nn.Module):
 
         L = L_c + weight * (L_div^image + L_div^text)
 
+    With the pooling `attention` or `mvam` a view is a `ViewAttention`; one view has nothing to be diverse from, so
+    `attention` has no diversity loss. The score of `normalise="per_view"` is the mean of the views' cosines.
+
     Args:
         vision, text: towers of `finematch.encoders` (anything that maps its keywords to `Tokens`).
-        pooling: `cls` and `mean` (TokenPooling), `attention` (one view), `mvam`.
-        views, total_dim, projection, view_dim, scoring, include_special: see ViewAttention.
-        diversity: `base`, `sqrt` or `none`; with `diversity_weight` (lambda, 10 in the paper), `_power`,
-            `_reduce`. One view has nothing to be diverse from: `attention` ignores it.
-        normalise: `after` the concatenation (default), or `per_view` (score = mean of the views' cosines).
-        reduction, same_picture_positives: see `losses.contrastive`.
     """
 
-    def __init__(
-        self,
-        vision: nn.Module,
-        text: nn.Module,
-        *,
-        pooling: str = "mvam",
-        views: int = 16,
-        total_dim: int = 1024,
-        projection: str = "split",
-        view_dim: int = 64,
-        scoring: str = "dot",
-        include_special: bool = True,
-        diversity: str = "base",
-        diversity_weight: float = 10.0,
-        diversity_power: int = 2,
-        diversity_reduce: str = "mean",
-        normalise: str = "after",
-        reduction: str = "mean",
-        same_picture_positives: bool = False,
-        tau: float = 0.07,
-    ):
+    def __init__(self, vision: nn.Module, text: nn.Module, config: MVAMConfig):
         super().__init__()
-        if pooling not in ("cls", "mean", "attention", "mvam"):
-            raise ValueError(f"pooling is {pooling!r}; use 'cls', 'mean', 'attention' or 'mvam'")
-        if diversity not in ("base", "sqrt", "none"):
-            raise ValueError(f"diversity is {diversity!r}; use 'base', 'sqrt' or 'none'")
-        if normalise not in ("after", "per_view"):
-            raise ValueError(f"normalise is {normalise!r}; use 'after' or 'per_view'")
+        c = self.config = config
         self.vision, self.text = vision, text
-        self.views = views if pooling == "mvam" else 1
+        self.views = c.views if c.pooling == "mvam" else 1
 
         def head(width: int) -> nn.Module:
-            if pooling in ("cls", "mean"):
-                return TokenPooling(width, total_dim, source=pooling)
+            if c.pooling in ("cls", "mean"):
+                return TokenPooling(width, c.total_dim, source=c.pooling)
             return ViewAttention(
-                width, views=self.views, total_dim=total_dim, projection=projection, view_dim=view_dim,
-                scoring=scoring, include_special=include_special,
+                width, views=self.views, total_dim=c.total_dim, projection=c.projection, view_dim=c.view_dim,
+                scoring=c.scoring, include_special=c.include_special,
             )  # fmt: skip
 
         self.image_pooling, self.text_pooling = head(vision.width), head(text.width)
-        self.scale = LogitScale(tau)
-        self.diversity = diversity if pooling == "mvam" else "none"
-        self.diversity_weight = diversity_weight
-        self.diversity_form = {"power": diversity_power, "reduce": diversity_reduce}
-        self.normalise, self.reduction = normalise, reduction
-        self.same_picture_positives = same_picture_positives
+        self.scale = LogitScale(c.tau)
+        self.diversity = c.diversity if c.pooling == "mvam" else "none"
 
     def unit(self, vector: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
         """Length one, so that a dot product is the matching score of 3.2."""
-        if self.normalise == "per_view":
+        if self.config.normalise == "per_view":
             vector = F.normalize(vector.unflatten(1, (self.views, -1)), dim=-1).flatten(1)
         return F.normalize(vector, dim=-1)
 
@@ -283,20 +239,21 @@ class MVAM(nn.Module):
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """Named terms of Eq. 13 for a batch of pairs: `image` and `text` (keywords of the towers), `image_id`."""
         image, text = self.encode_image(**batch["image"]), self.encode_text(**batch["text"])
-        ids = batch["image_id"] if self.same_picture_positives else None
+        c = self.config
+        ids = batch["image_id"] if c.same_picture_positives else None
         terms = {
             "contrastive": contrastive(
-                image.vector, text.vector, self.scale(), image_id=ids, reduction=self.reduction
+                image.vector, text.vector, self.scale(), image_id=ids, reduction=c.reduction
             )
         }
         terms["loss"] = terms["contrastive"]
         if self.diversity != "none":
             for name, attention in (("image", image.attention), ("text", text.attention)):
                 terms[f"diversity_{name}"] = diversity(
-                    attention, variant=self.diversity, **self.diversity_form
+                    attention, variant=self.diversity, power=c.diversity_power, reduce=c.diversity_reduce
                 )
             total = terms["diversity_image"] + terms["diversity_text"]  # Eq. 12
-            terms["loss"] = terms["contrastive"] + self.diversity_weight * total  # Eq. 13
+            terms["loss"] = terms["contrastive"] + c.diversity_weight * total  # Eq. 13
         return terms
 
 
@@ -307,52 +264,3 @@ def ensemble(members: list[Float[Tensor, "b k"]]) -> Float[Tensor, "b D"]:
     Its cosine is the mean of the members' cosines.
     """
     return F.normalize(torch.cat(members, dim=-1), dim=-1)
-
-
-# ------------------------------------------------------------------------- 4.4 implementation details
-SWITCHES = (
-    "pooling", "views", "total_dim", "projection", "view_dim", "scoring", "include_special", "diversity",
-    "diversity_weight", "diversity_power", "diversity_reduce", "normalise", "reduction",
-    "same_picture_positives", "tau",
-)  # fmt: skip
-
-# What a scale sets where a run does not. `paper`: batch, epochs, width and lambda are the paper's; learning
-# rates were lost from the text and the depth of the image Transformer is not given, so those are ours (M9, M10).
-# `tiny` and `photos` train their towers from scratch, where the paper's lambda = 10 collapses every vector into
-# one before the contrastive loss can tell them apart (grid `mvam_lambda`); theirs was chosen on val.
-SETTINGS = {
-    "tiny": {
-        "backbone": "regions",
-        "total_dim": 512, "width": 128, "depth": 1, "regions": 20, "diversity_weight": 0.01, "epochs": 4,
-        "batch_size": 128, "lr": 1e-3, "clip_lr": 1e-3, "stage1_lr": 1e-3, "stage2_lr": 2e-4, "warmup": 0.1,
-        "weight_decay": 0.05, "input_dropout": 0.0, "precision": "no",
-    },
-    "photos": {
-        "backbone": "grid",
-        "total_dim": 512, "width": 256, "depth": 0, "regions": 36, "diversity_weight": 0.01, "epochs": 5,
-        "batch_size": 128, "lr": 1e-3, "clip_lr": 1e-3, "stage1_lr": 1e-3, "stage2_lr": 2e-4, "warmup": 0.1,
-        "weight_decay": 0.05, "input_dropout": 0.3, "precision": "bf16",
-    },
-    "paper": {
-        "backbone": "regions",
-        "total_dim": 1024, "width": 768, "depth": 12, "regions": 36, "diversity_weight": 10.0, "epochs": 20,
-        "batch_size": 1024, "lr": 1e-4, "clip_lr": 1e-5, "stage1_lr": 1e-3, "stage2_lr": 5e-6, "warmup": 0.1,
-        "weight_decay": 0.01, "input_dropout": 0.0, "precision": "no",
-    },
-}  # fmt: skip
-
-
-# The value that leaves a setting to the scale; 0 for all others.
-UNSET = {"backbone": "", "diversity_weight": -1, "input_dropout": -1, "precision": ""}
-
-
-def settings(scale: str, dataset: str, given: dict) -> dict:
-    """The settings of a run: the scale's, with those of `given` that are set (see `UNSET`). `tiny` on photos is
-    `photos`.
-
-    A smoke run (`given["smoke"]`) takes one epoch of small batches.
-    """
-    preset = dict(SETTINGS["photos" if scale == "tiny" and not dataset.startswith("scenes") else scale])
-    if given.get("smoke"):
-        preset |= {"epochs": 1, "batch_size": 32}
-    return preset | {k: v for k, v in given.items() if k in preset and v != UNSET.get(k, 0)}
