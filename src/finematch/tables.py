@@ -1,118 +1,23 @@
 """Published against measured: metrics files in, tables and verdicts out.
 
-`write_metrics` is what the last cell of a run calls; everything else reads. A number is printed with its
-spread over seeds, a claim is judged by a stated test, and what was not run is said to be not run.
+A number is printed with its spread over seeds, a claim is judged by a stated test, and what was not run is said to be
+not run.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import platform
-import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from finematch.files import DataError, write_atomically, write_json
-from finematch.training import device_name, peak_memory
+from finematch.files import DataError, write_atomically
+from finematch.runs import FIELDS, git_commit, measured, versions, write_metrics  # noqa: F401 (pages)
 
 PUBLISHED = Path(__file__).with_name("published.csv")
-FIELDS = ("parameters", "metrics", "protocol", "seconds", "peak_memory_bytes", "device", "versions", "commit")
-PACKAGES = ("torch", "transformers", "timm", "numpy", "finematch")
-
-
-def write_metrics(
-    out: str | Path,
-    parameters: Mapping,
-    metrics: Mapping,
-    *,
-    seconds: float | int,
-    protocol: str | None = None,
-    peak_memory_bytes: int | None = None,
-) -> Path:
-    """Write `out/metrics.json`, the sole proof that a run succeeded, atomically.
-
-    Args:
-        out: the run's folder; made if absent.
-        parameters: the run's flat parameters (numbers, strings, booleans, None, paths).
-        metrics: name to number; a `protocol` among them is used as `protocol`.
-        seconds: wall time of the run.
-        protocol: how the numbers were made (split, folds, gallery size, tie policy).
-        peak_memory_bytes: default: this process's peak so far, the GPU's where there is one.
-
-    Raises:
-        DataError: a metric that is not finite, a value that is neither number nor text, no protocol.
-    """
-    path = Path(out) / "metrics.json"
-    metrics = _flat(metrics, path, "metrics")
-    stated = metrics.pop("protocol", None)
-    protocol = protocol or stated
-    if not protocol:
-        raise DataError(path, "protocol", "is missing", "Every number carries its protocol: pass protocol=")
-    content = {
-        "parameters": _flat(parameters, path, "parameters"),
-        "metrics": metrics,
-        "protocol": protocol,
-        "seconds": round(float(seconds), 3),
-        "peak_memory_bytes": int(peak_memory() if peak_memory_bytes is None else peak_memory_bytes),
-        "device": device_name(),
-        "versions": versions(),
-        "commit": git_commit(),
-    }
-    write_json(path, content)
-    return path
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a number."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def git_commit(folder: str | Path | None = None) -> str:
-    """Commit of the checkout that holds `folder` (default: this package), "unknown" outside one.
-
-    "-dirty" is added if sources or notebooks differ from the commit; results (figures, runs) do not count.
-    """
-    folder = Path(__file__).parent if folder is None else Path(folder)
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        if not git("ls-files", "."):  # an environment that happens to lie inside another repository
-            return "unknown"
-        commit = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--", ":/src", ":/notebooks", ":/pyproject.toml")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + ("-dirty" if changed else "")
-
-
-def _flat(values: Mapping, path: Path, part: str) -> dict:
-    result = {}
-    for name, value in values.items():
-        value = value.item() if hasattr(value, "item") and np.ndim(value) == 0 else value
-        value = str(value) if isinstance(value, Path) else value
-        if not (value is None and part == "parameters") and not isinstance(value, (bool, int, float, str)):
-            raise DataError(path, f"{part}.{name}", f"is {type(value).__name__}", "Give a number or text")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise DataError(
-                path, f"{part}.{name}", f"is {value}", "The run failed: find out why, don't report it"
-            )
-        result[str(name)] = value
-    return result
 
 
 def published(paper: str, table: str | int | None = None, *, path: str | Path = PUBLISHED) -> pd.DataFrame:
@@ -132,73 +37,6 @@ def published(paper: str, table: str | int | None = None, *, path: str | Path = 
             raise DataError(path, f"{column} {wanted}", "is not there", f"Choose one of {', '.join(known)}")
         frame = frame[frame[column] == str(wanted)]
     return frame.reset_index(drop=True)
-
-
-def measured(runs: str | Path | Iterable[str | Path]) -> pd.DataFrame:
-    """One row per metrics file: its parameters, its metrics, and what made it.
-
-    Args:
-        runs: a folder (every `metrics.json` below it), a glob pattern, or the files themselves.
-
-    Returns:
-        Columns: parameters and metrics under their names; `run_protocol`, `run_seconds`,
-        `run_peak_memory_bytes`, `run_device`, `run_commit`, `run_file`, `version_<package>`. Empty if nothing
-        was run.
-
-    Raises:
-        DataError: a file that is missing, is cut off or malformed, lacks a field or holds a NaN.
-    """
-    rows = []
-    for file in _files(runs):
-        content = _read_metrics(file)
-        parameters, metrics = content["parameters"], content["metrics"]
-        if both := sorted(parameters.keys() & metrics.keys()):
-            raise DataError(file, f"names {both}", "are parameters and metrics at once", "Rename the metrics")
-        rows.append(
-            {
-                **parameters,
-                **metrics,
-                **{
-                    f"run_{name}": content[name]
-                    for name in FIELDS
-                    if name not in ("parameters", "metrics", "versions")
-                },
-                **{f"version_{name}": value for name, value in content["versions"].items()},
-                "run_file": str(file),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _files(runs) -> list[Path]:
-    if not isinstance(runs, (str, Path)):
-        return [Path(file) for file in runs]
-    if any(mark in str(runs) for mark in "*?["):
-        path = Path(runs)
-        anchor = Path(path.anchor)
-        return sorted(anchor.glob(str(path.relative_to(anchor))))
-    return sorted(Path(runs).rglob("metrics.json")) if Path(runs).is_dir() else [Path(runs)]
-
-
-def _read_metrics(file: Path) -> dict:
-    def refuse(constant: str):
-        raise ValueError(f"it contains {constant}")
-
-    remedy = "Delete it and run again"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
-    except OSError as error:
-        raise DataError(file, "the file", f"cannot be read ({error.strerror})", "Run it first") from error
-    except ValueError as error:
-        raise DataError(file, "the file", f"is not a whole metrics file ({error})", remedy) from error
-    if not isinstance(content, dict):
-        raise DataError(file, "the file", "is not a JSON object", remedy)
-    if missing := [name for name in FIELDS if name not in content]:
-        raise DataError(file, "the file", f"lacks {', '.join(missing)}", remedy)
-    for name in ("parameters", "metrics", "versions"):
-        if not isinstance(content[name], dict):
-            raise DataError(file, name, "is not a JSON object", remedy)
-    return content
 
 
 def summary(
@@ -247,7 +85,7 @@ def summary(
 
 def table(
     published: pd.DataFrame,
-    measured: pd.DataFrame,
+    measured: pd.DataFrame,  # noqa: F811
     *,
     row: str,
     columns: Mapping[str, str],

@@ -1,0 +1,553 @@
+"""Runs: what identifies one, where it lies, what it leaves, and how it is opened again.
+
+    run = begin("mvam", s, data=digests, features=key)    # s: the page's settings; takes hold of run.folder
+    fit(model, pairs, plan, run.folder, identity=run.digest)
+    run.finish(metrics, seconds=seconds)                  # writes metrics.json, lets go of the folder
+
+    run = open_run("latest", method="mvam", dataset="scenes")
+    run.parameters, run.metrics, run.status, run.data, run.model
+
+A run's identity is everything that its numbers depend on: the settings that can change them (files by their content),
+the digests of the data and of the features, and the version of the method's arithmetic (`numerics` in its presets).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+import tomllib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from finematch.config import root
+from finematch.files import DataError, digest, file_digest, write_json
+from finematch.hold import hold
+
+FIELDS = ("parameters", "metrics", "protocol", "seconds", "peak_memory_bytes", "device", "versions", "commit")
+PACKAGES = ("torch", "transformers", "timm", "numpy", "finematch")
+# what a run leaves in its folder and in those of its stages and members
+LEFT = ("checkpoint*.pt", "checkpoint*.pt.next", "*.part", "best.safetensors", "log.jsonl", "metrics.json",
+        "identity.json")  # fmt: skip
+RESUME = ("", "fresh", "replace")
+
+
+class IdentityError(ValueError):
+    """A folder holds another run; the message says what differs and which two ways lead on."""
+
+
+@dataclass
+class Run:
+    """One training run: a folder, and what identifies it.
+
+    Attributes:
+        identity: `method`, `numerics`, `settings`, `data`, `features`; empty for a run of before it was kept.
+        digest: SHA-256 of the identity.
+        parameters: all settings by name. metrics: those of its `metrics.json`; empty before it has finished.
+        status: `current`, or `legacy: ` and why its numbers are not those that the same run would give now.
+    """
+
+    method: str
+    folder: Path
+    parameters: dict
+    identity: dict = field(default_factory=dict)
+    metrics: dict = field(default_factory=dict)
+    status: str = "current"
+    content: dict = field(default_factory=dict, repr=False)  # of metrics.json
+
+    @property
+    def digest(self) -> str:
+        return digest(self.identity) if self.identity else ""
+
+    @property
+    def seed(self) -> int:
+        return self.parameters["seed"]
+
+    def finish(
+        self,
+        metrics: Mapping,
+        *,
+        seconds: float | int,
+        facts: Mapping | None = None,
+        protocol: str | None = None,
+    ) -> Path:
+        """Write `metrics.json` and let go of the folder.
+
+        Args:
+            seconds: of training. facts: what the page found out and a table may ask for, kept with the parameters.
+            protocol: as of `write_metrics`.
+        """
+        path = write_metrics(
+            self.folder, {**self.parameters, **(facts or {})}, metrics, seconds=seconds, protocol=protocol,
+            identity=self.identity, weights=weights_digests(self.folder),
+        )  # fmt: skip
+        self.content = json.loads(path.read_text(encoding="utf-8"))
+        self.metrics = self.content["metrics"]
+        self.release()
+        return path
+
+    def release(self) -> None:
+        """Let go of the folder before the run has finished."""
+        hold(self.folder).release()
+
+    @cached_property
+    def _rebuilt(self) -> tuple:
+        from finematch.rebuild import rebuild
+
+        return rebuild(self)
+
+    @property
+    def data(self):
+        """The data, features and tokenizer that the run was made with, opened again."""
+        return self._rebuilt[0]
+
+    @property
+    def model(self):
+        """The model with the weights of the run's best epoch, in eval mode."""
+        return self._rebuilt[1]
+
+
+# ------------------------------------------------------------------------------------------- begin
+def begin(
+    method: str, s, *, data: Mapping, features: Mapping | str = "", out: str | Path | None = None,
+    resume: str | None = None,
+) -> Run:  # fmt: skip
+    """Find a run's folder, take hold of it, and refuse what another run has left there.
+
+    Args:
+        s: the page's settings (`config.settings`).
+        data: digests of the data, of any nesting (`data.digests` of each split).
+        features: digest, or key, of the frozen features that are read.
+        out: the folder, relative to the workbook; without one `papermill_runs/<method>/<dataset>.<scale>.<digest>`,
+            where a run with other settings has another folder.
+        resume: "" goes on with a run of the same identity and refuses another's; "fresh" starts over; "replace" goes on
+            with the same and starts over from another's.
+
+    Raises:
+        IdentityError: The folder holds another run.
+        Busy: Another process is at work there.
+    """
+    resume = resume or ""
+    if resume not in RESUME:
+        raise ValueError(f"resume is {resume!r}; use one of {RESUME}")
+    identity = identity_of(method, s, data=data, features=features)
+    run = Run(method, Path(), dict(s.as_dict()), identity)
+    run.folder = root() / (out or default_folder(run))
+    held = hold(run.folder)
+    held.release()  # of a cell that was stopped in this process
+    held.take()
+    if first_process():
+        try:
+            _make_room(run, resume)
+        except BaseException:
+            held.release()
+            raise
+        write_json(run.folder / "identity.json", identity)
+    _meet()
+    return run
+
+
+def identity_of(method: str, s, *, data: Mapping, features: Mapping | str = "") -> dict:
+    """All that the numbers of a run depend on, as plain values; files by their content."""
+    settings = dict(s.identity())
+    for name, value in s.paths().items():
+        path = root() / str(value)
+        if name in settings and path.exists():
+            settings[name] = f"sha256:{file_digest(path)}"
+    return _plain(
+        {"method": method, "numerics": s.numerics, "settings": settings, "data": data, "features": features}
+    )
+
+
+def default_folder(run: Run) -> Path:
+    """`papermill_runs/<method>/<dataset>.<scale>.<8 digits of the identity>`; a smoke run's scale is `smoke`."""
+    p = run.parameters
+    scale = "smoke" if p.get("smoke") else p["scale"]
+    return Path("papermill_runs", run.method, f"{p['dataset']}.{scale}.{run.digest[:8]}")
+
+
+def _plain(value):
+    """As JSON gives it back: tuples are lists, and so compare equal with what was read."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _make_room(run: Run, resume: str) -> None:
+    """Refuse or remove what another run, or an earlier try of this one, has left in the folder."""
+    was = _identity_in(run.folder)
+    if resume == "fresh":
+        wipe(run.folder)
+    elif was is not None and was != run.identity:
+        if resume != "replace":
+            raise IdentityError(
+                f"{run.folder} belongs to another run: {differences(was, run.identity)}. Two ways on: give another "
+                "`out` (without one, the folder's name carries the identity), or start over with resume='fresh'"
+            )
+        wipe(run.folder)
+
+
+def _identity_in(folder: Path) -> dict | None:
+    """The identity of the run that lies in a folder; {} if it has none, None if there is no run."""
+    for name in ("identity.json", "metrics.json"):
+        if (folder / name).is_file():
+            try:
+                content = json.loads((folder / name).read_text(encoding="utf-8"))
+                return content if name == "identity.json" else content.get("identity", {})
+            except (ValueError, AttributeError):
+                return {}
+    return {} if any(next(folder.glob(pattern), None) for pattern in LEFT) else None
+
+
+def differences(was: Mapping, now: Mapping, *, most: int = 6) -> str:
+    """What differs between two identities, as a sentence's part: "tau was 0.07, is 0.5"."""
+    if not was:
+        return "it does not say with which settings, data and features"
+    before, after = dict(_leaves(was)), dict(_leaves(now))
+    found = []
+    for name in [*before, *(name for name in after if name not in before)]:
+        one, other = before.get(name, "not there"), after.get(name, "not there")
+        if one != other:
+            found.append(f"{name.removeprefix('settings.')} was {_short(one)}, is {_short(other)}")
+    return "; ".join(found[:most]) + (f"; and {len(found) - most} more" if len(found) > most else "")
+
+
+def _leaves(value, name: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def _short(value) -> str:
+    text = str(value)
+    return f"{text[:15]}..." if text.startswith("sha256:") or len(text) == 64 else text or "empty"
+
+
+def wipe(folder: Path) -> None:
+    """Remove what a run left in its folder and in those below, but no other run's."""
+    for one in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if one.is_dir() and not any((one / name).exists() for name in ("metrics.json", "identity.json")):
+            wipe(one)
+        elif any(one.match(pattern) for pattern in LEFT):
+            one.unlink()
+
+
+def first_process() -> bool:
+    """Whether this process writes: the only one, or of torchrun's the first."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _meet() -> None:
+    """Under torchrun, wait until the first process has prepared the folder."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+# ------------------------------------------------------------------------------------------- open again
+def open_run(folder: str | Path = "latest", *, method: str | None = None, **filters) -> Run:
+    """A finished run: parameters, metrics, data and model.
+
+    Args:
+        folder: of the run, relative to the workbook (or to where you are); or "latest", the newest run of `method`
+            whose parameters are `filters`.
+
+    Warns:
+        UserWarning: If the numbers are not those that the same run would give now; `status` says why.
+
+    Raises:
+        DataError: There is no such run, it has not finished, or its weights are not those that its metrics were
+            measured with.
+    """
+    if str(folder) == "latest":
+        folder = latest(method, **filters)
+    path = Path(folder) if Path(folder).is_dir() else root() / folder
+    file = path / "metrics.json"
+    if not file.is_file():
+        raise DataError(
+            file, "the run", "has not finished, or was never started", "Run the method's 2_train first"
+        )
+    content = _read_metrics(file)
+    for name, stated in content.get("weights", {}).items():
+        if (path / name).is_file() and weights_digest(path / name) != stated:
+            raise DataError(
+                path / name, "weights", "are not those that metrics.json was measured with",
+                "Run again with resume='fresh'",
+            )  # fmt: skip
+    identity = content.get("identity", {})
+    run = Run(
+        identity.get("method") or method or path.parent.name, path, content["parameters"], identity,
+        content["metrics"], status_of(content), content,
+    )  # fmt: skip
+    if run.status != "current":
+        warnings.warn(f"{path}: {run.status}", stacklevel=2)
+    return run
+
+
+def latest(method: str | None = None, *, runs: str | Path | None = None, **filters) -> Path:
+    """Folder of the newest finished run that has its weights, of `method` and with these parameters.
+
+    Raises:
+        DataError: If there is none.
+    """
+    folder = Path(runs) if runs else root() / "papermill_runs"
+    found = []
+    for file in folder.rglob("metrics.json"):
+        weights = file.parent.glob("**/best.safetensors")
+        if method not in (None, file.parent.parent.name) and method != _method_in(file):
+            continue
+        if next(weights, None) is None:
+            continue
+        content = _read_metrics(file)
+        parameters = content["parameters"]
+        if all(parameters.get(name) == value for name, value in filters.items()):
+            found.append((content.get("finished", ""), file.stat().st_mtime, file.parent))
+    if not found:
+        asked = ", ".join(f"{name}={value!r}" for name, value in filters.items())
+        raise DataError(
+            folder, f"the latest run of {method or 'any method'}{' with ' + asked if asked else ''}", "is not there",
+            "Run the method's 2_train first",
+        )  # fmt: skip
+    return max(found)[-1]
+
+
+def _method_in(file: Path) -> str:
+    return _read_metrics(file).get("identity", {}).get("method", "")
+
+
+def status_of(content: Mapping, *, data: Mapping | None = None) -> str:
+    """`current`, or `legacy: ` and why: of the content of a metrics file.
+
+    Args:
+        data: digests of the data as they are now, to compare with those of the run.
+    """
+    identity, commit = content.get("identity"), str(content["commit"]).removesuffix("-dirty")
+    if not identity:
+        return "legacy: it does not say which data and features it used"
+    if (known := _commits()) and commit != "unknown" and commit not in known:
+        return f"legacy: its commit {commit[:8]} is in no history here"
+    if (now := numerics(identity["method"])) not in (None, identity["numerics"]):
+        return f"legacy: its arithmetic is version {identity['numerics']}, now {now}"
+    if data is not None and _plain(data) != identity["data"]:
+        return f"legacy: the data are others: {differences(identity['data'], _plain(data))}"
+    return "current"
+
+
+def numerics(method: str) -> int | None:
+    """The version of a method's arithmetic; None for an unknown method."""
+    file = Path(__file__).with_name("presets") / f"{method}.toml"
+    return tomllib.loads(file.read_text(encoding="utf-8"))["numerics"] if file.is_file() else None
+
+
+@cache
+def _commits() -> frozenset[str]:
+    """All commits of the checkout that holds this package; none outside one, or in a shallow clone."""
+
+    def git(*arguments: str) -> list[str]:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    try:
+        return frozenset() if git("rev-parse", "--is-shallow-repository") == ["true"] else frozenset(
+            git("rev-list", "--all", "HEAD"))  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return frozenset()
+
+
+def weights_digest(path: Path) -> str:
+    """SHA-256 of the weights in a safetensors file, by what its metadata state."""
+    from safetensors import safe_open
+
+    from finematch.checkpoints import read_weights
+
+    with safe_open(path, framework="pt") as file:
+        stated = (file.metadata() or {}).get("sha256")
+    return stated or read_weights(path)[1]
+
+
+def weights_digests(folder: Path) -> dict[str, str]:
+    """By name relative to the folder: the weights of the run, of its stages and of its members."""
+    files = sorted(folder.rglob("best.safetensors"))
+    return {file.relative_to(folder).as_posix(): weights_digest(file) for file in files}
+
+
+# ------------------------------------------------------------------------------------------- metrics files
+def write_metrics(
+    out: str | Path,
+    parameters: Mapping,
+    metrics: Mapping,
+    *,
+    seconds: float | int,
+    protocol: str | None = None,
+    peak_memory_bytes: int | None = None,
+    identity: Mapping | None = None,
+    weights: Mapping | None = None,
+) -> Path:
+    """Write `out/metrics.json`, the sole proof that a run succeeded, atomically.
+
+    Args:
+        out: the run's folder; made if absent.
+        parameters: the run's flat parameters (numbers, strings, booleans, None, paths, tuples of numbers).
+        metrics: name to number; a `protocol` among them is used as `protocol`.
+        seconds: wall time of the run.
+        protocol: how the numbers were made (split, folds, gallery size, tie policy).
+        peak_memory_bytes: default: this process's peak so far, the GPU's where there is one.
+        identity, weights: of a run, see `begin` and `weights_digests`; left out where there are none.
+
+    Raises:
+        DataError: a metric that is not finite, a value that is neither number nor text, no protocol.
+    """
+    from finematch.training import device_name, peak_memory
+
+    path = Path(out) / "metrics.json"
+    metrics = _flat(metrics, path, "metrics")
+    stated = metrics.pop("protocol", None)
+    protocol = protocol or stated
+    if not protocol:
+        raise DataError(path, "protocol", "is missing", "Every number carries its protocol: pass protocol=")
+    content = {
+        "parameters": _flat(parameters, path, "parameters"),
+        "metrics": metrics,
+        "protocol": protocol,
+        "seconds": round(float(seconds), 3),
+        "peak_memory_bytes": int(peak_memory() if peak_memory_bytes is None else peak_memory_bytes),
+        "device": device_name(),
+        "versions": versions(),
+        "commit": git_commit(),
+    }
+    if identity:
+        content |= {"identity": dict(identity), "digest": digest(identity), "weights": dict(weights or {}),
+                    "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}  # fmt: skip
+    write_json(path, content)
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_commit(folder: str | Path | None = None) -> str:
+    """Commit of the checkout that holds `folder` (default: this package), "unknown" outside one.
+
+    "-dirty" is added if sources or notebooks differ from the commit; results (figures, runs) do not count.
+    """
+    folder = Path(__file__).parent if folder is None else Path(folder)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if not git("ls-files", "."):  # an environment that happens to lie inside another repository
+            return "unknown"
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--", ":/src", ":/notebooks", ":/pyproject.toml")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("-dirty" if changed else "")
+
+
+def _flat(values: Mapping, path: Path, part: str) -> dict:
+    result = {}
+    for name, value in values.items():
+        value = value.item() if hasattr(value, "item") and np.ndim(value) == 0 else value
+        value = str(value) if isinstance(value, Path) else value
+        value = ", ".join(map(str, value)) if isinstance(value, tuple) else value
+        if not (value is None and part == "parameters") and not isinstance(value, (bool, int, float, str)):
+            raise DataError(path, f"{part}.{name}", f"is {type(value).__name__}", "Give a number or text")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DataError(
+                path, f"{part}.{name}", f"is {value}", "The run failed: find out why, don't report it"
+            )
+        result[str(name)] = value
+    return result
+
+
+def measured(
+    runs: str | Path | Iterable[str | Path], *, data: Mapping[str, Mapping] | None = None
+) -> pd.DataFrame:
+    """One row per metrics file: its parameters, its metrics, and what made it.
+
+    Args:
+        runs: a folder (every `metrics.json` below it), a glob pattern, or the files themselves.
+        data: by dataset, the digests of the data as they are now; runs on others are legacy.
+
+    Returns:
+        Columns: parameters and metrics under their names; `run_protocol`, `run_seconds`,
+        `run_peak_memory_bytes`, `run_device`, `run_commit`, `run_file`, `version_<package>`; `run_status`
+        (`current`, or `legacy: ` and why) and `run_digest` (of its identity, "" without). Empty if nothing was run.
+
+    Raises:
+        DataError: a file that is missing, is cut off or malformed, lacks a field or holds a NaN.
+    """
+    rows = []
+    for file in _files(runs):
+        content = _read_metrics(file)
+        parameters, metrics = content["parameters"], content["metrics"]
+        if both := sorted(parameters.keys() & metrics.keys()):
+            raise DataError(file, f"names {both}", "are parameters and metrics at once", "Rename the metrics")
+        rows.append(
+            {
+                **parameters,
+                **metrics,
+                **{
+                    f"run_{name}": content[name]
+                    for name in FIELDS
+                    if name not in ("parameters", "metrics", "versions")
+                },
+                **{f"version_{name}": value for name, value in content["versions"].items()},
+                "run_file": str(file),
+                "run_status": status_of(content, data=(data or {}).get(parameters.get("dataset"))),
+                "run_digest": content.get("digest", ""),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _files(runs) -> list[Path]:
+    if not isinstance(runs, (str, Path)):
+        return [Path(file) for file in runs]
+    if any(mark in str(runs) for mark in "*?["):
+        path = Path(runs)
+        anchor = Path(path.anchor)
+        return sorted(anchor.glob(str(path.relative_to(anchor))))
+    return sorted(Path(runs).rglob("metrics.json")) if Path(runs).is_dir() else [Path(runs)]
+
+
+def _read_metrics(file: Path) -> dict:
+    def refuse(constant: str):
+        raise ValueError(f"it contains {constant}")
+
+    remedy = "Delete it and run again"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
+    except OSError as error:
+        raise DataError(file, "the file", f"cannot be read ({error.strerror})", "Run it first") from error
+    except ValueError as error:
+        raise DataError(file, "the file", f"is not a whole metrics file ({error})", remedy) from error
+    if not isinstance(content, dict):
+        raise DataError(file, "the file", "is not a JSON object", remedy)
+    if missing := [name for name in FIELDS if name not in content]:
+        raise DataError(file, "the file", f"lacks {', '.join(missing)}", remedy)
+    for name in ("parameters", "metrics", "versions"):
+        if not isinstance(content[name], dict):
+            raise DataError(file, name, "is not a JSON object", remedy)
+    return content

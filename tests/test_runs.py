@@ -1,0 +1,227 @@
+"""Runs: identity, refusal, resumption, what is written, and how a run is found and opened again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import training_target as target
+
+from finematch import runs
+from finematch.files import DataError
+from finematch.hold import Busy
+from finematch.runs import IdentityError, begin, latest, measured, open_run, status_of
+from finematch.training import fit, seed_everything
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DATA = {"train": {"images": "1" * 64, "captions": "2" * 64}, "val": {"captions": "3" * 64}}
+
+
+def page(**changes):
+    """The settings of a page, with the four things that `begin` asks of them."""
+    values = {"dataset": "scenes", "scale": "tiny", "smoke": False, "seed": 0, "tau": 0.07, "layers": (1, 2),
+              "text_weights": "", "threads": 0, "out": None, **changes}  # fmt: skip
+    return SimpleNamespace(
+        numerics=1,
+        as_dict=lambda: dict(values),
+        identity=lambda: {name: value for name, value in values.items() if name not in ("threads", "out")},
+        paths=lambda: {"text_weights": values["text_weights"]} if values["text_weights"] else {},
+    )
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    """A workbook's folder, where relative paths lie."""
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def trained(resume=None, *, out="run", data=DATA, epochs=1, **changes):
+    """One run of the toy, as a page makes it."""
+    run = begin("mvam", page(**changes), data=data, features="f" * 64, out=out, resume=resume)
+    seed_everything(changes.get("seed", 0))
+    model = target.Toy()
+    summary = fit(
+        model, target.Data(), target.plan(epochs=epochs), run.folder, identity=run.digest, echo=None
+    )
+    run.finish({"loss": summary["history"][-1]["loss"]}, seconds=summary["seconds"], protocol="toy")
+    return run
+
+
+def test_an_identity_is_what_numbers_depend_on(book):
+    def digest(*, data=DATA, features="f", numerics=1, **changes):
+        s = page(**changes)
+        s.numerics = numerics
+        run = runs.Run("mvam", book, {}, runs.identity_of("mvam", s, data=data, features=features))
+        return run.digest
+
+    first = digest()
+    assert first == digest() == digest(threads=2, out="elsewhere") == digest(layers=[1, 2])
+    others = [digest(tau=0.5), digest(seed=1), digest(layers=(1,)), digest(features="g"), digest(numerics=2),
+              digest(data={**DATA, "val": {"captions": "4" * 64}}), digest(text_weights="a/hub-name")]  # fmt: skip
+    for name, text in (("a", "one"), ("b", "one"), ("c", "two")):
+        (book / name).mkdir()
+        (book / name / "weights").write_text(text)
+        others.append(digest(text_weights=name))
+    assert others[-3] == others[-2]  # the same content at another place
+    assert len({first, *others}) == len(others)
+
+
+def test_a_page_run_again_with_other_parameters_has_a_folder_of_its_own(book):
+    one, other, smoke = (trained(out=None, **changes) for changes in ({}, {"tau": 0.5}, {"smoke": True}))
+    assert one.folder == book / "papermill_runs/mvam" / f"scenes.tiny.{one.digest[:8]}"
+    assert other.folder != one.folder
+    assert smoke.folder.name == f"scenes.smoke.{smoke.digest[:8]}"
+    assert trained(out=None).folder == one.folder
+
+
+def test_another_runs_checkpoint_is_refused_with_what_differs_and_two_ways_on(book):
+    first = trained()
+    kept = {file.name: file.read_bytes() for file in first.folder.iterdir() if not file.name.startswith(".")}
+    with pytest.raises(
+        IdentityError, match=r"another run: tau was 0.07, is 0.5\. .*another `out`.*resume='fresh'"
+    ):
+        trained(tau=0.5)
+    with pytest.raises(
+        IdentityError, match=r"data\.val\.captions was 333333333333333\.\.\., is 444444444444444"
+    ):
+        trained(data={**DATA, "val": {"captions": "4" * 64}})
+    assert kept == {name: (first.folder / name).read_bytes() for name in kept}
+    trained(threads=4)  # its own
+    assert (first.folder / "best.safetensors").read_bytes() == kept["best.safetensors"]
+
+
+def test_fresh_and_replace(book):
+    first = trained()
+    again = trained("replace")  # of the same identity it goes on: nothing is trained
+    assert again.content["metrics"] == first.content["metrics"]
+    log = (first.folder / "log.jsonl").read_bytes()
+    assert trained("fresh").metrics == first.metrics
+    assert (first.folder / "log.jsonl").read_bytes() != log  # its seconds are others
+    other = trained("replace", seed=1)
+    assert other.metrics != first.metrics
+    assert json.loads((first.folder / "metrics.json").read_text())["parameters"]["seed"] == 1
+    with pytest.raises(ValueError, match="resume is 'no'"):
+        trained("no")
+
+
+def test_what_was_left_before_there_were_identities_is_refused_or_replaced(book):
+    (book / "run").mkdir()
+    runs.write_metrics(book / "run", {"seed": 0}, {"loss": 1.0}, seconds=1, protocol="toy")
+    with pytest.raises(IdentityError, match="it does not say with which settings, data and features"):
+        trained()
+    trained("replace")
+
+
+def test_starting_over_removes_its_own_stages_and_nobody_elses_runs(book):
+    first = trained(out="run")
+    for name in ("run/stage1", "run/encoder", "run/another"):
+        (book / name).mkdir()
+        for file in ("checkpoint.pt", "best.safetensors", "model.safetensors"):
+            (book / name / file).touch()
+    (book / "run/another/metrics.json").write_text("{}")
+    runs.wipe(first.folder)
+    left = {file.relative_to(book).as_posix() for file in first.folder.rglob("*") if file.is_file()}
+    assert {name for name in left if not name.startswith("run/.")} == {
+        "run/stage1/model.safetensors", "run/encoder/model.safetensors", "run/another/checkpoint.pt",
+        "run/another/best.safetensors", "run/another/model.safetensors", "run/another/metrics.json"}  # fmt: skip
+
+
+def test_a_run_holds_its_folder_until_it_has_finished(book):
+    ask = [sys.executable, "-c", f"from finematch.hold import hold; hold({str(book / 'run')!r}).take()"]
+    begin("mvam", page(), data=DATA, out="run")
+    run = begin("mvam", page(), data=DATA, out="run")  # the cell run again
+    busy = subprocess.run(ask, capture_output=True, text=True)
+    assert f"another run is at work in {book / 'run'}: pid {os.getpid()}" in busy.stderr
+    run.finish({"loss": 1.0}, seconds=1, protocol="toy")
+    assert subprocess.run(ask, capture_output=True).returncode == 0
+    assert issubclass(Busy, RuntimeError)
+    with pytest.raises(IdentityError):
+        begin("mvam", page(tau=0.5), data=DATA, out="run")
+    assert subprocess.run(ask, capture_output=True).returncode == 0  # who was refused holds nothing
+
+
+# ------------------------------------------------------------------------------------------- open again
+def test_a_run_is_found_and_opened(book):
+    trained(out="papermill_runs/mvam/a")
+    newest = trained(out="papermill_runs/mvam/b", seed=1)
+    os.utime(book / "papermill_runs/mvam/a/metrics.json", (1, 1))
+    os.utime(book / "papermill_runs/mvam/b/metrics.json", (2, 2))
+    assert latest("mvam") == newest.folder
+    assert latest("mvam", seed=0).name == "a"
+    with pytest.raises(DataError, match=r"latest run of mvam with tau=0\.3.*2_train"):
+        latest("mvam", tau=0.3)
+    run = open_run("latest", method="mvam", seed=1)
+    assert (run.method, run.seed, run.status, run.digest) == ("mvam", 1, "current", newest.digest)
+    assert run.identity == newest.identity
+    assert run.metrics == newest.metrics
+    (book / "notebooks/mvam").mkdir()
+    os.chdir(book / "notebooks/mvam")  # as a page in JupyterLab
+    assert open_run("papermill_runs/mvam/a").seed == 0
+    with pytest.raises(DataError, match="has not finished"):
+        open_run("papermill_runs/mvam/c")
+
+
+def test_metrics_beside_other_weights_are_noticed(book):
+    run = trained()
+    old = (run.folder / "metrics.json").read_bytes()
+    trained("fresh", seed=1)
+    (run.folder / "metrics.json").write_bytes(old)
+    with pytest.raises(DataError, match=r"are not those that metrics\.json was measured with"):
+        open_run("run")
+
+
+def test_a_run_says_when_code_or_data_are_others_now(book, monkeypatch):
+    run = trained()
+    content = run.content
+    assert status_of(content) == "current"
+    assert status_of(content, data=DATA) == "current"
+    assert "train.captions was 222" in status_of(content, data={**DATA, "train": {"captions": "5" * 64}})
+    monkeypatch.setattr(runs, "_commits", lambda: frozenset({"1" * 40}))
+    assert status_of({**content, "commit": "1" * 40 + "-dirty"}) == "current"
+    assert "is in no history here" in status_of({**content, "commit": "2" * 40})
+    monkeypatch.setattr(runs, "_commits", frozenset)
+    monkeypatch.setattr(runs, "numerics", lambda method: 2)
+    with pytest.warns(UserWarning, match="its arithmetic is version 1, now 2"):
+        assert open_run("run").status.startswith("legacy")
+
+
+# ------------------------------------------------------------------------------------------- tables
+def test_metrics_files_tell_their_status(book):
+    run = trained(layers=(1, 2))
+    runs.write_metrics(book / "old", {"seed": 3}, {"loss": 1.0}, seconds=1, protocol="toy")
+    frame = measured(book).set_index("seed")
+    assert frame.loc[0, ["run_status", "run_digest", "layers"]].tolist() == ["current", run.digest, "1, 2"]
+    assert frame.loc[3, "run_status"].startswith("legacy: it does not say which data")
+    assert "are others" in measured([run.folder / "metrics.json"], data={"scenes": {}})["run_status"][0]
+    file = json.loads((run.folder / "metrics.json").read_text())
+    assert file["identity"]["data"] == DATA
+    assert list(file["weights"]) == ["best.safetensors"]
+
+
+def test_the_committed_metrics_files_stay_readable():
+    files = sorted((REPOSITORY / "papermill_runs").glob("*/*/metrics.json"))
+    listed = subprocess.run(
+        ["git", "ls-files", "papermill_runs"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    if not listed.stdout:
+        pytest.skip("not a git checkout")
+    kept = [file for file in files if str(file.relative_to(REPOSITORY)) in listed.stdout.split()]
+    frame = measured(kept)
+    assert len(frame) == len(kept) > 100
+    told = frame["run_status"]
+    assert ((told == "current") | told.str.startswith("legacy: ")).all()
+    assert (told[frame["run_digest"] == ""].str.startswith("legacy")).all()
+
+
+def test_weights_of_stages_and_members_are_named(tmp_path):
+    seed_everything(0)
+    fit(target.Toy(), target.Data(), target.plan(epochs=1), tmp_path / "member0", echo=None)
+    found = runs.weights_digests(tmp_path)
+    assert list(found) == ["member0/best.safetensors"]
+    assert len(found["member0/best.safetensors"]) == 64
