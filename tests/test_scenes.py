@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer
 
+from finematch.data import load
 from finematch.data.coco import categories, load_coco
 from finematch.data.entities import load_entities
 from finematch.data.karpathy import load_karpathy
@@ -26,6 +27,7 @@ from finematch.scenes.generator import (
     RGB,
     SPLITS,
     TOKENIZER,
+    VERSION,
     attributes,
     build_tokenizer,
     draw_picture,
@@ -33,6 +35,7 @@ from finematch.scenes.generator import (
     generate,
     main,
     owners,
+    part_digests,
     picture_of,
 )
 from finematch.scenes.language import TABLES, labels, noun_phrase, plural, solutions, vocabulary
@@ -77,6 +80,71 @@ def test_same_bytes_for_a_seed_whatever_the_workers(tmp_path):
     assert len(pictures) == 7
     assert all(one[name] != other[name] for name in pictures)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_set_is_what_it_always_was(tmp_path):
+    """Pixels, and the bytes of all other files. Raise `VERSION` when this digest has to change."""
+    folder, found = generate(tmp_path / "scenes", seed=3, train=6, val=2, test=2), hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "version.json"):
+        found.update(path.relative_to(folder).as_posix().encode())
+        found.update(np.asarray(Image.open(path)).tobytes() if path.suffix == ".png" else path.read_bytes())
+    assert VERSION == 2
+    assert found.hexdigest() == "5efac9a3711a43e051639ff7e88c8b3d955ba612e615115aefac266b703ea5e0"
+
+
+def test_every_part_has_a_digest_of_its_own(tmp_path):
+    counts = {"train": 2, "val": 1, "test": 1}
+    folder, other = (generate(tmp_path / name, seed=s, **counts) for name, s in (("one", 0), ("two", 1)))
+    said = json.loads((folder / "version.json").read_text())
+    assert said == {"version": VERSION, "parts": part_digests(folder)}
+    assert set(said["parts"]) == {"images", "captions", "boxes", "phrases"}
+    theirs = part_digests(other)
+    assert all(theirs[part] != found for part, found in said["parts"].items())
+    (folder / "questions.json").write_text("{}")  # a part that comes later
+    assert part_digests(folder) == said["parts"]
+    (folder / "annotations" / "captions_val.json").write_text("{}")
+    changed = part_digests(folder)
+    assert {part for part in changed if changed[part] != said["parts"][part]} == {"captions"}
+
+
+def age(folder: Path) -> None:
+    """As an older generator left it: other captions, no version."""
+    (folder / "version.json").unlink()
+    (folder / "dataset_scenes.json").write_text("{}")
+
+
+def test_the_set_of_an_older_generator_is_never_used(tmp_path):
+    counts = {"train": 2, "val": 1, "test": 1}
+    folder = generate(tmp_path / "scenes", seed=4, **counts)
+    load("scenes", tmp_path, "val")
+    age(folder)
+    with pytest.raises(
+        DataError, match=r"drawn by version 1, this is 2\. .*generator .*scenes --seed 4 --size 64"
+    ):
+        load("scenes_coco", tmp_path, "val")
+    generate(folder, seed=4, **counts)  # the remedy
+    assert len(load("scenes", tmp_path, "val")) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["scenes"]
+
+
+def test_the_default_set_of_an_older_generator_is_drawn_again(tmp_path, monkeypatch):
+    counts = {"train": 2, "val": 1, "test": 1}
+    monkeypatch.setattr(scenes_module, "DEFAULTS", {"seed": 0, "size": 64, **counts})
+    monkeypatch.setattr(
+        scenes_module.generate, "__kwdefaults__", {"seed": 0, "size": 64, **counts, "workers": 0}
+    )
+    age(generate(tmp_path / "scenes"))
+    assert len(load("scenes_entities", tmp_path, "train")) == 2
+    assert scenes_module.version_of(tmp_path / "scenes") == VERSION
+
+
+def test_the_set_of_a_newer_generator_is_left_alone(tmp_path):
+    counts = {"train": 2, "val": 1, "test": 1}
+    folder = generate(tmp_path / "scenes", **counts)
+    (folder / "version.json").write_text(json.dumps({"version": VERSION + 1, "parts": {}}))
+    for action in (lambda: load("scenes", tmp_path, "val"), lambda: generate(folder, **counts)):
+        with pytest.raises(DataError, match=r"drawn by version 3, this is 2\. Update finematch"):
+            action()
 
 
 def test_a_picture_does_not_depend_on_the_size_of_the_splits(small, tmp_path):

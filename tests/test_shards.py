@@ -7,15 +7,18 @@ import logging
 import os
 import random
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from formats import karpathy, karpathy_entry
 from PIL import Image
 
-from finematch.data import DataError, Record, load
+from finematch.data import DataError, Record, load, load_karpathy
 from finematch.data.pairs import to_pixels
 from finematch.data.shards import (
     CHUNK,
@@ -162,6 +165,49 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "out").glob("*.tar")] == ["000000.tar"]
     monkeypatch.undo()
     assert len(write_shards(made, tmp_path / "out", samples_per_shard=4, echo=None)) == 2
+
+
+def test_other_pictures_of_the_same_names_are_refused(tmp_path):
+    made = records(tmp_path / "in", 8)
+    write_shards(made, tmp_path / "out", samples_per_shard=4, echo=None)
+    write_shards(
+        records(tmp_path / "copy", 8), tmp_path / "out", samples_per_shard=4, echo=None
+    )  # the same bytes
+    Image.new("RGB", (5, 5), (1, 2, 3)).save(made[6].image)
+    with pytest.raises(DataError, match=r"\.tar: the shard: is of other pictures of the same names"):
+        write_shards(made, tmp_path / "out", samples_per_shard=4, echo=None)
+
+
+def test_two_pictures_of_one_id_are_refused(tmp_path):
+    made = records(tmp_path / "in", 4)
+    with pytest.raises(
+        DataError, match=r"out: image id 'p1': is that of two pictures: .*p1\.png and .*p2\.png"
+    ):
+        write_shards([*made, replace(made[2], image_id="p1")], tmp_path / "out", echo=None)
+
+
+@pytest.mark.parametrize("name", [lambda k: {"filepath": f"clip{k}", "filename": "0001.png"},
+                                  lambda k: {"filename": f"clip{k}/0001.png"},
+                                  lambda k: {"filename": f"{k // 2}.{('png', 'bmp')[k % 2]}"}])  # fmt: skip
+def test_pictures_of_one_name_stay_apart(tmp_path, name):
+    """Frames of clips, files inside folders, one stem with two suffixes: captions stay those of one picture."""
+    entries = [karpathy_entry(k, "train", [f"red thing {k}"], **name(k)) for k in range(8)]
+    made = load_karpathy(karpathy(tmp_path, entries), tmp_path / "images", "train")
+    assert len({record.image_id for record in made}) == 8
+    write_shards(made, tmp_path / "shards", samples_per_shard=2, echo=None)
+    found = list(pairs({"x": tmp_path / "shards"}).samples(seed=0, epoch=0))
+    assert len({row["image_id"] for row in found}) == 8
+
+
+def test_two_writers_at_once_give_one_set(tmp_path):
+    made = records(tmp_path / "in", 12)
+    whole = write_shards(made, tmp_path / "whole", samples_per_shard=2, echo=None)
+    with ThreadPoolExecutor(2) as pool:
+        both = list(
+            pool.map(lambda _: write_shards(made, tmp_path / "out", samples_per_shard=2, echo=None), range(2))
+        )
+    assert both[0] == both[1]
+    assert [p.read_bytes() for p in both[0]] == [p.read_bytes() for p in whole]
 
 
 def test_writing_refuses(tmp_path):

@@ -139,12 +139,15 @@ def file_digest(path: str | Path) -> str:
     return digest(list(zip(names, file_digests(files), strict=True)))
 
 
-def file_digests(paths: Sequence[str | Path]) -> list[str]:
+def file_digests(paths: Sequence[str | Path], *, remember: bool = True) -> list[str]:
     """SHA-256 of many files' bytes, in their order.
 
     A digest is remembered with the file's size and times of change, in `digests.sqlite` of the user's cache folder
     ($FINEMATCH_CACHE, or finematch in $XDG_CACHE_HOME or ~/.cache). Where that cannot be written, this process alone
     remembers it.
+
+    Args:
+        remember: False for files that will soon have other names.
 
     Raises:
         DataError: For a file that cannot be read.
@@ -155,10 +158,8 @@ def file_digests(paths: Sequence[str | Path]) -> list[str]:
         found = _recall(stamps)
         missing = [name for name in stamps if name not in found]
         read = dict(zip(missing, pool.map(_sha256, missing), strict=True))
-    now = time.time()
-    settled = {name: (stamps[name], read[name]) for name in missing
-               if stamps[name] == _stamp(name) and now - int(stamps[name].split()[1]) / 1e9 > RECENT}  # fmt: skip
-    _remember(settled)
+    if remember:
+        _remember({name: (stamps[name], read[name]) for name in missing if stamps[name] == _stamp(name)})
     found |= read
     return [found[name] for name in names]
 
@@ -211,7 +212,11 @@ def _recall(stamps: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _remember(settled: Mapping[str, tuple[str, str]]) -> None:
+def _remember(found: Mapping[str, tuple[str, str]]) -> None:
+    """Keep stamps and digests by path, but those of files that changed just now."""
+    now = time.time()
+    settled = {name: (stamp, sha256) for name, (stamp, sha256) in found.items()
+               if now - int(stamp.split()[1]) / 1e9 > RECENT}  # fmt: skip
     if not settled:
         return
     _known.update(settled)
@@ -254,8 +259,10 @@ def cached(root: str | Path, kind: str, key: Mapping[str, Any], make: Callable[[
                     part = folder.with_name(f"{folder.name}.part")
                     part.mkdir(exist_ok=True)
                     make(part)
-                    _seal(part, kind, key)
+                    sums = _seal(part, kind, key)
                     part.rename(folder)
+                    paths = {os.path.abspath(folder / name): sha256 for name, sha256 in sums.items()}
+                    _remember({path: (_stamp(path), sha256) for path, sha256 in paths.items()})
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
@@ -315,8 +322,8 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _seal(folder: Path, kind: str, key: Mapping[str, Any]) -> None:
-    """Write `entry.json`: what the folder is, and the size and digest of every file in it."""
+def _seal(folder: Path, kind: str, key: Mapping[str, Any]) -> dict[str, str]:
+    """Write `entry.json`: what the folder is, and the size and digest of every file in it. Returns the digests."""
     files = [path for path in _files(folder) if path.name != ENTRY]
     for path in files:
         _share(path)
@@ -324,13 +331,16 @@ def _seal(folder: Path, kind: str, key: Mapping[str, Any]) -> None:
         made_by = version("finematch")
     except PackageNotFoundError:
         made_by = "unknown"
-    sums = file_digests(files)
-    parts = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
-             for path, sha256 in zip(files, sums, strict=True)}  # fmt: skip
+    names = [path.relative_to(folder).as_posix() for path in files]
+    sums = dict(zip(names, file_digests(files, remember=False), strict=True))
+    parts = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256} for name, sha256 in sums.items()
+    }
     write_json(
         folder / ENTRY,
-        {"kind": kind, "key": key, "key_digest": digest(key), "parts": parts, "made_by": made_by},
+        {"kind": kind, "key": key, "parts": parts, "made_by": made_by},
     )
+    return sums
 
 
 def _verify(folder: Path, kind: str, key: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from finematch.data.coco import categories, load_coco
 from finematch.data.entities import load_entities
 from finematch.data.karpathy import load_karpathy
 from finematch.data.precomp import Regions, RegionsWriter, finished, load_regions
-from finematch.data.record import Box, DataError, Object, Phrase, Record, open_rgb
+from finematch.data.record import Box, DataError, Object, Phrase, Record, digests, open_rgb
 from finematch.data.visual_genome import load_visual_genome
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "RegionsWriter",
     "categories",
     "dataset_help",
+    "digests",
     "finished",
     "load",
     "load_coco",
@@ -137,25 +138,27 @@ def load(dataset: str, data_root: str | Path, split: str, **options) -> list[Rec
 
     Args:
         dataset: a name that `dataset_help()` lists.
-        data_root: folder above the dataset's own. `scenes` is drawn there if it is absent.
+        data_root: folder above the dataset's own. `scenes` is drawn there if it is absent, and again if an older
+            version of the generator drew it.
         split: as the format has them: `train`, `val`, `test`, for COCO also `restval` and `trainrestval`.
         options: passed to the format's loader (`load_karpathy`, `load_coco`, `load_entities`,
             `load_visual_genome`).
 
     Raises:
-        DataError: an unknown name, a dataset that is not under `data_root`, or what the loader raises.
+        DataError: an unknown name, a dataset that is not under `data_root`, a `scenes` of one's own seed or sizes that
+            another version of the generator drew, or what the loader raises.
     """
     if dataset not in _DATASETS:
         close = difflib.get_close_matches(dataset, _DATASETS, n=1)
         problem = "is not known" + (f"; near to {close[0]!r}" if close else "")
         raise DataError("(no file)", f"dataset {dataset!r}", problem, f"Choose one of {', '.join(_DATASETS)}")
     root = Path(data_root)
-    if dataset.startswith("scenes") and not (root / "scenes").exists():
-        from finematch.scenes.generator import (
-            generate,  # here, because drawing imports more than reading needs
-        )
+    if dataset.startswith("scenes"):
+        from finematch.scenes import generator  # here, because drawing imports more than reading needs
 
-        generate(root / "scenes")
+        if not (root / "scenes").exists():
+            generator.generate(root / "scenes")
+        generator.current(root / "scenes", redraw=True)
     first = root / Path(_DATASETS[dataset].paths[0]).parts[0]
     if not first.is_dir():
         raise DataError(

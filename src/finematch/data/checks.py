@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finematch.data.record import Box, DataError, check_box
+from finematch.data.record import Box, DataError, Record, check_box
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,20 @@ def require_pictures(paths: Iterable[Path], source: str | Path) -> None:
             f"{len(missing)} of {len(paths)} picture files are missing",
             "Restore them, or remove their records",
         )
+
+
+def require_unique(records: Iterable[Record], file: str | Path) -> None:
+    """DataError if two records have one `image_id`: features, phrases and boxes are joined to pictures by it."""
+    seen: dict[str, Record] = {}
+    for record in records:
+        if (other := seen.setdefault(record.image_id, record)) is not record:
+            one, two = (r.source or str(r.image or "a record without a file") for r in (other, record))
+            raise DataError(
+                file,
+                f"image id {record.image_id!r}",
+                f"is that of two pictures: {one} and {two}",
+                "Rename one of the two, or remove its record",
+            )
 
 
 class BoxPolicy:

@@ -13,7 +13,14 @@ from pathlib import Path
 
 from pycocotools.coco import COCO
 
-from finematch.data.checks import BoxPolicy, clean_caption, read_json, reading, require_pictures
+from finematch.data.checks import (
+    BoxPolicy,
+    clean_caption,
+    read_json,
+    reading,
+    require_pictures,
+    require_unique,
+)
 from finematch.data.record import DataError, Object, Record
 
 
@@ -73,6 +80,7 @@ def load_coco(
             Record(str(image_id), split, texts, Path(image_dir) / name, size, objects, source=source)
         )
     policy.report(files[-1])
+    require_unique(records, files[0])
     if check_images:
         require_pictures((record.image for record in records), files[0])
     return records
@@ -105,7 +113,7 @@ def _index(path: str | Path) -> COCO:
     return table
 
 
-def _captions(table: COCO, image_id: int, path: str | Path) -> tuple[str, ...]:
+def _captions(table: COCO, image_id: int | str, path: str | Path) -> tuple[str, ...]:
     found = []
     for annotation in table.imgToAnns.get(image_id, ()):
         name = f"image {image_id}, caption {annotation['id']}"
@@ -119,7 +127,7 @@ def _captions(table: COCO, image_id: int, path: str | Path) -> tuple[str, ...]:
 
 
 def _objects(
-    table: COCO, image_id: int, size: tuple[int, int], path, policy: BoxPolicy
+    table: COCO, image_id: int | str, size: tuple[int, int], path, policy: BoxPolicy
 ) -> tuple[Object, ...]:
     found = []
     for annotation in table.imgToAnns.get(image_id, ()):

@@ -17,7 +17,14 @@ from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import ParseError, fromstring
 from PIL import Image, UnidentifiedImageError
 
-from finematch.data.checks import BoxPolicy, clean_caption, read_text, reading, require_pictures
+from finematch.data.checks import (
+    BoxPolicy,
+    clean_caption,
+    read_text,
+    reading,
+    require_pictures,
+    require_unique,
+)
 from finematch.data.record import Box, DataError, Phrase, Record
 
 logger = logging.getLogger(__name__)
@@ -73,6 +80,7 @@ def load_entities(
     policy.report(root / "Annotations")
     if unknown:
         logger.warning("%s: %d phrases name an entity that no XML lists; they have no boxes", root, unknown)
+    require_unique(records, listing)
     if check_images:
         require_pictures((record.image for record in records), listing)
         for record in records:

@@ -7,9 +7,10 @@ only with `trainrestval` (82,783 train + 30,504 restval), which is what the pape
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections import Counter
+from pathlib import Path, PurePosixPath
 
-from finematch.data.checks import clean_caption, read_json, reading, require_pictures
+from finematch.data.checks import clean_caption, read_json, reading, require_pictures, require_unique
 from finematch.data.record import DataError, Record
 
 
@@ -32,11 +33,12 @@ def load_karpathy(
         check_images: look for every picture of the split now, not when it is first opened.
 
     Returns:
-        Records whose `image_id` is the file name without extension and whose `split` is the file's own.
+        Records whose `split` is the file's own and whose `image_id` is the file name without extension; where the whole
+        file has that name more than once, its path below `image_dir` (see `_ids`).
 
     Raises:
         DataError: malformed JSON, a split that the file lacks, a duplicated picture, an empty caption, a
-            picture without captions, a missing picture file.
+            picture without captions, a missing picture file, two pictures that no id tells apart.
     """
     if max_captions is not None and max_captions < 1:
         raise ValueError(f"max_captions is at least 1 or None, not {max_captions}")
@@ -56,7 +58,12 @@ def load_karpathy(
             "Choose a split that it has",
         )
     _check_unique(entries, json_path)
-    records = [_record(e, json_path, Path(image_dir), max_captions) for e in entries if e["split"] in wanted]
+    records = [
+        _record(entry, image_id, json_path, Path(image_dir), max_captions)
+        for entry, image_id in zip(entries, _ids(entries, json_path), strict=True)
+        if entry["split"] in wanted
+    ]
+    require_unique(records, json_path)
     if check_images:
         require_pictures((record.image for record in records), json_path)
     return records
@@ -77,7 +84,30 @@ def _check_unique(entries: list[dict], json_path: str | Path) -> None:
             seen[key] = f"{entry['filename']} (imgid {entry['imgid']})"
 
 
-def _record(entry: dict, json_path: str | Path, image_dir: Path, max_captions: int | None) -> Record:
+def _ids(entries: list[dict], json_path: str | Path) -> list[str]:
+    """An id for every entry: the file's stem, by which Flickr30k Entities names pictures too.
+
+    Stems that the file has more than once (`clip0/0001.png` and `clip7/0001.png`) become paths without suffix, and
+    paths that it has more than once (`1.png` and `1.bmp`) keep their suffix. All splits count, so that an id means one
+    picture whichever split is loaded.
+    """
+    paths = []
+    for number, entry in enumerate(entries):
+        with reading(json_path, f"entry {number}"):
+            paths.append(PurePosixPath(entry.get("filepath", ""), entry["filename"]))
+    stems = Counter(path.stem for path in paths)
+    bare = Counter(str(path.with_suffix("")) for path in paths)
+    return [
+        path.stem if stems[path.stem] == 1
+        else str(path.with_suffix("")) if bare[str(path.with_suffix(""))] == 1
+        else str(path)
+        for path in paths
+    ]  # fmt: skip
+
+
+def _record(
+    entry: dict, image_id: str, json_path: str | Path, image_dir: Path, max_captions: int | None
+) -> Record:
     name = f"image {entry['filename']} (imgid {entry['imgid']})"
     with reading(json_path, name):
         sentences = {sentence["sentid"]: sentence["raw"] for sentence in entry["sentences"]}
@@ -90,7 +120,7 @@ def _record(entry: dict, json_path: str | Path, image_dir: Path, max_captions: i
         if not captions:
             raise DataError(json_path, name, "has no captions", "Remove the entry")
         return Record(
-            image_id=Path(entry["filename"]).stem,
+            image_id=image_id,
             split=entry["split"],
             captions=captions,
             image=image_dir / entry.get("filepath", "") / entry["filename"],

@@ -13,6 +13,7 @@ r regions, d width.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,4 +201,12 @@ def _ids(path: Path, rows: int, stride: int, image_of: np.ndarray) -> list[str]:
         index = np.unique(image_of, return_index=True)[1]
     else:
         raise DataError(path, f"{len(ids)} ids", f"for {pictures} pictures in {rows} rows", "Make both again")
-    return [ids[i].strip() for i in index]
+    found = [ids[i].strip() for i in index]
+    if repeated := [name for name, count in Counter(found).items() if count > 1]:
+        raise DataError(
+            path,
+            f"id {repeated[0]!r}",
+            f"is that of {found.count(repeated[0])} pictures",
+            "Correct it; without the file, pictures are numbered by their rows",
+        )
+    return found

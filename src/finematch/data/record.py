@@ -6,13 +6,14 @@ half-open `[start, end)` into the caption they belong to.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from finematch.files import DataError
+from finematch.files import DataError, digest, file_digests
 
 Box = tuple[float, float, float, float]
 
@@ -105,6 +106,31 @@ def check_box(box, size: tuple[int, int] | None, file: str | Path, record: str, 
             file, record, f"box {(x1, y1, x2, y2)} has no area", "Correct or remove the annotation"
         )
     return x1, y1, x2, y2
+
+
+def digests(records: Sequence[Record]) -> dict[str, str]:
+    """SHA-256 of each part of a set: what was in it, wherever it lies.
+
+    Returns:
+        `images` (ids, splits and the bytes of the files), `captions`, `boxes` (with the stated sizes and the
+        categories), `phrases`; parts that no record has are left out.
+
+    Raises:
+        DataError: A picture file that is missing, or two records with one id.
+    """
+    names = [record.image_id for record in records]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError("(records)", f"image id {twice!r}", "is that of two records", "Make ids unique")
+    with_files = [record for record in records if record.image is not None]
+    contents = zip(with_files, file_digests([r.image for r in with_files]), strict=True)
+    parts = {
+        "images": [[r.image_id, r.split, content] for r, content in contents],
+        "captions": [[r.image_id, r.split, *r.captions] for r in records if r.captions],
+        "boxes": [[r.image_id, r.size, [astuple(o) for o in r.objects]] for r in records if r.objects],
+        "phrases": [[r.image_id, r.size, [astuple(p) for p in r.phrases]] for r in records if r.phrases],
+    }
+    return {name: digest(rows) for name, rows in parts.items() if rows}
 
 
 def pairs(records) -> list[tuple[int, str]]:

@@ -27,7 +27,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import random
 import re
 import tarfile
@@ -42,14 +41,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import webdataset as wds
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 from webdataset.tariterators import group_by_keys
 
-from finematch.data.checks import clean_caption, read_json, reading
-from finematch.data.record import DataError, Record
+from finematch.data.checks import clean_caption, read_json, reading, require_unique
+from finematch.data.record import Record
+from finematch.files import DataError, digest, file_digests, write_atomically, write_text
 from finematch.text import Ragged, tokenise
 
 logger = logging.getLogger(__name__)
@@ -88,57 +89,67 @@ def write_shards(
         The shards.
 
     Raises:
-        DataError: for no records, a broken one, a folder that holds other shards, or one that cannot be written.
+        DataError: for no records, a broken one, two with one id (their captions would be positives of one picture), a
+            folder that holds other shards, or one that cannot be written.
     """
     if broken not in ("raise", "skip"):
         raise ValueError(f"broken is {broken!r}; use 'raise' or 'skip'")
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard = {samples_per_shard}: must be at least 1")
-    folder, digest = Path(folder), hashlib.sha256()
+    folder = Path(folder)
     if not records:
         raise DataError(folder, "the records", "there are none to write", "Check the split and the filters")
-    for record in records:
-        digest.update(json.dumps([record.image_id, *record.captions]).encode())
+    require_unique(records, folder)
     key = {
-        "records": digest.hexdigest(),
+        "records": digest([[record.image_id, *record.captions] for record in records]),
         "samples_per_shard": samples_per_shard,
         "seed": seed,
         "broken": broken,
     }
-    order = list(range(len(records)))
+    order = list(records)
     random.Random(seed).shuffle(order)
     count = -(-len(order) // samples_per_shard)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        finished, shards = _resumable(folder, key)
-        if finished:
-            return [shard.path for shard in read_index(folder)]
-        for number in range(len(shards), count):
-            places = range(len(order) * number // count, len(order) * (number + 1) // count)
-            samples = []
-            for place in places:
-                try:
-                    samples.append(_sample(records[order[place]], f"{place:09d}"))
-                except DataError as error:
-                    if broken == "raise":
-                        raise
-                    logger.warning("left out: %s", error)
-            shards.append(_write_tar(folder / f"{number:06d}.tar", samples))
-            _write(folder / PROGRESS, json.dumps({"key": key, "shards": shards}).encode())
-            if echo:
-                echo(
-                    f"{number:06d}.tar: {len(samples)} of {len(places)} samples, {number + 1} of {count} shards"
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            finished, shards = _resumable(folder, key)
+            known = {shard["file"]: shard for shard in shards}
+            for number in range(count):
+                start = len(order) * number // count
+                mine = order[start : len(order) * (number + 1) // count]
+                path, pictures = folder / f"{number:06d}.tar", _content(mine)
+                if path.name in known and known[path.name]["pictures"] != pictures:
+                    raise DataError(path, "the shard", "is of other pictures of the same names",
+                                    "Choose another folder, or remove this one")  # fmt: skip
+                if path.name in known or finished:  # a shard without a sound record is not in the index
+                    continue
+                samples = _samples_of(mine, start, broken)
+                shards.append({**_write_tar(path, samples), "pictures": pictures})
+                write_text(folder / PROGRESS, json.dumps({"key": key, "shards": shards}))
+                if echo:
+                    echo(
+                        f"{path.name}: {len(samples)} of {len(mine)} samples, {number + 1} of {count} shards"
+                    )
+            if not any(shard["samples"] for shard in shards):
+                raise DataError(
+                    folder, "the records", "all are broken", "The log says what is wrong with each"
                 )
-        if not any(shard["samples"] for shard in shards):
-            raise DataError(folder, "the records", "all are broken", "The log says what is wrong with each")
-        whole = {"key": key, "shards": [shard for shard in shards if shard["samples"]]}
-        _write(folder / INDEX, json.dumps(whole).encode())
-        (folder / PROGRESS).unlink()
+            if not finished:
+                kept = [shard for shard in shards if shard["samples"]]
+                write_text(folder / INDEX, json.dumps({"key": key, "shards": kept}))
+                (folder / PROGRESS).unlink()
     except OSError as error:
         raise DataError(
             folder, "the shards", f"cannot be written ({error})", "Free space or choose another folder"
         ) from error
     return [shard.path for shard in read_index(folder)]
+
+
+def _content(records: Sequence[Record]) -> str:
+    """SHA-256 of the bytes of the pictures; one whose file is not there counts as missing."""
+    there = [record.image for record in records if record.image is not None and record.image.is_file()]
+    found = dict(zip(there, file_digests(there), strict=True))
+    return digest([found.get(record.image) for record in records])
 
 
 def _resumable(folder: Path, key: dict) -> tuple[bool, list[dict]]:
@@ -155,6 +166,19 @@ def _resumable(folder: Path, key: dict) -> tuple[bool, list[dict]]:
             folder, "the folder", "holds shards without an index", "Choose another, or index_shards it"
         )
     return False, []
+
+
+def _samples_of(records: Sequence[Record], start: int, broken: str) -> list[dict]:
+    """The samples of a shard whose first record is number `start`."""
+    samples = []
+    for place, record in enumerate(records, start):
+        try:
+            samples.append(_sample(record, f"{place:09d}"))
+        except DataError as error:
+            if broken == "raise":
+                raise
+            logger.warning("left out: %s", error)
+    return samples
 
 
 def _sample(record: Record, key: str) -> dict[str, bytes | str]:
@@ -184,22 +208,13 @@ def _write_tar(path: Path, samples: list[dict]) -> dict:
         with wds.TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
             for sample in samples:
                 tar.write(sample)
-        _write(path, file.getvalue())
+        write_atomically(path, lambda part: part.write_bytes(file.getvalue()))
         entry["bytes"] = len(file.getvalue())
     return entry
 
 
 def _short(counts: list[int]) -> int | list[int]:
     return counts[0] if len(set(counts)) == 1 else counts
-
-
-def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 # ------------------------------------------------------------------------------------------- the index
@@ -258,12 +273,7 @@ def index_shards(folder: str | Path, *, echo: Callable[[str], None] | None = pri
                        "bytes": path.stat().st_size})  # fmt: skip
     if lacking:
         logger.warning("%s: %d samples have no picture or no caption; they will be skipped", folder, lacking)
-    try:
-        _write(folder / INDEX, json.dumps({"shards": shards}).encode())
-    except OSError as error:
-        raise DataError(
-            folder / INDEX, "the index", f"cannot be written ({error})", "Make the folder writable"
-        ) from error
+    write_text(folder / INDEX, json.dumps({"shards": shards}))
     if echo:
         echo(f"{folder}: {len(shards)} shards, {sum(shard['samples'] for shard in shards)} samples")
     return paths

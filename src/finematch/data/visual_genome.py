@@ -16,7 +16,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from finematch.data.checks import BoxPolicy, clean_caption, read_json, reading, require_pictures
+from finematch.data.checks import (
+    BoxPolicy,
+    clean_caption,
+    read_json,
+    reading,
+    require_pictures,
+    require_unique,
+)
 from finematch.data.record import DataError, Phrase, Record
 
 logger = logging.getLogger(__name__)
@@ -100,6 +107,7 @@ def load_visual_genome(
         raise DataError(
             regions, "the list of pictures", "has none with a described region", "Download it again"
         )
+    require_unique(records, regions)
     if check_images:
         require_pictures((record.image for record in records), images)
     return records

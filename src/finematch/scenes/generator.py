@@ -8,7 +8,8 @@ hide one another in part. Five captions each mention a part of it (`language`). 
     annotations/{captions,instances}_{split}.json         COCO
     entities/{Annotations,Sentences}/, entities/{split}.txt   Flickr30k Entities
     attributes.json                                       the whole truth: see `picture_of`
-    meta.json                                             generator version, seed, sizes; last
+    meta.json                                             seed and sizes
+    version.json                                          version and a digest for each part; last
 
 Every picture has its own random stream (seed, split, index): it doesn't change with the size of a split, the
 number of workers or the order of drawing. Boxes are integer pixels (x1, y1, x2, y2) around the visible pixels
@@ -32,10 +33,18 @@ from PIL import Image, ImageDraw, ImageFilter
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from finematch.data.checks import read_json, reading
-from finematch.data.record import DataError
+from finematch.files import DataError, digest, file_digests
 from finematch.scenes.language import SHAPES, TABLES, captions, pick, vocabulary
 
-VERSION = 1
+VERSION = 2  # raise it when anything that is drawn or written changes, or a part comes
+FORMAT = 1  # as meta.json and COCO's `info` have had it; version.json says which generator drew a set
+PARTS = {  # what stands in which files; a part that is added leaves the digests of the others
+    "images": ("images/*.png",),
+    "captions": ("dataset_scenes.json", "annotations/captions_*.json"),
+    "boxes": ("annotations/instances_*.json",),
+    "phrases": ("entities/*.txt", "entities/Sentences/*.txt", "entities/Annotations/*.xml"),
+}
+DEFAULTS = {"seed": 0, "size": 64, "train": 4000, "val": 500, "test": 500}
 SPLITS = ("train", "val", "test")
 CATEGORIES = tuple(SHAPES)  # COCO id = position + 1
 TOKENIZER = Path(__file__).with_name("tokenizer.json")
@@ -524,7 +533,7 @@ def _write_lists(folder: Path, pictures: list[dict], size: int) -> None:
                 box |= {"category_id": CATEGORIES.index(thing["shape"]) + 1, "area": thing["area"]}
                 boxes.append(box | {"bbox": [x1, y1, x2 - x1, y2 - y1]})
         header = {
-            "info": {"description": f"finematch scenes, version {VERSION}"},
+            "info": {"description": f"finematch scenes, version {FORMAT}"},
             "licenses": [],
             "images": images,
         }
@@ -537,8 +546,67 @@ def _write_lists(folder: Path, pictures: list[dict], size: int) -> None:
         )
 
 
+def part_digests(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of each of a set's `PARTS`: of its files' names and bytes."""
+    found = {}
+    for part, patterns in PARTS.items():
+        files = sorted(path for pattern in patterns for path in Path(folder).glob(pattern))
+        names = [path.relative_to(folder).as_posix() for path in files]
+        found[part] = digest(list(zip(names, file_digests(files, remember=False), strict=True)))
+    return found
+
+
+def version_of(folder: str | Path) -> int:
+    """The version of the generator that drew a set; 1 for sets from before it was written down."""
+    path = Path(folder) / "version.json"
+    if not path.exists():
+        return 1
+    with reading(path, "the version"):
+        return int(read_json(path)["version"])
+
+
+def current(folder: str | Path, *, redraw: bool = False) -> None:
+    """Refuse a set that another version of the generator drew: its pictures, captions or phrases are not today's.
+
+    Args:
+        redraw: where it is an older one of default seed and sizes, draw it again in its place.
+
+    Raises:
+        DataError: naming both versions and the remedy.
+    """
+    folder = Path(folder)
+    if (found := version_of(folder)) == VERSION:
+        return
+    path = folder / "meta.json"
+    if not path.exists():
+        raise DataError(path, "whole file", "is missing", f"Remove {folder}: the set is then drawn again")
+    with reading(path, "seed and sizes"):
+        meta = read_json(path)
+        drawn = {
+            "seed": meta["seed"],
+            "size": meta["size"],
+            **{split: meta["splits"][split] for split in SPLITS},
+        }
+    if redraw and found < VERSION and drawn == DEFAULTS:
+        generate(folder)
+        return
+    options = "".join(f" --{name} {value}" for name, value in drawn.items())
+    remedy = (
+        f"Draw it again in its place: python -m finematch.scenes.generator {folder}{options}"
+        if found < VERSION
+        else "Update finematch, or choose another data_root"
+    )
+    raise DataError(
+        folder / "version.json",
+        "the version",
+        f"the set was drawn by version {found}, this is {VERSION}",
+        remedy,
+    )
+
+
 def _existing(out: Path, meta: dict) -> bool:
-    """True if `out` already holds this very set, False if it is free; DataError if it holds another."""
+    """True if `out` already holds this very set, False if it is free or has the set of an older generator; DataError if
+    it holds another."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     remedy = "Remove the folder or choose another"
@@ -548,22 +616,25 @@ def _existing(out: Path, meta: dict) -> bool:
     if found != meta:
         problem = f"the folder holds another set ({json.dumps(found)}, wanted {json.dumps(meta)})"
         raise DataError(out / "meta.json", "whole file", problem, remedy)
-    return True
+    if version_of(out) > VERSION:
+        current(out)  # which says so
+    return version_of(out) == VERSION
 
 
 def generate(
     out: str | Path,
     *,
-    seed: int = 0,
-    size: int = 64,
-    train: int = 4000,
-    val: int = 500,
-    test: int = 500,
+    seed: int = DEFAULTS["seed"],
+    size: int = DEFAULTS["size"],
+    train: int = DEFAULTS["train"],
+    val: int = DEFAULTS["val"],
+    test: int = DEFAULTS["test"],
     workers: int = 0,
 ) -> Path:
     """Write the set to `out` (about 25 s on one core), or reuse it if `out` holds exactly this set.
 
-    The folder appears whole or not at all: it is written beside `out` and renamed.
+    The folder appears whole or not at all: it is written beside `out` and renamed. The same set as an older version of
+    the generator drew it is replaced.
 
     Args:
         size: side of the pictures in pixels.
@@ -583,10 +654,10 @@ def generate(
         asked = f"seed {seed}, size {size}, {counts}"
         remedy = f"Use seed >= 0, size >= {MIN_SIZE}, and 1 to 100000 pictures a split"
         raise DataError(out, asked, "out of range", remedy)
-    meta = {"generator": "scenes", "version": VERSION, "seed": seed, "size": size, "splits": counts}
+    meta = {"generator": "scenes", "version": FORMAT, "seed": seed, "size": size, "splits": counts}
     if _existing(out, meta):
         return out
-    folder = out.parent / f".{out.name}.{os.getpid()}.partial"
+    folder, older = (out.parent / f".{out.name}.{os.getpid()}.{end}" for end in ("partial", "older"))
     try:
         shutil.rmtree(folder, ignore_errors=True)
         for name in ("images", "annotations", "entities/Annotations", "entities/Sentences"):
@@ -603,7 +674,10 @@ def generate(
         _write_lists(folder, pictures, size)
         _json(folder / "attributes.json", {"size": size, "images": pictures})
         _json(folder / "meta.json", meta)
+        _json(folder / "version.json", {"version": VERSION, "parts": part_digests(folder)})
         try:
+            if out.exists() and not _existing(out, meta) and any(out.iterdir()):
+                out.rename(older)
             folder.rename(out)
         except OSError:
             if not _existing(out, meta):  # another process may have finished the same set meanwhile
@@ -614,6 +688,7 @@ def generate(
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(older, ignore_errors=True)
     return out
 
 
@@ -661,14 +736,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m finematch.scenes.generator", description=generate.__doc__.split("\n")[0]
     )
     parser.add_argument("out", type=Path)
-    for name, default in (
-        ("seed", 0),
-        ("size", 64),
-        ("train", 4000),
-        ("val", 500),
-        ("test", 500),
-        ("workers", 0),
-    ):
+    for name, default in {**DEFAULTS, "workers": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = vars(parser.parse_args(arguments))
     try:

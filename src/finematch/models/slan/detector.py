@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -49,7 +50,11 @@ class MapBoxes(Dataset):
     """
 
     def __init__(self, maps: MapSource, records: list[Record]):
-        known = {r.image.stem: r for r in records if r.image} | {r.image_id: r for r in records}
+        stems = Counter(
+            r.image.stem for r in records if r.image
+        )  # a name of two pictures says which of neither
+        known = {r.image.stem: r for r in records if r.image and stems[r.image.stem] == 1}
+        known |= {r.image_id: r for r in records}
         split, self.maps, found = maps.stages[0].split, maps, []
         for name in maps.stages[0].ids:
             record = known.get(name)
