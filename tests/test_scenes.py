@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
@@ -130,10 +131,8 @@ def test_the_set_of_an_older_generator_is_never_used(tmp_path):
 def test_the_default_set_of_an_older_generator_is_drawn_again(tmp_path, monkeypatch):
     counts = {"train": 2, "val": 1, "test": 1}
     monkeypatch.setattr(scenes_module, "DEFAULTS", {"seed": 0, "size": 64, **counts})
-    monkeypatch.setattr(
-        scenes_module.generate, "__kwdefaults__", {"seed": 0, "size": 64, **counts, "workers": 0}
-    )
-    age(generate(tmp_path / "scenes"))
+    monkeypatch.setattr(scenes_module, "generate", partial(generate, **counts))
+    age(generate(tmp_path / "scenes", **counts))
     assert len(load("scenes_entities", tmp_path, "train")) == 2
     assert scenes_module.version_of(tmp_path / "scenes") == VERSION
 
