@@ -96,3 +96,30 @@ def precomp(
     if ids is not None:
         (folder / f"{split}_ids.txt").write_text("".join(f"{i}\n" for i in ids))
     return folder
+
+
+def coco_year(root: Path, year: str, counts: dict[str, int]) -> None:
+    """COCO's files of a year under `root`, so many images of each split; each has five captions and one box."""
+    kinds = [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}]
+    (root / "coco" / "annotations").mkdir(parents=True)
+    for number, (split, n) in enumerate(counts.items()):
+        images = [
+            {"id": 100 * number + k, "file_name": f"{k:012d}.jpg", "width": 40, "height": 30}
+            for k in range(1, n + 1)
+        ]
+        for image in images:
+            picture(root / "coco" / f"{split}{year}" / image["file_name"], (40, 30))
+        texts = [
+            {"id": 5 * k + j, "image_id": image["id"], "caption": f"a person with toothbrush {k} and {j}"}
+            for k, image in enumerate(images) for j in range(5)
+        ]  # fmt: skip
+        boxes = [
+            {"id": k, "image_id": image["id"], "category_id": (1, 90)[k % 2], "bbox": [2, 3, 20, 15], "area": 300,
+             "iscrowd": 0}
+            for k, image in enumerate(images, 1)
+        ]  # fmt: skip
+        for kind, listed in (("captions", texts), ("instances", boxes)):
+            content = {"images": images, "annotations": listed}
+            if kind == "instances":
+                content["categories"] = kinds
+            (root / "coco" / "annotations" / f"{kind}_{split}{year}.json").write_text(json.dumps(content))

@@ -54,21 +54,26 @@ from IPython.display import Markdown, display
 from transformers import AutoModel, AutoTokenizer
 
 from finematch import figures as draw
+from finematch.data.fragment_sets import open_fragment_sets
 from finematch.data.record import pairs
 from finematch.evaluation.average_precision import query_boxes
 from finematch.evaluation.retrieval import retrieval
-from finematch.fragment_bench import VLP_SETTINGS, open_sets, open_vlp, small_vlp
+from finematch.features.fragments import open_vlp
+from finematch.features.small_clip import open_small_clip, small_clip_config
 from finematch.tables import to_markdown, write_metrics
 from finematch.training import check_writable
+from finematch.workbench import accelerator
 
 if p.threads:
     torch.set_num_threads(p.threads)
 check_writable(root() / p.out, room=100_000)
-where = {"dataset": p.dataset, "data_root": root() / p.data_root, "cache": root() / p.cache}
-given = {
+report = "val" if p.dataset == "scenes" else "test"
+sets = open_fragment_sets(p.dataset, root() / p.data_root, root() / p.cache, report=report, smoke=p.smoke)
+cache = root() / p.cache / (p.dataset + ("-smoke" if p.smoke else ""))
+changes = {
     name: value for name, value, unset in (("seed", p.seed, -1), ("epochs", p.epochs, 0)) if value != unset
 }
-VLP_SETTINGS["scenes" if p.dataset == "scenes" else "photos"] | given
+small_clip_config(p.dataset, smoke=p.smoke, **changes)
 
 # %% [markdown]
 # ## Training, or the cache
@@ -76,11 +81,11 @@ VLP_SETTINGS["scenes" if p.dataset == "scenes" else "photos"] | given
 # The in-batch contrastive loss of CLIP, over the cells of a frozen network. For photos that is a MobileNetV2 trained on ImageNet. For scenes it
 # is a network that was asked first which words the captions of a picture hold: a contrastive loss on a few thousand pictures learns colours from pixels, and
 # no shapes. Neither was shown a box or a label of these pictures. While it trains, a picture is a random window of itself and a text one of its captions or all of them joined:
-# crops and long texts are then nothing new to it. The folder is named by the hash of the settings and of all captions.
-# A smoke run takes one epoch and smaller batches, whatever the settings above say.
+# crops and long texts are then nothing new to it. The folder is named by the hash of the settings, of all captions and of that network's weights.
+# A smoke run takes one epoch and smaller batches.
 
 # %%
-folder = small_vlp(**where, smoke=p.smoke, **given)
+folder = open_small_clip(sets, p.dataset, cache, smoke=p.smoke, **changes)
 display(Markdown(f"`{folder.name}`: " + ", ".join(f"`{path.name}`" for path in sorted(folder.iterdir()))))
 lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
 history = pd.DataFrame([json.loads(line) for line in lines]).set_index("epoch")
@@ -119,8 +124,7 @@ with draw.style():
 # model.
 
 # %%
-model = open_vlp(**where, vlp=str(folder), smoke=p.smoke)
-sets = open_sets(**where, report="val" if p.dataset == "scenes" else "test", smoke=p.smoke)
+model = open_vlp(folder).to(accelerator())
 names = sets.categories
 opened, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 with torch.no_grad():
@@ -167,7 +171,7 @@ pd.DataFrame({"in training": history.loc[best, recalls], "saved, opened": [found
 # nothing is chosen by them.
 
 # %%
-records = sets.reported
+records = sets.gallery
 queries = query_boxes(records, names)
 grouped = [(i, list(of_picture)) for i, of_picture in groupby(queries, key=lambda q: q.picture)]
 boxes = [np.array([records[i].objects[q.object].box for q in mine], np.float32) for i, mine in grouped]

@@ -74,16 +74,27 @@ p = parameters(
 
 # %%
 import time
+from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import torch
+from filelock import FileLock
 from IPython.display import display
 
+from finematch.data.fragment_sets import open_fragment_sets
+from finematch.evaluation.fragments import AnnotatedPhrases, Gallery, frozen, phrase_grounding, tasks, vectors
+from finematch.features.detreg import DETReg
+from finematch.features.fragments import (
+    document, extract_keywords, open_vlp, picture_fragments, provenance, text_fragments, whole_pictures, whole_texts,
+)  # fmt: skip
+from finematch.features.proposals import extract_proposals, given
+from finematch.features.small_clip import open_small_clip
 from finematch.models.felga import FELGA, SWITCHES, FragmentPairs, settings
-from finematch.fragment_bench import frozen, open_fragments, phrase_grounding, tasks
 from finematch.tables import write_metrics
+from finematch.text import keyword_method
 from finematch.training import Plan, check_writable, fit, join_processes, leave_to_first, seed_everything
-from finematch.workbench import accelerator
+from finematch.workbench import accelerator, minilm_folder
 
 join_processes()
 if p.threads:
@@ -105,16 +116,91 @@ s
 
 # %%
 # a file or a folder lies below the workbook's own, as all paths do; another name stays as it is
-models = {name: str(root() / named) if named and (root() / named).exists() else named
-          for name, named in (("vlp", p.vlp), ("proposals", p.proposals), ("keyword_model", p.keyword_model))}  # fmt: skip
-bench = open_fragments(
-    dataset=p.dataset, data_root=root() / p.data_root, cache=root() / p.cache, scale=p.scale, keywords=p.keywords,
-    regions=s["regions"], words=s["keywords"], features=p.features, crop_score=p.crop_score, report=p.report, smoke=p.smoke,
-    **models,
-)  # fmt: skip
-print(f"{len(bench.train.records)} pairs to train on; reported: {bench.sets.name}, {len(bench.sets.reported)} pictures, "
-      f"{len(bench.sets.categories)} classes; features {bench.width}-d")  # fmt: skip
-bench.facts
+files = {name: str(root() / named) if named and (root() / named).exists() else named
+         for name, named in (("vlp", p.vlp), ("proposals", p.proposals), ("keyword_model", p.keyword_model))}  # fmt: skip
+if p.scale == "paper" and p.proposals == "auto":
+    raise ValueError(
+        "the paper's proposals are DETReg's: give proposals=a DETReg checkpoint, or say selective_search"
+    )
+sets = open_fragment_sets(p.dataset, root() / p.data_root, root() / p.cache, report=p.report, smoke=p.smoke)
+cache = root() / p.cache / (p.dataset + ("-smoke" if p.smoke else ""))
+cache.mkdir(parents=True, exist_ok=True)
+print(f"{len(sets.train)} image-text pairs to train on; gallery: {sets.name}, {len(sets.gallery)} images, "
+      f"{len(sets.categories)} classes; annotated phrases: {sets.annotated_name or 'none, grounding is not measured'}")  # fmt: skip
+
+# %% [markdown]
+# **The frozen networks**: a vision-language model with one space for images and texts, region proposals, and keywords.
+
+# %%
+lock = FileLock(cache / ".fragments.lock")  # of the runs of a grid one makes what all need
+with lock:
+    small = not files["vlp"] and p.scale == "tiny"
+    vlp = open_vlp(
+        open_small_clip(sets, p.dataset, cache, smoke=p.smoke) if small else files["vlp"] or "clip"
+    )
+    vlp.to(accelerator())
+    detector = (
+        DETReg(files["proposals"]).to(accelerator()) if Path(files["proposals"]).is_file() else p.proposals
+    )
+    texts = [document(record) for record in sets.train]
+    minilm = (files["keyword_model"] or minilm_folder()) if p.keywords == "keybert" else ""
+    keywords_of = keyword_method(p.keywords, model=minilm, train=texts, top=s["keywords"])
+
+propose = partial(extract_proposals, method=detector, folder=cache / "proposals", top=s["regions"],
+                  min_side=5 if p.dataset == "scenes" else 8)  # fmt: skip
+find_keywords = partial(extract_keywords, method=keywords_of, folder=cache / "keywords")
+crops = partial(picture_fragments, model=vlp, folder=cache / "fragments")  # features of boxes
+words = partial(text_fragments, model=vlp, folder=cache / "fragments")  # and of words
+
+# %% [markdown]
+# **What FENet learns from**: regions and keywords of the training pairs, one vector each.
+
+# %%
+with lock:
+    train_boxes = propose(sets.train, split="train")
+    train_regions = crops(sets.train, train_boxes, split="train")
+    train_keywords = words(find_keywords(texts, split="train"), split="train_keywords")
+width = train_regions.features.shape[-1]
+
+# %% [markdown]
+# **What it is measured on**: the fragments of the gallery, or, in rows with `features="whole"`, whole images and texts; what both tasks
+# ask with, ground-truth boxes and class names; and annotated phrases with the proposals among which they are looked for. Where nothing is trained,
+# all vectors that BLIP-2 has of a crop are kept (`several`).
+
+# %%
+several = not trained and p.crop_score == "max" and vlp.queries > 1
+crops = partial(crops, queries=several)
+gallery_texts = [document(record) for record in sets.gallery]
+with lock:
+    if p.features == "whole":
+        regions = whole_pictures(sets.gallery, vlp, cache / "fragments", f"{p.report}_whole", queries=several)
+        keywords = whole_texts(gallery_texts, vlp, cache / "fragments", f"{p.report}_whole")
+    else:
+        boxes = propose(sets.gallery, split=p.report)
+        regions = crops(sets.gallery, boxes, split=p.report)
+        keywords = words(find_keywords(gallery_texts, split=p.report), split=f"{p.report}_keywords")
+    gallery = Gallery(
+        sets.gallery, sets.categories, regions=regions, keywords=keywords,
+        boxes=crops(sets.gallery, given(sets.gallery), split=f"{p.report}_objects"),
+        classes=words([[name] for name in sets.categories], split="classes"),
+        synonyms=sets.synonyms, name=sets.name,
+    )  # fmt: skip
+    annotated = None
+    if sets.annotated and p.features != "whole":
+        if [r.image for r in sets.annotated] != [r.image for r in sets.gallery]:
+            boxes = propose(sets.annotated, split="annotated")
+            regions = crops(sets.annotated, boxes, split="annotated")
+        phrases = [[r.captions[a.caption][a.start : a.end] for a in r.phrases] for r in sets.annotated]
+        annotated = AnnotatedPhrases(
+            sets.annotated, boxes, regions, words(phrases, split="phrases"), sets.annotated_name
+        )
+
+facts = {
+    "reported": sets.name, "linked": sets.annotated_name, "vectors_a_crop": vectors(gallery.boxes),
+    **provenance(vlp, train_boxes, keywords_of), "regions_a_picture": float(train_boxes.mask.sum(1).mean()),
+    "keywords_a_text": float(train_keywords.mask.sum(1).mean()), "distinct_keywords": len(train_keywords.features),
+}  # fmt: skip
+facts
 
 # %% [markdown]
 # ## Before training
@@ -151,8 +237,8 @@ def grounded(found: dict, when: str) -> dict:
 
 
 started = time.monotonic()
-before = tasks(bench, frozen, frozen, whole=p.features == "whole")
-located = {} if p.features == "whole" else phrase_grounding(bench, frozen, frozen)
+before = tasks(gallery, frozen, frozen)
+located = phrase_grounding(annotated, frozen, frozen)
 print(
     f"{before['protocol']}\n{located.get('protocol', 'Grounding is not measured.')}\n{time.monotonic() - started:.1f} s"
 )
@@ -171,12 +257,9 @@ beside(frozen=before).round(2)
 # %%
 model = None
 if trained:
-    seen, said = bench.train.regions, bench.train.words
-    data = FragmentPairs(
-        seen.dense()[0], said.dense()[0], *(torch.from_numpy(a.copy()) for a in (seen.mask, said.mask, said.index))
-    ).to(accelerator())  # fmt: skip
+    data = FragmentPairs.of(train_regions, train_keywords).to(accelerator())
     seed_everything(p.seed)
-    model = FELGA(bench.width, **{name: s[name] if name in s else getattr(p, name) for name in SWITCHES})
+    model = FELGA(width, **{name: s[name] if name in s else getattr(p, name) for name in SWITCHES})
     size = sum(q.numel() for q in model.parameters()) / 1e6
     print(f"{size:.2f} M parameters, {len(data) // s['batch_size']} steps an epoch")
 share = {}
@@ -188,8 +271,9 @@ if trained and p.alignment != "global" and p.label_features == "frozen":
         of_pair = model.pseudo_labels(image["features"], text["features"], image["mask"], text["mask"])
         positive += int(of_pair.sum())
         alone += int((image["mask"] & ~of_pair.any(2)).sum())
-    real = (seen.mask.sum(1) * said.mask.sum(1)).sum()
-    share = {"labels_positive": 100 * positive / real, "labels_empty_regions": 100 * alone / seen.mask.sum()}
+    seen = train_regions.mask
+    real = (seen.sum(1) * train_keywords.mask.sum(1)).sum()
+    share = {"labels_positive": 100 * positive / real, "labels_empty_regions": 100 * alone / seen.sum()}
     print(f"{p.labels} labels: {share['labels_positive']:.1f} % of the pairs of fragments are positive, "
           f"{share['labels_empty_regions']:.1f} % of the regions have no keyword")  # fmt: skip
 
@@ -222,8 +306,8 @@ leave_to_first()  # of several processes (torchrun); else nothing
 started = time.monotonic()
 metrics, moved = before, {}
 if trained:
-    metrics = tasks(bench, model.encode_regions, model.encode_words)
-    moved = phrase_grounding(bench, model.encode_regions, model.encode_words)
+    metrics = tasks(gallery, model.encode_regions, model.encode_words)
+    moved = phrase_grounding(annotated, model.encode_regions, model.encode_words)
 seconds = time.monotonic() - started
 (beside(frozen=before, FENet=metrics) if trained else beside(frozen=before)).round(2)
 
@@ -260,6 +344,6 @@ resolved = {
     **{k: v for k, v in s.items() if k in p.as_dict() and k != "keywords"},
     "words": s["keywords"],
     "smoke": p.smoke,
-    **bench.facts,
+    **facts,
 }
 write_metrics(folder, resolved, metrics, seconds=summary["seconds"])

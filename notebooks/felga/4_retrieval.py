@@ -45,7 +45,6 @@ import re
 import subprocess
 import sys
 import time
-from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +64,8 @@ from finematch.evaluation.average_precision import (
     average_precision_blocks, category_relevance, description_assignment, expected_random, object_discovery, query_boxes,
 )  # fmt: skip
 from finematch.models.felga import FELGA, SWITCHES
-from finematch.fragment_bench import FragmentBench, embed, frozen, open_fragments, phrase_grounding, tasks
+from finematch.evaluation.fragments import embed, frozen, phrase_grounding, tasks
+from finematch.evaluation.reopen_gallery import RunData, reopen_gallery
 from finematch.tables import to_markdown, write_metrics
 from finematch.training import load_best
 from finematch.workbench import accelerator
@@ -115,8 +115,8 @@ def standard_run() -> Path:
     return folder
 
 
-def reopen(folder: Path) -> tuple[dict, dict, FragmentBench]:
-    """Parameters, metrics and fragments of a finished run."""
+def reopen(folder: Path) -> tuple[dict, dict, RunData]:
+    """Parameters, metrics and gallery of a finished run."""
     if not finished(folder):
         command = f"papermill notebooks/felga/2_train.ipynb run.ipynb -p out {p.run}"
         problem = "has not finished, was never started, or lost its best.safetensors"
@@ -130,25 +130,15 @@ def reopen(folder: Path) -> tuple[dict, dict, FragmentBench]:
         raise ValueError(
             f"{folder} is a baseline without FENet (features={was['features']}): give a trained run"
         )
-    at = {name: str(root() / was[name]) for name in ("vlp", "proposals", "keyword_model")
-          if was[name] and (root() / was[name]).exists()}  # fmt: skip
-    paths = {"data_root": root() / (p.data_root or was["data_root"]), "cache": root() / was["cache"]}
-    asked = {name: was[name] for name in signature(open_fragments).parameters if name in was}
-    opened = open_fragments(**(asked | at | paths))
-    changed = {name: (was[name], now) for name, now in opened.facts.items() if was.get(name, now) != now}
-    if changed:  # what the cache holds was made anew since: these weights do not fit its features
-        remedy = "Run 2_train again, or give the cache that it was trained with"
-        raise DataError(
-            folder / "metrics.json", "the fragments", f"are not those of the run (was, is): {changed}", remedy
-        )
+    opened = reopen_gallery(was | ({"data_root": p.data_root} if p.data_root else {}), root())
     return was, found["metrics"], opened
 
 
 run_folder = root() / p.run
 if p.run == STANDARD and (p.smoke or not finished(run_folder)):
     run_folder = standard_run()
-of_run, run_metrics, bench = reopen(run_folder)
-model = FELGA(bench.width, **{name: of_run[name] for name in SWITCHES}).eval()
+of_run, run_metrics, data = reopen(run_folder)
+model = FELGA(data.width, **{name: of_run[name] for name in SWITCHES}).eval()
 load_best(model, run_folder / "best.safetensors")
 model.to(accelerator())
 BEFORE, AFTER = "frozen features", "FELGA"
@@ -156,10 +146,10 @@ BEFORE, AFTER = "frozen features", "FELGA"
 EMBEDDERS = {BEFORE: (frozen, frozen), AFTER: (model.encode_regions, model.encode_words)}
 
 scenes = of_run["dataset"].startswith("scenes")
-records, categories = bench.sets.reported, bench.sets.categories
-proposals, keywords = bench.reported.proposals, bench.reported.words
+sets, proposals, gallery, annotated = data
+records, categories, keywords = gallery.records, gallery.categories, gallery.keywords
 name = f"felga_retrieval.{of_run['dataset']}" + (".smoke" if p.smoke or of_run["smoke"] else "")
-print(f"{bench.sets.name}: {len(records)} pictures, {len(categories)} classes; labels {of_run['labels']}, "
+print(f"{sets.name}: {len(records)} pictures, {len(categories)} classes; labels {of_run['labels']}, "
       f"alignment {of_run['alignment']}, {of_run['epochs']} epochs; frozen model: {of_run['vlp_kind']}")  # fmt: skip
 
 
@@ -177,7 +167,7 @@ def keep(figure: plt.Figure, number: int) -> None:
 # of the run. Beside each mAP stands what a random order gives.
 
 # %%
-again = {when: tasks(bench, *by) for when, by in EMBEDDERS.items()}
+again = {when: tasks(gallery, *by) for when, by in EMBEDDERS.items()}
 KINDS = {"object discovery": "discovery", "description assignment, category": "assignment",
          "description assignment, lexical": "assignment_lexical",
          "description assignment, instance": "assignment_instance"}  # fmt: skip
@@ -203,9 +193,9 @@ if gained < 5:
 # %%
 sides = {}  # embeddings of everything that is asked with or ranked, before and after
 for when, (of_regions, of_words) in EMBEDDERS.items():
-    boxes, real = embed(bench.boxes, of_regions)
-    sides[when] = {"pictures": embed(bench.reported.regions, of_regions), "texts": embed(keywords, of_words),
-                   "classes": embed(bench.names, of_words)[0][:, 0], "boxes": boxes[real]}  # fmt: skip
+    boxes, real = embed(gallery.boxes, of_regions)
+    sides[when] = {"pictures": embed(gallery.regions, of_regions), "texts": embed(keywords, of_words),
+                   "classes": embed(gallery.classes, of_words)[0][:, 0], "boxes": boxes[real]}  # fmt: skip
 
 shows = category_relevance(records, categories)
 chance = 100 * expected_random(shows.sum(1).clamp(min=1), len(records))
@@ -433,19 +423,19 @@ show(pd.DataFrame(shared).T.rename_axis(f"{len(sample)} boxes, {len(keywords.fea
 
 # %%
 grounded = {}
-if bench.linked is None:
+if annotated is None:
     print("Skipped: no phrases are linked to boxes here.")
 else:
-    phrases = [(i, j) for i, record in enumerate(bench.linked.records) for j, phrase in enumerate(record.phrases)
-               if phrase.boxes and bench.linked.proposals.mask[i].any()]  # fmt: skip
+    phrases = [(i, j) for i, record in enumerate(annotated.records) for j, phrase in enumerate(record.phrases)
+               if phrase.boxes and annotated.proposals.mask[i].any()]  # fmt: skip
     of_linked = {
-        when: (*embed(bench.linked.regions, by[0]), embed(bench.phrases, by[1])[0])
+        when: (*embed(annotated.regions, by[0]), embed(annotated.phrases, by[1])[0])
         for when, by in EMBEDDERS.items()
     }
     figure, axes = plt.subplots(1, 3, figsize=(8.4, 3.2), layout="constrained")
     for n, ax in enumerate(axes):
         i, j = phrases[(p.example + n * len(phrases) // 3) % len(phrases)]
-        record, boxes = bench.linked.records[i], bench.linked.proposals.boxes[i]
+        record, boxes = annotated.records[i], annotated.proposals.boxes[i]
         phrase = record.phrases[j]
         draw.show_picture(ax, record.open())
         for box in phrase.boxes:
@@ -465,7 +455,7 @@ else:
         )
     keep(figure, 4)
     plt.show()
-    grounded = {when: phrase_grounding(bench, *by) for when, by in EMBEDDERS.items()}
+    grounded = {when: phrase_grounding(annotated, *by) for when, by in EMBEDDERS.items()}
     for when, at in ((BEFORE, "before"), (AFTER, "after")):
         assert abs(grounded[when]["pointing"] - run_metrics[f"grounding_pointing_{at}"]) < 0.5
     table = pd.DataFrame(

@@ -23,6 +23,52 @@ from finematch.data.checks import (
 )
 from finematch.data.record import DataError, Object, Record
 
+# Other words that captions use for COCO's categories, in the singular.
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "person": (
+        *("man", "woman", "boy", "girl", "child", "kid", "baby", "toddler", "guy", "lady", "gentleman"),
+        *("player", "skier", "snowboarder", "skateboarder", "surfer", "rider", "pedestrian", "crowd"),
+    ),
+    "bicycle": ("bike",),
+    "car": ("automobile", "sedan", "taxi"),
+    "motorcycle": ("motorbike", "motor bike", "dirt bike", "moped"),
+    "airplane": ("plane", "aeroplane", "aircraft", "airliner", "jet"),
+    "train": ("locomotive",),
+    "truck": ("pickup", "lorry"),
+    "boat": ("ship", "sailboat", "canoe", "kayak", "ferry"),
+    "traffic light": ("stoplight", "stop light", "traffic signal"),
+    "fire hydrant": ("hydrant",),
+    "bird": ("seagull", "duck", "pigeon", "parrot", "owl"),
+    "cat": ("kitten",),
+    "dog": ("puppy",),
+    "horse": ("pony",),
+    "sheep": ("lamb",),
+    "cow": ("bull", "cattle"),
+    "backpack": ("rucksack",),
+    "umbrella": ("parasol",),
+    "handbag": ("purse",),
+    "tie": ("necktie",),
+    "suitcase": ("luggage",),
+    "skis": ("ski",),
+    "sports ball": ("ball", "basketball", "volleyball"),
+    "baseball bat": ("bat",),
+    "baseball glove": ("mitt",),
+    "tennis racket": ("racket", "racquet"),
+    "wine glass": ("wineglass",),
+    "cup": ("mug",),
+    "hot dog": ("hotdog",),
+    "donut": ("doughnut",),
+    "couch": ("sofa", "loveseat"),
+    "potted plant": ("houseplant", "plant"),
+    "dining table": ("table",),
+    "tv": ("television",),
+    "cell phone": ("cellphone", "mobile phone", "phone", "smartphone"),
+    "oven": ("stove",),
+    "refrigerator": ("fridge",),
+    "teddy bear": ("teddy", "stuffed bear"),
+    "hair drier": ("hair dryer", "hairdryer", "blow dryer"),
+}
+
 
 def load_coco(
     image_dir: str | Path,

@@ -44,6 +44,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from finematch.data.coco import SYNONYMS
 from finematch.data.record import Record
 from finematch.evaluation.retrieval import full_precision
 
@@ -61,51 +62,6 @@ BLOCK = 1024  # queries a block, fewer where the gallery is large:
 SCORES = 2**24  # scores of a block, 64 MiB; some ten times that is in use while they are ranked
 TILE = 1024  # gallery items a product
 
-# What else captions call COCO's categories. Plurals are formed by `plural`.
-SYNONYMS: dict[str, tuple[str, ...]] = {
-    "person": (
-        *("man", "woman", "boy", "girl", "child", "kid", "baby", "toddler", "guy", "lady", "gentleman"),
-        *("player", "skier", "snowboarder", "skateboarder", "surfer", "rider", "pedestrian", "crowd"),
-    ),
-    "bicycle": ("bike",),
-    "car": ("automobile", "sedan", "taxi"),
-    "motorcycle": ("motorbike", "motor bike", "dirt bike", "moped"),
-    "airplane": ("plane", "aeroplane", "aircraft", "airliner", "jet"),
-    "train": ("locomotive",),
-    "truck": ("pickup", "lorry"),
-    "boat": ("ship", "sailboat", "canoe", "kayak", "ferry"),
-    "traffic light": ("stoplight", "stop light", "traffic signal"),
-    "fire hydrant": ("hydrant",),
-    "bird": ("seagull", "duck", "pigeon", "parrot", "owl"),
-    "cat": ("kitten",),
-    "dog": ("puppy",),
-    "horse": ("pony",),
-    "sheep": ("lamb",),
-    "cow": ("bull", "cattle"),
-    "backpack": ("rucksack",),
-    "umbrella": ("parasol",),
-    "handbag": ("purse",),
-    "tie": ("necktie",),
-    "suitcase": ("luggage",),
-    "skis": ("ski",),
-    "sports ball": ("ball", "basketball", "volleyball"),
-    "baseball bat": ("bat",),
-    "baseball glove": ("mitt",),
-    "tennis racket": ("racket", "racquet"),
-    "wine glass": ("wineglass",),
-    "cup": ("mug",),
-    "hot dog": ("hotdog",),
-    "donut": ("doughnut",),
-    "couch": ("sofa", "loveseat"),
-    "potted plant": ("houseplant", "plant"),
-    "dining table": ("table",),
-    "tv": ("television",),
-    "cell phone": ("cellphone", "mobile phone", "phone", "smartphone"),
-    "oven": ("stove",),
-    "refrigerator": ("fridge",),
-    "teddy bear": ("teddy", "stuffed bear"),
-    "hair drier": ("hair dryer", "hairdryer", "blow dryer"),
-}
 IRREGULAR = {"person": "people", "child": "children", "mouse": "mice", "knife": "knives"}
 NO_PLURAL = ("sheep", "skis", "scissors", "cattle", "luggage", "aircraft")
 
@@ -230,12 +186,7 @@ def object_discovery(
         names=categories if per_class else None,
         block=block,
     )
-    result["protocol"] = (
-        f"{split + ': ' if split else ''}object discovery, {result['queries']} class names x "
-        f"{result['gallery']} pictures, boxes of crowds {'count' if crowd else 'do not count'}, "
-        + _ending(result)
-    )
-    return result
+    return result | {"protocol": discovery_protocol(result, split, crowd=crowd)}
 
 
 def description_assignment(
@@ -261,32 +212,63 @@ def description_assignment(
     Raises:
         ValueError: also for another number of boxes than queries.
     """
-    if relevance not in RELEVANCE:
-        raise ValueError(f"unknown relevance {relevance!r}: choose one of {', '.join(RELEVANCE)}")
     queries = query_boxes(records, categories, minimum=minimum)
     _same("boxes", len(boxes), "queries (see query_boxes)", len(queries))
     _same("keywords", len(keywords), "records", len(records))
-    if relevance == "category":
-        relevant = category_relevance(records, categories, crowd=crowd)
-    elif relevance == "lexical":
-        texts = [" ".join(record.captions) for record in records]
-        relevant = lexical_relevance(texts, categories, synonyms=synonyms)
-    else:
-        relevant = torch.tensor([query.picture for query in queries])
     result = average_precision(
         boxes,
         keywords,
         mask,
-        relevant,
+        relevant_texts(relevance, records, categories, queries, crowd=crowd, synonyms=synonyms),
         torch.tensor([query.category for query in queries]),
         names=categories if per_class else None,
         block=block,
     )
-    result["protocol"] = (
-        f"{split + ': ' if split else ''}description assignment, {result['queries']} boxes of at least "
-        f"{minimum:g} pixel(s) x {result['gallery']} texts, {RELEVANCE[relevance]}, " + _ending(result)
+    return result | {"protocol": assignment_protocol(result, split, relevance, minimum=minimum)}
+
+
+def relevant_texts(
+    relevance: str,
+    records: Sequence[Record],
+    categories: Sequence[str],
+    queries: Sequence[QueryBox],
+    *,
+    crowd: bool = True,
+    synonyms: Mapping[str, Sequence[str]] = SYNONYMS,
+) -> Bool[Tensor, "k g"] | Int[Tensor, " q"]:
+    """Which texts (a record's captions joined) are relevant to which class, or, for `instance`, to which query.
+
+    Raises:
+        ValueError: A relevance that is not in RELEVANCE.
+    """
+    if relevance not in RELEVANCE:
+        raise ValueError(f"unknown relevance {relevance!r}: choose one of {', '.join(RELEVANCE)}")
+    if relevance == "category":
+        return category_relevance(records, categories, crowd=crowd)
+    if relevance == "lexical":
+        texts = [" ".join(record.captions) for record in records]
+        return lexical_relevance(texts, categories, synonyms=synonyms)
+    return torch.tensor([query.picture for query in queries])
+
+
+def discovery_protocol(result: dict, split: str, *, crowd: bool = True, scores: str = "") -> str:
+    """How the numbers of object discovery came about; `scores` says more about the scores."""
+    return (
+        f"{split + ': ' if split else ''}object discovery, {result['queries']} class names x "
+        f"{result['gallery']} pictures, boxes of crowds {'count' if crowd else 'do not count'}, {scores}"
+        + _ending(result)
     )
-    return result
+
+
+def assignment_protocol(
+    result: dict, split: str, relevance: str, *, minimum: float | int = 1.0, scores: str = ""
+) -> str:
+    """How the numbers of description assignment came about; `scores` says more about the scores."""
+    return (
+        f"{split + ': ' if split else ''}description assignment, {result['queries']} boxes of at least "
+        f"{minimum:g} pixel(s) x {result['gallery']} texts, {RELEVANCE[relevance]}, {scores}"
+        + _ending(result)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the metric

@@ -95,3 +95,35 @@ def fingerprint(net: torch.nn.Module) -> str:
     for value in net.state_dict().values():
         digest.update(value.cpu().contiguous().numpy())
     return digest.hexdigest()
+
+
+def save_backbone(backbone: Backbone, folder: str | Path) -> None:
+    """Write a backbone into a folder, from which `open_backbone` opens it without the data it was trained on."""
+    net = backbone.net
+    form = {
+        "name": net.name,
+        "stage": net.stage,
+        "mean": net.mean.flatten().tolist(),
+        "sd": net.sd.flatten().tolist(),
+        "options": backbone.key.get("options"),
+    }
+    save_file(
+        {k: v.cpu().contiguous() for k, v in net.state_dict().items()}, Path(folder) / "cells.safetensors"
+    )
+    content = json.dumps({"cells": form, "size": backbone.size, "key": backbone.key}, indent=1)
+    (Path(folder) / "cells.json").write_text(content, encoding="utf-8")
+
+
+def open_backbone(folder: str | Path) -> Backbone:
+    """The backbone that `save_backbone` wrote, frozen."""
+    content = json.loads((Path(folder) / "cells.json").read_text(encoding="utf-8"))
+    form = content["cells"]
+    net = Cells(
+        form["name"],
+        mean=tuple(form["mean"]),
+        sd=tuple(form["sd"]),
+        stage=form["stage"],
+        options=form["options"],
+    )
+    net.load_state_dict(load_file(Path(folder) / "cells.safetensors"))
+    return Backbone(net.eval().requires_grad_(False), content["size"], content["key"])

@@ -30,7 +30,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from finematch.data.record import DataError, Record
 from finematch.encoders import open_vision_language
-from finematch.features.backbones import Backbone, fingerprint
+from finematch.features.backbones import Backbone, fingerprint, open_backbone
 from finematch.features.proposals import Proposals
 from finematch.text import KeywordMethod, Keywords
 from finematch.training import write_atomically
@@ -213,6 +213,16 @@ class CellVLP(VLP):
             yield from crop_maps(self.backbone, pictures, boxes, self.side).split(self.batch)
 
 
+def open_vlp(name: str | Path) -> VLP:
+    """A frozen vision-language model: `clip`, `blip` or `blip2` (the published ones), a hub name, or a folder.
+
+    The folder of `small_clip.train_small_clip` is opened with the backbone beside it.
+    """
+    if (Path(name) / "cells.json").is_file():
+        return CellVLP(name, open_backbone(name))
+    return VLP(PUBLISHED.get(str(name), name))
+
+
 def crop_maps(
     backbone: Backbone, pictures: list[Image.Image], boxes: list[Float[np.ndarray, "_ 4"]], side: int
 ) -> Float[Tensor, "r d s s"]:
@@ -268,6 +278,19 @@ class Fragments:
         features = np.asarray(self.features[index])
         features[~mask] = 0
         return torch.from_numpy(features), torch.from_numpy(np.ascontiguousarray(mask))
+
+
+def provenance(vlp: VLP, proposals: Proposals, keywords: KeywordMethod) -> dict[str, str]:
+    """What made a run's features: the kind and the weights of each network; "" for a method without weights."""
+    return {
+        "vlp_kind": vlp.key["model"],
+        "vlp_weights": vlp.key["weights"][:8],
+        "vlp_cells": str(vlp.key.get("backbone", {}).get("weights", ""))[:8],
+        "proposals_by": proposals.meta["proposals"],
+        "proposals_weights": str(proposals.meta.get("weights", ""))[:8],
+        "keywords_by": keywords.key["keywords"],
+        "keywords_weights": str(keywords.key.get("weights", ""))[:8],
+    }
 
 
 def document(record: Record) -> str:

@@ -405,6 +405,12 @@ class FragmentPairs(Dataset):
         self.regions, self.keywords = regions, keywords
         self.region_mask, self.keyword_mask, self.keyword_id = region_mask, keyword_mask, keyword_id
 
+    @classmethod
+    def of(cls, regions, keywords) -> FragmentPairs:
+        """The pairs of two `features.fragments.Fragments`, of images and of their texts."""
+        masks = (torch.from_numpy(a.copy()) for a in (regions.mask, keywords.mask, keywords.index))
+        return cls(regions.dense()[0], keywords.dense()[0], *masks)
+
     @property
     def device(self) -> torch.device:
         """Where the features lie and batches are made."""
