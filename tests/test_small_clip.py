@@ -202,7 +202,7 @@ def test_photos_train_a_clip_of_cells_and_are_reported_on_coco(tmp_path, monkeyp
     assert isinstance(vlp, CellVLP)
     assert vlp.backbone.key["backbone"] == "mobilenetv2_100"
     # what training reads through its windows is what crops are read through
-    model = B.ContrastiveCLIP(vlp.net.net).eval()
+    model = ContrastiveCLIP(vlp.net.net).eval()
     record = sets.gallery[0]
     frame = np.array([[0, 0, *record.size]], np.float32)
     crop = crop_maps(vlp.backbone, [record.open()], [frame], 7)

@@ -81,7 +81,7 @@ small_clip_config(p.dataset, smoke=p.smoke, **changes)
 # The in-batch contrastive loss of CLIP, over the cells of a frozen network. For photos that is a MobileNetV2 trained on ImageNet. For scenes it
 # is a network that was asked first which words the captions of a picture hold: a contrastive loss on a few thousand pictures learns colours from pixels, and
 # no shapes. Neither was shown a box or a label of these pictures. While it trains, a picture is a random window of itself and a text one of its captions or all of them joined:
-# crops and long texts are then nothing new to it. The folder is named by the hash of the settings, of all captions and of that network's weights.
+# crops and long texts are then nothing new to it. The folder is found by the settings, the images, the captions and that network's weights.
 # A smoke run takes one epoch and smaller batches.
 
 # %%

@@ -9,8 +9,6 @@ Axes: `b` images of a batch or texts of a batch, `c` channels, `s` cells along a
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -32,6 +29,7 @@ from finematch.evaluation.retrieval import retrieval
 from finematch.features.backbones import Backbone, save_backbone
 from finematch.features.fragments import document
 from finematch.features.regions import extract
+from finematch.files import cached, digest, file_digests
 from finematch.losses import contrastive
 from finematch.text import Ragged, tokenise
 from finematch.training import Plan, by_one_process, fit, seed_everything
@@ -183,7 +181,7 @@ def train_small_clip(
     *,
     echo: Callable[[str], None] | None = print,
 ) -> Path:
-    """The folder of a small CLIP that was trained on the captions of `train`; it is made where it is not there.
+    """The folder of a small CLIP that was trained on the captions of `train`, from the cache or made now.
 
     It holds the model, its tokenizer, its backbone and the log of its training. The epoch with the best rsum of `val`
     is kept. Training that was interrupted is resumed.
@@ -191,38 +189,41 @@ def train_small_clip(
     Args:
         val: not empty.
         backbone: its feature maps are what the model reads.
-        cache: folder above; the model's own is named by the hash of its settings, texts and backbone.
+        cache: folder above; the model's own is found by its settings, images, captions and backbone (`files.cached`).
 
     Raises:
         TrainingError: If it must be trained and there are several processes.
     """
-    cache = Path(cache)
-    cache.mkdir(parents=True, exist_ok=True)
-    texts = {"train": [document(r) for r in train], "val": [document(r) for r in val]}
-    made_of = json.dumps([asdict(config), texts, backbone.key], sort_keys=True, default=str)
-    folder = cache / f"vlp-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
-    with FileLock(cache / ".vlp.lock"):  # the runs of a grid start together; one trains
-        if folder.exists():
-            return folder
+    cache, splits = Path(cache), {"train": train, "val": val}
+    documents = [document(record) for record in train]
+    images = file_digests([record.image for records in splits.values() for record in records])
+    key = {
+        "settings": asdict(config),
+        "captions": digest([[record.captions for record in records] for records in splits.values()]),
+        "images": digest(images),
+        "tokenizer": digest(tokenizer.backend_tokenizer.to_str()),
+        "backbone": backbone.key,
+    }
+
+    def make(folder: Path) -> None:
         if echo:
-            echo(f"A small CLIP is trained on {len(train)} images and their captions: {folder}")
-        cells = cache / f"cells-{backbone.key['backbone']}-{str(backbone.key['weights'])[:8]}"
-        splits = {
-            name: _Split.of(records, backbone, tokenizer, cells, name, echo)
-            for name, records in (("train", train), ("val", val))
-        }
+            echo(f"A small CLIP is trained on {len(train)} images and their captions: {folder.name}")
         by_one_process(f"the small CLIP of {folder}")
-        part = folder.with_name(f"{folder.name}.part")
+        cells = cache / f"cells-{backbone.key['backbone']}-{str(backbone.key['weights'])[:8]}"
+        read = {
+            name: _Split.of(records, backbone, tokenizer, cells, name, echo)
+            for name, records in splits.items()
+        }
         clip = _train(
-            splits, tokenise(texts["train"], tokenizer, max_length=POSITIONS), tokenizer, config, part, echo
+            read, tokenise(documents, tokenizer, max_length=POSITIONS), tokenizer, config, folder, echo
         )
         for thing in (clip, tokenizer):
-            thing.save_pretrained(part)
-        save_backbone(backbone, part)
-        for name in ("checkpoint.pt", "best.safetensors"):
-            (part / name).unlink(missing_ok=True)
-        part.rename(folder)
-    return folder
+            thing.save_pretrained(folder)
+        save_backbone(backbone, folder)
+        for path in (folder / "checkpoint.pt", folder / "best.safetensors", *folder.glob(".*")):
+            path.unlink(missing_ok=True)
+
+    return cached(cache, "small_clip", key, make)
 
 
 def open_small_clip(
