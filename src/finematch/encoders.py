@@ -1,5 +1,7 @@
 """Image and text towers behind one interface; the only file that imports timm or transformers' models.
 
+Both take seconds to import, so that happens where a tower is built, and importing a method costs neither.
+
 A tower maps keywords to `Tokens`. Pictures arrive as pixels (`Cells`, CLIP) or as precomputed vectors with
 their boxes (`TokenTransformer`); texts as token ids (`BertTower`, `GRUTower`, CLIP) or as the cached states
 of a frozen model (`TokenTransformer` again).
@@ -10,27 +12,13 @@ Axes: `b` items, `n` tokens, `d` width. Masks are True where there is something.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    BertConfig,
-    BertModel,
-    Blip2ForImageTextRetrieval,
-    BlipForImageTextRetrieval,
-    CLIPConfig,
-    CLIPModel,
-    DeformableDetrConfig,
-    DeformableDetrForObjectDetection,
-    TimmBackboneConfig,
-)
 
 
 class Tokens(NamedTuple):
@@ -65,6 +53,8 @@ class Cells(nn.Module):
         stage: int = -1,
         options: dict | None = None,
     ):
+        import timm
+
         super().__init__()
         self.name = name
         self.net = timm.create_model(name, pretrained=weights == "hub", **(options or {}))
@@ -208,18 +198,20 @@ def transformer(width: int, depth: int, heads: int, dropout: float) -> nn.Module
 
 # ------------------------------------------------------------------------------- text towers
 class BertTower(nn.Module):
-    """BERT (Eq. 3): a hub name or a folder for `from_pretrained`, or a configuration for a random start.
+    """BERT (Eq. 3): a hub name or a folder for `from_pretrained`, or a `BertConfig` for a random start.
 
     Any model that transformers' AutoModel opens and that returns `last_hidden_state` will do. Position 0 is
     [CLS], the pooled state.
     """
 
-    def __init__(self, model: str | Path | BertConfig):
+    def __init__(self, model: str | Path | Any):
+        from transformers import AutoModel, BertModel
+
         super().__init__()
-        if isinstance(model, BertConfig):
-            self.net = BertModel(model, add_pooling_layer=False)
-        else:
+        if isinstance(model, (str, Path)):
             self.net = AutoModel.from_pretrained(str(model), add_pooling_layer=False)
+        else:
+            self.net = BertModel(model, add_pooling_layer=False)
         self.width = self.net.config.hidden_size
 
     def forward(
@@ -229,10 +221,10 @@ class BertTower(nn.Module):
         return Tokens(states, mask, special, states[:, 0])
 
 
-def small_bert(
-    vocabulary: int, *, width: int = 128, depth: int = 2, heads: int = 4, positions: int = 64
-) -> BertConfig:
-    """A BERT configuration small enough to learn from scratch on two cores."""
+def small_bert(vocabulary: int, *, width: int = 128, depth: int = 2, heads: int = 4, positions: int = 64):
+    """A `BertConfig` small enough to learn from scratch on two cores."""
+    from transformers import BertConfig
+
     return BertConfig(
         vocab_size=vocabulary, hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
         intermediate_size=4 * width, max_position_embeddings=positions,
@@ -273,7 +265,7 @@ class CLIPVision(nn.Module):
     A method that attends to patches must apply it to every token, or they live on another scale.
     """
 
-    def __init__(self, clip: CLIPModel):
+    def __init__(self, clip: nn.Module):
         super().__init__()
         self.net = clip.vision_model
         self.width = clip.config.vision_config.hidden_size
@@ -291,7 +283,7 @@ class CLIPText(nn.Module):
     """CLIP's text tower. Causal, so its pooled state is the end-of-text token's, and everything after that
     token is padding even where the tokenizer pads with the same id: the mask is cut there."""
 
-    def __init__(self, clip: CLIPModel):
+    def __init__(self, clip: nn.Module):
         super().__init__()
         self.net = clip.text_model
         self.width = clip.config.text_config.hidden_size
@@ -318,14 +310,18 @@ class CLIPText(nn.Module):
         return Tokens(states, mask & real, special, states[torch.arange(len(end), device=end.device), end])
 
 
-def open_clip_model(model: str | Path | CLIPConfig) -> CLIPModel:
-    """CLIP from a hub name, a folder, or a configuration (random start)."""
-    return CLIPModel(model) if isinstance(model, CLIPConfig) else CLIPModel.from_pretrained(str(model))
+def open_clip_model(model: str | Path | Any) -> nn.Module:
+    """A `CLIPModel` from a hub name, a folder, or a `CLIPConfig` (random start)."""
+    from transformers import CLIPModel
+
+    return CLIPModel.from_pretrained(str(model)) if isinstance(model, (str, Path)) else CLIPModel(model)
 
 
 def small_clip(vocabulary: int, *, eos: int, bos: int, size: int = 64, patch: int = 8, width: int = 128,
-               depth: int = 3, positions: int = 64) -> CLIPConfig:  # fmt: skip
-    """A CLIP configuration for the embedded set: the same classes as the published one, 64 px, minutes."""
+               depth: int = 3, positions: int = 64):  # fmt: skip
+    """A `CLIPConfig` for the embedded set: the same classes as the published one, 64 px, minutes."""
+    from transformers import CLIPConfig
+
     common = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth,
               "num_attention_heads": 4, "projection_dim": width}  # fmt: skip
     return CLIPConfig(
@@ -338,6 +334,8 @@ def small_clip(vocabulary: int, *, eos: int, bos: int, size: int = 64, patch: in
 
 def config_of(model: str | Path):
     """The transformers configuration of a hub name or folder (no weights are read)."""
+    from transformers import AutoConfig
+
     return AutoConfig.from_pretrained(str(model))
 
 
@@ -353,16 +351,18 @@ class VisionLanguage(nn.Module):
             BLIP opens as a retrieval one otherwise, with random projections.
     """
 
-    opens: type
+    opens: str
 
     def __init__(self, model: str | Path):
+        import transformers
+
         super().__init__()
-        self.net, report = self.opens.from_pretrained(
+        self.net, report = getattr(transformers, self.opens).from_pretrained(
             str(model), dtype=torch.float32, output_loading_info=True
         )
         if report["missing_keys"]:
             raise ValueError(
-                f"{model} is no {self.opens.__name__}: it lacks {sorted(report['missing_keys'])[:5]} (first five); "
+                f"{model} is no {self.opens}: it lacks {sorted(report['missing_keys'])[:5]} (first five); "
                 "take a model that was trained for image-text retrieval"
             )
 
@@ -378,7 +378,7 @@ class VisionLanguage(nn.Module):
 class CLIPFeatures(VisionLanguage):
     """CLIP: the projected [CLS] state, and the projected end-of-text state."""
 
-    opens = CLIPModel
+    opens = "CLIPModel"
 
     @property
     def positions(self) -> int:
@@ -394,7 +394,7 @@ class CLIPFeatures(VisionLanguage):
 class BLIPFeatures(VisionLanguage):
     """BLIP: the projected states at position 0, 256-d. The raw ones (768-d) are in no common space (F15)."""
 
-    opens = BlipForImageTextRetrieval
+    opens = "BlipForImageTextRetrieval"
 
     @property
     def positions(self) -> int:
@@ -411,7 +411,7 @@ class BLIPFeatures(VisionLanguage):
 class BLIP2Features(VisionLanguage):
     """BLIP-2: its projected queries (32), and the projected state at position 0 of the text, 256-d (F16)."""
 
-    opens = Blip2ForImageTextRetrieval
+    opens = "Blip2ForImageTextRetrieval"
 
     @property
     def positions(self) -> int:
@@ -446,9 +446,7 @@ def open_vision_language(model: str | Path) -> VisionLanguage:
 
 
 # ------------------------------------------------------------------------------- detectors
-def deformable_detr(
-    state: dict[str, Tensor], *, backbone: str, source: str | Path, **shape
-) -> DeformableDetrForObjectDetection:
+def deformable_detr(state: dict[str, Tensor], *, backbone: str, source: str | Path, **shape) -> nn.Module:
     """A frozen Deformable DETR with the weights of `state`, in the names of transformers' published checkpoints.
 
     Those names outlive the releases of transformers, which renames on loading; its parameters' own do not.
@@ -461,6 +459,8 @@ def deformable_detr(
     Raises:
         ValueError: If a weight is missing, left over, or of another shape; the message lists them.
     """
+    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, TimmBackboneConfig
+
     config = DeformableDetrConfig(
         backbone_config=TimmBackboneConfig(
             backbone=backbone, out_indices=[2, 3, 4], features_only=True, use_pretrained_backbone=False
