@@ -6,15 +6,20 @@ not run.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
-from finematch.files import DataError, write_atomically
+from finematch.files import DataError, write_atomically, write_text
+from finematch.grids import Grid, metrics_files, mismatches
+from finematch.grids import grid as grid
 from finematch.runs import FIELDS, git_commit, measured, versions, write_metrics  # noqa: F401 (pages)
 
 PUBLISHED = Path(__file__).with_name("published.csv")
@@ -135,29 +140,23 @@ def table(
 
 def to_markdown(frame: pd.DataFrame, *, digits: int = 2) -> str:
     """A pipe table. `x` and `x sd` become one column "mean ± sd"; blanks are "–"; integers stay integers."""
-    shown = [name for name in frame.columns if not (name.endswith(" sd") and name[:-3] in frame.columns)]
 
-    def cell(line, name: str) -> str:
-        value = line[name]
+    def cell(value: Any, spread: Any = None) -> str:
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return "–"
-        text = (
-            f"{value:.{digits}f}"
-            if isinstance(value, (float, np.floating))
-            else str(value).replace("|", "\\|")
-        )
-        spread = line.get(f"{name} sd")
+        if not isinstance(value, (float, np.floating)):
+            return str(value).replace("|", "\\|")
+        text = f"{value:.{digits}f}"
         return text if spread is None or pd.isna(spread) else f"{text} ± {spread:.{digits}f}"
 
-    lines = [
-        shown,
-        [
-            ":--" if frame[n].dtype == object or pd.api.types.is_string_dtype(frame[n]) else "--:"
-            for n in shown
-        ],
-    ]
-    lines += [[cell(line, name) for name in shown] for line in frame.to_dict("records")]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    spreads = {name for name in frame if name.endswith(" sd") and name[:-3] in frame}
+    shown, sides = pd.DataFrame(index=frame.index), []
+    for name in [name for name in frame if name not in spreads]:
+        of = frame[f"{name} sd"] if f"{name} sd" in spreads else [None] * len(frame)
+        shown[name] = [cell(value, spread) for value, spread in zip(frame[name], of, strict=True)]
+        text = frame[name].dtype == object or pd.api.types.is_string_dtype(frame[name])
+        sides.append("left" if text else "right")
+    return shown.to_markdown(index=False, tablefmt="pipe", disable_numparse=True, colalign=sides)
 
 
 def replace_block(path: str | Path, name: str, markdown: str) -> bool:
@@ -180,36 +179,13 @@ def replace_block(path: str | Path, name: str, markdown: str) -> bool:
     return new != text
 
 
-HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "not separated"
-ONE_SEED, NOT_RUN = "one seed only", "not run"
-
-
-@dataclass(frozen=True)
-class Claim:
-    """ "`better` beats `worse` on `metric`", as a paper says it.
-
-    `better` and `worse` are parameter values that select runs, `where` those that both sides share (dataset,
-    scale): `Claim("16 views beat 1", "i2t_r1", {"views": 16}, {"views": 1}, {"dataset": "scenes"})`.
-    """
-
-    text: str
-    metric: str
-    better: Mapping
-    worse: Mapping
-    where: Mapping
-    higher_is_better: bool = True
-
-    def judge(self, frame: pd.DataFrame) -> dict:
-        """A line of the scorecard: the claim, where it was tested, `judge`'s verdict and numbers."""
-        sides = [_select(frame, {**self.where, **side}) for side in (self.better, self.worse)]
-        where = ", ".join(f"{name}={value}" for name, value in self.where.items())
-        verdict = judge(*sides, self.metric, higher_is_better=self.higher_is_better)
-        return {"claim": self.text, "where": where, "metric": self.metric, **verdict}
-
-
-def claims(frame: pd.DataFrame, all_claims: Iterable[Claim]) -> pd.DataFrame:
-    """The scorecard of several claims, one row each."""
-    return pd.DataFrame([claim.judge(frame) for claim in all_claims])
+HOLDS, CONTRADICTED, UNDECIDED, NOT_RUN = VERDICTS = ("holds", "contradicted", "undecided", "not run")
+LEVEL = 0.95  # of the two-sided interval
+# Parameters that set which data is read and in which order; two rows that share them and their seeds see the
+# same batches, so that their runs are compared in pairs.
+ORDER = ("dataset", "scale", "smoke", "data", "epochs", "encoder_epochs", "batch_size", "report", "shards")
+# Parameters that cannot change a number: runs that differ in nothing else are one condition.
+OUTSIDE = ("seed", "out", "cache", "data_root", "threads", "workers", "resume", "checkpoint_steps")
 
 
 def judge(
@@ -218,72 +194,338 @@ def judge(
     metric: str,
     *,
     higher_is_better: bool = True,
-    level: float = 0.95,
+    level: float = LEVEL,
     seed: str = "seed",
 ) -> dict:
-    """Does A beat B on `metric`, over seeds?
+    """Is A above B on `metric`, over seeds? By Student's two-sided t interval on the difference of means.
 
-    The test is Welch's one-sided t interval on the difference of means (seeds are independent runs, variances
-    may differ). The verdict is
+    The verdict is "holds" where the interval lies above zero, "contradicted" where it lies below, "undecided"
+    where it contains zero, and "not run" where a frame has fewer than two runs, for without a spread there is
+    no interval. With two to five seeds the test is weak: "undecided" is not evidence against a claim.
 
-    * "not run": a side has no runs;
-    * "one seed only": a side has fewer than two, so that there is no spread to judge by;
-    * "does not hold": the difference is zero or of the wrong sign;
-    * "holds": the difference is positive and the interval's lower end is above zero;
-    * "not separated": positive, but within the noise.
-
-    With two to five seeds the test is weak: "not separated" is not evidence against a claim.
+    The test is paired where both frames have the same seeds, the same data and the same order of the training
+    pairs (the columns of `ORDER` agree): the interval is that of the differences seed by seed. Otherwise it is
+    Welch's (independent runs whose variances may differ).
 
     Returns:
-        `verdict`, `difference` (A minus B, or B minus A where lower is better), `lower` (of the interval),
-        `n_a`, `n_b`; None where undefined.
+        `verdict`, `difference` (A minus B; B minus A where lower is better), `lower`, `upper` (the interval),
+        `test` ("paired" or "Welch"), `n_a`, `n_b`, `note` (why nothing was judged); None where undefined.
 
     Raises:
-        ValueError: a seed twice on one side, or a run without the metric.
+        ValueError: a seed twice in one frame, a run without the metric, or frames that hold one condition:
+            the same files, or parameters that differ in the seed alone.
     """
-    result = {"verdict": NOT_RUN, "difference": None, "lower": None, "n_a": len(frame_a), "n_b": len(frame_b)}
-    if not len(frame_a) or not len(frame_b):
-        return result
-    sides = []
-    for side in (frame_a, frame_b):
-        if side[seed].duplicated().any():
+    result = {"verdict": NOT_RUN, "difference": None, "lower": None, "upper": None, "test": None,
+              "n_a": len(frame_a), "n_b": len(frame_b), "note": ""}  # fmt: skip
+    frames = [frame_a, frame_b] if higher_is_better else [frame_b, frame_a]
+    for frame in frames:
+        if len(frame) and frame[seed].duplicated().any():
             raise ValueError(
-                f"seed {side[seed][side[seed].duplicated()].iloc[0]} occurs twice: narrow the selection"
+                f"seed {frame[seed][frame[seed].duplicated()].iloc[0]} occurs twice: narrow the selection"
             )
-        if metric not in side or side[metric].isna().any():
+        if len(frame) and (metric not in frame or frame[metric].isna().any()):
             raise ValueError(f"a run has no {metric}")
-        sides.append(side[metric].to_numpy(dtype=float))
-    a, b = sides if higher_is_better else sides[::-1]
+    if len(frame_a) and len(frame_b) and _one_condition(frame_a, frame_b):
+        raise ValueError("both hold runs of one condition: there is nothing to compare")
+    few = [f"{name} has {len(frame) or 'no'} run{'s' * (len(frame) != 1)}"
+           for name, frame in (("the first", frame_a), ("the second", frame_b)) if len(frame) < 2]  # fmt: skip
+    if few:
+        return result | {"note": f"{' and '.join(few)}; an interval needs two seeds"}
+    a, b = (frame.set_index(seed)[metric].astype(float).sort_index() for frame in frames)
+    if _same_batches(*frames, seed):
+        test, found = "paired", stats.ttest_rel(a, b) if (a - b).std() > 0 else None
+    else:
+        test, found = "Welch", stats.ttest_ind(a, b, equal_var=False) if a.std() or b.std() else None
     difference = float(a.mean() - b.mean())
-    if min(len(a), len(b)) < 2:
-        return result | {"verdict": ONE_SEED, "difference": difference}
-    lower = difference - _welch_margin(a, b, level)
-    verdict = FAILS if difference <= 0 else HOLDS if lower > 0 else UNDECIDED
-    return result | {"verdict": verdict, "difference": difference, "lower": lower}
+    lower, upper = (difference, difference) if found is None else map(float, found.confidence_interval(level))
+    result |= {"difference": difference, "lower": lower, "upper": upper, "test": test}
+    if found is None and difference == 0:
+        result["note"] = "the numbers are the same in every seed"
+    return result | {"verdict": HOLDS if lower > 0 else CONTRADICTED if upper < 0 else UNDECIDED}
 
 
-def _select(frame: pd.DataFrame, values: Mapping) -> pd.DataFrame:
-    if frame.empty:
-        return frame
-    if unknown := [name for name in values if name not in frame]:
-        raise ValueError(f"no run has the parameter {', '.join(unknown)}")
-    return frame[np.logical_and.reduce([frame[name] == value for name, value in values.items()])]
+def _one_condition(a: pd.DataFrame, b: pd.DataFrame) -> bool:
+    if "run_file" in a and "run_file" in b and set(a["run_file"]) & set(b["run_file"]):
+        return True
+    if "run_conditions" not in a or "run_conditions" not in b:
+        return False
+    return bool(set(a["run_conditions"]) & set(b["run_conditions"]))
 
 
-def _welch_margin(a: np.ndarray, b: np.ndarray, level: float) -> float:
-    parts = np.array([a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)])
-    if not parts.any():
-        return 0.0
-    freedom = parts.sum() ** 2 / (parts**2 / np.array([len(a) - 1, len(b) - 1])).sum()
-    return float(t_quantile(level, freedom) * np.sqrt(parts.sum()))
+def _same_batches(a: pd.DataFrame, b: pd.DataFrame, seed: str) -> bool:
+    """Whether the runs of one seed saw the same data in the same order in both frames."""
+    if set(a[seed]) != set(b[seed]):
+        return False
+    shared = [name for name in (*ORDER, "run_data") if name in a or name in b]
+    if any(name not in a or name not in b for name in shared):
+        return False
+    a, b = (frame.set_index(seed)[shared].sort_index().astype(str) for frame in (a, b))
+    return a.equals(b)
 
 
-def t_quantile(level: float, freedom: float | int) -> float:
-    """Quantile of Student's t for `freedom` >= 1, to about six digits.
+def runs_of(grid: Grid, dataset: str, scale: str, runs: str | Path | None = None) -> pd.DataFrame:
+    """All finished runs of a grid's rows: `measured`'s columns and `row`, `run_conditions`, `run_data`.
 
-    With t = √ν tan θ the density is proportional to cos^(ν-1) θ on (-π/2, π/2): smooth, and easy to sum.
+    `scale` may be "smoke". `run_conditions` holds all parameters that can change a number but the seed,
+    `run_data` the digests of the data where the metrics file has them.
+
+    Raises:
+        DataError: a metrics file whose parameters are not those of its row (the row was edited after the
+            run): `make grid` runs such a row again, `python -m finematch stale` lists them.
     """
-    theta = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
-    density = np.cos(theta).clip(0) ** (freedom - 1)
-    total = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return float(np.sqrt(freedom) * np.tan(np.interp(level, total / total[-1], theta)))
+    files = metrics_files(grid, dataset, scale, runs=runs)
+    for file in files:
+        if wrong := mismatches(grid, file):
+            raise DataError(file, "parameters", f"are not those of its row: {'; '.join(wrong)}",
+                            f"Run the row again (make grid GRID={grid.name})")  # fmt: skip
+    frame = measured(files)
+    if frame.empty:
+        return pd.DataFrame(columns=["row", "seed"])
+    frame["row"] = [file.parent.name.rsplit(".", 2)[1] for file in files]
+    contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    frame["run_conditions"] = [
+        json.dumps({k: v for k, v in one["parameters"].items() if k not in OUTSIDE}, sort_keys=True)
+        for one in contents
+    ]
+    frame["run_data"] = [json.dumps(one.get("identity", {}).get("data"), sort_keys=True) for one in contents]
+    return frame
+
+
+def about(grid: Grid, runs: pd.DataFrame) -> str:
+    """What the runs of a grid are: how many, by which protocol, from which commits, and which are missing."""
+    if runs.empty:
+        return f"No run of {grid.name} has finished here: make grid GRID={grid.name} makes them."
+    lines = [f"{len(runs)} runs, {runs['run_seconds'].sum() / 60:.0f} minutes of training in all."]
+    lines += [f"Protocol: {protocol}." for protocol in runs["run_protocol"].unique()]
+    lines.append(f"Commits: {', '.join(sorted({str(c)[:9] for c in runs['run_commit']}))}.")
+    if legacy := int(runs["run_status"].astype(str).str.startswith("legacy").sum()):
+        lines.append(
+            f"{legacy} of them are legacy: their metrics files lack the digests of data and weights that a run "
+            "records today. Their parameters are those of their rows."
+        )
+    counts = runs.groupby("row").size().reindex(list(grid.rows), fill_value=0)
+    if len(few := counts[counts < grid.seeds]):
+        lines.append(
+            f"{grid.seeds} seeds are planned; fewer have run of "
+            + ", ".join(f"{row} ({count})" for row, count in few.items()) + "."
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def printed(grid: Grid) -> pd.DataFrame:
+    """The paper's cells that the grid's columns name, without the prefix; empty cells if there is no table."""
+    if not grid.table:
+        cells = [{"row": row, "column": column} for row in grid.names.values() for column in grid.columns]
+        return pd.DataFrame(cells).assign(value=float("nan"), note="")
+    frame = published(grid.paper, grid.table)
+    frame = frame[frame["column"].str.startswith(grid.prefix) & frame["row"].isin(grid.names.values())]
+    return frame.assign(column=frame["column"].str.removeprefix(grid.prefix)).reset_index(drop=True)
+
+
+def beside(grid: Grid, runs: pd.DataFrame) -> pd.DataFrame:
+    """The grid's table: published and measured columns side by side, one line per row, and a random order's."""
+    ours = summary(runs, ["row"], list(grid.columns.values()))
+    frame = table(printed(grid), ours, row="row", columns=grid.columns, rows=grid.names)
+    frame["status"] = frame["row"].map(_status(grid, runs))
+    if grid.chance and len(runs):
+        line = {f"{column} measured": runs[metric].mean() for column, metric in grid.chance.items()}
+        frame = pd.concat([frame, pd.DataFrame([{"row": "a random order"} | line])], ignore_index=True)
+        frame["n"] = frame["n"].astype("Int64").astype(object).where(frame["n"].notna(), None)
+    return frame
+
+
+def _status(grid: Grid, runs: pd.DataFrame) -> dict[str, str]:
+    """By the paper's row: "legacy" if any run of it is, "" if all are current."""
+    return {grid.names[row]: "legacy" if of_row["run_status"].astype(str).str.startswith("legacy").any() else "current"
+            for row, of_row in runs.groupby("row")}  # fmt: skip
+
+
+def also(grid: Grid, runs: pd.DataFrame) -> pd.DataFrame:
+    """What the grid measures beyond the paper's columns: one line per row that has run; may be empty."""
+    if runs.empty or not grid.also:
+        return pd.DataFrame()
+    frame = summary(runs, ["row"], list(grid.also.values()))
+    titles = {metric: title for title, metric in grid.also.items()}
+    frame = frame.rename(columns=titles | {f"{metric} sd": f"{title} sd" for metric, title in titles.items()})
+    return frame.assign(row=frame["row"].map(grid.names))
+
+
+GROUNDING = {"pointing": "pointing", "r1": "R@1", "chance_pointing": "pointing, chance", "chance_r1": "R@1, chance",
+             "centre_pointing": "pointing, centre", "centre_r1": "R@1, centre",
+             "upper_bound_pointing": "pointing, upper bound", "upper_bound": "R@1, upper bound"}  # fmt: skip
+_GROUNDING = re.compile(rf"grounding_(?:level(\d+)_)?({'|'.join(GROUNDING)})_(before|after)")
+
+
+def grounding(runs: pd.DataFrame, names: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """How well attention or boxes find annotated phrases, by row, and by level where a model has levels.
+
+    Columns: `row`, `level` (absent if no run has levels), `boxes` (candidates a phrase), then mean and sd of
+    pointing and R@1: trained, `before` training, of a random candidate (chance), of the image's centre, and
+    the upper bound that the candidates allow. Empty if no run has linked phrases.
+    """
+    lines = []
+    for run in runs.to_dict("records"):
+        by_level: dict[Any, dict] = {}
+        for name, value in run.items():
+            found = _GROUNDING.fullmatch(str(name))
+            if found and pd.notna(value):
+                title = GROUNDING[found[2]] + (", before" if found[3] == "before" else "")
+                by_level.setdefault(found[1], {})[title] = value
+        for level, values in by_level.items():
+            part = "" if level is None else f"level{level}_"
+            said = re.search(
+                r"(\d+)(?: to (\d+))? candidate", str(run.get(f"grounding_{part}protocol_after"))
+            )
+            few, many = (said[1], said[2] or said[1]) if said else ("0", "0")
+            lines.append({"row": run["row"], "level": -1 if level is None else int(level), "seed": run["seed"],
+                          "few": int(few), "many": int(many), **values})  # fmt: skip
+    if not lines:
+        return pd.DataFrame()
+    frame = pd.DataFrame(lines)
+    titles = [title + late for title in GROUNDING.values() for late in ("", ", before")]
+    titles = [title for title in titles if title in frame and frame[title].notna().all()
+              and not (title.endswith("before") and title.split(",")[1:] != [" before"])]  # fmt: skip
+    found = summary(frame, ["row", "level"], titles)
+    counts = frame.groupby(["row", "level"], sort=False).agg({"few": "min", "many": "max"}).to_numpy()
+    found.insert(2, "boxes", [f"{a}" if a == b else f"{a} to {b}" for a, b in counts])
+    if names is not None:
+        found["row"] = found["row"].map(names)
+    return found.drop(columns="level") if (found["level"] == -1).all() else found
+
+
+def verdicts(grid: Grid, runs: pd.DataFrame) -> pd.DataFrame:
+    """Every claim of the grid judged, one line per claim and metric.
+
+    Columns: `claim`, `metric`, `verdict`, `difference`, `lower`, `upper`, `test`, `n_a`, `n_b`, `note`,
+    `better`, `worse` (rows), and `printed <column>`: the difference in the paper's own table, where it prints
+    the metric. Claims about levels of boxes (`levels` in the toml) compare within each run.
+    """
+    cells = printed(grid).set_index(["row", "column"])["value"]
+    lines = []
+    for claim in grid.claims:
+        better, worse = (runs[runs["row"] == row] for row in (claim.better, claim.worse))
+        if {claim.better, claim.worse} <= set(grid.untrained):  # one number each, however many seeds were run
+            line = judge(better.iloc[:1], worse.iloc[:1], claim.metric)
+            line["note"] = "neither row is trained: one number each, no seeds to judge by"
+            if len(better) and len(worse):
+                line["difference"] = float(better[claim.metric].iloc[0] - worse[claim.metric].iloc[0])
+        else:
+            line = judge(better, worse, claim.metric)
+            line["note"] = line["note"].replace("the first", claim.better).replace("the second", claim.worse)
+        line |= {"better": claim.better, "worse": claim.worse}
+        for column in (column for column, metric in grid.columns.items() if metric == claim.metric):
+            pair = [cells.get((grid.names[row], column), np.nan) for row in (claim.better, claim.worse)]
+            line["printed"] = round(float(pair[0] - pair[1]), 2)
+        lines.append({"claim": claim.text, "metric": claim.metric} | line)
+    return pd.DataFrame(lines + _level_verdicts(grid, runs))
+
+
+def _level_verdicts(grid: Grid, runs: pd.DataFrame) -> list[dict]:
+    """Do levels improve boxes? Levels of one run, and the baselines of each, compared seed by seed."""
+    runs = runs[runs["row"] == grid.levels]
+    ran = [
+        re.fullmatch(r"grounding_level(\d+)_r1_after", str(name)) for name in runs if runs[name].notna().all()
+    ]
+    measured_at = [int(found[1]) for found in ran if found]
+    if runs.empty or not measured_at:
+        return []
+    last, lines = max(measured_at), []
+    for metric in ("pointing", "r1"):
+        end, start = f"level{last}_{metric}_after", f"level0_{metric}_after"
+        asked = [(f"level {last} beats the proposals", end, start)]
+        asked += [(f"level {k} beats level {k - 1}", f"level{k}_{metric}_after", f"level{k - 1}_{metric}_after")
+                  for k in range(1, last + 1)]  # fmt: skip
+        asked += [
+            (f"level {last} beats a random one of its boxes", end, f"level{last}_chance_{metric}_after"),
+            (f"level {last} beats the box in the middle of the image", end, f"level{last}_centre_{metric}_after"),
+            (f"level {last} beats itself before training", end, f"level{last}_{metric}_before"),
+            (f"a random box of level {last} beats a random proposal", f"level{last}_chance_{metric}_after",
+             f"level0_chance_{metric}_after"),
+        ]  # fmt: skip
+        for text, better, worse in dict.fromkeys(asked):
+            a, b = (
+                pd.DataFrame({"seed": runs["seed"], "value": runs[f"grounding_{one}"]})
+                for one in (better, worse)
+            )
+            line = judge(a, b, "value") | {
+                "better": f"{grid.levels} {better}",
+                "worse": f"{grid.levels} {worse}",
+            }
+            line["note"] = line["note"].split(" and the second")[0].replace("the first", grid.levels)
+            lines.append({"claim": f"{grid.levels}: {text}", "metric": f"grounding_{metric}"} | line)
+    return lines
+
+
+def chance_note(judged: int) -> str:
+    """How many of `judged` verdicts chance alone would give."""
+    a_side = judged * (1 - LEVEL) / 2
+    return (
+        f"{judged} comparisons were judged, each by a two-sided {LEVEL:.0%} interval. If no difference were real, "
+        f"chance alone would give about {a_side:.1f} times *{HOLDS}* and {a_side:.1f} "
+        f"times *{CONTRADICTED}*. Metrics of one comparison are correlated, so such errors come together."
+    )
+
+
+def verdict_table(frame: pd.DataFrame) -> str:
+    """The claims as a pipe table, the interval in one column, and how many verdicts chance would give."""
+    if frame.empty:
+        return "No claim is judged by these runs."
+    shown = frame[["claim", "metric", "verdict", "difference"]].copy()
+    shown["95 % interval"] = [f"{a:+.2f} to {b:+.2f}" if pd.notna(a) else None
+                              for a, b in zip(frame["lower"], frame["upper"], strict=True)]  # fmt: skip
+    shown["test"] = frame["test"]
+    shown["n"] = [f"{a}, {b}" for a, b in zip(frame["n_a"], frame["n_b"], strict=True)]
+    if "printed" in frame and frame["printed"].notna().any():
+        shown["printed difference"] = frame["printed"]
+    if frame["note"].astype(bool).any():
+        shown["note"] = frame["note"]
+    judged = int((frame["verdict"] != NOT_RUN).sum())
+    return to_markdown(shown) + (f"\n\n{chance_note(judged)}" if judged else "")
+
+
+def oddities(grid: Grid) -> list[str]:
+    """What the transcription noted where the paper's cells contradict its text, its sums or another table."""
+    odd = ("Table", "text", "elsewhere", "says", "sum to", "the same")
+    said: dict[str, list[str]] = {}
+    for note, cells in printed(grid).groupby("note", sort=False):
+        parts = str(note).split("; ")
+        first = next((k for k, part in enumerate(parts) if any(word in part for word in odd)), None)
+        if first is None:
+            continue  # the note only describes the row
+        where = [
+            f"{row}, {' and '.join(own['column'])}" if len(own) < len(grid.columns) else str(row)
+            for row, own in cells.groupby("row", sort=False)
+        ]
+        said.setdefault("; ".join(parts[first:]), []).extend(where)
+    return [f"{'; '.join(where)}: {part}." for part, where in said.items()]
+
+
+def page(grid: Grid, dataset: str, runs: pd.DataFrame) -> str:
+    """The whole table as Markdown: published beside measured, what else was measured, grounding, claims."""
+    source = f"{grid.paper}, Table {grid.table}" if grid.table else "no table of a paper"
+    if grid.prefix:
+        source += f" ({grid.prefix.strip()})"
+    frame = beside(grid, runs)
+    if (frame["status"].dropna() == "current").all():
+        frame = frame.drop(columns="status")
+    if not grid.table:
+        frame = frame.drop(columns=[f"{column} published" for column in grid.columns])
+    parts = [f"Published: {source}. Measured: {dataset}.", to_markdown(frame)]
+    if len(remarks := [*grid.remarks, *oddities(grid)]):
+        parts.append("\n".join(f"* {remark}" for remark in remarks))
+    if len(more := also(grid, runs)):
+        parts.append(f"Measured only:\n\n{to_markdown(more)}")
+    if len(found := grounding(runs, grid.names)):
+        parts.append(f"Annotated phrases found:\n\n{to_markdown(found, digits=1)}")
+    parts.append(verdict_table(verdicts(grid, runs)))
+    return "\n\n".join(parts)
+
+
+def write(grid: Grid, dataset: str, runs: pd.DataFrame, stem: str | Path) -> None:
+    """Write `<stem>.md` (`page`), `.csv`, `.claims.csv`, and where there is any `.also.csv`, `.grounding.csv`."""
+    write_text(f"{stem}.md", page(grid, dataset, runs) + "\n")
+    parts = {"": beside(grid, runs), ".claims": verdicts(grid, runs), ".also": also(grid, runs),
+             ".grounding": grounding(runs, grid.names)}  # fmt: skip
+    for ending, frame in parts.items():
+        if len(frame):
+            write_text(f"{stem}{ending}.csv", frame.to_csv(index=False))

@@ -1,0 +1,294 @@
+"""Grids as data: `grids/<name>.csv` lists the runs of a table, `grids/<name>.toml` says what the table shows.
+
+A row of the csv is one run (a run per seed): its `name` and its parameters. The toml names the paper's table,
+which row of the paper each of ours stands for, the metrics, the claims and the number of seeds. Adding a
+table means adding these two files; no code knows a grid by name. Standard library only, so that the Snakefile
+and the command line can check a grid without loading anything heavy.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from finematch.config import root
+from finematch.files import DataError
+
+RESERVED = ("seed", "out", "dataset", "scale", "data_root", "smoke")  # the command line sets these
+LINK = re.compile(r"\{run:([a-z0-9-]+)\}")
+_SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement to judge: `better` is above `worse` on `metric`; both are rows of the grid."""
+
+    text: str
+    better: str
+    worse: str
+    metric: str
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid as its two files declare it; see docs/adding_a_table.md for the toml's keys.
+
+    `names` maps our rows to the paper's, `columns` the paper's columns to our metrics, `also` further
+    measured columns (title to metric), `chance` the metric that a random order gives for a column, `plot` the
+    columns that are drawn. `untrained` rows do not depend on the seed, `levels` is the row whose levels of
+    boxes are judged.
+    """
+
+    name: str
+    rows: Mapping[str, Mapping[str, str]]
+    title: str
+    axis: str
+    seeds: int
+    names: Mapping[str, str]
+    columns: Mapping[str, str]
+    claims: tuple[Claim, ...]
+    paper: str = ""
+    table: str = ""
+    prefix: str = ""
+    ylabel: str = ""
+    plot: tuple[str, ...] = ()
+    also: Mapping[str, str] = field(default_factory=dict)
+    chance: Mapping[str, str] = field(default_factory=dict)
+    headline: tuple[str, ...] = ()
+    untrained: tuple[str, ...] = ()
+    levels: str = ""
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def method(self) -> str:
+        """The method whose `2_train` runs the rows: the grid's name up to the first underscore."""
+        return self.name.split("_")[0]
+
+
+def names(folder: str | Path | None = None) -> list[str]:
+    """The grids that there are."""
+    return sorted(path.stem for path in _folder(folder).glob("*.csv"))
+
+
+def grid(name: str, dataset: str = "", *, folder: str | Path | None = None) -> Grid:
+    """Read and check both files of a grid.
+
+    Args:
+        name: the files' name without its ending.
+        dataset: applies the toml's `[on."pattern"]` sections whose pattern matches it (a paper prints several
+            datasets; our runs stand beside the columns of the one that they resemble).
+        folder: where the files are; default: the workbook's `grids/`.
+
+    Raises:
+        DataError: a file is missing or malformed, a row is named twice, a column is one that the command line
+            sets for every row, or the toml speaks of a row or key that does not exist.
+    """
+    rows = read_rows(name, folder=folder)
+    path = _folder(folder) / f"{name}.toml"
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        problem = f"is missing; {name}.csv lists runs, but nothing says what their table shows"
+        raise DataError(path, "the file", problem, "See docs/adding_a_table.md") from error
+    except tomllib.TOMLDecodeError as error:
+        raise DataError(path, "the file", f"is not TOML ({error})", "Correct it") from error
+    for pattern, section in content.pop("on", {}).items():
+        if fnmatch(dataset, pattern):
+            content |= section
+    return _checked(path, name, rows, content)
+
+
+def read_rows(name: str, *, folder: str | Path | None = None) -> dict[str, dict[str, str]]:
+    """The rows of `grids/<name>.csv`: name to its cells; empty cells (the notebook's default) are left out.
+
+    Raises:
+        DataError: as `grid`.
+    """
+    path = _folder(folder) / f"{name}.csv"
+    if not path.is_file():
+        known = ", ".join(names(folder)) or "none"
+        raise DataError(path, "the file", "is missing", f"Choose one of the grids that exist: {known}")
+    with path.open(newline="", encoding="utf-8-sig") as file:  # -sig: spreadsheets write a byte order mark
+        lines = csv.DictReader(file)
+        columns = list(lines.fieldnames or ())
+        found = [line for line in lines if any(line.values())]
+    if "name" not in columns:
+        raise DataError(
+            path, "the header", f"has no column `name` ({','.join(columns)})", "Separate by commas"
+        )
+    if taken := [column for column in columns if column in RESERVED]:
+        remedy = "Remove it: the command line sets it for every row (SEEDS=, DATASET=, SCALE= ...)"
+        raise DataError(path, f"column {taken[0]}", "is not for a grid to set", remedy)
+    rows: dict[str, dict[str, str]] = {}
+    for number, line in enumerate(found, start=2):
+        label = f"line {number}"
+        if None in line or None in line.values():
+            raise DataError(path, label, "has more or fewer cells than the header", "Correct the line")
+        row = line.pop("name").strip()
+        if not _SLUG.fullmatch(row):
+            raise DataError(
+                path, label, f"is named {row!r}", "A name is lower-case letters, digits and hyphens"
+            )
+        if row in rows:
+            remedy = "Rename one: the second would never run"
+            raise DataError(path, label, f"is named {row!r} like a row before it", remedy)
+        rows[row] = {key: cell.strip() for key, cell in line.items() if cell.strip()}
+    if not rows:
+        raise DataError(path, "the file", "lists no runs", "Add a row")
+    for row, cells in rows.items():
+        for linked in _links(cells):
+            if linked not in rows or _links(rows[linked]):
+                problem = f"builds on {linked!r}, which is no row here, or builds on another itself"
+                raise DataError(path, f"row {row}", problem, "A link names a row without links")
+    return rows
+
+
+def _folder(folder: str | Path | None) -> Path:
+    return root() / "grids" if folder is None else Path(folder)
+
+
+def _links(cells: Mapping[str, str]) -> list[str]:
+    return [row for cell in cells.values() for row in LINK.findall(cell)]
+
+
+def _checked(path: Path, name: str, rows: dict, content: dict) -> Grid:
+    """The grid that the toml's `content` declares."""
+    known = {"title", "axis", "seeds", "rows", "columns", "judge", "claims", *Grid.__dataclass_fields__}
+    known -= {"name", "names"}
+    if unknown := sorted(content.keys() - known):
+        raise DataError(path, unknown[0], "is no key of a grid", f"Known: {', '.join(sorted(known))}")
+    if missing := [key for key in ("title", "axis", "seeds", "rows", "columns") if key not in content]:
+        raise DataError(path, missing[0], "is missing", "See docs/adding_a_table.md")
+    ours = content.pop("rows")
+    if ours.keys() != rows.keys():
+        odd = sorted(ours.keys() ^ rows.keys())
+        raise DataError(
+            path, f"[rows] {odd[0]}", f"is not in both {name}.csv and [rows]", "Name each row in both"
+        )
+    if not (isinstance(content["seeds"], int) and content["seeds"] >= 2):
+        raise DataError(
+            path, "seeds", "is not an integer of at least 2", "Without a spread nothing is judged"
+        )
+    judged = content.pop("judge", [])
+    claims = []
+    for entry in content.pop("claims", []):
+        label = f"claim {entry.get('text', '')!r}"
+        if lacking := [key for key in ("text", "better", "worse") if key not in entry]:
+            raise DataError(path, label, f"lacks {lacking[0]}", "A claim has text, better and worse")
+        for which in ("better", "worse"):
+            if entry[which] not in rows:
+                raise DataError(path, label, f"names the row {entry[which]!r}", f"Rows: {', '.join(rows)}")
+        if entry["better"] == entry["worse"]:
+            raise DataError(path, label, "compares a row with itself", "Name two rows")
+        metrics = entry.get("metrics", judged)
+        if not metrics:
+            raise DataError(path, label, "has no metric", "Give the claim `metrics`, or the grid `judge`")
+        claims += [Claim(entry["text"], entry["better"], entry["worse"], metric) for metric in metrics]
+    for key in ("untrained", "levels"):
+        named = content.get(key, ())
+        for row in [named] if isinstance(named, str) else named:
+            if row not in rows:
+                raise DataError(path, key, f"names the row {row!r}", f"Rows: {', '.join(rows)}")
+    for key in ("plot", "chance"):
+        for column in content.get(key, ()):
+            if column not in content["columns"]:
+                raise DataError(path, key, f"names the column {column!r}", "It is not in [columns]")
+    lists = {key: tuple(value) for key, value in content.items() if isinstance(value, list)}
+    return Grid(name=name, rows=rows, names=ours, claims=tuple(claims), **(content | lists))
+
+
+def metrics_files(
+    grid: Grid,
+    dataset: str,
+    scale: str,
+    *,
+    seeds: Iterable[int] | None = None,
+    runs: str | Path | None = None,
+) -> list[Path]:
+    """The metrics files that the grid's rows have, in the order of rows and seeds; `scale` may be "smoke"."""
+    folder = root() / "papermill_runs" / grid.method if runs is None else Path(runs)
+    found = []
+    for row in grid.rows:
+        of_row = {int(f.parent.name.rpartition(".s")[2]): f
+                  for f in folder.glob(f"{dataset}.{scale}.{row}.s*/metrics.json")
+                  if f.parent.name.rpartition(".s")[2].isdigit()}  # fmt: skip
+        found += [of_row[seed] for seed in sorted(of_row) if seeds is None or seed in seeds]
+    return found
+
+
+def mismatches(grid: Grid, file: Path) -> list[str]:
+    """What a run's parameters have against the row that its folder is named after; empty where they agree.
+
+    A cell of the csv is read as papermill's `-p` reads it. Parameters that the row leaves to the notebook are
+    compared where the metrics file records which ones were given.
+
+    Raises:
+        DataError: a file that is no metrics file.
+    """
+    dataset, scale, row, seed = _parts(file)
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        parameters = content["parameters"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            file, "the file", f"is not a metrics file ({error})", "Delete it and run again"
+        ) from error
+    wanted = {key: _typed(LINK.sub(lambda link: str(Path(file).parent.with_name(  # a link is a neighbour's folder
+        f"{dataset}.{scale}.{link[1]}.s{seed}")), cell)) for key, cell in grid.rows[row].items()}  # fmt: skip
+    wanted |= {"seed": int(seed), "dataset": dataset, "smoke": scale == "smoke"}
+    if scale != "smoke":
+        wanted["scale"] = scale
+    found = [f"{key} is {parameters.get(key)!r}, the row says {value!r}" for key, value in wanted.items()
+             if not _same(parameters.get(key), value)]  # fmt: skip
+    given = content.get("given")
+    if isinstance(given, dict):
+        columns = {key for cells in grid.rows.values() for key in cells}
+        found += [f"{key} was given as {given[key]!r}, the row leaves it to the notebook"
+                  for key in sorted(columns & given.keys()) if key not in grid.rows[row]]  # fmt: skip
+    return found
+
+
+def stale(grid: Grid, dataset: str, scale: str, *, runs: str | Path | None = None) -> list[Path]:
+    """Metrics files whose parameters are not their row's, and those of rows that build on such a run."""
+    files = metrics_files(grid, dataset, scale, runs=runs)
+    bad = {file for file in files if mismatches(grid, file)}
+    rows_and_seeds = {_parts(file)[2:] for file in bad}
+    for file in files:
+        row, seed = _parts(file)[2:]
+        if any((linked, seed) in rows_and_seeds for linked in _links(grid.rows[row])):
+            bad.add(file)
+    return [file for file in files if file in bad]
+
+
+def _parts(file: str | Path) -> tuple[str, str, str, str]:
+    """Dataset, scale, row and seed of `.../<dataset>.<scale>.<row>.s<seed>/metrics.json`."""
+    dataset, scale, row, seed = Path(file).parent.name.rsplit(".", 3)
+    return dataset, scale, row, seed.removeprefix("s")
+
+
+def _typed(cell: str) -> Any:
+    """A cell as papermill's `-p` reads it."""
+    if cell in ("True", "False", "None"):
+        return {"True": True, "False": False, "None": None}[cell]
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            continue
+    return cell
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    if isinstance(found, bool) or isinstance(wanted, bool):
+        return found is wanted
+    if isinstance(wanted, str) and isinstance(found, str) and "/" in wanted:  # a path: the same last parts
+        parts = Path(found).parts, Path(wanted).parts
+        return parts[0][-2:] == parts[1][-2:]
+    return found == wanted
