@@ -10,12 +10,16 @@
   `{run:clip-cls}/encoder` is a path in that row's run folder with the same seed, and waits for that run.
 * A finished run is repeated when the parameters of its row change, or of a row it builds on; not when a
   notebook or the library is edited: metrics.json says which commit made it, FORCE=1 repeats the grid.
+* `python -m finematch stale` lists the finished runs whose parameters are not their row's (a row edited in a fresh
+  clone, where Snakemake remembers nothing); `make grid` runs them again. Force repeats every row from the start.
 * With smoke the scale reads `smoke` in every name, so that such a run is never taken for a real one.
 """
 
-import csv
-import re
 import sys
+from pathlib import Path
+
+from finematch.files import DataError
+from finematch.grids import LINK, grid
 
 if "grid" not in config:
     raise WorkflowError("Which grid? Give --config grid=NAME, NAME one of the files in grids/.")
@@ -23,17 +27,22 @@ GRID = config["grid"]
 METHOD = GRID.split("_")[0]
 DATASET = config.get("dataset", "scenes")
 SCALE = config.get("scale", "tiny")
-SEEDS = str(config.get("seeds", "0,1,2")).split(",")
 DATA_ROOT = config.get("data_root", "data")
 SMOKE = "-p smoke True" if config.get("smoke") else ""
 NAME = f"{DATASET}.{'smoke' if SMOKE else SCALE}"
 RUN = f"papermill_runs/{METHOD}/{NAME}.{{row}}.s{{seed}}"
 TABLE = f"figures/{GRID}.{NAME}"
-LINK = re.compile(r"\{run:([a-z0-9-]+)\}")
 PAPERMILL = f"{sys.executable} -m papermill --no-progress-bar --log-output"
 
-with open(f"grids/{GRID}.csv", newline="") as file:
-    ROWS = {row.pop("name"): {key: cell for key, cell in row.items() if cell} for row in csv.DictReader(file)}
+TRAIN = Path("notebooks", METHOD, "2_train.ipynb")
+RESUME = f"-p resume {'fresh' if config.get('force') else 'replace'}" if '"resume: ' in TRAIN.read_text() else ""
+
+try:
+    TABLE_OF = grid(GRID, DATASET, folder="grids")
+except DataError as error:
+    raise WorkflowError(str(error))
+ROWS = TABLE_OF.rows
+SEEDS = str(config["seeds"]).split(",") if config.get("seeds") not in (None, "") else range(TABLE_OF.seeds)
 
 
 def links(row):
@@ -88,6 +97,6 @@ rule run:
     retries: 1
     shell:
         "mkdir -p {params.out} && "
-        "{PAPERMILL} notebooks/{METHOD}/2_train.ipynb {log.notebook} -p out {params.out}"
+        "{PAPERMILL} {TRAIN} {log.notebook} -p out {params.out}"
         " -p dataset {DATASET} -p scale {SCALE} -p data_root {DATA_ROOT:q} -p seed {wildcards.seed}"
-        " {params.cells:q} {SMOKE}"
+        " {params.cells:q} {SMOKE} {RESUME}"

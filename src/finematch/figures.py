@@ -10,6 +10,7 @@ array "h w 3", bytes or floats in [0, 1]. Axes of arrays: `r` boxes, `h` `w` pix
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,8 +19,10 @@ import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
 from matplotlib import patheffects
+from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image
@@ -469,3 +472,140 @@ def bars(ax: Axes, labels: Sequence[str], groups: Mapping, *, errors=None, ylabe
     ax.grid(axis="y")
     if len(groups) > 1:
         ax.legend(loc="best")
+
+
+def seeds(ax: Axes, labels: Sequence[str], values: Mapping[str, Sequence[float]]) -> None:
+    """One small dot per run (seed) above its row's label, drawn by seaborn; rows without runs stay empty."""
+    import seaborn as sns  # here: only plots of runs need it
+
+    rows = [label for label in labels for _ in values.get(label, ())]
+    if rows:
+        dots = [value for label in labels for value in values.get(label, ())]
+        before = ax.get_xlim()
+        sns.stripplot(x=rows, y=dots, order=list(labels), ax=ax, color=PALETTE[0], size=2.6, alpha=0.55, jitter=False,
+                      legend=False)  # fmt: skip
+        ax.set(xlabel="", xlim=before)
+
+
+def beside(
+    frame,
+    columns: Sequence[str],
+    *,
+    runs: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    dashes: Mapping[str, tuple[str, Sequence[float]]] | None = None,
+    lines: Mapping[str, float] | None = None,
+    xlabel: str = "",
+    ylabel: str = "",
+) -> Figure:
+    """A table of published and measured numbers as a figure, one panel per column.
+
+    Args:
+        frame: rows `row`, `<column> published`, `<column> measured`, `<column> measured sd` (`tables.beside`).
+        columns: what is drawn, left to right.
+        runs: by column and row, the value of every seed: small dots.
+        dashes: by column, a name and one value per row: horizontal dashes.
+        lines: by column, a value that is drawn across (a random order's).
+        xlabel, ylabel: labels of the axes; the column's name stands above its panel.
+    """
+    labels = [textwrap.fill(str(row), 24) for row in frame["row"]]
+    of_row = dict(zip(frame["row"], labels, strict=True))
+    long = (
+        sum(map(len, labels)) > 55
+        or max((len(part) for label in labels for part in label.split(chr(10))), default=0) > 12
+    )
+    width = max(4.0, 0.42 * len(labels) + 1.5)
+    size = (min(width * len(columns), 11), 4.4 if long else 3.4)
+    figure, panels = plt.subplots(1, len(columns), figsize=size, layout="constrained")
+    for ax, column in zip(np.atleast_1d(panels), columns, strict=True):
+        published, mean = frame[f"{column} published"], frame[f"{column} measured"]
+        if lines and column in lines:
+            ax.axhline(
+                lines[column], color=INK, linestyle="--", linewidth=1, marker="", label="a random order"
+            )
+        compare_points(ax, labels, published, mean, frame[f"{column} measured sd"], ylabel=ylabel)
+        if runs and column in runs:
+            seeds(ax, labels, {of_row[row]: of for row, of in runs[column].items() if row in of_row})
+        if dashes and column in dashes:
+            name, values = dashes[column]
+            ax.plot(
+                np.arange(len(labels)) + 0.1,
+                np.asarray(values, float),
+                "_",
+                color=INK,
+                markersize=11,
+                label=name,
+            )
+        turned = {"rotation": 30, "ha": "right"} if long else {}
+        ax.set_xticks(range(len(labels)), labels, **turned)
+        ax.set(xlabel=xlabel, title=column)
+        if ax.get_legend():
+            ax.get_legend().remove()
+    handles, names = np.atleast_1d(panels)[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper right", ncols=len(names))
+    return figure
+
+
+def intervals(frame, *, xlabel: str = "difference") -> Figure:
+    """Differences with their intervals, one line per claim, a column of panels per metric.
+
+    Args:
+        frame: rows `claim`, `metric`, `difference`, `lower`, `upper`, `verdict` (`tables.verdicts`); lines
+            without an interval are left out.
+
+    Raises:
+        ValueError: no line has an interval.
+    """
+    frame = frame[frame["lower"].notna()]
+    if not len(frame):
+        raise ValueError("no line of the frame has an interval to draw")
+    claims, metrics = list(dict.fromkeys(frame["claim"])), list(dict.fromkeys(frame["metric"]))
+    size = (min(3.2 + 2.4 * len(metrics), 13), 0.9 + 0.27 * len(claims))
+    figure, panels = plt.subplots(1, len(metrics), figsize=size, sharey=True, layout="constrained")
+    look = {
+        "holds": ("o", PALETTE[0], PALETTE[0]),
+        "contradicted": ("X", WRONG, WRONG),
+        "undecided": ("s", FAINT, "white"),
+    }
+    for ax, metric in zip(np.atleast_1d(panels), metrics, strict=True):
+        ax.axvline(0, color=INK, linewidth=0.8, marker="")
+        for line in frame[frame["metric"] == metric].to_dict("records"):
+            marker, colour, face = look[line["verdict"]]
+            at, y = line["difference"], claims.index(line["claim"])
+            ax.plot([line["lower"], line["upper"]], [y, y], color=colour, linewidth=1.4, marker="")
+            ax.plot([at], [y], marker=marker, color=colour, markerfacecolor=face, linestyle="")
+        ax.set(title=metric, xlabel=xlabel)
+        ax.grid(axis="x")
+    first = np.atleast_1d(panels)[0]
+    first.set_yticks(range(len(claims)), claims)
+    first.set_ylim(len(claims) - 0.5, -0.5)
+    drawn = [verdict for verdict in look if verdict in set(frame["verdict"])]
+    handles = [Line2D([], [], marker=look[v][0], color=look[v][1], markerfacecolor=look[v][2]) for v in drawn]
+    figure.legend(handles, drawn, loc="outside upper right", ncols=len(drawn))
+    return figure
+
+
+def levels(frame, metrics: Sequence[str] = ("pointing", "R@1")) -> Figure:
+    """How well the boxes of each level find annotated phrases: one panel per metric.
+
+    Args:
+        frame: lines of one row of `tables.grounding` that has levels.
+    """
+    figure, panels = plt.subplots(1, len(metrics), figsize=(9.5, 3.4), layout="constrained")
+    drawn = (("upper bound", "upper bound (oracle)", PALETTE[2], "-", "^"), ("", "trained", PALETTE[0], "-", "o"),
+             ("before", "before training", PALETTE[1], "--", "D"), ("chance", "a random box", INK, ":", ""),
+             ("centre", "the image's middle", FAINT, "-.", ""))  # fmt: skip
+    for ax, metric in zip(np.atleast_1d(panels), metrics, strict=True):
+        for which, name, colour, dash, marker in drawn:
+            column = f"{metric}, {which}" if which else metric
+            spread = frame[f"{column} sd"].fillna(0) if which in ("", "before") else None
+            at = frame["level"] + 0.04 * ((marker == "D") - (marker == "o"))
+            look = {"color": colour, "linestyle": dash, "marker": marker, "capsize": 3, "label": name}
+            ax.errorbar(at, frame[column], spread, **look)
+        ax.set_xticks(frame["level"], ["proposals" if level == 0 else str(level) for level in frame["level"]])
+        ax.set(xlabel="level", ylabel=f"{metric} (%)")
+        ax.set_ylim(bottom=0)
+        ax.grid(axis="y")
+    figure.legend(
+        *np.atleast_1d(panels)[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(drawn)
+    )
+    return figure

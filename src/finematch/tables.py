@@ -529,3 +529,23 @@ def write(grid: Grid, dataset: str, runs: pd.DataFrame, stem: str | Path) -> Non
     for ending, frame in parts.items():
         if len(frame):
             write_text(f"{stem}{ending}.csv", frame.to_csv(index=False))
+
+
+def drawn(grid: Grid, runs: pd.DataFrame) -> dict[str, Any]:
+    """What `figures.beside` draws of a grid beyond its table: seeds, dashes, random order, labels.
+
+    Dashes are the first measured-only column whose title begins with the drawn column's name.
+    """
+    more, rows = also(grid, runs), list(dict.fromkeys(printed(grid)["row"]))
+    rows += [
+        row for row in grid.names.values() if row not in rows and row in set(runs["row"].map(grid.names))
+    ]
+    dashes, seeds = {}, {}
+    for column in grid.plot:
+        of_row = runs.assign(row=runs["row"].map(grid.names)).groupby("row")
+        seeds[column] = {row: own[grid.columns[column]].tolist() for row, own in of_row}
+        title = next((one for one in grid.also if one.lower().startswith(f"{column.lower()}, ")), None)
+        if title and len(more):
+            dashes[column] = (title.partition(", ")[2], more.set_index("row")[title].reindex(rows).tolist())
+    lines = {column: float(runs[metric].mean()) for column, metric in grid.chance.items() if len(runs)}
+    return {"runs": seeds, "dashes": dashes, "lines": lines, "xlabel": grid.axis, "ylabel": grid.ylabel}
