@@ -12,7 +12,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 DATASET ?= scenes
 DATA_ROOT ?= data
 SCALE ?= tiny
-SEEDS ?= 0,1,2
+# default: as many as the grid's toml fixes
+SEEDS ?=
 PROFILE ?= default
 # cores in all, threads a run (empty: what the profile says); runs at a time that share this machine's GPU
 CORES ?=
@@ -29,17 +30,12 @@ SNAKEMAKE = $(BIN)/snakemake --workflow-profile profiles/$(PROFILE) \
   $(if $(CORES),--cores $(CORES)) $(if $(THREADS),--set-threads run=$(THREADS)) \
   $(if $(GPUS),--set-resources run:gpu=1 --resources gpu=$(GPUS)) \
   --config grid=$(GRID) dataset=$(DATASET) scale=$(SCALE) seeds=$(SEEDS) 'data_root=$(DATA_ROOT)' \
-  $(if $(SMOKE),smoke=1)
+  $(if $(SMOKE),smoke=1) $(if $(FORCE),force=1)
 INSTALLED := .venv/.installed
-LIBRARY := $(shell find src/finematch -name '*.py')
 WORKBOOK := papermill_runs/workbook
-PAGES := 0_start_here slan/1_lesson slan/2_train slan/3_ablations slan/4_regions 1_data \
-  felga/0_vlp felga/1_lesson felga/2_train felga/3_ablations felga/4_retrieval \
-  hslm/1_lesson hslm/2_train hslm/3_ablations hslm/4_attention \
-  mvam/1_lesson mvam/2_train mvam/3_ablations mvam/4_attention 9_scorecard
 LOAD = from finematch.data import load; print(len(load("$(DATASET)", "$(DATA_ROOT)", "val")), "val pictures")
 
-.PHONY: help install notebooks workbook pages tiny-grid test lab bench data grid named unlock readme lint clean
+.PHONY: help install git-filter notebooks workbook test lab bench data grid named unlock results lint clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -48,34 +44,24 @@ install: $(INSTALLED)  ## make .venv and install everything (PYTHON=python3.12)
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -e '.[dev,minilm]'
+	-$(MAKE) --no-print-directory git-filter
 	touch $@
+
+# What git sees of a notebook that was run and saved is what the repository has: no outputs, no counts.
+STRIPPED := cell.metadata.editable cell.metadata.slideshow cell.metadata.papermill cell.metadata.trusted metadata.papermill \
+  $(addprefix metadata.language_info.,codemirror_mode file_extension mimetype nbconvert_exporter pygments_lexer version)
+git-filter:
+	git config filter.nbstripout.clean 'PATH=".venv/bin:$$PATH" nbstripout --keep-id'
+	git config filter.nbstripout.smudge cat
+	git config filter.nbstripout.extrakeys '$(STRIPPED)'
 
 notebooks: $(INSTALLED)  ## build each .ipynb from its .py
 	$(BIN)/python notebooks/build.py
 
-# A page is done when its stamp is there: an executed notebook on disk proves nothing. The methods run side by side.
 workbook: $(INSTALLED) notebooks data  ## run every notebook and a tiny grid, print what each took (JOBS=2)
-	each=$$(( ($$(getconf _NPROCESSORS_ONLN) + $(JOBS) - 1) / $(JOBS) )); \
-	  OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$each} $(MAKE) --no-print-directory -j $(JOBS) pages
-	@echo "Executed notebooks: $(WORKBOOK)/; tables and pictures: figures/"
-$(WORKBOOK)/%.done: notebooks/%.ipynb $(LIBRARY)
-	mkdir -p $(@D)
-	TIMEFORMAT='$* took %0lR'; time $(PAPERMILL) $< $(WORKBOOK)/$*.ipynb
-	touch $@
-pages: $(PAGES:%=$(WORKBOOK)/%.done) tiny-grid
-after = $(foreach page,$2,$(eval $(WORKBOOK)/$(page).done: | $(1:%=$(WORKBOOK)/%.done)))
-$(call after,0_start_here,1_data slan/1_lesson felga/0_vlp)
-$(call after,1_data,hslm/1_lesson mvam/1_lesson)
-$(foreach method,slan hslm mvam,$(call after,$(method)/1_lesson,$(method)/2_train))
-$(call after,felga/0_vlp,felga/1_lesson)
-$(call after,felga/1_lesson 1_data,felga/2_train)
-$(foreach method,slan hslm mvam felga,$(call after,$(method)/2_train,$(method)/3_ablations))
-$(foreach method,slan/4_regions hslm/4_attention mvam/4_attention felga/4_retrieval,\
-  $(call after,$(dir $(method))3_ablations,$(method)) $(call after,$(method),9_scorecard))
-tiny-grid: | $(WORKBOOK)/mvam/2_train.done
-$(WORKBOOK)/mvam/3_ablations.done: | tiny-grid
-tiny-grid: $(INSTALLED)
-	TIMEFORMAT='the tiny grid took %0lR'; time $(MAKE) --no-print-directory grid GRID=mvam_views SEEDS=0 SMOKE=1
+	$(BIN)/snakemake --snakefile workbook.smk --cores all --keep-going --rerun-incomplete --rerun-triggers mtime \
+	  --config jobs=$(JOBS)
+	@echo "Executed notebooks: $(WORKBOOK)/; tables and figures: figures/"
 
 test: $(INSTALLED)  ## run all tests (JOBS=2)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=agg $(BIN)/pytest -n $(JOBS) --dist worksteal
@@ -91,7 +77,8 @@ data: $(INSTALLED)  ## draw the embedded set, or see whether a real one can be r
 
 # Twice, for only the second look sees that a run builds on one that the first has repeated.
 grid: named notebooks data  ## run a grid and draw its table: GRID=mvam_views (DATASET DATA_ROOT SCALE SEEDS CORES THREADS GPUS SMOKE FORCE PROFILE)
-	$(SNAKEMAKE) --until run $(if $(FORCE),--forceall)
+	stale=$$($(BIN)/python -m finematch stale $(GRID) --dataset $(DATASET) --scale $(if $(SMOKE),smoke,$(SCALE))); \
+	  $(SNAKEMAKE) --until run $(if $(FORCE),--forceall,$${stale:+--forcerun $$stale})
 	$(SNAKEMAKE) --forcerun table
 
 named:
@@ -100,9 +87,9 @@ named:
 unlock: named  ## after a grid was killed: let it run again (GRID)
 	$(SNAKEMAKE) --unlock
 
-readme: $(INSTALLED)  ## rewrite the README's generated tables from the metrics of finished runs
+results: $(INSTALLED)  ## rewrite RESULTS.md and the README's generated lines from the metrics of finished runs
 	mkdir -p $(WORKBOOK)
-	$(PAPERMILL) notebooks/9_scorecard.ipynb $(WORKBOOK)/9_scorecard.ipynb -p readme README.md
+	$(PAPERMILL) notebooks/9_scorecard.ipynb $(WORKBOOK)/9_scorecard.ipynb -p results RESULTS.md -p readme README.md
 
 lint: $(INSTALLED)  ## style, and whether each notebook is what its .py says
 	$(BIN)/ruff check

@@ -7,7 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from notebook_text import ROOT, build
+
+from finematch import tables
+from finematch.__main__ import main
+from finematch.files import DataError
+from finematch.grids import grid, mismatches, names, stale
 
 TRAIN = """# %% [markdown]
 # # A training notebook that trains nothing
@@ -21,6 +27,7 @@ out: str = "run"  # run folder
 smoke: bool = False  # seconds instead of minutes
 views: int = 1  # number of view codes
 weights: str = ""  # another run's folder
+resume: str = ""  # fresh or replace
 
 # %%
 from finematch.config import parameters
@@ -43,8 +50,8 @@ if p.weights:
     assert Path(p.weights).is_dir()
 else:
     Path(p.out, "encoder").mkdir(exist_ok=True)
-facts = {"resumed": resumed, "threads": os.environ["OMP_NUM_THREADS"], "data_root": p.data_root}
-Path(p.out, "metrics.json").write_text(json.dumps(p.as_dict() | facts))
+facts = {"how": p.resume, "resumed": resumed, "threads": os.environ["OMP_NUM_THREADS"], "data_root": p.data_root}
+Path(p.out, "metrics.json").write_text(json.dumps({"parameters": p.as_dict(), "metrics": facts}))
 """
 
 TABLE = """# %% [markdown]
@@ -69,6 +76,16 @@ for kind in ("csv", "md", "svg"):
 """
 
 
+def write_grid(book: Path, name: str, rows: str, **more: str) -> None:
+    """Both files of a grid; `more` replaces lines of the toml."""
+    (book / "grids" / f"{name}.csv").write_text(rows)
+    names = [line.split(",")[0] for line in rows.splitlines()[1:]]
+    lines = {"title": '"A grid"', "axis": '"row"', "seeds": "2", **more}
+    text = "".join(f"{key} = {value}\n" for key, value in lines.items())
+    text += "[rows]\n" + "".join(f'{row} = "{row}"\n' for row in dict.fromkeys(names))
+    (book / "grids" / f"{name}.toml").write_text(text + '[columns]\n"R@1" = "i2t_r1"\n')
+
+
 def snakemake(book: Path, *options: str, **config: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "snakemake", "--workflow-profile", "profiles/default", *options]
     settings = {"grid": "toy_rows", "seeds": "0,1", "data_root": "my data", **config}
@@ -86,11 +103,12 @@ def test_a_failed_row_keeps_its_traceback_and_only_it_is_repeated(tmp_path):
     (book / "notebooks" / "toy").mkdir(parents=True)
     (book / "grids").mkdir()
     shutil.copy(ROOT / "Snakefile", book)
+    shutil.copy(ROOT / "pyproject.toml", book)
     shutil.copytree(ROOT / "profiles", book / "profiles")
     (book / "notebooks" / "toy" / "2_train.py").write_text(TRAIN)
     (book / "notebooks" / "toy" / "3_ablations.py").write_text(TABLE)
     build.main(["--folder", str(book / "notebooks")])
-    (book / "grids" / "toy_rows.csv").write_text("name,views,weights\none,1,\neight,8,{run:one}/encoder\n")
+    write_grid(book, "toy_rows", "name,views,weights\none,1,\neight,8,{run:one}/encoder\n")
     (book / "broken").touch()
     runs = book / "papermill_runs" / "toy"
     names = {f"scenes.tiny.{row}.s{seed}" for row in ("one", "eight") for seed in (0, 1)}
@@ -113,7 +131,7 @@ def test_a_failed_row_keeps_its_traceback_and_only_it_is_repeated(tmp_path):
     assert second.returncode == 0, second.stderr
     assert (book / "attempts").read_text().split() == ["8", "1"]
     metrics = json.loads((failed / "metrics.json").read_text())
-    assert metrics == {
+    assert metrics["parameters"] | metrics["metrics"] == {
         "dataset": "scenes",
         "data_root": "my data",
         "scale": "tiny",
@@ -122,6 +140,8 @@ def test_a_failed_row_keeps_its_traceback_and_only_it_is_repeated(tmp_path):
         "smoke": False,
         "views": 8,
         "weights": "papermill_runs/toy/scenes.tiny.one.s1/encoder",
+        "resume": "replace",
+        "how": "replace",
         "resumed": True,
         "threads": "1",
     }
@@ -143,3 +163,177 @@ def test_a_failed_row_keeps_its_traceback_and_only_it_is_repeated(tmp_path):
     for path in sorted(runs.glob("*eight*/metrics.json")) + sorted(runs.glob("*one*/metrics.json")):
         path.write_text(path.read_text())
     assert planned(book) == set()
+
+
+@pytest.fixture
+def book(tmp_path) -> Path:
+    """A workbook that shares all with this one but the grids, the runs and the figures."""
+    for name in ("notebooks", "profiles", "Snakefile", "pyproject.toml", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "grids").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("name,views\none,16\none,32\n", r"line 3: is named 'one' like a row before it"),
+        ("name,seed,views\none,3,16\n", "column seed"),
+        ("name,out,views\none,elsewhere,16\n", "column out"),
+        ("name,dataset\none,scenes\n", "column dataset"),
+        ("name,smoke\none,True\n", "column smoke"),
+        ("name,views\none,16,17\n", "line 2: has more or fewer cells"),
+        ("name,views\nOne row,16\n", "line 2: is named 'One row'"),
+        ("name;views\none;16\n", "no column `name`"),
+        ("name,weights\none,{run:two}\ntwo,{run:three}\nthree,\n", "row one: builds on 'two'"),
+        ("name,views\n", "lists no runs"),
+    ],
+)
+def test_rows_that_would_not_run_as_they_stand_are_refused(book, rows, message):
+    write_grid(book, "mvam_mine", rows)
+    with pytest.raises(DataError, match=message):
+        grid("mvam_mine", folder=book / "grids")
+
+
+@pytest.mark.parametrize("rows", ["name,views\none,16\none,32\n", "name,seed,views\none,3,16\n"])
+def test_snakemake_refuses_such_a_grid_before_anything_runs(book, rows):
+    write_grid(book, "mvam_mine", rows)
+    refused = snakemake(book, "-n", "--cores", "1", grid="mvam_mine")
+    assert refused.returncode != 0
+    assert "mvam_mine.csv" in refused.stderr + refused.stdout
+
+
+@pytest.mark.parametrize(
+    "rows", [b"\xef\xbb\xbfname,views\none,16\ntwo,8\n", b"name,views\r\none,16\r\n\r\ntwo,8\r\n,\r\n"]
+)
+def test_a_grid_that_a_spreadsheet_saved_is_read(book, rows):
+    write_grid(book, "mvam_mine", "name,views\none,16\ntwo,8\n")
+    (book / "grids" / "mvam_mine.csv").write_bytes(rows)
+    found = grid("mvam_mine", folder=book / "grids").rows
+    assert found == {"one": {"views": "16"}, "two": {"views": "8"}}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"claims": '[{ text = "x", better = "on", worse = "two", metrics = ["rsum"] }]'},
+            "names the row 'on'",
+        ),
+        (
+            {"claims": '[{ text = "x", better = "one", worse = "one", metrics = ["rsum"] }]'},
+            "a row with itself",
+        ),
+        ({"claims": '[{ text = "x", better = "one" }]'}, "lacks worse"),
+        ({"claims": '[{ text = "x", better = "one", worse = "two" }]'}, "has no metric"),
+        ({"seeds": "1"}, "at least 2"),
+        ({"titel": '"x"'}, "titel: is no key"),
+        ({"plot": '["R@5"]'}, r"names the column 'R@5'"),
+        ({"untrained": '["three"]'}, "names the row 'three'"),
+    ],
+)
+def test_a_toml_that_speaks_of_what_is_not_there_is_refused(book, more, message):
+    write_grid(book, "mvam_mine", "name,views\none,16\ntwo,8\n", **more)
+    with pytest.raises(DataError, match=message):
+        grid("mvam_mine", folder=book / "grids")
+
+
+def test_both_files_are_needed_and_name_the_same_rows(book):
+    with pytest.raises(DataError, match=r"mvam_mine\.csv.*missing"):
+        grid("mvam_mine", folder=book / "grids")
+    write_grid(book, "mvam_mine", "name,views\none,16\ntwo,8\n")
+    (book / "grids" / "mvam_mine.csv").write_text("name,views\none,16\nthree,8\n")
+    with pytest.raises(DataError, match=r"\[rows\] three"):
+        grid("mvam_mine", folder=book / "grids")
+    (book / "grids" / "mvam_mine.toml").unlink()
+    with pytest.raises(DataError, match=r"mvam_mine\.toml.*missing"):
+        grid("mvam_mine", folder=book / "grids")
+
+
+@pytest.mark.parametrize("name", names(ROOT / "grids"))
+def test_a_grid_and_the_papers_table_agree(name):
+    """Every row that [rows] maps into a paper's table is there, unless it is said to be ours."""
+    for dataset in ("scenes", "coco_karpathy", "coco2014", "flickr8k"):
+        table = grid(name, dataset, folder=ROOT / "grids")
+        if not table.table:
+            continue
+        cells = tables.printed(table)
+        assert set(cells["column"]) >= set(table.columns)
+        missing = set(table.names.values()) - set(cells["row"])
+        assert missing <= {"baseline (Table 4, row 1)"}, missing
+
+
+def fake_run(book: Path, row: str, seed: int, value: float, **parameters) -> Path:
+    folder = book / "papermill_runs" / "mvam" / f"scenes.tiny.{row}.s{seed}"
+    content = {
+        "parameters": {"dataset": "scenes", "scale": "tiny", "seed": seed, "smoke": False, **parameters},
+        "metrics": {"i2t_r1": value, "rsum": 6 * value}, "protocol": "scenes test", "seconds": 60.0,
+        "peak_memory_bytes": 1, "device": "a CPU", "versions": {}, "commit": "0" * 40,
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(content))
+    return folder / "metrics.json"
+
+
+CLAIM = '[{ text = "16 beat 8", better = "one", worse = "two", metrics = ["i2t_r1"] }]'
+
+
+def test_a_new_table_is_two_files(book, tmp_path):
+    """The page knows no grid by name: it draws one that was written a moment ago."""
+    write_grid(book, "mvam_mine", "name,views\none,16\ntwo,8\n", plot='["R@1"]', claims=CLAIM)
+    for seed in range(2):
+        fake_run(book, "one", seed, 50.0 + seed, views=16)
+        fake_run(book, "two", seed, 40.0 + 1.5 * seed, views=8)
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", str(book)]
+    command += ["notebooks/mvam/3_ablations.ipynb", str(tmp_path / "page.ipynb"), "-p", "grid", "mvam_mine"]
+    ran = subprocess.run(command, cwd=book, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    stem = "mvam_mine.scenes.tiny"
+    assert {path.name for path in (book / "figures").iterdir()} == {
+        f"{stem}.{ending}" for ending in ("md", "csv", "svg", "claims.csv", "claims.svg")
+    }
+    text = (book / "figures" / f"{stem}.md").read_text()
+    assert "16 beat 8" in text
+    assert "50.50 ± 0.71" in text
+    assert "legacy" in text
+
+
+def test_a_table_refuses_metrics_of_other_parameters_and_stale_names_them(book, monkeypatch, capsys):
+    monkeypatch.chdir(book)
+    write_grid(book, "mvam_mine", "name,views,text\none,16,\ntwo,8,gru\n", claims=CLAIM)
+    good = fake_run(book, "two", 0, 1.0, views=8, text="gru")
+    fake_run(book, "one", 0, 1.0, views=16, text="bert")
+    mine = grid("mvam_mine")
+    assert len(tables.runs_of(mine, "scenes", "tiny")) == 2
+    assert main(["stale", "mvam_mine"]) == 0
+    assert capsys.readouterr().out == ""
+    bad = fake_run(book, "one", 1, 1.0, views=32)
+    with pytest.raises(DataError, match=r"one\.s1.*views is 32, the row says 16"):
+        tables.runs_of(mine, "scenes", "tiny")
+    assert main(["stale", "mvam_mine"]) == 0
+    assert capsys.readouterr().out.split() == [str(bad.relative_to(book))]
+    content = json.loads(good.read_text())
+    content["parameters"]["seed"] = 7
+    good.write_text(json.dumps(content))
+    assert mismatches(mine, good) == ["seed is 7, the row says 0"]
+    assert main(["stale", "mvam_nine"]) == 1
+    assert "mvam_nine.csv" in capsys.readouterr().err
+
+
+def test_what_builds_on_a_stale_run_is_stale(book, monkeypatch):
+    monkeypatch.chdir(book)
+    write_grid(book, "mvam_mine", "name,views,weights\none,16,\ntwo,8,{run:one}/encoder\n")
+    first = fake_run(book, "one", 0, 1.0, views=16)
+    linked = "papermill_runs/mvam/scenes.tiny.one.s0/encoder"
+    second = fake_run(book, "two", 0, 1.0, views=8, weights=linked)
+    assert stale(grid("mvam_mine"), "scenes", "tiny") == []
+    first.write_text(first.read_text().replace('"views": 16', '"views": 4'))
+    assert stale(grid("mvam_mine"), "scenes", "tiny") == [first, second]
+
+
+def test_committed_metrics_are_those_of_their_rows():
+    for name in names(ROOT / "grids"):
+        for dataset in ("scenes", "flickr8k"):
+            table = grid(name, dataset, folder=ROOT / "grids")
+            runs = ROOT / "papermill_runs" / table.method
+            assert stale(table, dataset, "tiny", runs=runs) == []

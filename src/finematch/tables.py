@@ -90,7 +90,7 @@ def summary(
 
 def table(
     published: pd.DataFrame,
-    measured: pd.DataFrame,  # noqa: F811
+    measured: pd.DataFrame,
     *,
     row: str,
     columns: Mapping[str, str],
