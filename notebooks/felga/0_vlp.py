@@ -2,47 +2,60 @@
 # # FELGA: a small vision-language model
 #
 # **Paper** *FELGA: Unsupervised Fragment Embedding for Fine-Grained Cross-Modal Association* (WACV 2024), section 4.2. FELGA learns on top of
-# a frozen model that has one space for pictures and texts:
+# a frozen model that embeds images and texts into one space:
 #
 # > "To verify our method is not limited to any specific VLP models, three VLP models are selected: CLIP [39], BLIP [26] and BLIPv2 [25]. For a
 # > fair comparison, all these pre-trained models are not fine-tuned on the Microsoft COCO dataset."
 #
-# Where none of the three can be had, this page trains a small CLIP on the *training captions* alone, saves it as published ones are saved, and looks
-# at what it knows. `2_train` opens the same folder; if it is not there, it is made then, so this page may be skipped. We depart from the paper
-# because our model has seen the pictures that FENet trains on (never a box, a class name as a label, or a test picture): a published one has
-# seen other pictures, and far more of them.
+# Where none of the three is available, this page trains a small CLIP on the *training captions* only, saves it as published models are saved, and
+# measures what it knows. `2_train` opens the same folder and makes it if it is absent, so this page may be skipped. We depart from the paper
+# because our model has seen the images that FENet trains on (never a box, a class label or a test image), while a published model has seen
+# other images, and far more of them.
 #
-# **Serves** no table; every row of `grids/felga_*.csv` at scale `tiny` stands on this model.
+# **Serves** no table; every row of `grids/felga_*.csv` at scale `tiny` uses this model.
 #
 # | on | cost |
 # |---|---|
-# | `smoke` | 160 pictures, seconds; the numbers mean nothing |
-# | scenes | the cells of a small network that has read the training captions; about 5 minutes on two cores, once |
-# | flickr8k | the cells of a frozen MobileNetV2; some 20 minutes on two cores, most of it the cells |
+# | `smoke` | 160 images, seconds; the numbers mean nothing |
+# | scenes | feature maps of a small network trained on the training captions; about 5 minutes on two cores, once |
+# | flickr8k | feature maps of a frozen MobileNetV2; about 20 minutes on two cores, most of it for the maps |
 #
-# **Expected** retrieval on val far above chance; named crops well above chance and far from perfect: what is left is FENet's to gain.
+# **Expected** retrieval on val far above chance; crops are named well above chance and far from perfectly, which leaves room for FENet.
 
 # %% tags=["parameters"]
 dataset: str = "scenes"  # scenes, flickr8k
 data_root: str = "data"  # folder above the dataset's own
 scale: str = "tiny"  # tiny alone: at scale paper a published model is opened
-seed: int = -1  # of the training; -1 is the settings' own, the model that 2_train opens by itself
+seed: int = None  # random seed of the training; None: 0. With a changed setting this is not the model that 2_train opens
 out: str = "papermill_runs/felga_vlp"  # folder of metrics.json
 smoke: bool = False  # run everything in seconds
 cache: str = "data/cache"  # where the model is kept, and backbones that runs share
 figures: str = "figures"  # folder of the figure; photos are shown here and saved nowhere
-epochs: int = 0  # 0 is the settings' own; another number is another model
-examples: int = 8  # pictures to look at
+width: int = None  # of both towers; None: 96 on scenes, 128 on photos
+depth: int = None  # layers of each tower; None: 2
+epochs: int = None  # passes over the training images; None: 8 (smoke: 1)
+batch_size: int = None  # images per step; None: 64 (smoke: 40)
+lr: float = None  # learning rate; None: 1e-3
+warmup: float = None  # share of the steps before the full learning rate; None: 0.1
+weight_decay: float = None  # of AdamW; None: 0.05
+smallest: float = None  # side of the smallest random crop, as a share of the image's side; None: 0.5
+each: int = None  # captions of an image in a batch; None: 2
+whole: float = None  # share of batches whose texts are all captions of an image, joined; None: 0.2
+examples: int = 8  # images to look at
 threads: int = 0  # of torch on a CPU; 0 leaves them as they are
 
 # %% jupyter={"source_hidden": true}
 from finematch.config import parameters, root
 
-p = parameters(globals(), dataset={"scenes", "flickr8k"}, scale={"tiny"}, seed=(-1, 2**31), epochs=(0, 1000), examples=(1, 40),
-           threads=(0, 256))  # fmt: skip
+p = parameters(
+    globals(), dataset={"scenes", "flickr8k"}, scale={"tiny"}, seed=(0, 2**31, None), width=(16, 4096, None), depth=(1, 48, None),
+    epochs=(1, 1000, None), batch_size=(2, 65536, None), lr=(0, 10, None), warmup=(0, 1, None), weight_decay=(0, 1, None),
+    smallest=(0.05, 1, None), each=(1, 5, None), whole=(0, 1, None), examples=(1, 40), threads=(0, 256),
+)  # fmt: skip
 
 # %%
 import json
+from dataclasses import asdict, fields
 from itertools import groupby
 
 import matplotlib.pyplot as plt
@@ -59,7 +72,7 @@ from finematch.data.record import pairs
 from finematch.evaluation.average_precision import query_boxes
 from finematch.evaluation.retrieval import retrieval
 from finematch.features.fragments import open_vlp
-from finematch.features.small_clip import open_small_clip, small_clip_config
+from finematch.features.small_clip import SmallCLIPConfig, open_small_clip, small_clip_config
 from finematch.tables import to_markdown, write_metrics
 from finematch.training import check_writable
 from finematch.workbench import accelerator
@@ -70,19 +83,18 @@ check_writable(root() / p.out, room=100_000)
 report = "val" if p.dataset == "scenes" else "test"
 sets = open_fragment_sets(p.dataset, root() / p.data_root, root() / p.cache, report=report, smoke=p.smoke)
 cache = root() / p.cache / (p.dataset + ("-smoke" if p.smoke else ""))
-changes = {
-    name: value for name, value, unset in (("seed", p.seed, -1), ("epochs", p.epochs, 0)) if value != unset
-}
-small_clip_config(p.dataset, smoke=p.smoke, **changes)
+changes = {f.name: getattr(p, f.name) for f in fields(SmallCLIPConfig) if getattr(p, f.name) is not None}
+config = small_clip_config(p.dataset, smoke=p.smoke, **changes)
+config
 
 # %% [markdown]
 # ## Training, or the cache
 #
-# The in-batch contrastive loss of CLIP, over the cells of a frozen network. For photos that is a MobileNetV2 trained on ImageNet. For scenes it
-# is a network that was asked first which words the captions of a picture hold: a contrastive loss on a few thousand pictures learns colours from pixels, and
-# no shapes. Neither was shown a box or a label of these pictures. While it trains, a picture is a random window of itself and a text one of its captions or all of them joined:
-# crops and long texts are then nothing new to it. The folder is found by the settings, the images, the captions and that network's weights.
-# A smoke run takes one epoch and smaller batches.
+# The model reads the feature map of a frozen network and is trained with CLIP's in-batch contrastive loss. On photos the network is a MobileNetV2
+# trained on ImageNet. On scenes it is a small network that was first trained to predict the words of an image's captions, because a contrastive loss on a few
+# thousand images of pixels learns colours but no shapes. Neither network has seen a box or a label of these images. In training, an image is a random crop
+# of itself, and a text is one of its captions or all of them joined, so that the model knows crops and long texts. The cache finds the model by its
+# settings, the images, the captions and the network's weights.
 
 # %%
 folder = open_small_clip(sets, p.dataset, cache, smoke=p.smoke, **changes)
@@ -93,8 +105,8 @@ best = history["rsum"].idxmax()
 history.map(lambda value: f"{value:.4g}")
 
 # %% [markdown]
-# The curve. Left the loss, right recall on val: how often the picture's own caption (or the caption's own picture) is among the first 1 or 10. The
-# epoch with the best rsum is the one that was saved.
+# Left: the training loss. Right: recall on val, that is how often an image's own caption (or a caption's own image) is among the first 1 or 10.
+# The epoch with the best rsum was saved.
 
 # %%
 recalls = [name for name in history if name.startswith(("i2t_r", "t2i_r"))]
@@ -110,7 +122,7 @@ with draw.style():
             label=name.replace("_r", " R@"),
         )
     right.axvline(best, color=draw.FAINT, linewidth=0.8)
-    right.set(xlabel="epoch", ylabel="val pictures and captions (%)", ylim=(0, 100))
+    right.set(xlabel="epoch", ylabel="recall on val (%)", ylim=(0, 100))
     right.legend(loc="best")
     for ax in (left, right):
         ax.grid(axis="y")
@@ -120,8 +132,8 @@ with draw.style():
 # %% [markdown]
 # ## It opens as a published model does
 #
-# `from_pretrained` on the folder: model and tokenizer. What it says of a text must be what our own wrapper says, through which FELGA reads every
-# model.
+# `from_pretrained` opens model and tokenizer from the folder. Its embeddings of the class names must be those of our wrapper, through which FELGA
+# reads every model.
 
 # %%
 model = open_vlp(folder).to(accelerator())
@@ -139,13 +151,13 @@ print(
 # %% [markdown]
 # ## Retrieval on val
 #
-# The saved model embeds val's pictures and captions once more. The numbers must come back, but for roundings: training read cells that were kept in half
-# precision, here the pictures go through the frozen network again.
+# The saved model embeds the images and captions of val once more. The numbers of the training log must come back up to rounding: training read feature
+# maps that were stored in half precision, and here the images go through the frozen network again.
 
 
 # %%
 def seen(records: list, boxes: list[np.ndarray], block: int = 64) -> torch.Tensor:
-    """Unit vectors of the boxes of each picture, picture by picture."""
+    """Unit vectors of the boxes of each image, image by image."""
     return torch.cat([
         model.embed_crops([r.open() for r in records[i : i + block]], boxes[i : i + block]).float().cpu()
         for i in range(0, len(records), block)
@@ -165,9 +177,9 @@ pd.DataFrame({"in training": history.loc[best, recalls], "saved, opened": [found
 # %% [markdown]
 # ## What it knows of fragments
 #
-# Every true box is cropped and the class names are ranked for it, as they stand, without a prompt. No training has seen a box. Chance is one over
-# the number of classes; whoever always names the commonest class does better than that, which is why the mean over classes stands beside the mean
-# over boxes. On scenes the boxes are val's. Photos have no val with boxes: there they are those of the COCO pictures that are reported, and
+# Every ground-truth box is cropped, and the class names are ranked for the crop, without a prompt around them. No training has seen a box. Chance is
+# one over the number of classes. A model that always names the most frequent class scores higher than chance, so the mean over classes stands
+# beside the mean over boxes. On scenes the boxes are those of val. Photos have no val split with boxes, so the boxes are those of the reported COCO images;
 # nothing is chosen by them.
 
 # %%
@@ -188,13 +200,13 @@ known = pd.DataFrame(
                   100 * float(share.topk(min(3, len(names))).values.sum())],
         "top 1, mean over classes": [100 * float(per_class.mean()), 100 / len(names), 100 / int(there.sum())],
     },
-    index=["this model", "chance", "always the commonest"],
+    index=["this model", "chance", "always the most frequent class"],
 )  # fmt: skip
-print(f"{sets.name}: {len(queries)} boxes in {len(grouped)} pictures, {len(names)} classes")
+print(f"{sets.name}: {len(queries)} boxes in {len(grouped)} images, {len(names)} classes")
 display(Markdown(to_markdown(known.reset_index(names="who names the crop"), digits=1)))
 
 # %% [markdown]
-# Class by class: how often its own name comes first, and what its crops are called most often.
+# For each class: how often its name comes first for its crops, and which name comes first most often.
 
 # %%
 first = scores.argmax(1)
@@ -209,7 +221,7 @@ pd.DataFrame(
 ).sort_values("named right (%)", ascending=False, ignore_index=True)
 
 # %% [markdown]
-# A few of them to look at: each true box with the name that the model gives it. ✓ right, ✗ wrong.
+# Examples: each ground-truth box with the name that the model ranks first. ✓ correct, ✗ wrong.
 
 # %%
 chosen = np.linspace(0, len(grouped) - 1, min(p.examples, len(grouped))).astype(int)
@@ -238,7 +250,7 @@ metrics |= {
     "crop_top1": known.iloc[0, 0], "crop_top3": known.iloc[0, 1], "crop_top1_macro": known.iloc[0, 2],
     "crop_top1_chance": known.iloc[1, 0], "crop_top1_commonest": known.iloc[2, 0],
 }  # fmt: skip
-protocol = f"{found['protocol']}; {sets.name}: {len(queries)} true boxes x {len(names)} class names, ties against the model"
-write_metrics(root() / p.out, {**p.as_dict(), "folder": folder.name}, metrics,
+protocol = f"{found['protocol']}; {sets.name}: {len(queries)} ground-truth boxes x {len(names)} class names, ties against the model"
+write_metrics(root() / p.out, {**p.as_dict(), **asdict(config), "folder": folder.name}, metrics,
               seconds=float(history["seconds"].iloc[-1]), protocol=protocol)  # fmt: skip
 pd.Series(metrics).round(2)

@@ -75,7 +75,6 @@ p = parameters(
 # %%
 import time
 from functools import partial
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -84,7 +83,7 @@ from IPython.display import display
 
 from finematch.data.fragment_sets import open_fragment_sets
 from finematch.evaluation.fragments import AnnotatedPhrases, Gallery, frozen, phrase_grounding, tasks, vectors
-from finematch.features.detreg import DETReg
+from finematch.features.detreg import open_proposals
 from finematch.features.fragments import (
     document, extract_keywords, open_vlp, picture_fragments, provenance, text_fragments, whole_pictures, whole_texts,
 )  # fmt: skip
@@ -118,10 +117,6 @@ s
 # a file or a folder lies below the workbook's own, as all paths do; another name stays as it is
 files = {name: str(root() / named) if named and (root() / named).exists() else named
          for name, named in (("vlp", p.vlp), ("proposals", p.proposals), ("keyword_model", p.keyword_model))}  # fmt: skip
-if p.scale == "paper" and p.proposals == "auto":
-    raise ValueError(
-        "the paper's proposals are DETReg's: give proposals=a DETReg checkpoint, or say selective_search"
-    )
 sets = open_fragment_sets(p.dataset, root() / p.data_root, root() / p.cache, report=p.report, smoke=p.smoke)
 cache = root() / p.cache / (p.dataset + ("-smoke" if p.smoke else ""))
 cache.mkdir(parents=True, exist_ok=True)
@@ -139,9 +134,7 @@ with lock:
         open_small_clip(sets, p.dataset, cache, smoke=p.smoke) if small else files["vlp"] or "clip"
     )
     vlp.to(accelerator())
-    detector = (
-        DETReg(files["proposals"]).to(accelerator()) if Path(files["proposals"]).is_file() else p.proposals
-    )
+    detector = open_proposals(files["proposals"], scale=p.scale, device=accelerator())
     texts = [document(record) for record in sets.train]
     minilm = (files["keyword_model"] or minilm_folder()) if p.keywords == "keybert" else ""
     keywords_of = keyword_method(p.keywords, model=minilm, train=texts, top=s["keywords"])

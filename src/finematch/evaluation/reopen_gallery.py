@@ -12,7 +12,7 @@ from typing import NamedTuple
 from finematch.data.fragment_sets import FragmentSets, open_fragment_sets
 from finematch.data.record import DataError
 from finematch.evaluation.fragments import AnnotatedPhrases, Gallery
-from finematch.features.detreg import DETReg
+from finematch.features.detreg import open_proposals
 from finematch.features.fragments import (
     document,
     extract_keywords,
@@ -67,11 +67,7 @@ def reopen_gallery(was: dict, root: str | Path) -> RunData:
         else files["vlp"] or "clip"
     )
     vlp = open_vlp(name).to(accelerator())
-    detector = (
-        DETReg(files["proposals"]).to(accelerator())
-        if Path(files["proposals"]).is_file()
-        else was["proposals"]
-    )
+    detector = open_proposals(files["proposals"], scale=was["scale"], device=accelerator())
     texts = [document(record) for record in sets.gallery]
     keywords_of = keyword_method(
         was["keywords"], model=(files["keyword_model"] or minilm_folder()) if was["keywords"] == "keybert" else "",

@@ -127,6 +127,19 @@ class DETReg:
         return torch.from_numpy((array - np.float32(MEAN)) / np.float32(SD)).permute(2, 0, 1)
 
 
+def open_proposals(name: str, *, scale: str = "tiny", device: torch.device | str = "cpu") -> DETReg | str:
+    """What `features.proposals.extract_proposals` takes: a DETReg checkpoint, opened, or the name of another method.
+
+    Raises:
+        ValueError: For `auto` at scale `paper`: the paper's proposals are DETReg's, whose checkpoint has to be named.
+    """
+    if scale == "paper" and name == "auto":
+        raise ValueError(
+            "the paper's proposals are DETReg's: give proposals=a DETReg checkpoint, or say selective_search"
+        )
+    return DETReg(name).to(device) if Path(name).is_file() else name
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The parameters of a checkpoint; nothing in the file is executed.
 
