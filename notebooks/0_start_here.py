@@ -70,7 +70,8 @@ from finematch.models.mvam import MVAM
 from finematch.tables import write_metrics
 from finematch.text import tokenise, word_level
 from finematch.training import Plan, fit, seed_everything
-from finematch.workbench import SMOKE, Side, embed
+from finematch.data.splits import SMOKE, Split
+from finematch.evaluation.embedding import embed
 
 draw.style()
 data_root = root() / p.data_root
@@ -192,18 +193,17 @@ def crops(records: list[Record], split: str, size: int = 8, regions: int = 6) ->
 
 
 tokenizer = word_level(TOKENIZER)
-sides = {}
-for split in ("train", "test"):
-    records = load("scenes_coco", data_root, split)[: p.pictures]
-    made = crops(records, split)
-    sides[split] = Side(records, made.captions, made.image_of, RegionSource(made),
-                        tokenise(made.captions, tokenizer), made)  # fmt: skip
-side = sides["test"]
-assert side.captions == captions
+splits = {}
+for name in ("train", "test"):
+    records = load("scenes_coco", data_root, name)[: p.pictures]
+    made = crops(records, name)
+    splits[name] = Split(records, RegionSource(made), tokenise(made.captions, tokenizer))
+split = splits["test"]
+assert split.captions == captions
 
 seed_everything(p.seed)
-eye = TokenTransformer(sides["train"].regions.features.shape[-1], width=64, depth=1, boxes=True)
-model = MVAM(eye, GRUTower(len(tokenizer), embed=64, width=64), 
+eye = TokenTransformer(splits["train"].images.width, width=64, depth=1, boxes=True)
+model = MVAM(eye, GRUTower(len(tokenizer), embed=64, width=64),
              MVAMConfig(views=p.views, total_dim=64 * p.views, diversity_weight=0.01))  # fmt: skip
 folder = f"{len(sides['train'].records)}pictures.{p.epochs}epochs.{p.views}views.s{p.seed}"
 plan = Plan(epochs=1 if p.smoke else p.epochs, batch_size=32 if p.smoke else 128, lr=2e-3, weight_decay=0.02,
@@ -211,11 +211,11 @@ plan = Plan(epochs=1 if p.smoke else p.epochs, batch_size=32 if p.smoke else 128
 print(
     f"{sum(q.numel() for q in model.parameters()) / 1e3:.0f} thousand parameters, {p.views} views of width 64"
 )
-summary = fit(model, sides["train"].pairs(), plan, root() / p.out / folder)
+summary = fit(model, splits["train"].pairs(), plan, root() / p.out / folder)
 
 # %%
-found = retrieval(*embed(model, side), side.image_of, split="scenes test")
-chance = 100 / len(side.records)
+found = retrieval(*embed(model, split), split.image_of, split="scenes test")
+chance = 100 / len(split.records)
 print(f"the right picture first: {found['t2i_r1']:.1f} % of the captions (chance {chance:.1f} %)")
 print(f"the right picture among the first five: {found['t2i_r5']:.1f} % (chance {5 * chance:.1f} %)")
 if not p.smoke:
@@ -234,18 +234,18 @@ if not p.smoke:
 
 # %%
 with torch.no_grad():
-    on_image = model.encode_image(**side.pictures.batch([0])).attention[0]
-    own = np.flatnonzero(side.image_of == 0)
-    batch = side.texts.batch(own)
+    on_image = model.encode_image(**split.images.batch([0])).attention[0]
+    own = np.flatnonzero(split.image_of == 0)
+    batch = split.texts.batch(own)
     on_text = model.encode_text(**batch).attention
-    image, text = embed(model, side)
+    image, text = embed(model, split)
 assert torch.allclose(on_image.sum(1), torch.ones(p.views), atol=1e-5)  # a view's weights sum to one
 assert not (on_text * ~batch["mask"][:, None]).any()  # nothing is spent on padding
 scores = (text @ image.T).numpy()
 rank = (scores[own] >= scores[own, 0][:, None]).sum(1)
 
 shown = min(p.views, 4)
-picture = side.records[0].open()
+picture = split.records[0].open()
 figure = plt.figure(figsize=(1.2 + 2.2 * shown, 5.7))
 grid = figure.add_gridspec(
     1 + len(own), 1 + shown, width_ratios=[0.55] + [1] * shown, height_ratios=[3.4] + [1] * len(own),
@@ -254,13 +254,13 @@ grid = figure.add_gridspec(
 draw.show_picture(figure.add_subplot(grid[0, 0]), picture)
 for k in range(shown):
     ax = figure.add_subplot(grid[0, k + 1])
-    draw.show_attention(ax, picture, side.regions.boxes[0], on_image[k, 1:].numpy())
+    draw.show_attention(ax, picture, split.images.regions.boxes[0], on_image[k, 1:].numpy())
     ax.set_title(f"view {k + 1}" + (f", {on_image[k, 0]:.0%} on [IMG]" if on_image[k, 0] >= 0.005 else ""))
 for row, c in enumerate(own):
-    cut = pieces(side.captions[c], tokenizer)
+    cut = pieces(split.captions[c], tokenizer)
     ax = figure.add_subplot(grid[row + 1, 0])
     ax.set_axis_off()
-    ax.text(0, 1, f"caption {row}\nrank {rank[row]} of {len(side.records)}", va="top", fontsize=8)
+    ax.text(0, 1, f"caption {row}\nrank {rank[row]} of {len(split.records)}", va="top", fontsize=8)
     for k in range(shown):
         weights = on_text[row, k, : len(cut.words)].numpy()
         draw.show_words(figure.add_subplot(grid[row + 1, k + 1]), cut.words, weights, size=7.5)

@@ -66,7 +66,9 @@ from finematch.scenes.baselines import difficulty, table
 from finematch.features.proposals import propose
 from finematch.tables import to_markdown
 from finematch.text import tokenise, word_level, wordpiece
-from finematch.workbench import SMOKE, open_bench, open_records
+from finematch.data.pairs import RegionSource
+from finematch.data.splits import SMOKE, open_records
+from finematch.features import inputs
 
 figures.style()
 rng = np.random.default_rng(p.seed)
@@ -95,7 +97,7 @@ def keep(figure: plt.Figure, name: str) -> None:
 # split here is reported on val, and says so.
 
 # %%
-records = open_records(p.dataset, data_root, p.smoke)
+records = open_records(p.dataset, data_root, smoke=p.smoke)
 words = {name: [len(c.split()) for r in split for c in r.captions] for name, split in records.items()}
 show(
     pd.DataFrame(
@@ -426,12 +428,18 @@ print(f"Taken here: {method}.")
 # models are built on, was trained on the object and attribute labels of Visual Genome. Results on `scenes`
 # are results *given* such a backbone.
 #
-# `open_bench` is the call that `2_train` makes, so what it leaves in the cache is what training finds.
+# `2_train` makes the same calls, so what they leave in the cache is what training finds.
 
 # %%
-common = {"dataset": p.dataset, "data_root": root() / p.data_root, "cache": cache, "scale": p.scale}
-made_by = {"text": "bert", "proposals": method, "regions": count, "smoke": p.smoke}
-bench = {kind: open_bench(backbone=kind, **common, **made_by) for kind in p.kinds.split(",")}
+network = inputs.frozen_network(p.dataset, data_root, cache, scale=p.scale, smoke=p.smoke)
+images = {}
+for kind in p.kinds.split(","):
+    if kind == "regions" and p.scale == "paper":
+        published = inputs.published_regions(p.dataset, data_root, smoke=p.smoke)
+        images[kind] = {name: RegionSource(array) for name, array in published.items()}
+    else:
+        of = "cells" if kind == "grid" else kind
+        images[kind] = inputs.region_images(records, network, cache, kind=of, regions=count, proposals=method)
 
 # %%
 log = cache / (f"{p.dataset}-smoke" if p.smoke else p.dataset) / "backbone" / "log.jsonl"
@@ -452,7 +460,7 @@ else:
 # has 31 GB; code that loads it whole needs 31 GB of memory before the first step.
 
 # %%
-arrays = {(kind, split): side.regions for kind, b in bench.items() for split, side in b.splits.items()}
+arrays = {(kind, split): source.regions for kind, of in images.items() for split, source in of.items()}
 rows = {}
 for (kind, split), array in arrays.items():
     n, r, d = array.features.shape
@@ -465,7 +473,7 @@ array = arrays[kind, "train"]
 assert isinstance(array.features, np.memmap)
 some = np.sort(rng.choice(len(array), min(128, len(array)), replace=False))
 begun = time.monotonic()
-batch = bench[kind].splits["train"].pictures.batch(some)
+batch = images[kind]["train"].batch(some)
 elapsed = time.monotonic() - begun
 read, whole = array.features[some].nbytes / 1e6, array.features.nbytes / 1e6
 print(f"A batch of {len(some)} pictures: {1000 * elapsed:.1f} ms, {read:.1f} of {whole:.0f} MB")

@@ -18,6 +18,7 @@ from transformers import BertModel
 from finematch.data import load
 from finematch.encoders import small_bert
 from finematch.features.fragments import document, extract_keywords
+from finematch.features.inputs import minilm_folder
 from finematch.text import (
     KeyBERTKeywords,
     KeywordMethod,
@@ -25,7 +26,6 @@ from finematch.text import (
     keyword_method,
     wordpiece,
 )
-from finematch.workbench import minilm_folder
 
 TEXTS = [
     "A brown dog runs on the beach . Two dogs play with a red ball .",

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from finematch import workbench as W
 from finematch.boxes import iou
-from finematch.data import load
+from finematch.data import load, splits
 from finematch.data.pairs import MapSource
 from finematch.data.precomp import Regions
 from finematch.data.record import DataError, Object, Record
+from finematch.features.inputs import frozen_network, map_images
 from finematch.models.slan.detector import Detector, MapBoxes, detector, recall, untaught
 from finematch.models.slan.locator import SelfLocator, cut, decode, load_proposals
 from finematch.training import Plan, TrainingError, fit, seed_everything
@@ -375,16 +375,17 @@ def test_a_batch_larger_than_the_split_is_refused(drawn, tmp_path):
         detector(tmp_path, maps, records, epochs=1, **FAST | {"batch_size": 500})
 
 
-def test_it_trains_on_the_maps_that_a_bench_opens(tmp_path, monkeypatch):
-    monkeypatch.setattr(W, "SMOKE", {"train": 64, "val": 20, "test": 20})
-    bench = W.open_bench(dataset="scenes", data_root=tmp_path / "data", cache=tmp_path / "cache", backbone="maps",
-                         text="bert", smoke=True, echo=None)  # fmt: skip
-    maps = {s: bench.splits[s].pictures for s in ("train", "val")}
-    path = detector(
-        tmp_path, maps, {s: load("scenes_coco", bench.data_root, s) for s in maps}, epochs=1, echo=None
-    )
-    locator = SelfLocator(bench.maps, 16, pyramid=32, anchor=4.0, count=50, heads=2)
+def test_it_trains_on_the_maps_of_a_frozen_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(splits, "SMOKE", {"train": 64, "val": 20, "test": 20})
+    data_root = splits.data_folder("scenes", tmp_path / "data", tmp_path / "cache", smoke=True)
+    records = splits.open_records("scenes", data_root, smoke=True)
+    network = frozen_network("scenes", data_root, tmp_path / "cache", told="captions", smoke=True, echo=None)
+    maps = map_images(records, network, tmp_path / "cache", echo=None)
+    boxes = {s: load("scenes_coco", data_root, s) for s in ("train", "val")}
+    path = detector(tmp_path, {s: maps[s] for s in boxes}, boxes, epochs=1, echo=None)
+    channels = maps["train"].channels
+    locator = SelfLocator(channels, 16, pyramid=32, anchor=4.0, count=50, heads=2)
     load_proposals(locator.proposals, path, decoder=locator.decoder)
-    assert MapBoxes(maps["train"], load("scenes_coco", bench.data_root, "train")).channels == bench.maps
+    assert MapBoxes(maps["train"], boxes["train"]).channels == channels
     told = json.loads(path.with_name("recall.json").read_text())["recall"]
     assert all(0 <= value <= 1 for row in told.values() for value in row.values())

@@ -68,7 +68,7 @@ from finematch.features.fragments import VLP, cut, document
 from finematch.features.proposals import extract_proposals
 from finematch.tables import published, to_markdown
 from finematch.text import keyword_method, word_level
-from finematch.workbench import SMOKE
+from finematch.data.splits import SMOKE
 
 figures.style()
 torch.manual_seed(p.seed)

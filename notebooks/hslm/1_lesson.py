@@ -62,7 +62,7 @@ from finematch.models.hslm import (
 )  # fmt: skip
 from finematch.tables import published, to_markdown
 from finematch.text import tokenise, word_level
-from finematch.workbench import SMOKE
+from finematch.data.splits import SMOKE
 
 figures.style()
 torch.manual_seed(p.seed)

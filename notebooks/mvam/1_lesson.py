@@ -64,7 +64,7 @@ from finematch.models.mvam import (
     view_statistics,
 )
 from finematch.tables import published, to_markdown
-from finematch.workbench import SMOKE
+from finematch.data.splits import SMOKE
 
 figures.style()
 torch.manual_seed(p.seed)

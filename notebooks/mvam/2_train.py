@@ -20,7 +20,8 @@ data_root: str = "data"  # folder that holds the datasets' folders
 scale: str = "tiny"  # tiny takes the preset photos on photos: tiny | paper
 reading: str = None  # readings of the paper; literal at scale paper: default | literal
 seed: int = 0  # random seed of initialisation, sampling order and dropout
-out: str = "papermill_runs/mvam_train"  # folder of the run
+out: str = ""  # folder of the run; empty: papermill_runs/<method>/<dataset>.<scale>.<digest of the run>
+resume: str = ""  # what to do with the folder's earlier run: empty | fresh | replace
 smoke: bool = False  # run everything in seconds; the numbers mean nothing
 cache: str = "data/cache"  # folder of the backbones, features and text states that runs share
 backbone: str = None  # image features: grid | regions | clip; tiny regions, photos grid, paper regions
@@ -70,63 +71,114 @@ s
 # %%
 import time
 
+import pandas as pd
 import torch
 
+from finematch.data import digests
+from finematch.data.pairs import RegionSource
+from finematch.data.splits import data_folder, open_records, open_splits, reported_split, selection
+from finematch.encoders import CLIPText, CLIPVision, TokenTransformer, open_clip_model, text_tower
+from finematch.evaluation.embedding import embed
 from finematch.evaluation.retrieval import karpathy_protocol, retrieval
+from finematch.features import inputs
 from finematch.models.configs import MVAMConfig
 from finematch.models.mvam import MVAM, ensemble as concatenated, view_statistics
-from finematch.tables import write_metrics
-from finematch.training import (
-    Plan,
-    check_writable,
-    fit,
-    join_processes,
-    leave_to_first,
-    seed_everything,
-    to_device,
-)
-from finematch.workbench import embed, open_bench
+from finematch.runs import begin
+from finematch.training import Plan, fit, join_processes, leave_to_first, seed_everything, to_device
 
 join_processes()
 if s.threads:
     torch.set_num_threads(s.threads)
-folder = root() / s.out
-check_writable(folder, room=10_000_000)
 started = time.monotonic()
 
 # %% [markdown]
-# ## The data and the towers
+# ## The data and the features
 #
-# Frozen features are extracted once and shared by all runs; the towers on top of them are trained here.
+# At scale `tiny` a frozen network looks at every image once, at 20 proposals or at its grid cells; the features stay in the cache, where all runs find
+# them. At scale `paper` the regions are the published arrays of a detector, which carry captions of their own. A CLIP reads pixels.
 
 # %%
-bench = open_bench(
-    dataset=s.dataset, data_root=root() / s.data_root, cache=root() / s.cache, scale=s.scale,
-    backbone=s.backbone, text=s.text, width=s.width, depth=s.depth, input_dropout=s.input_dropout, vision=s.vision,
-    vision_weights=s.vision_weights, text_weights=s.text_weights, clip_weights=s.clip_weights,
-    proposals=s.proposals, regions=s.regions, smoke=s.smoke,
-)  # fmt: skip
-{name: f"{len(side.records)} pictures, {len(side.captions)} captions" for name, side in bench.splits.items()}
-
+cache = root() / s.cache
+data_root = data_folder(s.dataset, root() / s.data_root, cache, smoke=s.smoke)
+inputs.check_together(s.backbone, s.text)
+if s.backbone == "clip":
+    records = open_records(s.dataset, data_root, smoke=s.smoke)
+    source, tokenizer, processor = inputs.open_clip(
+        s.dataset, data_root, weights=s.clip_weights, scale=s.scale
+    )
+    images = inputs.clip_images(records, source, processor)
+elif s.backbone == "regions" and s.scale == "paper":
+    arrays = inputs.published_regions(s.dataset, data_root, smoke=s.smoke)
+    records = {name: a.records() for name, a in arrays.items()}
+    images = {name: RegionSource(a) for name, a in arrays.items()}
+else:
+    records = open_records(s.dataset, data_root, smoke=s.smoke)
+    network = inputs.frozen_network(
+        s.dataset, data_root, cache, scale=s.scale, vision=s.vision, weights=s.vision_weights, smoke=s.smoke
+    )
+    kind = "cells" if s.backbone == "grid" else "regions"
+    images = inputs.region_images(
+        records, network, cache, kind=kind, regions=s.regions, proposals=s.proposals
+    )
 
 # %% [markdown]
-# ## The model
+# Captions are token ids, or, with `text=minilm`, the cached token states of a frozen MiniLM.
+
+# %%
+if s.text == "minilm":
+    texts, tokenizer = inputs.caption_states(records, s.text_weights or inputs.minilm_folder(), cache)
+else:
+    if s.text != "clip":
+        tokenizer = inputs.open_tokenizer(s.dataset, data_root, scale=s.scale, weights=s.text_weights)
+    texts = inputs.caption_tokens(records, tokenizer)
+splits, reported = open_splits(records, images, texts), reported_split(records)
+pd.DataFrame(
+    {name: {"images": len(part.records), "captions": len(part.captions)} for name, part in splits.items()}
+)
+
+# %% [markdown]
+# ## The towers and the model
 #
-# An ensemble of N (Table 3) is N independent models with N seeds, each with 1/N of the width and one view. Everything else is one model.
+# Two towers give token states; MVAM is what stands on them (Eq. 7 to 9 on each side). An ensemble of N (Table 3) is N independent models with N
+# seeds, each with 1/N of the width and one view. Everything else is one model.
 
 
 # %%
-def build(member: int) -> MVAM:
+def build(member: int) -> tuple[MVAM, torch.nn.Module | None]:
+    """A model with the weights of its seed, and the CLIP whose towers it has, if any."""
     seed_everything(s.seed * 1000 + member)
-    config = MVAMConfig.of(s, total_dim=s.total_dim // s.ensemble)
-    return MVAM(*bench.towers(), config)
+    clip = open_clip_model(source) if s.backbone == "clip" else None
+    if clip:
+        vision, text = CLIPVision(clip), CLIPText(clip)
+    else:
+        regions, words = images["train"], texts["train"]
+        vision = TokenTransformer(regions.width, width=s.width, depth=s.depth, input_dropout=s.input_dropout,
+                                  boxes=regions.places is not None)  # fmt: skip
+        text = text_tower(
+            s.text, words.width if s.text == "minilm" else len(tokenizer), width=s.width, depth=s.depth,
+            weights=(s.text_weights or "bert-base-uncased") if s.scale == "paper" else "", input_dropout=s.input_dropout,
+        )  # fmt: skip
+    return MVAM(vision, text, MVAMConfig.of(s, total_dim=s.total_dim // s.ensemble)), clip
 
 
 if s.total_dim % s.ensemble:
     raise ValueError(f"an ensemble of {s.ensemble} does not divide total_dim = {s.total_dim}")
-model = build(0)
+model, clip = build(0)
 print(f"{sum(q.numel() for q in model.parameters()) / 1e6:.2f} M parameters, "
       f"representation {s.ensemble} x {s.total_dim // s.ensemble}")  # fmt: skip
+
+# %% [markdown]
+# ## The run
+#
+# A run is its settings, its data and its features together: their digest is its identity, and its folder carries a part of it. What another run left
+# in the folder is refused.
+
+# %%
+run = begin(
+    "mvam", s, data={name: digests(part) for name, part in records.items()}, features=inputs.origin(images), out=s.out,
+    resume=s.resume,
+)  # fmt: skip
+run.folder
 
 
 # %% [markdown]
@@ -142,8 +194,7 @@ print(f"{sum(q.numel() for q in model.parameters()) / 1e6:.2f} M parameters, "
 
 # %%
 def val_metrics(m: MVAM) -> dict[str, float]:
-    side = bench.splits["val"]
-    found = retrieval(*embed(m, side), side.image_of)
+    found = retrieval(*embed(m, splits["val"]), splits["val"].image_of)
     return {k: found[k] for k in ("i2t_r1", "t2i_r1", "rsum")}
 
 
@@ -153,7 +204,8 @@ def plan(lr: float, epochs: int, member: int) -> Plan:
 
 
 def train(m: MVAM, where, member: int) -> dict:
-    data, rest = bench.splits["train"].pairs(), {"evaluate": val_metrics, "select": bench.select}
+    data = splits["train"].pairs()
+    rest = {"identity": run.digest, "evaluate": val_metrics, "select": selection(records)}
     if not s.clip_weights or s.pooling in ("cls", "mean"):
         return fit(m, data, plan(s.lr, s.epochs, member), where, **rest)
     first = max(1, s.epochs // 2)
@@ -162,13 +214,14 @@ def train(m: MVAM, where, member: int) -> dict:
     return fit(m, data, plan(s.lr, max(1, s.epochs - first), member), where / "stage2", **rest)
 
 
-side = bench.splits[bench.reported]
+test = splits[reported]
 vectors, seconds = [], 0.0
 for member in range(s.ensemble):
-    model = build(member) if member else model
-    summary = train(model, folder / f"member{member}" if s.ensemble > 1 else folder, member)
+    if member:
+        model, clip = build(member)
+    summary = train(model, run.folder / f"member{member}" if s.ensemble > 1 else run.folder, member)
     seconds += summary["seconds"]
-    vectors.append(embed(model, side))
+    vectors.append(embed(model, test))
 leave_to_first()  # of several processes (torchrun); else nothing
 
 # %% [markdown]
@@ -178,15 +231,15 @@ leave_to_first()  # of several processes (torchrun); else nothing
 
 # %%
 image, words = (concatenated(list(part)) for part in zip(*vectors, strict=True))
-metrics = retrieval(image, words, side.image_of, split=f"{s.dataset} {bench.reported}")
-if s.dataset == "coco_karpathy" and len(side.records) == 5000:  # 1K: five folds of the 5,000, averaged
-    folds = retrieval(image, words, side.image_of, **karpathy_protocol("coco1k", 5000))
+metrics = retrieval(image, words, test.image_of, split=f"{s.dataset} {reported}")
+if s.dataset == "coco_karpathy" and len(test.records) == 5000:  # 1K: five folds of the 5,000, averaged
+    folds = retrieval(image, words, test.image_of, **karpathy_protocol("coco1k", 5000))
     metrics |= {f"coco1k_{k}": v for k, v in folds.items() if k.startswith(("i2t", "t2i", "rsum"))}
 
 with torch.no_grad():
     for kind, encode, source in (
-        ("image", model.encode_image, side.pictures),
-        ("text", model.encode_text, side.texts),
+        ("image", model.encode_image, test.images),
+        ("text", model.encode_text, test.texts),
     ):
         batch = to_device(source.batch(range(min(500, len(source)))), next(model.parameters()).device)
         attention = encode(**batch).attention
@@ -199,7 +252,8 @@ with torch.no_grad():
 metrics
 
 # %%
-if s.backbone == "clip":
-    bench.save_clip(folder / "encoder")
+if clip:  # the folder opens as a published CLIP does
+    for part in (clip, tokenizer, processor):
+        part.save_pretrained(run.folder / "encoder")
 metrics["best_epoch"] = summary["best_epoch"]
-write_metrics(folder, s.as_dict() | bench.facts, metrics, seconds=seconds)
+run.finish(metrics, seconds=seconds, facts={"reported_split": reported})

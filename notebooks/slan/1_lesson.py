@@ -77,7 +77,7 @@ from finematch.models.slan.objective import (
 )  # fmt: skip
 from finematch.models.slan.run import LOCATOR, SETTINGS
 from finematch.text import tokenise, word_level
-from finematch.workbench import SMOKE
+from finematch.data.splits import SMOKE
 
 figures.style()
 torch.manual_seed(p.seed)

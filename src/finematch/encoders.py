@@ -257,6 +257,36 @@ class GRUTower(nn.Module):
         return Tokens(states, mask, special, last.mean(0))
 
 
+def text_tower(
+    kind: str,
+    size: int,
+    *,
+    width: int,
+    depth: int,
+    heads: int = 4,
+    weights: str = "",
+    input_dropout: float = 0.0,
+) -> nn.Module:
+    """A text tower by name.
+
+    Args:
+        kind: `bert` (of `weights`, a folder or hub name, else a small one with random weights), `gru` (random weights),
+            or `minilm`: one Transformer layer over the cached states of a frozen model.
+        size: of the vocabulary; for `minilm` the width of the states.
+        depth: layers of the small BERT, at least one: a BERT without layers would be a bag of words.
+
+    Raises:
+        ValueError: For another `kind`.
+    """
+    if kind == "minilm":
+        return TokenTransformer(size, width=width, depth=1, input_dropout=input_dropout, token=False)
+    if kind == "gru":
+        return GRUTower(size, width=width)
+    if kind != "bert":
+        raise ValueError(f"text is {kind!r}; use 'bert', 'gru' or 'minilm'")
+    return BertTower(weights or small_bert(size, width=width, depth=max(1, depth), heads=heads))
+
+
 # ------------------------------------------------------------------------------- CLIP
 class CLIPVision(nn.Module):
     """CLIP's image tower with *all* its tokens usable.

@@ -455,6 +455,13 @@ def describe(line: dict, epochs: int) -> str:
     return f"epoch {line['epoch']}/{epochs}  " + "  ".join(numbers)
 
 
+def accelerator() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    )
+
+
 def device_name() -> str:
     """The GPU's name, or the processor's."""
     if torch.cuda.is_available():

@@ -61,6 +61,11 @@ class RegionSource:
     def __len__(self) -> int:
         return len(self.regions.features)
 
+    @property
+    def width(self) -> int:
+        """d, of a region's features."""
+        return self.regions.features.shape[-1]
+
     def batch(self, index: Index) -> dict[str, Tensor]:
         features = torch.from_numpy(np.asarray(self.regions.features[np.asarray(index)], np.float32))
         out = {"features": features, "mask": torch.ones(features.shape[:2], dtype=torch.bool)}
@@ -93,6 +98,11 @@ class MapSource:
 
     def __len__(self) -> int:
         return len(self.stages[0].features)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """c of every map, fine to coarse."""
+        return tuple(stage.features.shape[-1] for stage in self.stages)
 
     def batch(self, index: Index) -> dict[str, Tensor]:
         out = {}
@@ -135,6 +145,11 @@ class StateSource:
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.start)
+
+    @property
+    def width(self) -> int:
+        """d, of a token's state."""
+        return self.states.shape[1]
 
     def batch(self, index: Index) -> dict[str, Tensor]:
         where, mask = padded(self.start, np.asarray(index))

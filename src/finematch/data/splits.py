@@ -1,0 +1,92 @@
+"""The splits of a dataset: which records a run trains on, chooses its epoch by, and reports.
+
+Axes: `c` captions of a split, in the order of its records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from finematch.data import load
+from finematch.data.pairs import Pairs, Source
+from finematch.data.record import DataError, Record, pairs
+from finematch.scenes.generator import generate
+
+SMOKE = {"train": 160, "val": 40, "test": 40}  # images of a run that only shows that everything works
+
+
+def data_folder(dataset: str, data_root: str | Path, cache: str | Path, *, smoke: bool = False) -> Path:
+    """The folder above the dataset's own: `data_root`, or, for a smoke run of the embedded set, a folder in `cache`
+    where a few scenes are drawn."""
+    if not (smoke and dataset.startswith("scenes")):
+        return Path(data_root)
+    folder = Path(cache) / "smoke"
+    generate(folder / "scenes", **SMOKE)
+    return folder
+
+
+def open_records(dataset: str, data_root: str | Path, *, smoke: bool = False) -> dict[str, list[Record]]:
+    """The records of train, val and, where the dataset has it, test. COCO trains on train and restval, as papers do.
+
+    Args:
+        smoke: only the first images of each split.
+
+    Raises:
+        DataError: If the dataset is not there, or a split is broken.
+    """
+    train = "trainrestval" if dataset == "coco_karpathy" else "train"
+    records = {"train": load(dataset, data_root, train), "val": load(dataset, data_root, "val")}
+    try:
+        records["test"] = load(dataset, data_root, "test")
+    except DataError as error:
+        if error.record != "split 'test'":  # there is one, and it is broken
+            raise
+    return {split: r[: SMOKE[split]] for split, r in records.items()} if smoke else records
+
+
+def reported_split(records: Mapping) -> str:
+    """The split whose numbers a run reports: test, or val where the dataset has no test split here.
+
+    A run that reports val keeps its last epoch: a number that chose its own epoch would flatter (`selection`).
+    """
+    return "test" if "test" in records else "val"
+
+
+def selection(records: Mapping) -> str:
+    """The validation metric that chooses the epoch: `rsum` on val, or `epoch` (the last) where val is reported."""
+    return "rsum" if "test" in records else "epoch"
+
+
+@dataclass
+class Split:
+    """One split as a model reads it: records, the images' source and the captions' source."""
+
+    records: list[Record]
+    images: Source
+    texts: Source
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """Every caption, in the order of the records."""
+        return [caption for _, caption in pairs(self.records)]
+
+    @cached_property
+    def image_of(self) -> np.ndarray:
+        """For every caption the row of its image, "c"."""
+        return np.array([i for i, _ in pairs(self.records)])
+
+    def pairs(self) -> Pairs:
+        """Every (image, caption) pair of the split."""
+        return Pairs(self.images, self.texts, self.image_of)
+
+
+def open_splits(
+    records: dict[str, list[Record]], images: dict[str, Source], texts: dict[str, Source]
+) -> dict[str, Split]:
+    """A `Split` of each part of a dataset."""
+    return {name: Split(records[name], images[name], texts[name]) for name in records}

