@@ -57,8 +57,8 @@ def generated(source: Path) -> str:
     known = declared(method)
     head, tag, rest = text.partition('# %% tags=["parameters"]\n')
     cell, mark, rest = rest.partition("\n# %%")
-    lines = (known[m[1]].line if (m := re.match(r"(\w+): ", line)) and m[1] in known else line
-             for line in cell.splitlines())  # fmt: skip
+    names = re.findall(r"^(\w+): ", cell, re.MULTILINE)
+    lines = [known[name].line if name in known else f"{name}: str  # is not declared" for name in names]
     return head + tag + "".join(f"{line}\n" for line in lines) + mark + rest
 
 

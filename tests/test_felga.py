@@ -1,6 +1,5 @@
 """FELGA's equations against naive loops and matrices worked by hand, every reading, and its invariances."""
 
-import inspect
 import math
 
 import pytest
@@ -9,11 +8,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
+from finematch.config import Settings, declared, preset
+from finematch.models.configs import FELGAConfig
 from finematch.models.felga import (
     FELGA,
-    READINGS,
-    SETTINGS,
-    SWITCHES,
     FENet,
     FragmentPairs,
     affinity,
@@ -25,7 +23,6 @@ from finematch.models.felga import (
     global_labels,
     lifted,
     real_pairs,
-    settings,
     sparse,
 )
 from finematch.training import EpochBatches, Plan, fit, whole
@@ -359,7 +356,8 @@ def test_lifted_refuses(bad):
 # -------------------------------------------------------------------------------- the whole model, Eq. 13
 def model(**options):
     torch.manual_seed(0)
-    return FELGA(8, **{"hidden_dim": 24, "out_dim": 6, "dropout": 0.0, **options})
+    width = {"text_width": options.pop("text_width", None)}
+    return FELGA(8, FELGAConfig(**{"hidden_dim": 24, "out_dim": 6, "dropout": 0.0, **options}), **width)
 
 
 def batch(seed=0):
@@ -482,7 +480,7 @@ def test_same_keyword_switch():
 
 def test_separate_nets_take_different_widths():
     torch.manual_seed(0)
-    m = FELGA(8, text_width=5, fenet="separate", labels="dense", hidden_dim=12, out_dim=4)
+    m = FELGA(8, FELGAConfig(fenet="separate", labels="dense", hidden_dim=12, out_dim=4), text_width=5)
     x = batch()
     x["text"]["features"] = noise(3, 5, 5)
     assert torch.isfinite(m(x)["loss"])
@@ -590,7 +588,7 @@ def test_encoding_is_that_of_training_and_of_each_alone():
      {"text_width": 5, "fenet": "separate"}],
 )  # fmt: skip
 def test_model_refuses(bad):
-    with pytest.raises(ValueError, match=r"use |positive|batch"):
+    with pytest.raises(ValueError, match=r"use |must lie in|batch"):
         model(**bad)
 
 
@@ -703,39 +701,52 @@ def test_fit_teaches_fragments_to_find_each_other(tmp_path):
 
 # -------------------------------------------------------------------------------- settings
 def test_the_paper_s_settings():
-    s = settings("paper", "coco", {})
-    assert (s["lr"], s["momentum"], s["weight_decay"]) == (0.1, 0.9, 5e-4)
-    assert (s["epochs"], s["milestone"], s["batch_size"]) == (50, 40.0, 8)
-    assert (s["regions"], s["keywords"], s["hidden_dim"], s["out_dim"], s["dropout"]) == (
-        10,
-        10,
-        4096,
-        512,
-        0.2,
-    )
+    s = Settings("felga", {"scale": "paper", "dataset": "coco"})
+    assert (s.lr, s.momentum, s.weight_decay) == (0.1, 0.9, 5e-4)
+    assert (s.epochs, s.milestone, s.batch_size) == (50, 40.0, 8)
+    assert (s.regions, s.words, s.hidden_dim, s.out_dim, s.dropout) == (10, 10, 4096, 512, 0.2)
 
 
 def test_settings_take_what_is_set():
-    assert settings("tiny", "scenes", {}) == SETTINGS["tiny"]
-    assert settings("tiny", "flickr8k", {}) == SETTINGS["photos"]
+    tiny, photos = Settings("felga", {}), Settings("felga", {"dataset": "flickr8k"})
+    for name, one in declared("felga").items():
+        if one.presets:
+            assert (getattr(tiny, name), getattr(photos, name)) == (
+                one.presets["tiny"],
+                one.presets["photos"],
+            )
     given = {
         "epochs": 3,
         "lr": 0.0,
         "dropout": 0.0,
-        "momentum": -1,
+        "momentum": None,
         "weight_decay": 0.0,
-        "precision": "",
+        "precision": None,
         "seed": 4,
     }
-    changed = settings("tiny", "scenes", given)
-    assert changed == SETTINGS["tiny"] | {"epochs": 3, "dropout": 0.0, "weight_decay": 0.0}
-    smoke = settings("tiny", "scenes", {"smoke": True})
-    assert (smoke["epochs"], smoke["batch_size"]) == (1, SETTINGS["tiny"]["batch_size"])
+    changed = {"epochs": 3, "lr": 0.0, "dropout": 0.0, "weight_decay": 0.0, "seed": 4}
+    assert Settings("felga", given).as_dict() == tiny.as_dict() | changed
+    smoke = Settings("felga", {"smoke": True})
+    assert (smoke.epochs, smoke.batch_size) == (1, preset("felga", "tiny")["batch_size"])
 
 
-def test_the_tables_name_real_arguments():
-    arguments = set(inspect.signature(FELGA).parameters)
-    assert {row[1] for row in READINGS} <= set(SWITCHES) <= arguments
-    defaults = {k: v.default for k, v in inspect.signature(FELGA).parameters.items()}
-    for _, name, values, _ in READINGS:
-        assert str(defaults[name]).removesuffix(".0") == values.split(" | ")[0]
+def test_the_literal_reading_is_the_papers_text():
+    """METHODS 3.2. The constant of the outer sums (`literal_scale`) is left out: with it training diverges (F6)."""
+    text = {
+        "label_features": "frozen", "fenet": "shared", "input_scale": "rms", "loss": "batch", "literal_scale": False,
+        "hinge": False, "tau": 1.0, "empty": "skip", "same_keyword_positives": False,
+    }  # fmt: skip
+    assert FELGAConfig.literal() == text
+    assert Settings("felga", {"scale": "paper"}).as_dict().items() >= text.items()
+    assert Settings("felga", {"reading": "literal"}).loss == "batch"
+    assert Settings("felga", {"scale": "paper", "reading": "default"}).loss == "anchor"
+
+
+@pytest.mark.parametrize(("argument", "value"), [(r[1], v) for r in FELGAConfig.readings() for v in r[2]])
+def test_every_reading_trains(argument, value):
+    options = {argument: value} | ({"loss": "batch"} if argument == "literal_scale" else {})
+    if argument == "tau":
+        options["tau"] = max(value, 0.01)  # the least that is allowed overflows
+    loss = model(**options)(batch())["loss"]
+    loss.backward()
+    assert torch.isfinite(loss)

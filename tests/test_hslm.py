@@ -1,8 +1,8 @@
 """HSLM against the paper: equations in loops, the fast scorer against the naive one, Table 4's rows, the loss."""
 
-import inspect
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hslm_naive import naive_scores, one_caption
 
+from finematch.config import Settings, declared
+from finematch.models.configs import HSLMConfig
 from finematch.models.hslm import (
     HSLM,
     MGCN,
     MODULES,
-    SETTINGS,
-    SWITCHES,
     Caption,
     GraphLayer,
     PairScorer,
@@ -25,7 +25,6 @@ from finematch.models.hslm import (
     WordSelfAttention,
     hinge,
     score,
-    settings,
     tile_scores,
     word_correlation,
 )
@@ -44,7 +43,8 @@ def modules(row):
 def tiny(seed=0, **options):
     torch.manual_seed(seed)
     sizes = {"width": 12, "embed": 10, "sim": 6, "depth": 2}
-    model = HSLM(7, 30, **sizes | options)
+    warmup = {"warmup_steps": options.pop("warmup_steps", 0)}
+    model = HSLM(7, 30, HSLMConfig(**sizes | options), **warmup)
     with torch.no_grad():  # a graph at its start is the identity: move it, or nothing of it is tested
         for name, parameter in model.named_parameters():
             if ".graph." in name and ("update" in name or "norm" in name):
@@ -148,12 +148,12 @@ def test_an_untrained_graph_of_any_depth_is_the_identity_and_can_learn(norm):
 def test_depth_0_and_an_untrained_depth_4_score_alike():
     image, text = inputs()
     torch.manual_seed(0)
-    flat = HSLM(7, 30, width=12, embed=10, sim=6, depth=0).double().eval()
-    deep = HSLM(7, 30, width=12, embed=10, sim=6, depth=4).double().eval()
+    flat = HSLM(7, 30, HSLMConfig(width=12, embed=10, sim=6, depth=0)).double().eval()
+    deep = HSLM(7, 30, HSLMConfig(width=12, embed=10, sim=6, depth=4)).double().eval()
     missing = deep.load_state_dict(flat.state_dict(), strict=False)
     assert all(".graph." in name for name in missing.missing_keys)
     torch.testing.assert_close(both(flat, image, text)[2], both(deep, image, text)[2])
-    off = HSLM(7, 30, width=12, embed=10, sim=6, depth=4, mgcn=False)
+    off = HSLM(7, 30, HSLMConfig(width=12, embed=10, sim=6, depth=4, mgcn=False))
     assert not any(".graph." in name for name, _ in off.named_parameters())
 
 
@@ -170,7 +170,7 @@ def test_batch_norm_of_a_graph_ignores_padding():
 
 def test_words_are_the_average_of_both_directions_made_unit():
     torch.manual_seed(0)
-    encoder = WordEncoder(30, 6, 5, 0, self_attention=None).double()
+    encoder = WordEncoder(30, HSLMConfig(embed=6, width=5, depth=0, self_attn=False)).double()
     _, text = inputs()
     words, mask = encoder(**text)
     for c, length in enumerate(text["mask"].sum(1).tolist()):
@@ -183,7 +183,7 @@ def test_words_are_the_average_of_both_directions_made_unit():
 def test_special_tokens_can_be_left_out():
     _, text = inputs(lengths=(3, 5, 5, 4, 6))
     torch.manual_seed(0)
-    encoder = WordEncoder(30, 6, 5, 1, include_special=False).double()
+    encoder = WordEncoder(30, HSLMConfig(embed=6, width=5, depth=1, include_special=False)).double()
     words, mask = encoder(**text)
     assert mask.sum(1).tolist() == [1, 3, 3, 2, 4]
     inner = {
@@ -235,7 +235,7 @@ def test_the_fast_scorer_equals_the_naive_loop(options, rows):
 @pytest.mark.parametrize("cross", ["attend", "gate"])
 def test_in_single_precision_it_agrees_to_1e_5(cross):
     torch.manual_seed(0)
-    model = HSLM(64, 100, width=256, embed=100, sim=64, cross=cross, self_residual=True).eval()
+    model = HSLM(64, 100, HSLMConfig(width=256, embed=100, sim=64, cross=cross, self_residual=True)).eval()
     g = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 20, (33,), generator=g)
     mask = torch.arange(20)[None] < lengths[:, None]
@@ -313,7 +313,7 @@ def test_half_precision_changes_little():
 
 def test_the_worked_example():
     """Two regions, two words, width 2, everything the identity: each number by hand."""
-    scorer = PairScorer(2, 2, glob=False).double()
+    scorer = PairScorer(HSLMConfig(width=2, sim=2, glob=False)).double()
     with torch.no_grad():
         scorer.compare_local.weight.copy_(torch.eye(2))
         scorer.gate.weight.copy_(torch.tensor([[1.0, -1.0]]))
@@ -346,7 +346,7 @@ def test_the_worked_example():
 def test_each_row_of_table_4_takes_a_training_step(row):
     torch.manual_seed(0)
     on = modules(row)
-    model = HSLM(7, 30, width=12, embed=10, sim=6, depth=2, **on)
+    model = HSLM(7, 30, HSLMConfig(width=12, embed=10, sim=6, depth=2, **on))
     names = {name.split(".")[0] + "." + name.split(".")[1] for name, _ in model.named_parameters()}
     assert ("text.attention" in names) == on["self_attn"]
     assert any(".graph." in n for n, _ in model.named_parameters()) == on["mgcn"]
@@ -421,10 +421,10 @@ def test_mined_training_has_the_gradient_of_the_whole_matrix(ids, loss_score):
     terms = model(batch)
     table = model.squash(both(model, image, text)[2])
     same = batch["image_id"][:, None] == batch["image_id"][None]
-    torch.testing.assert_close(terms["loss"].float(), hinge(table, same, model.margin).float())
+    torch.testing.assert_close(terms["loss"].float(), hinge(table, same, model.config.margin).float())
     mine = torch.autograd.grad(terms["loss"], list(model.parameters()), allow_unused=True)
     theirs = torch.autograd.grad(
-        hinge(table, same, model.margin), list(model.parameters()), allow_unused=True
+        hinge(table, same, model.config.margin), list(model.parameters()), allow_unused=True
     )
     for name, a, b in zip(dict(model.named_parameters()), mine, theirs, strict=True):
         a, b = (torch.zeros(1) if g is None else g.float() for g in (a, b))
@@ -495,7 +495,9 @@ def test_the_plateau_is_named():
     assert terms["plateau"] == 1
     with torch.no_grad():
         model.pairs.score.weight.fill_(30.0)
-    model.loss_score = "logit"  # through the sigmoid scores this large would all be one
+    model.config = replace(
+        model.config, loss_score="logit"
+    )  # through the sigmoid scores this large would all be one
     assert model(batch)["plateau"] == 0
 
 
@@ -582,14 +584,45 @@ def test_tile_scores_gives_any_tile_of_the_matrix():
 
 
 def test_settings():
-    assert set(SETTINGS["tiny"]) == set(SETTINGS["paper"]) == set(SETTINGS["photos"])
-    paper = settings("paper", "flickr30k", {})
-    assert (paper["width"], paper["embed"], paper["depth"], paper["regions"]) == (1024, 300, 4, 36)
-    assert (paper["lr"], paper["batch_size"], paper["epochs"], paper["decay_every"]) == (2e-4, 128, 40, 20)
-    assert settings("paper", "coco_karpathy", {})["decay_every"] == 15
-    assert settings("tiny", "flickr8k", {}) == SETTINGS["photos"]
-    assert settings("tiny", "scenes", {"depth": 0, "epochs": 0})["depth"] == 0
-    assert settings("tiny", "scenes", {"smoke": True})["epochs"] == 1
-    taken = inspect.signature(HSLM.__init__).parameters
-    assert set(SWITCHES) <= set(taken)
-    assert taken["margin"].default == 0.2
+    paper = Settings("hslm", {"scale": "paper", "dataset": "flickr30k"})
+    assert (paper.width, paper.embed, paper.depth, paper.regions) == (1024, 300, 4, 36)
+    assert (paper.lr, paper.batch_size, paper.epochs, paper.decay_every) == (2e-4, 128, 40, 20)
+    assert paper.replace(dataset="coco_karpathy").decay_every == 15
+    assert paper.replace(dataset="coco_karpathy", decay_every=7).decay_every == 7
+    photos = Settings("hslm", {"dataset": "flickr8k"})
+    for name, one in declared("hslm").items():
+        if one.presets:
+            assert getattr(photos, name) == one.presets["photos"], name
+    assert (
+        Settings("hslm", {"depth": 0, "rivals": 0, "lr": 0}).as_dict().items()
+        >= {"depth": 0, "rivals": 0, "lr": 0.0}.items()
+    )
+    assert Settings("hslm", {"smoke": True}).epochs == 1
+    assert HSLMConfig().margin == 0.2
+
+
+def test_the_literal_reading_is_the_papers_text():
+    """METHODS 3.3. The product of Eq. 6 does not conform as printed: the prose, which filters words, is taken."""
+    text = {
+        "self_attention": "word", "self_residual": False, "relation": "raw", "graph_norm": "none",
+        "normalise_graph": False, "cross": "attend", "gate_pool": "mean", "cross_scale": 1.0, "context_norm": False,
+        "node_gate": "scalar", "node_weights": "raw", "loss_score": "logit", "include_special": True, "rivals": 0,
+    }  # fmt: skip
+    assert HSLMConfig.literal() == text
+    tiny_run, paper = Settings("hslm", {"reading": "literal"}), Settings("hslm", {"scale": "paper"})
+    assert tiny_run.as_dict().items() >= (text | {"warmup_epochs": 0.0}).items()
+    assert paper.as_dict().items() >= text.items()
+    assert paper.reading == "literal"
+    assert paper.replace(reading="default").relation == "nodes"
+
+
+@pytest.mark.parametrize(("argument", "value"), [(r[1], v) for r in HSLMConfig.readings() for v in r[2]])
+def test_every_reading_trains(argument, value):
+    if argument == "rivals":
+        value = min(value, 2)
+    image, text = inputs(lengths=(3, 5, 5, 4))
+    loss = tiny(**{argument: value}).train()({"image": image, "text": text, "image_id": torch.arange(4)})[
+        "loss"
+    ]
+    loss.backward()
+    assert torch.isfinite(loss)

@@ -32,7 +32,7 @@ noise: float = 0.3  # of the hand-made features of section 2
 steps: int = 600  # of the toy in section 11
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import parameters, root
+from finematch.config import parameters, preset, root
 
 p = parameters(globals(), dataset={"scenes"}, scale={"tiny", "photos", "paper"}, seed=(0, 2**31), regions=(4, 40),
            words=(4, 20), pairs=(3, 32), noise=(0, 3), steps=(100, 10000))  # fmt: skip
@@ -60,8 +60,9 @@ from finematch.scenes.generator import TOKENIZER, attributes, generate
 from finematch.scenes.language import AFTER_NOUN, COLOURS, SHAPES, TEXTURES, plural
 from finematch.encoders import open_clip_model, small_clip
 from finematch.evaluation import average_precision as metric
+from finematch.models.configs import FELGAConfig
 from finematch.models.felga import (
-    FELGA, LABELS, READINGS, SETTINGS, FENet, affinity, batch_labels, cosine, dense, dynamic, global_affinity,
+    FELGA, LABELS, FENet, affinity, batch_labels, cosine, dense, dynamic, global_affinity,
     global_labels, lifted, real_pairs, sparse,
 )  # fmt: skip
 from finematch.features.fragments import VLP, cut, document
@@ -470,7 +471,7 @@ batch = {"image": {"features": f_v, "mask": seen}, "text": {"features": f_t, "ma
 def small(**options) -> FELGA:
     """A small FELGA for the hand-made features, always from the same start."""
     torch.manual_seed(p.seed)
-    return FELGA(WIDTH, **{"hidden_dim": 64, "out_dim": 16, "dropout": 0.0, **options}).eval()
+    return FELGA(WIDTH, FELGAConfig(**{"hidden_dim": 64, "out_dim": 16, "dropout": 0.0, **options})).eval()
 
 
 untrained = small()
@@ -573,7 +574,9 @@ def identity(net: FENet, first=((1.0, 0.0), (0.0, 1.0))) -> None:
 
 def two_wide(**options) -> FELGA:
     """A FELGA whose FENet leaves vectors without a negative number as they are."""
-    model = FELGA(2, **{"hidden_dim": 2, "out_dim": 2, "dropout": 0.0, "input_scale": "unit", **options})
+    model = FELGA(
+        2, FELGAConfig(**{"hidden_dim": 2, "out_dim": 2, "dropout": 0.0, "input_scale": "unit", **options})
+    )
     identity(model.region_net)
     return model
 
@@ -584,7 +587,7 @@ with torch.no_grad():
     assert close(by_hand_net.encode_regions(torch.tensor([[3.0, -4], [3, 4]])), [[0.6, 0.8], [1, 0]])
     assert close(two_wide().encode_regions(v), v)  # the example of section 3 passes through unchanged
 
-setting, d_in = SETTINGS[p.scale], 512 if p.scale == "paper" else 96
+setting, d_in = preset("felga", p.scale), 512 if p.scale == "paper" else 96
 h, o = setting["hidden_dim"], setting["out_dim"]
 with torch.device("meta"):
     built = FENet(d_in, hidden_dim=h, out_dim=o)
@@ -608,7 +611,7 @@ start = {"the inputs": float((inputs @ inputs.T)[apart].mean())}
 with torch.no_grad():
     for scaled in ("rms", "unit"):
         torch.manual_seed(p.seed)
-        net = FELGA(512, input_scale=scaled).eval()
+        net = FELGA(512, FELGAConfig(input_scale=scaled)).eval()
         embedded = net.encode_regions(inputs)
         start[f"input_scale = {scaled}"] = float((embedded @ embedded.T)[apart].mean())
         first = net.region_net[0]
@@ -1427,24 +1430,27 @@ assert shows_five[0].sum() == 3
 # those of training as parameters, and measures all kinds of relevance.
 
 # %%
-readings = pd.DataFrame(
-    READINGS + metric.READINGS, columns=["reading", "argument", "values, default first", "the paper"]
+columns = ["reading", "argument", "values", "default", "literal", "the paper"]
+show(pd.DataFrame(FELGAConfig.readings(), columns=columns).set_index("reading"))
+show(
+    pd.DataFrame(
+        metric.READINGS, columns=["reading", "argument", "values, default first", "the paper"]
+    ).set_index("reading")
 )
-show(readings.set_index("reading"))
-plain_value = {"True": True, "False": False, "1": 1.0, "0.1": 0.1}
-# the table cannot drift from the code: each value is accepted, and the first is the default
+plain_value = {"True": True, "False": False}
+# each value is accepted, and the default is the model of the sections above
 asking = {side: dict(parts) for side, parts in batch.items()}
 asking["text"]["keyword_id"] = keyword_id
 with torch.no_grad():
     default = small()(asking)["loss"]
-    for _, argument, values_, _ in READINGS:
+    for _, argument, values_, standard, *_ in FELGAConfig.readings():
         base = {"loss": "batch"} if argument == "literal_scale" else {}
-        losses = [
-            small(**base, **{argument: plain_value.get(v_, v_)})(asking)["loss"]
-            for v_ in values_.split(" | ")
-        ]
+        values_ = (0.1, 1.0) if argument == "tau" else values_
+        losses = [small(**base, **{argument: value})(asking)["loss"] for value in values_]
         assert torch.stack(losses).isfinite().all()
-        assert losses[0] == (small(**base)(asking)["loss"] if base else default)
+        assert small(**base, **{argument: standard})(asking)["loss"] == (
+            small(**base)(asking)["loss"] if base else default
+        )
 for _, argument, values_, _ in metric.READINGS:
     for value in values_.split(" | "):
         got = metric.description_assignment(box_vectors, keyword_vectors, None, gallery, CLASSES,

@@ -16,61 +16,54 @@
 # README's generated table tells. The run writes `metrics.json` last: that file, not this page, is the proof that it succeeded.
 
 # %% tags=["parameters"]
-dataset: str = "scenes"  # scenes, flickr8k (reported on COCO pictures), coco (2017), coco2014
-data_root: str = "data"  # folder above the dataset's own
-scale: str = "tiny"  # tiny or paper
-seed: int = 0  # of the start, the order and the dropout; rows without training do not depend on it
-out: str = "papermill_runs/felga_train"  # the run's folder
-smoke: bool = False  # run everything in seconds
-cache: str = "data/cache"  # models, proposals, keywords and features that runs share
-report: str = "test"  # test, or val to choose settings by (scenes alone)
-features: str = "fenet"  # whole, proposals (both frozen) or fenet (trained)
-labels: str = "dynamic"  # dense (Eq. 3), sparse (Eq. 4) or dynamic (Eq. 6)
-alignment: str = "both"  # local (Eq. 10), global (Eq. 12) or both (Eq. 13)
-label_features: str = "frozen"  # what Eq. 4 to 6 compare, frozen features or online the embeddings (F9)
-fenet: str = "shared"  # one FENet for both modalities, or separate ones (F12)
-input_scale: str = "rms"  # length of what FENet takes, as rms, unit or raw (F13)
-loss: str = "anchor"  # reading of the sums in Eq. 10 and 12, as anchor, batch or pair (F1)
-literal_scale: bool = False  # the outer sums of Eq. 10 and 12, for batch alone (F1)
-hinge: bool = False  # the hinge of the lifted structured loss (F2)
-tau: float = 1.0  # temperature, 1 in the paper (F4)
-empty: str = "skip"  # rows without positives or negatives, skip or keep (F5)
-lambda1: float = 0.5  # margin of Eq. 10; moves no gradient without hinge
-lambda2: float = 0.5  # margin of Eq. 12; moves no gradient without hinge
-lambda3: float = 0.2  # weight of the global loss in Eq. 13
-same_keyword_positives: bool = False  # the same keyword in other texts is a positive too (F10)
-vlp: str = ""  # frozen model, as clip, blip, blip2, a hub name or a folder; empty is the scale's
-proposals: str = "auto"  # auto, selective_search, grid or a DETReg checkpoint (paper needs one named)
-keywords: str = "keybert"  # keybert, or words (tf-idf)
-keyword_model: str = ""  # of KeyBERT, a hub name or folder; empty is the MiniLM that comes as a package
-regions: int = 0  # proposals a picture; 0 is the scale's (10)
-words: int = 0  # keywords a text; 0 is the scale's (10)
-crop_score: str = "max"  # which of BLIP-2's vectors score a crop in the baselines, max or mean (F16)
-hidden_dim: int = 0  # of FENet; 0 is the scale's (4096 in the paper)
-out_dim: int = 0  # of the embeddings; 0 is the scale's (512 in the paper)
-dropout: float = -1.0  # in FENet; -1 is the scale's (0.2)
-epochs: int = 0  # 0 is the scale's (50 in the paper)
-milestone: float = 0.0  # epoch of the step to a tenth of lr; 0 is the scale's (40 in the paper)
-batch_size: int = 0  # pairs; 0 is the scale's (8)
-lr: float = 0.0  # 0 is the scale's (0.1)
-momentum: float = -1.0  # -1 is the scale's (0.9)
-weight_decay: float = -1.0  # -1 is the scale's (5e-4)
-precision: str = ""  # no, bf16 or fp16; empty is the scale's
-threads: int = 0  # of torch on a CPU; 0 leaves them as they are
+dataset: str = "scenes"  # flickr8k reports on COCO: scenes | flickr8k | coco | coco2014
+data_root: str = "data"  # folder that holds the datasets' folders
+scale: str = "tiny"  # tiny takes the preset photos on photos: tiny | paper
+reading: str = None  # readings of the paper; literal at scale paper: default | literal
+seed: int = 0  # random seed; rows without training do not depend on it
+out: str = "papermill_runs/felga_train"  # folder of the run
+smoke: bool = False  # run everything in seconds; the numbers mean nothing
+cache: str = "data/cache"  # folder of the models, proposals, keywords and features that runs share
+report: str = "test"  # reported split; val is for choosing settings on scenes: test | val
+features: str = "fenet"  # the first two are frozen: whole | proposals | fenet
+labels: str = None  # pseudo-labels (Eq. 3, 4, 6): dense | dynamic | sparse; default dynamic
+alignment: str = None  # Eq. 10, Eq. 12, Eq. 13: both | global | local; default both
+label_features: str = None  # features that Eq. 4-6 compare: frozen | online; default frozen (F9)
+fenet: str = None  # FENets of both modalities: shared | separate; default shared (F12)
+input_scale: str = None  # length of what FENet takes: rms | unit | raw; default rms (F13)
+loss: str = None  # sums in Eq. 10 and 12: anchor | batch | pair; default anchor; literal batch (F1)
+literal_scale: bool = None  # outer sums of Eq. 10 and 12, for batch alone; default False (F1)
+hinge: bool = None  # hinge of the lifted structured loss; default False (F2)
+tau: float = None  # temperature; default 1 (F4)
+empty: str = None  # rows without positives or negatives: skip | keep; default skip (F5)
+lambda1: float = None  # margin of Eq. 10; no gradient without hinge; default 0.5
+lambda2: float = None  # margin of Eq. 12; no gradient without hinge; default 0.5
+lambda3: float = None  # weight of the global loss in Eq. 13; default 0.2
+same_keyword_positives: bool = None  # the same keyword in other texts is a positive; default False (F10)
+vlp: str = ""  # frozen model: clip, blip, blip2, hub name or folder; empty: the scale's
+proposals: str = "auto"  # auto, selective_search, grid or a DETReg checkpoint
+keywords: str = "keybert"  # how keywords are found: keybert | words
+keyword_model: str = ""  # of KeyBERT: hub name or folder; empty: the packaged MiniLM
+regions: int = None  # proposals per image; default 10
+words: int = None  # keywords per text; default 10
+crop_score: str = "max"  # of BLIP-2's vectors of a crop: max | mean (F16)
+hidden_dim: int = None  # of FENet; tiny 256, photos 1024, paper 4096
+out_dim: int = None  # of the embeddings; tiny 128, photos 256, paper 512
+dropout: float = None  # in FENet; default 0.2
+epochs: int = None  # passes over the training pairs; tiny 12, photos 8, paper 50
+milestone: float = None  # epoch of the step to a tenth of lr; tiny 10, photos 6, paper 40
+batch_size: int = None  # pairs per step; default 8
+lr: float = None  # learning rate; default 0.1
+momentum: float = None  # of SGD; default 0.9
+weight_decay: float = None  # of SGD; default 0.0005
+precision: str = None  # mixed precision: no | bf16 | fp16; default no
+threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import parameters, root
+from finematch.config import root, settings
 
-p = parameters(
-    globals(), dataset={"scenes", "flickr8k", "coco", "coco2014"}, scale={"tiny", "paper"}, seed=(0, 2**31),
-    report={"test", "val"}, features={"whole", "proposals", "fenet"}, labels={"dense", "sparse", "dynamic"},
-    alignment={"local", "global", "both"}, label_features={"frozen", "online"}, fenet={"shared", "separate"},
-    input_scale={"rms", "unit", "raw"}, loss={"anchor", "batch", "pair"}, tau=(1e-6, 1000), empty={"skip", "keep"},
-    lambda1=(-100, 100), lambda2=(-100, 100), lambda3=(0, 1000), keywords={"keybert", "words"}, regions=(0, 1000), words=(0, 1000),
-    crop_score={"max", "mean"},
-    hidden_dim=(0, 65536), out_dim=(0, 65536), dropout=(-1, 0.95), epochs=(0, 1000), milestone=(0, 1000), batch_size=(0, 65536),
-    lr=(0, 10), momentum=(-1, 1), weight_decay=(-1, 1), precision={"", "no", "bf16", "fp16"}, threads=(0, 256),
-)  # fmt: skip
+s = settings(globals(), "felga")
+s
 
 # %%
 import time
@@ -89,21 +82,19 @@ from finematch.features.fragments import (
 )  # fmt: skip
 from finematch.features.proposals import extract_proposals, given
 from finematch.features.small_clip import open_small_clip
-from finematch.models.felga import FELGA, SWITCHES, FragmentPairs, settings
+from finematch.models.configs import FELGAConfig
+from finematch.models.felga import FELGA, FragmentPairs
 from finematch.tables import write_metrics
 from finematch.text import keyword_method
 from finematch.training import Plan, check_writable, fit, join_processes, leave_to_first, seed_everything
 from finematch.workbench import accelerator, minilm_folder
 
 join_processes()
-if p.threads:
-    torch.set_num_threads(p.threads)
-# the scale's `keywords` is their number, which is `words` here: `keywords` names how they are found
-s = settings(p.scale, p.dataset, {**p.as_dict(), "keywords": p.words})
-folder = root() / p.out
-trained = p.features == "fenet"
+if s.threads:
+    torch.set_num_threads(s.threads)
+folder = root() / s.out
+trained = s.features == "fenet"
 check_writable(folder, room=10_000_000)
-s
 
 # %% [markdown]
 # ## The fragments
@@ -116,9 +107,9 @@ s
 # %%
 # a file or a folder lies below the workbook's own, as all paths do; another name stays as it is
 files = {name: str(root() / named) if named and (root() / named).exists() else named
-         for name, named in (("vlp", p.vlp), ("proposals", p.proposals), ("keyword_model", p.keyword_model))}  # fmt: skip
-sets = open_fragment_sets(p.dataset, root() / p.data_root, root() / p.cache, report=p.report, smoke=p.smoke)
-cache = root() / p.cache / (p.dataset + ("-smoke" if p.smoke else ""))
+         for name, named in (("vlp", s.vlp), ("proposals", s.proposals), ("keyword_model", s.keyword_model))}  # fmt: skip
+sets = open_fragment_sets(s.dataset, root() / s.data_root, root() / s.cache, report=s.report, smoke=s.smoke)
+cache = root() / s.cache / (s.dataset + ("-smoke" if s.smoke else ""))
 cache.mkdir(parents=True, exist_ok=True)
 print(f"{len(sets.train)} image-text pairs to train on; gallery: {sets.name}, {len(sets.gallery)} images, "
       f"{len(sets.categories)} classes; annotated phrases: {sets.annotated_name or 'none, grounding is not measured'}")  # fmt: skip
@@ -129,18 +120,18 @@ print(f"{len(sets.train)} image-text pairs to train on; gallery: {sets.name}, {l
 # %%
 lock = FileLock(cache / ".fragments.lock")  # of the runs of a grid one makes what all need
 with lock:
-    small = not files["vlp"] and p.scale == "tiny"
+    small = not files["vlp"] and s.scale == "tiny"
     vlp = open_vlp(
-        open_small_clip(sets, p.dataset, cache, smoke=p.smoke) if small else files["vlp"] or "clip"
+        open_small_clip(sets, s.dataset, cache, smoke=s.smoke) if small else files["vlp"] or "clip"
     )
     vlp.to(accelerator())
-    detector = open_proposals(files["proposals"], scale=p.scale, device=accelerator())
+    detector = open_proposals(files["proposals"], scale=s.scale, device=accelerator())
     texts = [document(record) for record in sets.train]
-    minilm = (files["keyword_model"] or minilm_folder()) if p.keywords == "keybert" else ""
-    keywords_of = keyword_method(p.keywords, model=minilm, train=texts, top=s["keywords"])
+    minilm = (files["keyword_model"] or minilm_folder()) if s.keywords == "keybert" else ""
+    keywords_of = keyword_method(s.keywords, model=minilm, train=texts, top=s.words)
 
-propose = partial(extract_proposals, method=detector, folder=cache / "proposals", top=s["regions"],
-                  min_side=5 if p.dataset == "scenes" else 8)  # fmt: skip
+propose = partial(extract_proposals, method=detector, folder=cache / "proposals", top=s.regions,
+                  min_side=5 if s.dataset == "scenes" else 8)  # fmt: skip
 find_keywords = partial(extract_keywords, method=keywords_of, folder=cache / "keywords")
 crops = partial(picture_fragments, model=vlp, folder=cache / "fragments")  # features of boxes
 words = partial(text_fragments, model=vlp, folder=cache / "fragments")  # and of words
@@ -161,25 +152,25 @@ width = train_regions.features.shape[-1]
 # all vectors that BLIP-2 has of a crop are kept (`several`).
 
 # %%
-several = not trained and p.crop_score == "max" and vlp.queries > 1
+several = not trained and s.crop_score == "max" and vlp.queries > 1
 crops = partial(crops, queries=several)
 gallery_texts = [document(record) for record in sets.gallery]
 with lock:
-    if p.features == "whole":
-        regions = whole_pictures(sets.gallery, vlp, cache / "fragments", f"{p.report}_whole", queries=several)
-        keywords = whole_texts(gallery_texts, vlp, cache / "fragments", f"{p.report}_whole")
+    if s.features == "whole":
+        regions = whole_pictures(sets.gallery, vlp, cache / "fragments", f"{s.report}_whole", queries=several)
+        keywords = whole_texts(gallery_texts, vlp, cache / "fragments", f"{s.report}_whole")
     else:
-        boxes = propose(sets.gallery, split=p.report)
-        regions = crops(sets.gallery, boxes, split=p.report)
-        keywords = words(find_keywords(gallery_texts, split=p.report), split=f"{p.report}_keywords")
+        boxes = propose(sets.gallery, split=s.report)
+        regions = crops(sets.gallery, boxes, split=s.report)
+        keywords = words(find_keywords(gallery_texts, split=s.report), split=f"{s.report}_keywords")
     gallery = Gallery(
         sets.gallery, sets.categories, regions=regions, keywords=keywords,
-        boxes=crops(sets.gallery, given(sets.gallery), split=f"{p.report}_objects"),
+        boxes=crops(sets.gallery, given(sets.gallery), split=f"{s.report}_objects"),
         classes=words([[name] for name in sets.categories], split="classes"),
         synonyms=sets.synonyms, name=sets.name,
     )  # fmt: skip
     annotated = None
-    if sets.annotated and p.features != "whole":
+    if sets.annotated and s.features != "whole":
         if [r.image for r in sets.annotated] != [r.image for r in sets.gallery]:
             boxes = propose(sets.annotated, split="annotated")
             regions = crops(sets.annotated, boxes, split="annotated")
@@ -251,12 +242,12 @@ beside(frozen=before).round(2)
 model = None
 if trained:
     data = FragmentPairs.of(train_regions, train_keywords).to(accelerator())
-    seed_everything(p.seed)
-    model = FELGA(width, **{name: s[name] if name in s else getattr(p, name) for name in SWITCHES})
+    seed_everything(s.seed)
+    model = FELGA(width, FELGAConfig.of(s))
     size = sum(q.numel() for q in model.parameters()) / 1e6
-    print(f"{size:.2f} M parameters, {len(data) // s['batch_size']} steps an epoch")
+    print(f"{size:.2f} M parameters, {len(data) // s.batch_size} steps an epoch")
 share = {}
-if trained and p.alignment != "global" and p.label_features == "frozen":
+if trained and s.alignment != "global" and s.label_features == "frozen":
     positive = alone = 0
     for start in range(0, len(data), 1000):
         batch = data.__getitems__(list(range(start, min(start + 1000, len(data)))))
@@ -267,7 +258,7 @@ if trained and p.alignment != "global" and p.label_features == "frozen":
     seen = train_regions.mask
     real = (seen.sum(1) * train_keywords.mask.sum(1)).sum()
     share = {"labels_positive": 100 * positive / real, "labels_empty_regions": 100 * alone / seen.sum()}
-    print(f"{p.labels} labels: {share['labels_positive']:.1f} % of the pairs of fragments are positive, "
+    print(f"{s.labels} labels: {share['labels_positive']:.1f} % of the pairs of fragments are positive, "
           f"{share['labels_empty_regions']:.1f} % of the regions have no keyword")  # fmt: skip
 
 # %% [markdown]
@@ -282,12 +273,12 @@ if trained and p.alignment != "global" and p.label_features == "frozen":
 # %%
 summary = {"seconds": 0.0, "best_epoch": 0}
 if trained:
-    plan = Plan(epochs=s["epochs"], batch_size=s["batch_size"], lr=s["lr"], optimizer="sgd", momentum=s["momentum"],
-                weight_decay=s["weight_decay"], schedule="step", milestones=(s["milestone"],), precision=s["precision"],
-                seed=p.seed)  # fmt: skip
+    plan = Plan(epochs=s.epochs, batch_size=s.batch_size, lr=s.lr, optimizer="sgd", momentum=s.momentum,
+                weight_decay=s.weight_decay, schedule="step", milestones=(s.milestone,), precision=s.precision,
+                seed=s.seed)  # fmt: skip
     summary = fit(model, data, plan, folder)
 else:
-    print(f"features={p.features!r}: nothing is trained")
+    print(f"features={s.features!r}: nothing is trained")
 leave_to_first()  # of several processes (torchrun); else nothing
 
 # %% [markdown]
@@ -332,11 +323,4 @@ if trained:
         | share
     )
     metrics |= {"evaluation_seconds": seconds}
-resolved = {
-    **p.as_dict(),
-    **{k: v for k, v in s.items() if k in p.as_dict() and k != "keywords"},
-    "words": s["keywords"],
-    "smoke": p.smoke,
-    **facts,
-}
-write_metrics(folder, resolved, metrics, seconds=summary["seconds"])
+write_metrics(folder, s.as_dict() | facts, metrics, seconds=summary["seconds"])

@@ -63,7 +63,8 @@ from finematch.data.record import DataError
 from finematch.evaluation.average_precision import (
     average_precision_blocks, category_relevance, description_assignment, expected_random, object_discovery, query_boxes,
 )  # fmt: skip
-from finematch.models.felga import FELGA, SWITCHES
+from finematch.models.configs import FELGAConfig
+from finematch.models.felga import FELGA
 from finematch.evaluation.fragments import embed, frozen, phrase_grounding, tasks
 from finematch.evaluation.reopen_gallery import RunData, reopen_gallery
 from finematch.tables import to_markdown, write_metrics
@@ -138,7 +139,7 @@ run_folder = root() / p.run
 if p.run == STANDARD and (p.smoke or not finished(run_folder)):
     run_folder = standard_run()
 of_run, run_metrics, data = reopen(run_folder)
-model = FELGA(data.width, **{name: of_run[name] for name in SWITCHES}).eval()
+model = FELGA(data.width, FELGAConfig.of(of_run)).eval()
 load_best(model, run_folder / "best.safetensors")
 model.to(accelerator())
 BEFORE, AFTER = "frozen features", "FELGA"

@@ -32,7 +32,7 @@ sharp: float = 16.0  # the sharper cross_scale of section 5
 batch: int = 128  # pairs of the batch in section 7
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import parameters, root
+from finematch.config import parameters, preset, root
 
 p = parameters(globals(), dataset={"scenes"}, scale={"tiny", "photos", "paper"}, seed=(0, 2**31), regions=(8, 40),
            layers=(2, 6), sharp=(6, 64), batch=(32, 256))  # fmt: skip
@@ -56,8 +56,9 @@ from finematch.boxes import iou
 from finematch.data import load
 from finematch.scenes.generator import TOKENIZER, attributes, generate
 from finematch.features.proposals import propose
+from finematch.models.configs import HSLMConfig
 from finematch.models.hslm import (
-    HSLM, MGCN, MODULES, READINGS, SETTINGS, Caption, GraphLayer, PairScorer, Picture, SelfAttentionPooling,
+    HSLM, MGCN, MODULES, Caption, GraphLayer, PairScorer, Picture, SelfAttentionPooling,
     WordEncoder, WordSelfAttention, hinge, score, word_correlation,
 )  # fmt: skip
 from finematch.tables import published, to_markdown
@@ -186,7 +187,7 @@ thumbnails = torch.stack([
 image = {"features": thumbnails[None], "mask": all_real(thumbnails[None])}
 text = tokenise([caption["text"]], tokenizer).batch([0])
 torch.manual_seed(p.seed)
-model = HSLM(thumbnails.shape[1], len(tokenizer), width=64, embed=32, sim=16, depth=4).eval()
+model = HSLM(thumbnails.shape[1], len(tokenizer), HSLMConfig(width=64, embed=32, sim=16, depth=4)).eval()
 
 with torch.no_grad():
     seen, told = model.encode_image(**image), model.encode_text(**text)
@@ -422,7 +423,7 @@ moves = {name: bool(q.grad.abs().sum() > 0) for name, q in fresh.named_parameter
 assert {name for name, does in moves.items() if does} == {"update.weight", "update.bias"}
 
 torch.manual_seed(p.seed)
-flat = HSLM(thumbnails.shape[1], len(tokenizer), width=64, embed=32, sim=16, depth=0).eval()
+flat = HSLM(thumbnails.shape[1], len(tokenizer), HSLMConfig(width=64, embed=32, sim=16, depth=0)).eval()
 missing = model.load_state_dict(flat.state_dict(), strict=False).missing_keys
 assert all(".graph." in name for name in missing)
 with torch.no_grad():
@@ -534,7 +535,9 @@ print("Eq. 6 with a residual is Eq. 8 with W_r = I")
 # %%
 def echo(values: list[float]) -> Tensor:
     """Forward and backward states "2 M" of the GRU of the example, for words with these tanh(x)."""
-    encoder = WordEncoder(len(values), 1, 1, 0, self_attention=None).requires_grad_(False)
+    encoder = WordEncoder(len(values), HSLMConfig(embed=1, width=1, depth=0, self_attn=False)).requires_grad_(
+        False
+    )
     for weight in encoder.gru.parameters():
         weight.zero_()
     encoder.gru.weight_ih_l0[2] = encoder.gru.weight_ih_l0_reverse[2] = 1  # rows: reset, update, candidate
@@ -548,7 +551,7 @@ assert close(states.mean(0), [0.425, 0.15, 0.25])
 
 # The library: the average of both, made unit; and before the GRU the order of the words says nothing.
 torch.manual_seed(p.seed)
-encoder = WordEncoder(30, 8, 6, 2).requires_grad_(False)
+encoder = WordEncoder(30, HSLMConfig(embed=8, width=6, depth=2)).requires_grad_(False)
 for layer in encoder.graph:
     nn.init.normal_(layer.update.weight)  # an untrained graph is the identity: move it
 ids, order = torch.tensor([[3, 14, 15, 9, 26]]), torch.tensor([4, 1, 0, 2, 3])
@@ -596,7 +599,7 @@ assert not close(shuffled, in_order[:, order], 1e-2)  # ... is one no more
 # %%
 sigmoid_1 = 1 / (1 + math.exp(-1))
 regions_2, words_2 = torch.eye(2)[None], torch.eye(2)[None]
-scorer = PairScorer(2, 2, glob=False).requires_grad_(False)
+scorer = PairScorer(HSLMConfig(width=2, sim=2, glob=False)).requires_grad_(False)
 f_2 = scorer.relate(scorer.prepare(Picture(regions_2, all_real(regions_2))), words_2)
 assert close(f_2, [[[sigmoid_1, 0.5], [0.5, sigmoid_1]]])
 contexts = F.normalize(f_2 @ regions_2, dim=-1)
@@ -604,7 +607,9 @@ assert close(contexts, [[[0.825, 0.565], [0.565, 0.825]]], 1e-3)
 assert close(contexts[0, 0] @ contexts[0, 1], 0.932, 1e-3)
 
 for pooled, gate in (("mean", (sigmoid_1 + 0.5) / 2), ("max", sigmoid_1)):
-    gated = PairScorer(2, 2, cross="gate", gate_pool=pooled).region_gate(f_2[:, None], None)
+    gated = PairScorer(HSLMConfig(width=2, sim=2, cross="gate", gate_pool=pooled)).region_gate(
+        f_2[:, None], None
+    )
     assert close(gated, [[[gate, gate]]])
 assert refused(lambda: told.words[0] - seen.regions[0])  # M words minus N regions
 
@@ -636,7 +641,7 @@ def likeness(weights: Tensor) -> float:
 
 def looks(scale: float) -> Tensor:
     """Eq. 16 by the library, for the toy."""
-    one = PairScorer(64, 2, glob=False, cross_scale=scale).requires_grad_(False)
+    one = PairScorer(HSLMConfig(width=64, sim=2, glob=False, cross_scale=scale)).requires_grad_(False)
     pictures = Picture(toy_regions[None], all_real(toy_regions[None]))
     return one.relate(one.prepare(pictures), toy_words[None])[0]
 
@@ -681,7 +686,7 @@ for r, from_raw in ((regions_2, 0.322), (doubled, 1.214)):
 
 torch.manual_seed(p.seed)
 for context_norm in (True, False):
-    one = PairScorer(2, 3, glob=False, context_norm=context_norm).requires_grad_(False)
+    one = PairScorer(HSLMConfig(width=2, sim=3, glob=False, context_norm=context_norm)).requires_grad_(False)
     few, many = (rate(one, r, words_2) for r in (regions_2, doubled))
     assert close(few, many, 1e-6) == context_norm  # unit contexts do not notice; raw ones do
 
@@ -762,7 +767,7 @@ assert close(scorer.similarity(compare, torch.zeros(8)), torch.zeros(4))
 # %% jupyter={"source_hidden": true}
 said_twice = torch.cat([words_2, words_2], 1)
 for weights, expected in (("raw", 2 * (2.3260 - 0.5) + 0.5), ("l1", None)):
-    one = PairScorer(2, 2, glob=False, node_weights=weights).requires_grad_(False)
+    one = PairScorer(HSLMConfig(width=2, sim=2, glob=False, node_weights=weights)).requires_grad_(False)
     one.load_state_dict(scorer.state_dict())
     once, again = (rate(one, regions_2, w).item() for w in (words_2, said_twice))
     print(f"{weights}: once {once:.3f}, twice {again:.3f}")
@@ -885,7 +890,9 @@ def batch_of(n: int, *, equal: bool = False, seed: int = 1) -> dict:
 def tiny(**options) -> HSLM:
     """A tiny HSLM, always from the same start."""
     torch.manual_seed(p.seed)
-    return HSLM(7, 30, **{"width": 12, "embed": 10, "sim": 6, "depth": 2, **options}).eval()
+    warmup = {"warmup_steps": options.pop("warmup_steps", 0)}
+    config = HSLMConfig(**{"width": 12, "embed": 10, "sim": 6, "depth": 2, **options})
+    return HSLM(7, 30, config, **warmup).eval()
 
 
 stuck = tiny()
@@ -989,7 +996,7 @@ def by_the_book(one: PairScorer, regions: Tensor, words: Tensor, vector: Tensor)
 def material(width: int, sim: int, pictures: int, lengths: list[int]) -> tuple[PairScorer, Picture, Caption]:
     """A scorer with random pictures of 36 regions and captions of these lengths, padded."""
     torch.manual_seed(p.seed)
-    one, longest = PairScorer(width, sim).requires_grad_(False), max(lengths)
+    one, longest = PairScorer(HSLMConfig(width=width, sim=sim)).requires_grad_(False), max(lengths)
     r, w = torch.randn(pictures, 36, width), torch.randn(len(lengths), longest, width)
     real = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
     w = F.normalize(w, dim=-1) * real[..., None]
@@ -1044,7 +1051,7 @@ assert padded > lengths.sum()
 # counter, for one pair: $N = 36$, $M = 13$, and the widths of the preset.
 
 # %%
-N, M, setting = 36, 13, SETTINGS[p.scale]
+N, M, setting = 36, 13, preset("hslm", p.scale)
 d, s = setting["width"], setting["sim"]
 steps = pd.DataFrame(
     {
@@ -1086,7 +1093,7 @@ plt.show()
 # and it is there that sharing products gains most. A tiny measurement, on this machine, now:
 
 # %%
-width, sim = SETTINGS["photos"]["width"], SETTINGS["photos"]["sim"]
+width, sim = (preset("hslm", "photos")[name] for name in ("width", "sim"))
 material_t = material(width, sim, 8, shuffled[:32].tolist())
 
 
@@ -1111,16 +1118,15 @@ assert close(*found.values(), 1e-4)
 # takes them all as parameters.
 
 # %%
-readings = pd.DataFrame(READINGS, columns=["reading", "argument", "values, default first", "the paper"])
-show(readings.set_index("reading"))
-plain = {"True": True, "False": False, "1.0": 1.0}
-# the table cannot drift from the code: each value is accepted, and the first is the default
+columns = ["reading", "argument", "values", "default", "literal", "the paper"]
+show(pd.DataFrame(HSLMConfig.readings(), columns=columns).set_index("reading"))
+# each value is accepted, and the default is the model of the sections above
 with torch.no_grad():
     default = tiny()(batch_of(6))["loss"]
-    for _, argument, values, _ in READINGS:
-        losses = [tiny(**{argument: plain.get(v, v)})(batch_of(6))["loss"] for v in values.split(" | ")]
+    for _, argument, values, standard, *_ in HSLMConfig.readings():
+        losses = [tiny(**{argument: value})(batch_of(6))["loss"] for value in values]
         assert torch.stack(losses).isfinite().all()
-        assert losses[0] == default
+        assert tiny(**{argument: standard})(batch_of(6))["loss"] == default
 
 # %% [markdown]
 # Besides: `negatives` and `warmup_steps` of section 7, and `depth`, 4 in the paper, which counts Eq. 8 as the first
@@ -1139,7 +1145,7 @@ for number, marks in enumerate(ROWS, start=1):
     on = {name: mark != "." for name, mark in zip(MODULES, marks, strict=True)}
     with torch.device("meta"):
         shape = {name: setting[name] for name in ("width", "embed", "sim", "depth")}
-        built = HSLM(features, vocabulary, **shape, **on)
+        built = HSLM(features, vocabulary, HSLMConfig(**shape, **on))
     rows.append({"row": str(number), **on, "parameters": sum(q.numel() for q in built.parameters())})
 rows = pd.DataFrame(rows).set_index("row")
 printed = published("HSLM", 4).pivot(index="row", columns="column", values="value").loc[rows.index]

@@ -15,64 +15,61 @@
 # generated table. The run writes `metrics.json` last: that file, not this page, is the proof that it succeeded.
 
 # %% tags=["parameters"]
-dataset: str = "scenes"  # scenes, flickr8k, flickr30k, coco_karpathy
-data_root: str = "data"  # folder above the dataset's own
-scale: str = "tiny"  # tiny or paper
-seed: int = 0  # of the start, the order and the dropout
-out: str = "papermill_runs/hslm_train"  # the run's folder
-smoke: bool = False  # run everything in seconds
-cache: str = "data/cache"  # backbones and features that runs share
-mgcn: bool = True  # graph convolution of regions and of words
-self_attn: bool = True  # self-attention of the words
-cross_attn: bool = True  # words guide the regions
-glob: bool = True  # global alignment
-loc: bool = True  # local alignment
-depth: int = -1  # layers of the graph convolution; -1 is the scale's (4)
-self_attention: str = "word"  # word, channel or softmax (reading H1)
-self_residual: bool = False  # add E to Eq. 6 (H2)
-relation: str = "nodes"  # nodes, raw or softmax (H4)
-graph_norm: str = ""  # none, layer or batch (H5); empty is the scale's
-normalise_graph: bool = False  # unit regions after the graph (H9)
-cross: str = "attend"  # attend or gate (H10)
-gate_pool: str = "mean"  # mean or max, of the gate reading
-cross_scale: float = 0.0  # factor inside the sigmoid of Eq. 16; 0 is the scale's (1 in the paper)
-context_norm: bool = True  # unit contexts (H11)
-node_gate: str = "scalar"  # scalar or element (H16)
-node_weights: str = "raw"  # raw or l1 (H16)
-loss_score: str = "sigmoid"  # sigmoid or logit (H17)
-include_special: bool = True  # [CLS] and [SEP] count as words (H24)
-margin: float = 0.2  # beta of Eq. 23
-negatives: str = "hardest"  # hardest, mean or random
-rivals: int = -1  # hardest of so many random negatives, 0 is the whole batch (the paper); -1 is the scale's
-warmup_epochs: float = -1.0  # epochs of random negatives first; -1 is the scale's (0 in the paper)
-dropout: float = -1.0  # of the word embeddings; -1 is the scale's
-vision: str = ""  # a timm name in place of the scale's picture backbone
-vision_weights: str = ""  # safetensors file for it, or hub
+dataset: str = "scenes"  # scenes, flickr8k, flickr30k or coco_karpathy
+data_root: str = "data"  # folder that holds the datasets' folders
+scale: str = "tiny"  # tiny takes the preset photos on photos: tiny | paper
+reading: str = None  # readings of the paper; literal at scale paper: default | literal
+seed: int = 0  # random seed of initialisation, sampling order and dropout
+out: str = "papermill_runs/hslm_train"  # folder of the run
+smoke: bool = False  # run everything in seconds; the numbers mean nothing
+cache: str = "data/cache"  # folder of the backbones and features that runs share
+mgcn: bool = None  # graph convolution of regions and of words; default True
+self_attn: bool = None  # self-attention of the words; default True
+cross_attn: bool = None  # words guide the regions; default True
+glob: bool = None  # global alignment; default True
+loc: bool = None  # local alignment; default True
+depth: int = None  # layers of the graph convolution; 0 is the identity; default 4
+self_attention: str = None  # relations of Eq. 6: word | channel | softmax; default word (H1)
+self_residual: bool = None  # add E to Eq. 6; default False (H2)
+relation: str = None  # normalisation of A: nodes | raw | softmax; default nodes; literal raw (H4)
+graph_norm: str = None  # after W_r: none | layer | batch; tiny layer, photos layer, paper none (H5)
+normalise_graph: bool = None  # unit regions after the graph; default False (H9)
+cross: str = None  # reading of Eq. 15: attend | gate; default attend (H10)
+gate_pool: str = None  # of the scores, for gate: mean | max; default mean (H10)
+cross_scale: float = None  # factor inside the sigmoid of Eq. 16; tiny 10, photos 10, paper 1 (H10)
+context_norm: bool = None  # unit contexts; default True; literal False (H11)
+node_gate: str = None  # gates of Eq. 21: scalar | element; default scalar (H16)
+node_weights: str = None  # sum of the gates: raw | l1; default raw (H16)
+loss_score: str = None  # what Eq. 23 compares: sigmoid | logit; default sigmoid; literal logit (H17)
+include_special: bool = None  # [CLS] and [SEP] count as words; default True (H24)
+margin: float = None  # beta of Eq. 23; default 0.2
+negatives: str = None  # negatives of Eq. 23: hardest | mean | random; default hardest
+rivals: int = None  # random rivals; 0 is the batch; tiny 0, photos 4, paper 0 (H26)
+warmup_epochs: float = None  # first epochs with random negatives; tiny 2, photos 1, paper 0 (H26)
+dropout: float = None  # of the word embeddings; tiny 0, photos 0.2, paper 0
+vision: str = ""  # a timm name in place of the scale's backbone
+vision_weights: str = ""  # its safetensors file, or hub
 text_weights: str = ""  # folder or hub name whose WordPiece vocabulary is used
-proposals: str = "auto"  # regions by auto, selective_search or grid
-regions: int = 0  # proposals a picture; 0 is the scale's
-width: int = 0  # d_1, the joint space; 0 is the scale's (1024)
-embed: int = 0  # d_2, the words; 0 is the scale's (300)
-sim: int = 0  # width of a similarity vector; 0 is the scale's (256)
-epochs: int = 0  # 0 is the scale's
-batch_size: int = 0  # 0 is the scale's
-lr: float = 0.0  # 0 is the scale's
-precision: str = ""  # no, bf16 or fp16; empty is the scale's
-score_precision: str = "fp32"  # fp32, or bf16 for the heavy products of the final ranking
-threads: int = 0  # of torch on a CPU; 0 leaves them as they are
+proposals: str = "auto"  # what proposes the regions: auto | selective_search | grid
+regions: int = None  # proposals per image; tiny 20, photos 36, paper 36
+width: int = None  # d_1, the joint space; tiny 64, photos 128, paper 1024
+embed: int = None  # d_2, the word embeddings; tiny 64, photos 128, paper 300
+sim: int = None  # width of a similarity vector; tiny 32, photos 32, paper 256
+epochs: int = None  # passes over the training pairs; tiny 4, photos 5, paper 40
+batch_size: int = None  # pairs per step; tiny 64, photos 64, paper 128
+lr: float = None  # learning rate; tiny 0.001, photos 0.001, paper 0.0002
+decay_every: int = None  # epochs between steps to a tenth of lr; tiny 3, photos 4, paper 20
+clip_norm: float = None  # largest norm of the gradient; 0 is none; default 2
+precision: str = None  # mixed precision: no | bf16 | fp16; default no
+val_pictures: int = None  # val images that rank an epoch; 0 is all; tiny 200, photos 200, paper 0
+score_precision: str = "fp32"  # heavy products of the final ranking: fp32 | bf16
+threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import parameters, root
+from finematch.config import root, settings
 
-p = parameters(
-    globals(), scale={"tiny", "paper"}, seed=(0, 2**31), depth=(-1, 48), self_attention={"word", "channel", "softmax"},
-    relation={"nodes", "raw", "softmax"}, graph_norm={"", "none", "layer", "batch"}, cross={"attend", "gate"},
-    gate_pool={"mean", "max"}, cross_scale=(0, 1000), node_gate={"scalar", "element"}, node_weights={"raw", "l1"},
-    loss_score={"sigmoid", "logit"}, margin=(1e-6, 100), negatives={"hardest", "mean", "random"}, rivals=(-1, 65536), warmup_epochs=(-1, 1000),
-    dropout=(-1, 0.95), proposals={"auto", "selective_search", "grid"}, regions=(0, 1000), width=(0, 8192), embed=(0, 8192),
-    sim=(0, 8192), epochs=(0, 1000), batch_size=(0, 65536), lr=(0, 1), precision={"", "no", "bf16", "fp16"},
-    score_precision={"fp32", "bf16"}, threads=(0, 256),
-)  # fmt: skip
+s = settings(globals(), "hslm")
+s
 
 # %%
 import time
@@ -81,18 +78,17 @@ import torch
 
 from finematch.evaluation.grounding import grounding
 from finematch.evaluation.retrieval import karpathy_protocol, retrieval_blocks
-from finematch.models.hslm import HSLM, SWITCHES, settings, tile_scores
+from finematch.models.configs import HSLMConfig
+from finematch.models.hslm import HSLM, tile_scores
 from finematch.tables import write_metrics
 from finematch.training import Plan, check_writable, fit, join_processes, leave_to_first, seed_everything
 from finematch.workbench import attended_phrases, open_bench
 
 join_processes()
-if p.threads:
-    torch.set_num_threads(p.threads)
-s = settings(p.scale, p.dataset, p.as_dict())
-folder = root() / p.out
+if s.threads:
+    torch.set_num_threads(s.threads)
+folder = root() / s.out
 check_writable(folder, room=10_000_000)
-s
 
 # %% [markdown]
 # ## The data
@@ -102,9 +98,9 @@ s
 
 # %%
 bench = open_bench(
-    dataset=p.dataset, data_root=root() / p.data_root, cache=root() / p.cache, scale=p.scale, backbone="regions", text="gru",
-    vision=p.vision, vision_weights=p.vision_weights, text_weights=p.text_weights, proposals=p.proposals, regions=s["regions"],
-    smoke=p.smoke,
+    dataset=s.dataset, data_root=root() / s.data_root, cache=root() / s.cache, scale=s.scale, backbone="regions", text="gru",
+    vision=s.vision, vision_weights=s.vision_weights, text_weights=s.text_weights, proposals=s.proposals, regions=s.regions,
+    smoke=s.smoke,
 )  # fmt: skip
 {name: f"{len(side.records)} pictures, {len(side.captions)} captions" for name, side in bench.splits.items()}
 
@@ -113,14 +109,12 @@ bench = open_bench(
 
 # %%
 train, val, side = (bench.splits[name] for name in ("train", "val", bench.reported))
-steps_per_epoch = len(train.captions) // s["batch_size"]
-seed_everything(p.seed)
+steps_per_epoch = len(train.captions) // s.batch_size
+seed_everything(s.seed)
+warmup_steps = round(s.warmup_epochs * steps_per_epoch)
 model = HSLM(
-    train.regions.features.shape[-1], len(bench.tokenizer),
-    **{name: getattr(p, name) for name in SWITCHES if name not in s},
-    **{name: s[name] for name in ("width", "embed", "sim", "depth", "graph_norm", "cross_scale", "dropout", "rivals")},
-    warmup_steps=round(s["warmup_epochs"] * steps_per_epoch),
-)  # fmt: skip
+    train.regions.features.shape[-1], len(bench.tokenizer), HSLMConfig.of(s), warmup_steps=warmup_steps
+)
 print(
     f"{sum(q.numel() for q in model.parameters()) / 1e6:.2f} M parameters, {steps_per_epoch} steps an epoch"
 )
@@ -139,7 +133,7 @@ def alignment() -> dict[str, float]:
     phrases = attended_phrases(bench, side, model.attend) if model.pairs.cross_attn else []
     if not any(len(phrase.boxes) for phrase in phrases):
         return {}
-    return grounding(phrases, split=f"{p.dataset} {bench.reported}")
+    return grounding(phrases, split=f"{s.dataset} {bench.reported}")
 
 
 model.eval()
@@ -164,19 +158,19 @@ def ranked(which, *, pictures: int = 0, **options) -> dict:
         model,
         which.pictures.batch,
         which.texts.batch,
-        dtype=torch.bfloat16 if p.score_precision == "bf16" else None,
+        dtype=torch.bfloat16 if s.score_precision == "bf16" else None,
     )
     return retrieval_blocks(scorer, b, len(image_of), image_of, block=1000, **options)
 
 
 def val_metrics(_) -> dict[str, float]:
-    found = ranked(val, pictures=s["val_pictures"])
+    found = ranked(val, pictures=s.val_pictures)
     return {k: found[k] for k in ("i2t_r1", "t2i_r1", "rsum")}
 
 
-plan = Plan(epochs=s["epochs"], batch_size=s["batch_size"], lr=s["lr"], optimizer="adam", weight_decay=0.0, schedule="step",
-            milestones=tuple(range(s["decay_every"], s["epochs"], s["decay_every"])), clip_norm=s["clip_norm"],
-            precision=s["precision"], seed=p.seed)  # fmt: skip
+plan = Plan(epochs=s.epochs, batch_size=s.batch_size, lr=s.lr, optimizer="adam", weight_decay=0.0, schedule="step",
+            milestones=tuple(range(s.decay_every, s.epochs, s.decay_every)), clip_norm=s.clip_norm,
+            precision=s.precision, seed=s.seed)  # fmt: skip
 summary = fit(model, train.pairs(), plan, folder, evaluate=val_metrics, select=bench.select)
 leave_to_first()  # of several processes (torchrun); else nothing
 stuck = [line["epoch"] for line in summary["history"] if line["plateau"] > 0.5]
@@ -192,10 +186,10 @@ if stuck:
 
 # %%
 started = time.monotonic()
-metrics = ranked(side, split=f"{p.dataset} {bench.reported}")
+metrics = ranked(side, split=f"{s.dataset} {bench.reported}")
 pairs, seconds = len(side.records) * len(side.captions), time.monotonic() - started
 print(f"{pairs:,} pairs in {seconds:.1f} s: {pairs / seconds:,.0f} pairs a second")
-if p.dataset == "coco_karpathy" and len(side.records) == 5000:  # 1K: five folds of the 5,000, averaged
+if s.dataset == "coco_karpathy" and len(side.records) == 5000:  # 1K: five folds of the 5,000, averaged
     folds = ranked(side, **karpathy_protocol("coco1k", 5000))
     metrics |= {f"coco1k_{k}": v for k, v in folds.items() if k.startswith(("i2t", "t2i", "rsum"))}
 for when, found in (("before", untrained), ("after", alignment())):
@@ -204,10 +198,4 @@ metrics
 
 # %%
 metrics |= {"best_epoch": summary["best_epoch"], "plateau_epochs": len(stuck)}
-resolved = {
-    **p.as_dict(),
-    **{k: v for k, v in s.items() if k in p.as_dict()},
-    "smoke": p.smoke,
-    **bench.facts,
-}
-write_metrics(folder, resolved, metrics, seconds=summary["seconds"])
+write_metrics(folder, s.as_dict() | bench.facts, metrics, seconds=summary["seconds"])

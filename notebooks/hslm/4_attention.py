@@ -59,6 +59,7 @@ from finematch.scenes.language import AFTER_NOUN, BACKGROUNDS, GENERIC, TABLES, 
 from finematch.evaluation.correspondence import pieces
 from finematch.evaluation.grounding import GroundedPhrase, grounding
 from finematch.evaluation.retrieval import retrieval_blocks
+from finematch.models.configs import HSLMConfig
 from finematch.models.hslm import HSLM, tile_scores, word_correlation
 from finematch.tables import write_metrics
 from finematch.training import load_best, seed_everything
@@ -97,8 +98,7 @@ def reopen(folder: str) -> tuple[dict, dict, Bench]:
 def untrained(seed: int) -> HSLM:
     """A model of the run's settings, as it is before training."""
     seed_everything(seed)
-    asked = {name: of_run[name] for name in signature(HSLM).parameters if name in of_run}
-    return HSLM(side.regions.features.shape[-1], len(bench.tokenizer), **asked).eval()
+    return HSLM(side.regions.features.shape[-1], len(bench.tokenizer), HSLMConfig.of(of_run)).eval()
 
 
 of_run, run_metrics, bench = reopen(p.run)

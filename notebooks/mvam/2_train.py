@@ -61,7 +61,6 @@ precision: str = None  # mixed precision: no | bf16 | fp16; tiny no, photos bf16
 workers: int = 0  # processes that read the data beside the training process
 threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number
 
-
 # %% jupyter={"source_hidden": true}
 from finematch.config import root, settings
 

@@ -413,7 +413,7 @@ class Declared:
             parts.append(", ".join(f"{name} {_said(value)}" for name, value in self.presets.items()))
         elif of_preset or self.of_config:
             parts.append(f"default {of_preset[0] if of_preset else _said(self.default)}")
-        if self.literal is not None and (self.presets or self.literal != self.default):
+        if self.literal is not None and self.literal != self.presets.get("paper", self.default):
             parts.append(f"literal {_said(self.literal)}")
         return "; ".join(parts) + (f" ({self.register})" if self.register else "")
 
@@ -461,6 +461,11 @@ def _choices(about: Mapping[str, Any]) -> tuple:
     return about.get("choices") or tuple(
         _sorted(about["rule"]) if isinstance(about.get("rule"), frozenset) else ()
     )
+
+
+def preset(method: str, column: str) -> dict[str, Any]:
+    """What a preset of the method gives: `tiny`, `photos` or `paper`."""
+    return {name: one.presets[column] for name, one in declared(method).items() if one.presets}
 
 
 def _from_toml(name: str, one: Mapping[str, Any]) -> Declared:

@@ -2,8 +2,8 @@
 
 In the paper's order: 3.2.2 fragment pseudo-labels, 3.2.3 global pseudo-labels, 3.2.4 FENet and the losses, then
 pairs of fragment features as training batches. Proposals (3.2.1) and their features from a frozen vision-language
-model (Eq. 2) are made elsewhere and arrive here as arrays. Every reading that could go either way is an argument;
-`READINGS` lists them.
+model (Eq. 2) are made elsewhere and arrive here as arrays. Every reading that could go either way is a setting,
+declared in `FELGAConfig`.
 
 Axes: `p` all pairs, `b` pictures of a batch, `c` texts of a batch (pair n is picture n and text n), `r` region
 proposals of a picture, `k` keywords of a text, `i` = (b r) regions of a batch, `j` = (c k) keywords of a batch,
@@ -21,24 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from finematch.losses import gather
-
-READINGS = [
-    # (register, argument, values with the default first, what the paper says)
-    ("F1", "loss", "anchor | batch | pair", "the sums inside Eq. 10 and 12 have no free index"),
-    (
-        "F1",
-        "literal_scale",
-        "False | True",
-        "the outer sums of Eq. 10 and 12, under which nothing depends on i, j",
-    ),
-    ("F2", "hinge", "False | True", "'inspired by the Lifted Structured Loss', which has one"),
-    ("F4", "tau", "1 | 0.1", "e^d without a temperature"),
-    ("F5", "empty", "skip | keep", "does not say what a row without positives adds"),
-    ("F9", "label_features", "frozen | online", "Eq. 4-6 compare f, not f-hat; yet 'dynamically construct'"),
-    ("F10", "same_keyword_positives", "False | True", "Eq. 3-6 literally; section 5 regrets it"),
-    ("F12", "fenet", "shared | separate", "Eq. 8 has one symbol for both modalities"),
-    ("F13", "input_scale", "rms | unit | raw", "does not say how long the vectors are that FENet takes"),
-]
+from finematch.models.configs import FELGAConfig
 
 LABELS = ("dense", "sparse", "dynamic")
 
@@ -216,78 +199,49 @@ def lifted(
 class FELGA(nn.Module):
     """FENet and its training by Eq. 13: `L = L_con_l + lambda3 * L_con_g`.
 
+    The pseudo-labels are `dynamic` (FELGA), `sparse` or `dense`: Tables 1-3 and 5. The alignment is `both`, `local`
+    (Eq. 13 without its second term, as lambda3 = 0) or `global` (without its first): Table 4. The similarities of Eq.
+    4-6 (`label_features`) are those of the `frozen` features, which never change, or those of the current embeddings
+    (`online`). FENet takes the frozen features at length one (`input_scale` `unit`), at length sqrt(d), so that the
+    mean square of an entry is one (`rms`), or as they are (`raw`). The form of the loss holds for both levels, see
+    `lifted`; without `hinge` the margins lambda1 and lambda2 change the loss by a constant and no gradient at all. With
+    `same_keyword_positives` batches need `keyword_id`, see `batch_labels`.
+
     Args:
         width: of the frozen features (CLIP 512, BLIP and BLIP-2 256).
         text_width: of the keywords' features where it differs: `separate` with `dense` or `online` labels only.
-        labels: `dynamic` (FELGA), `sparse`, `dense`: Tables 1-3 and 5.
-        alignment: `both`, `local` (Eq. 13 without its second term, as lambda3 = 0) or `global` (without its
-            first): Table 4.
-        label_features: the similarities of Eq. 4-6 are those of the `frozen` features, which never change, or
-            those of the current embeddings (`online`).
-        fenet: one FENet for both modalities (`shared`), or one each (`separate`).
-        hidden_dim, out_dim, dropout: see FENet.
-        input_scale: FENet takes the frozen features at length one (`unit`), at length sqrt(d), so that the mean
-            square of an entry is one (`rms`), or as they are (`raw`).
-        loss, hinge, tau, empty, literal_scale: see `lifted`; they hold for both levels.
-        lambda1, lambda2: the margins of Eq. 10 and Eq. 12. Without `hinge` they change the loss by a constant and
-            no gradient at all.
-        same_keyword_positives: see `batch_labels`; batches then need `keyword_id`.
 
     Raises:
-        ValueError: For an unknown switch, or widths that do not go with the switches.
+        ValueError: For settings or widths that do not go together.
     """
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        text_width: int | None = None,
-        labels: str = "dynamic",
-        alignment: str = "both",
-        label_features: str = "frozen",
-        fenet: str = "shared",
-        hidden_dim: int = 4096,
-        out_dim: int = 512,
-        dropout: float = 0.2,
-        input_scale: str = "rms",
-        loss: str = "anchor",
-        hinge: bool = False,
-        tau: float = 1.0,
-        empty: str = "skip",
-        literal_scale: bool = False,
-        lambda1: float = 0.5,
-        lambda2: float = 0.5,
-        lambda3: float = 0.2,
-        same_keyword_positives: bool = False,
-    ):
+    def __init__(self, width: int, config: FELGAConfig, *, text_width: int | None = None):
         super().__init__()
-        _known(
-            labels=(labels, LABELS),
-            alignment=(alignment, ("both", "local", "global")),
-            label_features=(label_features, ("frozen", "online")),
-            fenet=(fenet, ("shared", "separate")),
-            input_scale=(input_scale, ("unit", "rms", "raw")),
-        )
+        c = self.config = config
         text_width = text_width or width
-        if text_width != width and fenet == "shared":
+        if text_width != width and c.fenet == "shared":
             raise ValueError(
                 f"regions are {width} wide, keywords {text_width}: one FENet cannot take both; use fenet='separate'"
             )
-        if text_width != width and labels != "dense" and label_features == "frozen" and alignment != "global":
+        compared = c.labels != "dense" and c.label_features == "frozen" and c.alignment != "global"
+        if text_width != width and compared:
             raise ValueError(
                 f"regions are {width} wide, keywords {text_width}: frozen features have no cosine; "
                 "use label_features='online'"
             )
-        form = {"hidden_dim": hidden_dim, "out_dim": out_dim, "dropout": dropout}
+        form = {"hidden_dim": c.hidden_dim, "out_dim": c.out_dim, "dropout": c.dropout}
         self.region_net = FENet(width, **form)
-        self.word_net = FENet(text_width, **form) if fenet == "separate" else self.region_net
-        self.label_kind, self.label_features, self.alignment = labels, label_features, alignment
-        self.input_scale, self.same_keyword_positives = input_scale, same_keyword_positives
+        self.word_net = FENet(text_width, **form) if c.fenet == "separate" else self.region_net
         self.form = {
-            "loss": loss, "hinge": hinge, "tau": tau, "empty": empty, "literal_scale": literal_scale,
-        }  # fmt: skip
-        lifted(torch.zeros(1, 1), *torch.ones(2, 1, 1, dtype=torch.bool), **self.form)  # refuses bad switches
-        self.lambda1, self.lambda2, self.lambda3 = lambda1, lambda2, lambda3
+            "loss": c.loss,
+            "hinge": c.hinge,
+            "tau": c.tau,
+            "empty": c.empty,
+            "literal_scale": c.literal_scale,
+        }
+        lifted(
+            torch.zeros(1, 1), *torch.ones(2, 1, 1, dtype=torch.bool), **self.form
+        )  # refuses what does not go together
 
     def encode_regions(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n e"]:
         """f-hat of Eq. 8, unit vectors, of regions given by their frozen features."""
@@ -298,10 +252,10 @@ class FELGA(nn.Module):
         return self.word_net(self._input(features))
 
     def _input(self, features: Tensor) -> Tensor:
-        if self.input_scale == "raw":
+        if self.config.input_scale == "raw":
             return features.float()
         unit = F.normalize(features.float(), dim=-1)
-        return unit * features.shape[-1] ** 0.5 if self.input_scale == "rms" else unit
+        return unit * features.shape[-1] ** 0.5 if self.config.input_scale == "rms" else unit
 
     def encode(
         self, regions: Float[Tensor, "b r d"], words: Float[Tensor, "b k w"]
@@ -322,9 +276,9 @@ class FELGA(nn.Module):
     ) -> Bool[Tensor, "b r k"]:
         """Eq. 3, 4 or 6 inside each pair, from whichever features are given."""
         real = real_pairs(region_mask, word_mask)
-        if self.label_kind == "dense":
+        if self.config.labels == "dense":
             return dense(real)
-        return {"sparse": sparse, "dynamic": dynamic}[self.label_kind](cosine(regions, words), real)
+        return {"sparse": sparse, "dynamic": dynamic}[self.config.labels](cosine(regions, words), real)
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """The terms of Eq. 13 that are switched on, `fragment` (Eq. 10) and `global` (Eq. 12), and `loss`.
@@ -341,26 +295,30 @@ class FELGA(nn.Module):
         regions, words = self.encode(frozen_regions, frozen_words)
         # cosines, exponents and their sums in fp32, whatever FENet's products were computed in
         with torch.autocast(regions.device.type, enabled=False), torch.no_grad():
-            if self.alignment != "global":
+            if self.config.alignment != "global":
                 source = (
-                    (regions, words) if self.label_features == "online" else (frozen_regions, frozen_words)
+                    (regions, words)
+                    if self.config.label_features == "online"
+                    else (frozen_regions, frozen_words)
                 )
                 own = gather(self.pseudo_labels(*source, region_mask, word_mask))
-                ids = gather(text["keyword_id"]) if self.same_keyword_positives else None
+                ids = gather(text["keyword_id"]) if self.config.same_keyword_positives else None
                 labels = batch_labels(own, ids)
             region_mask, word_mask = gather(region_mask), gather(word_mask)
             real = region_mask[:, :, None, None] & word_mask[None, None]
         terms = {}
         with torch.autocast(regions.device.type, enabled=False):
             similarity = affinity(gather(regions), gather(words))  # Eq. 9
-            if self.alignment != "global":
+            if self.config.alignment != "global":
                 matrices = (x.flatten(2, 3).flatten(0, 1) for x in (similarity, labels, real))
-                terms["fragment"] = lifted(*matrices, margin=self.lambda1, **self.form)  # Eq. 10
-            if self.alignment != "local":
+                terms["fragment"] = lifted(*matrices, margin=self.config.lambda1, **self.form)  # Eq. 10
+            if self.config.alignment != "local":
                 pairs, known = global_affinity(similarity, real)  # Eq. 11
                 positive = global_labels(len(pairs), pairs.device)
-                terms["global"] = lifted(pairs, positive, known, margin=self.lambda2, **self.form)  # Eq. 12
-        terms["loss"] = terms.get("fragment", 0) + self.lambda3 * terms.get("global", 0)  # Eq. 13
+                terms["global"] = lifted(
+                    pairs, positive, known, margin=self.config.lambda2, **self.form
+                )  # Eq. 12
+        terms["loss"] = terms.get("fragment", 0) + self.config.lambda3 * terms.get("global", 0)  # Eq. 13
         return terms
 
 
@@ -438,41 +396,3 @@ class FragmentPairs(Dataset):
             "image": {"features": self.regions[where].float(), "mask": self.region_mask[where]},
             "text": text,
         }
-
-
-# ------------------------------------------------------------------------- 4.5 implementation details
-SWITCHES = (
-    "labels", "alignment", "label_features", "fenet", "hidden_dim", "out_dim", "dropout", "input_scale", "loss",
-    "hinge", "tau", "empty", "literal_scale", "lambda1", "lambda2", "lambda3", "same_keyword_positives",
-)  # fmt: skip
-
-# What a scale sets where a run does not; SGD, x 0.1 at the epoch `milestone`. `paper` is 4.5, word for word.
-SETTINGS = {
-    "tiny": {
-        "hidden_dim": 256, "out_dim": 128, "dropout": 0.2, "regions": 10, "keywords": 10, "epochs": 12,
-        "milestone": 10.0, "batch_size": 8, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "precision": "no",
-    },
-    "photos": {
-        "hidden_dim": 1024, "out_dim": 256, "dropout": 0.2, "regions": 10, "keywords": 10, "epochs": 8,
-        "milestone": 6.0, "batch_size": 8, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "precision": "no",
-    },
-    "paper": {
-        "hidden_dim": 4096, "out_dim": 512, "dropout": 0.2, "regions": 10, "keywords": 10, "epochs": 50,
-        "milestone": 40.0, "batch_size": 8, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "precision": "no",
-    },
-}  # fmt: skip
-
-# The value that leaves a setting to the scale; 0 for all others.
-UNSET = {"dropout": -1, "momentum": -1, "weight_decay": -1, "precision": ""}
-
-
-def settings(scale: str, dataset: str, given: dict) -> dict:
-    """The settings of a run: the scale's, with those of `given` that are set (see `UNSET`). `tiny` on photos is
-    `photos`.
-
-    A smoke run (`given["smoke"]`) takes one epoch.
-    """
-    preset = dict(SETTINGS["photos" if scale == "tiny" and not dataset.startswith("scenes") else scale])
-    if given.get("smoke"):
-        preset |= {"epochs": 1, "milestone": 1.0}
-    return preset | {k: v for k, v in given.items() if k in preset and v != UNSET.get(k, 0)}

@@ -2,7 +2,7 @@
 
 In the paper's order: 3.1 regions, 3.2 words and their self-attention, 3.3 multi-layer graph convolution and the
 bidirectional GRU, 3.4 cross attention, 3.5 similarity, 3.6 objective. Every reading of the paper that could go
-either way is an argument; `READINGS` lists them.
+either way is a setting, declared in `HSLMConfig`.
 
 Every picture is scored against every caption, so the model is two things: what is computed once per picture and
 once per caption (`encode_image`, `encode_text`), and what is computed for each pair (`PairScorer`). The pairs cost
@@ -29,24 +29,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from finematch.losses import gather, longest, wide
+from finematch.models.configs import HSLMConfig
 from finematch.training import to_device
 
-READINGS = [
-    # (register, argument, values with the default first, what the paper says)
-    ("H1", "self_attention", "word | channel | softmax", "Eq. 6 multiplies three matrices that do not conform"),
-    ("H2", "self_residual", "False | True", "Eq. 6 has no residual"),
-    ("H4", "relation", "nodes | raw | softmax", "Eq. 7-8 do not normalise A; the cited VSRN divides by the nodes"),
-    ("H5", "graph_norm", "none | layer | batch", "no normalisation in Eq. 8-9; VSRN's code has one of the batch"),
-    ("H9", "normalise_graph", "False | True", "does not say where vectors are made unit"),
-    ("H10", "cross", "attend | gate", "Eq. 15-16 call a product of M x d and N x d a dot product"),
-    ("H10", "gate_pool", "mean | max", "how a region's gate gathers the words' scores"),
-    ("H10", "cross_scale", "1.0", "Eq. 16 has no temperature"),
-    ("H11", "context_norm", "True | False", "the weights of Eq. 15 do not sum to one"),
-    ("H16", "node_gate", "scalar | element", "Eq. 21 calls it a dot product"),
-    ("H16", "node_weights", "raw | l1", "SGRAF, on which 3.5 builds, makes the gates sum to one"),
-    ("H17", "loss_score", "sigmoid | logit", "Eq. 22 ends with FC; SGRAF adds a sigmoid. The logit ranks"),
-    ("H24", "include_special", "True | False", "whether <start> and <end> count as words"),
-]  # fmt: skip
+MODULES = ("mgcn", "self_attn", "cross_attn", "glob", "loc")  # of Table 4
 
 
 class Picture(NamedTuple):
@@ -190,11 +176,11 @@ class MGCN(nn.ModuleList):
 class RegionEncoder(nn.Module):
     """Eq. 1 and 7-10: detector features to R*. A linear layer, unit length, then the graph."""
 
-    def __init__(self, features: int, width: int, depth: int, *, normalise_graph: bool = False, **graph):
+    def __init__(self, features: int, config: HSLMConfig):
         super().__init__()
-        self.embed = nn.Linear(features, width)
-        self.graph = MGCN(width, depth, **graph)
-        self.normalise_graph = normalise_graph
+        self.embed = nn.Linear(features, config.width)
+        self.graph = MGCN(config.width, config.layers, relation=config.relation, norm=config.graph_norm)
+        self.normalise_graph = config.normalise_graph
 
     def forward(self, features: Float[Tensor, "b n f"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         regions = F.normalize(self.embed(features), dim=-1) * mask.unsqueeze(-1)
@@ -205,31 +191,22 @@ class RegionEncoder(nn.Module):
 class WordEncoder(nn.Module):
     """Eq. 2-6 and 11-14: word ids to E*. Embedding, self-attention, graph, GRU, unit length.
 
-    Args:
-        include_special: whether [CLS] and [SEP] (the <start> and <end> of the public loaders) are words.
+    With `include_special` [CLS] and [SEP] (the <start> and <end> of the public loaders) are words. A `graph_norm` of
+    the batch is of regions alone.
     """
 
-    def __init__(
-        self,
-        vocabulary: int,
-        embed: int,
-        width: int,
-        depth: int,
-        *,
-        self_attention: str | None = "word",
-        self_residual: bool = False,
-        include_special: bool = True,
-        dropout: float = 0.0,
-        **graph,
-    ):
+    def __init__(self, vocabulary: int, config: HSLMConfig):
         super().__init__()
-        self.embed, self.dropout = nn.Embedding(vocabulary, embed), nn.Dropout(dropout)
+        c, norm = config, "none" if config.graph_norm == "batch" else config.graph_norm
+        self.embed, self.dropout = nn.Embedding(vocabulary, c.embed), nn.Dropout(c.dropout)
         self.attention = (
-            WordSelfAttention(embed, form=self_attention, residual=self_residual) if self_attention else None
+            WordSelfAttention(c.embed, form=c.self_attention, residual=c.self_residual)
+            if c.self_attn
+            else None
         )
-        self.graph = MGCN(embed, depth, **graph)
-        self.gru = nn.GRU(embed, width, batch_first=True, bidirectional=True)
-        self.include_special = include_special
+        self.graph = MGCN(c.embed, c.layers, relation=c.relation, norm=norm)
+        self.gru = nn.GRU(c.embed, c.width, batch_first=True, bidirectional=True)
+        self.include_special = c.include_special
 
     def words(self, input_ids: Int[Tensor, "c l"], mask: Bool[Tensor, "c l"], special: Bool[Tensor, "c l"]):
         """The ids that count as words, moved to the front, and their mask."""
@@ -323,55 +300,29 @@ class PairScorer(nn.Module):
     Without cross attention the global image vector is that of R* itself, and there is no local alignment: Eq. 18
     compares M vectors with M.
 
-    Args:
-        width, sim: d and s.
-        cross_attn, glob, loc: Table 4's switches.
-        cross_scale: factor on the scores inside the sigmoid of Eq. 16; 1 in the paper.
-        node_gate: `scalar` (one gate a node, then the sum) or `element` (one gate a component, then the mean).
-        node_weights: `raw`, or `l1`: the scalar gates are divided by their sum.
+    `cross_scale` is a factor on the scores inside the sigmoid of Eq. 16; 1 in the paper. `node_gate` is `scalar` (one
+    gate a node, then the sum) or `element` (one gate a component, then the mean); with the `node_weights` `l1` the
+    scalar gates are divided by their sum.
 
     Raises:
-        ValueError: For unknown switches, local alignment without cross attention, or neither alignment.
+        ValueError: For local alignment without cross attention, or neither alignment.
     """
 
-    def __init__(
-        self,
-        width: int,
-        sim: int = 256,
-        *,
-        cross_attn: bool = True,
-        glob: bool = True,
-        loc: bool = True,
-        cross: str = "attend",
-        gate_pool: str = "mean",
-        cross_scale: float = 1.0,
-        context_norm: bool = True,
-        node_gate: str = "scalar",
-        node_weights: str = "raw",
-    ):
+    def __init__(self, config: HSLMConfig):
         super().__init__()
-        if not (glob or loc):
+        c = config
+        if not (c.glob or c.loc):
             raise ValueError("glob=False with loc=False: nothing is compared; switch one on")
-        if loc and not cross_attn:
+        if c.loc and not c.cross_attn:
             raise ValueError("loc=True needs cross_attn=True: Eq. 18 compares a context for each word")
-        for name, value, known in (("cross", cross, ("attend", "gate")), ("gate_pool", gate_pool, ("mean", "max")),
-                                   ("node_gate", node_gate, ("scalar", "element")),
-                                   ("node_weights", node_weights, ("raw", "l1"))):  # fmt: skip
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; use one of {known}")
-        self.cross_attn, self.glob, self.loc, self.cross, self.gate_pool = (
-            cross_attn,
-            glob,
-            loc,
-            cross,
-            gate_pool,
-        )
-        self.cross_scale, self.context_norm, self.node_weights = cross_scale, context_norm, node_weights
-        self.pool_image = SelfAttentionPooling(width) if glob else None
-        self.compare_local = nn.Linear(width, sim, bias=False) if loc else None
-        self.compare_global = nn.Linear(width, sim, bias=False) if glob else None
-        self.gate = nn.Linear(sim, 1 if node_gate == "scalar" else sim)
-        self.score = nn.Linear(sim, 1)
+        self.cross_attn, self.glob, self.loc = c.cross_attn, c.glob, c.loc
+        self.cross, self.gate_pool, self.node_weights = c.cross, c.gate_pool, c.node_weights
+        self.cross_scale, self.context_norm = c.cross_scale, c.context_norm
+        self.pool_image = SelfAttentionPooling(c.width) if c.glob else None
+        self.compare_local = nn.Linear(c.width, c.sim, bias=False) if c.loc else None
+        self.compare_global = nn.Linear(c.width, c.sim, bias=False) if c.glob else None
+        self.gate = nn.Linear(c.sim, 1 if c.node_gate == "scalar" else c.sim)
+        self.score = nn.Linear(c.sim, 1)
 
     # ---- once per picture
     def prepare(self, picture: Picture) -> Views:
@@ -508,82 +459,24 @@ class PairScorer(nn.Module):
 class HSLM(nn.Module):
     """Hierarchical semantic matching of regions and words; five switches give Table 4's twelve rows.
 
+    The negatives of Eq. 23 are the `hardest`, the `mean` over all of the batch, or `random`: one of them for each image
+    and caption, whose expectation is `mean` and which costs no search. With `rivals` the `hardest` is looked for
+    among so many random negatives of each image and caption, anew in every step; 0 is the whole batch (the paper),
+    1 is `random`. Between the two the loss is hard enough to teach and does not throw a weak model back onto the
+    plateau.
+
     Args:
         features: width of the region features.
         vocabulary: number of word ids.
-        width, embed, sim: d_1 (1024), d_2 (300) and the width of a similarity vector (256, as SGRAF).
-        mgcn, self_attn, cross_attn, glob, loc: the modules of Table 4. `mgcn=False` is depth 0.
-        depth: layers of the graph convolution, of regions and of words alike.
-        margin: beta of Eq. 23.
-        negatives: `hardest` (Eq. 23), `mean` over all negatives of the batch, or `random`: one of them for each
-            picture and caption, whose expectation is `mean` and which costs no search.
-        rivals: `hardest` looks among so many random negatives of each picture and caption, anew in every step; 0 is
-            the whole batch (the paper), 1 is `random`. Between the two the loss is hard enough to teach and does not
-            throw a weak model back onto the plateau.
         warmup_steps: so many steps of `random` first: the published way out of the plateau (see `hinge`).
-        dropout: of the word embeddings.
-
-    The other arguments are readings, see `READINGS` and the classes above.
     """
 
-    def __init__(
-        self,
-        features: int,
-        vocabulary: int,
-        *,
-        width: int = 1024,
-        embed: int = 300,
-        sim: int = 256,
-        mgcn: bool = True,
-        self_attn: bool = True,
-        cross_attn: bool = True,
-        glob: bool = True,
-        loc: bool = True,
-        depth: int = 4,
-        self_attention: str = "word",
-        self_residual: bool = False,
-        relation: str = "nodes",
-        graph_norm: str = "none",
-        normalise_graph: bool = False,
-        cross: str = "attend",
-        gate_pool: str = "mean",
-        cross_scale: float = 1.0,
-        context_norm: bool = True,
-        node_gate: str = "scalar",
-        node_weights: str = "raw",
-        loss_score: str = "sigmoid",
-        include_special: bool = True,
-        margin: float = 0.2,
-        negatives: str = "hardest",
-        rivals: int = 0,
-        warmup_steps: int = 0,
-        dropout: float = 0.0,
-    ):
+    def __init__(self, features: int, vocabulary: int, config: HSLMConfig, *, warmup_steps: int = 0):
         super().__init__()
-        if loss_score not in ("sigmoid", "logit"):
-            raise ValueError(f"loss_score is {loss_score!r}; use 'sigmoid' or 'logit'")
-        if negatives not in ("hardest", "mean", "random"):
-            raise ValueError(f"negatives is {negatives!r}; use 'hardest', 'mean' or 'random'")
-        if rivals < 0:
-            raise ValueError(f"rivals = {rivals}: 0 for the whole batch, or how many")
-        if margin <= 0:
-            raise ValueError(f"margin = {margin}: must be positive")
-        layers = depth if mgcn else 0
-        self.image = RegionEncoder(
-            features, width, layers, relation=relation, norm=graph_norm, normalise_graph=normalise_graph
-        )
-        self.text = WordEncoder(
-            vocabulary, embed, width, layers, relation=relation, norm="none" if graph_norm == "batch" else graph_norm,
-            self_attention=self_attention if self_attn else None, self_residual=self_residual,
-            include_special=include_special, dropout=dropout,
-        )  # fmt: skip
-        self.pool_text = SelfAttentionPooling(width) if glob else None
-        self.pairs = PairScorer(
-            width, sim, cross_attn=cross_attn, glob=glob, loc=loc, cross=cross, gate_pool=gate_pool,
-            cross_scale=cross_scale, context_norm=context_norm, node_gate=node_gate, node_weights=node_weights,
-        )  # fmt: skip
-        self.margin, self.negatives, self.rivals = margin, negatives, rivals
-        self.loss_score, self.warmup_steps = loss_score, warmup_steps
+        self.config, self.warmup_steps = config, warmup_steps
+        self.image, self.text = RegionEncoder(features, config), WordEncoder(vocabulary, config)
+        self.pool_text = SelfAttentionPooling(config.width) if config.glob else None
+        self.pairs = PairScorer(config)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def encode_image(
@@ -621,15 +514,15 @@ class HSLM(nn.Module):
         caption = Caption(*(None if part is None else gather(part) for part in caption))
         ids = gather(batch["image_id"])
         same = ids[:, None] == ids[None, :]
-        kind = "random" if self.training and self.steps < self.warmup_steps else self.negatives
+        kind = "random" if self.training and self.steps < self.warmup_steps else self.config.negatives
         view = self.pairs.prepare(picture)
         if kind == "mean":
             scores = self.squash(score(self.pairs, view, caption))
-            loss = hinge(scores, same, self.margin, negatives="mean")
+            loss = hinge(scores, same, self.config.margin, negatives="mean")
         else:
             with torch.no_grad():
                 hard_captions, hard_pictures = self.mine(
-                    view, caption, same, 1 if kind == "random" else self.rivals
+                    view, caption, same, 1 if kind == "random" else self.config.rivals
                 )
             rows = torch.arange(len(same), device=same.device)
             pictures = torch.cat([rows, rows, hard_pictures])
@@ -639,11 +532,15 @@ class HSLM(nn.Module):
             ).chunk(3)
             some = ~same.all(1)  # a batch of one picture has no negatives
             loss = (
-                some * (F.relu(self.margin - true + hard_caption) + F.relu(self.margin - true + hard_picture))
+                some
+                * (
+                    F.relu(self.config.margin - true + hard_caption)
+                    + F.relu(self.config.margin - true + hard_picture)
+                )
             ).sum()
         if self.training:
             self.steps += 1
-        flat = 2 * len(same) * self.margin
+        flat = 2 * len(same) * self.config.margin
         return {"loss": loss, "plateau": ((loss.detach() - flat).abs() < 0.01 * flat).to(loss.dtype)}
 
     def mine(
@@ -672,7 +569,7 @@ class HSLM(nn.Module):
     def squash(self, logits: Tensor) -> Tensor:
         """The score that Eq. 23 compares (H17)."""
         logits = wide(logits)
-        return torch.sigmoid(logits) if self.loss_score == "sigmoid" else logits
+        return torch.sigmoid(logits) if self.config.loss_score == "sigmoid" else logits
 
     def score_pairs(
         self, view: Views, caption: Caption, pictures: Int[Tensor, " p"], captions: Int[Tensor, " p"]
@@ -819,50 +716,3 @@ def tile_scores(
         return score(model.pairs, view, caption, tile=tile, dtype=dtype).float()
 
     return score_block
-
-
-# ------------------------------------------------------------------------------ 4.2 implementation details
-MODULES = ("mgcn", "self_attn", "cross_attn", "glob", "loc")
-SWITCHES = (
-    *MODULES, "self_attention", "self_residual", "relation", "graph_norm", "normalise_graph", "cross", "gate_pool",
-    "context_norm", "node_gate", "node_weights", "loss_score", "include_special", "margin", "negatives",
-)  # fmt: skip
-
-# What a scale sets where a run does not. `paper`: 4.2; dropout is not given there. `tiny` and `photos` have so few
-# steps that the hardest negatives alone never leave the plateau: both begin with random ones. On photos the hardest of
-# the whole batch threw both rows back onto it (2 B margin within an epoch), and random ones alone teach slowly; the
-# hardest of four does neither (rsum on 500 training photos held out: 71 after an epoch of random ones, then 123, 136).
-SETTINGS = {
-    "tiny": {
-        "width": 64, "embed": 64, "sim": 32, "depth": 4, "regions": 20, "graph_norm": "layer", "cross_scale": 10.0,
-        "dropout": 0.0, "epochs": 4, "warmup_epochs": 2.0, "batch_size": 64, "lr": 1e-3, "decay_every": 3,
-        "clip_norm": 2.0, "precision": "no", "val_pictures": 200, "rivals": 0,
-    },
-    "photos": {
-        "width": 128, "embed": 128, "sim": 32, "depth": 4, "regions": 36, "graph_norm": "layer", "cross_scale": 10.0,
-        "dropout": 0.2, "epochs": 5, "warmup_epochs": 1.0, "batch_size": 64, "lr": 1e-3, "decay_every": 4,
-        "clip_norm": 2.0, "precision": "no", "val_pictures": 200, "rivals": 4,
-    },
-    "paper": {
-        "width": 1024, "embed": 300, "sim": 256, "depth": 4, "regions": 36, "graph_norm": "none", "cross_scale": 1.0,
-        "dropout": 0.0, "epochs": 40, "warmup_epochs": 0.0, "batch_size": 128, "lr": 2e-4, "decay_every": 20,
-        "clip_norm": 2.0, "precision": "no", "val_pictures": 0, "rivals": 0,
-    },
-}  # fmt: skip
-
-# The value that leaves a setting to the scale; 0 for all others.
-UNSET = {"depth": -1, "rivals": -1, "dropout": -1, "warmup_epochs": -1, "precision": "", "graph_norm": ""}
-
-
-def settings(scale: str, dataset: str, given: dict) -> dict:
-    """The settings of a run: the scale's, with those of `given` that are set (see `UNSET`). `tiny` on photos is
-    `photos`; `paper` on COCO decays every 15 epochs (4.2).
-
-    A smoke run (`given["smoke"]`) takes one epoch of small batches.
-    """
-    preset = dict(SETTINGS["photos" if scale == "tiny" and not dataset.startswith("scenes") else scale])
-    if scale == "paper" and dataset.startswith("coco"):
-        preset["decay_every"] = 15
-    if given.get("smoke"):
-        preset |= {"epochs": 1, "batch_size": 32}
-    return preset | {k: v for k, v in given.items() if k in preset and v != UNSET.get(k, 0)}
