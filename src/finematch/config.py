@@ -353,7 +353,7 @@ def _field_value(one: Any, value: Any) -> Any:
         raise ValueError(
             f"{name} is {value!r}; use {_words(map(repr, one.metadata.get('choices') or _sorted(rule)))}"
         )
-    if kind is float and type(value) is int:
+    if kind is float and isinstance(value, (int, float)) and type(value) is not bool:
         value = float(value)
     if kind is tuple:
         return _numbers(name, value)
