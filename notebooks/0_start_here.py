@@ -205,7 +205,7 @@ seed_everything(p.seed)
 eye = TokenTransformer(splits["train"].images.width, width=64, depth=1, boxes=True)
 model = MVAM(eye, GRUTower(len(tokenizer), embed=64, width=64),
              MVAMConfig(views=p.views, total_dim=64 * p.views, diversity_weight=0.01))  # fmt: skip
-folder = f"{len(sides['train'].records)}pictures.{p.epochs}epochs.{p.views}views.s{p.seed}"
+folder = f"{len(splits['train'].records)}pictures.{p.epochs}epochs.{p.views}views.s{p.seed}"
 plan = Plan(epochs=1 if p.smoke else p.epochs, batch_size=32 if p.smoke else 128, lr=2e-3, weight_decay=0.02,
             warmup=0.1, clip_norm=1.0, seed=p.seed)  # fmt: skip
 print(

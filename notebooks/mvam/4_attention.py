@@ -21,7 +21,7 @@
 # match but the claim itself.
 
 # %% tags=["parameters"]
-run: str = "papermill_runs/mvam_train"  # folder of the run to look into
+run: str = "latest"  # folder of the run to look into; latest: the newest that has finished
 compare: str = ""  # folder of the same run without diversity loss; empty skips the comparison
 example: int = 0  # number of the caption (of the reported split) whose views are drawn
 dataset: str = ""  # empty, or the run's own dataset; another one is refused
@@ -38,10 +38,8 @@ from finematch.config import parameters, root
 p = parameters(globals(), example=(0, 10**7), seed=(0, 2**31))
 
 # %%
-import json
 import textwrap
 import time
-from inspect import signature
 
 import numpy as np
 import torch
@@ -56,10 +54,9 @@ from finematch.scenes.language import solutions
 from finematch.evaluation.correspondence import correspondence, inside, on_span, pieces
 from finematch.evaluation.retrieval import retrieval
 from finematch.models.configs import MVAMConfig
-from finematch.models.mvam import MVAM, view_statistics
-from finematch.tables import write_metrics
-from finematch.training import load_best
-from finematch.workbench import Bench, embed, minilm_folder, open_bench, tokenizer_of
+from finematch.models.mvam import view_statistics
+from finematch.runs import Run, open_run, write_metrics
+from finematch.evaluation.embedding import embed
 
 draw.style()
 started = time.monotonic()
@@ -68,20 +65,15 @@ started = time.monotonic()
 # %% [markdown]
 # ## A run comes back
 #
-# `metrics.json` holds the parameters that a run was made with, `best.safetensors` the weights of its best
-# epoch. With both, the model is the same again. A run that trained a given CLIP in two stages keeps its
-# weights under `stage2/`.
+# `metrics.json` holds the settings that a run was made with, `best.safetensors` the weights of its best epoch. With both, data and model are the
+# same again.
 
 
 # %%
-def reopen(folder: str) -> tuple[dict, dict, Bench, MVAM]:
-    """Parameters, metrics, data and model of a finished run."""
-    file = root() / folder / "metrics.json"
-    if not file.is_file():
-        command = f"papermill notebooks/mvam/2_train.ipynb run.ipynb -p out {folder}"
-        raise DataError(file, "the run", "has not finished, or was never started", f"Run first: {command}")
-    found = json.loads(file.read_text(encoding="utf-8"))
-    was = found["parameters"]
+def reopen(folder: str) -> Run:
+    """A finished run that has views to show."""
+    found = open_run(folder, method="mvam", smoke=p.smoke) if folder == "latest" else open_run(folder)
+    was = found.parameters
     for name in ("dataset", "scale"):
         if getattr(p, name) not in ("", was[name]):
             raise ValueError(f"{name} = {getattr(p, name)!r}, but {folder} was trained with {was[name]!r}")
@@ -89,25 +81,20 @@ def reopen(folder: str) -> tuple[dict, dict, Bench, MVAM]:
         raise ValueError(
             f"{folder} has no views to show: pooling={was['pooling']}, ensemble={was['ensemble']}"
         )
-    at = {name: str(root() / was[name]) for name in ("vision_weights", "text_weights", "clip_weights")
-          if was[name] and (root() / was[name]).exists()}  # fmt: skip
-    paths = {"data_root": root() / (p.data_root or was["data_root"]), "cache": root() / was["cache"]}
-    asked = {name: was[name] for name in signature(open_bench).parameters if name in was}
-    opened = open_bench(**(asked | at | paths))
-    model = MVAM(*opened.towers(), MVAMConfig.of(was)).eval()
-    stage2 = root() / folder / "stage2" / "best.safetensors"
-    load_best(model, stage2 if stage2.is_file() else root() / folder / "best.safetensors")
-    return was | at, found["metrics"], opened, model
+    if p.data_root:
+        was["data_root"] = p.data_root
+    return found
 
 
-of_run, run_metrics, bench, model = reopen(p.run)
-side, v = bench.splits[bench.reported], model.views
+run = reopen(p.run)
+of_run, model, data = run.parameters, run.model.cpu(), run.data
+split, v, tokenizer = data.splits[data.reported], model.views, data.tokenizer
 if v < 2:
     raise ValueError(f"{p.run} has one view: give a run with pooling=mvam and views=2 or more")
 name = f"mvam_attention.{of_run['dataset']}" + (".smoke" if p.smoke or of_run["smoke"] else "")
-label = f"{of_run['dataset']} {bench.reported}, {of_run['backbone']}, {v} views"
-print(f"{label}: {len(side.records)} pictures, {len(side.captions)} captions; "
-      f"diversity loss {of_run['diversity']}, best epoch {run_metrics['best_epoch']}")  # fmt: skip
+label = f"{of_run['dataset']} {data.reported}, {of_run['backbone']}, {v} views"
+print(f"{label}: {len(split.records)} pictures, {len(split.captions)} captions; "
+      f"diversity loss {of_run['diversity']}, best epoch {run.metrics['best_epoch']}")  # fmt: skip
 
 
 def keep(figure: plt.Figure, number: int, *, pictures: bool = False) -> None:
@@ -125,11 +112,11 @@ def keep(figure: plt.Figure, number: int, *, pictures: bool = False) -> None:
 # the run.
 
 # %%
-image, text = embed(model, side)
-again = retrieval(image, text, side.image_of)
+image, text = embed(model, split)
+again = retrieval(image, text, split.image_of)
 for key in ("i2t_r1", "t2i_r1", "rsum"):
-    assert abs(again[key] - run_metrics[key]) < 1.0, (key, again[key], run_metrics[key])
-chance = 100 / len(side.records)
+    assert abs(again[key] - run.metrics[key]) < 1.0, (key, again[key], run.metrics[key])
+chance = 100 / len(split.records)
 print(f"text to image R@1 {again['t2i_r1']:.1f} %, R@5 {again['t2i_r5']:.1f} % "
       f"(chance {chance:.1f} and {5 * chance:.1f} %)")  # fmt: skip
 if again["t2i_r5"] < 10 * chance:
@@ -156,9 +143,9 @@ def attend(encode, source, block: int = 100) -> list[torch.Tensor]:
     return found
 
 
-on_image = attend(model.encode_image, side.pictures)
-on_text = attend(model.encode_text, side.texts)
-places = getattr(side.pictures, "places", None)
+on_image = attend(model.encode_image, split.images)
+on_text = attend(model.encode_text, split.texts)
+places = getattr(split.images, "places", None)
 if places is not None:
     where = [torch.from_numpy(row[:, :4]) for row in places]
 elif of_run["backbone"] == "clip":
@@ -173,20 +160,10 @@ assert extra in (0, 1)
 for one in (*on_image, *on_text):
     assert torch.allclose(one.sum(1), torch.ones(v), atol=1e-4)  # Eq. 7: a softmax a view
 
-if bench.clip:
-    tokenizer = bench.clip[1]
-elif of_run["text"] == "minilm":
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(of_run["text_weights"] or str(minilm_folder()))
-else:
-    tokenizer = tokenizer_of(of_run["dataset"], root() / (p.data_root or of_run["data_root"]),
-                             of_run["scale"], of_run["text_weights"])  # fmt: skip
-
 
 def on_words(c: int) -> tuple[list[str], np.ndarray]:
     """The words of caption c, and the weight "v words" of each view on each."""
-    cut = pieces(side.captions[c], tokenizer)
+    cut = pieces(split.captions[c], tokenizer)
     assert len(cut.word_of) == on_text[c].shape[1]
     weights = np.zeros((v, len(cut.words)))
     np.add.at(weights.T, cut.word_of, on_text[c].numpy().T)
@@ -205,9 +182,9 @@ def on_words(c: int) -> tuple[list[str], np.ndarray]:
 # others. A view that looks at a region takes what the network wrote there.
 
 # %%
-c = min(p.example, len(side.captions) - 1)
-i = int(side.image_of[c])
-picture = side.records[i].open()
+c = min(p.example, len(split.captions) - 1)
+i = int(split.image_of[c])
+picture = split.records[i].open()
 size = torch.tensor([*picture.size, *picture.size])
 words, shades = on_words(c)
 
@@ -228,7 +205,7 @@ grid = figure.add_gridspec(
 draw.show_picture(figure.add_subplot(grid[0, 0]), picture)
 head = figure.add_subplot(grid[0, 1:])
 head.set_axis_off()
-head.text(0.01, 0.95, f"{side.captions[c]}", fontsize=12, va="top", transform=head.transAxes)
+head.text(0.01, 0.95, f"{split.captions[c]}", fontsize=12, va="top", transform=head.transAxes)
 legend = textwrap.fill(
     f"Caption {c} of {label}. Each view on the picture, and beside it the same view on the words. Lit cells and "
     "dark words carry weight, each on its own scale. H is the entropy: 1 is uniform.", 30 * columns,
@@ -300,24 +277,24 @@ keep(figure, 2)
 # %%
 metrics, tested = {}, None
 try:
-    linked = load(f"{of_run['dataset']}_entities", side.records[0].image.parents[2], bench.reported)
+    linked = load(f"{of_run['dataset']}_entities", data.data_root, data.reported)
 except DataError as error:
     linked = []
     print(f"Not measured: this dataset has no phrases linked to boxes here ({error.problem}).")
 
-of_record = {record.image_id: number for number, record in enumerate(side.records)}
-first_caption = np.searchsorted(side.image_of, np.arange(len(side.records)))
-assert (np.diff(side.image_of) >= 0).all()
+of_record = {record.image_id: number for number, record in enumerate(split.records)}
+first_caption = np.searchsorted(split.image_of, np.arange(len(split.records)))
+assert (np.diff(split.image_of) >= 0).all()
 weight, caption_of = {"image": [], "text": []}, []
 for record in linked:
     i = of_record.get(record.image_id)
     if i is None:
         continue
-    assert record.captions == side.records[i].captions
+    assert record.captions == split.records[i].captions
     frame = torch.tensor([*record.size, *record.size], dtype=torch.float32)
     for phrase in record.phrases:
         c = int(first_caption[i]) + phrase.caption
-        here = on_span(pieces(side.captions[c], tokenizer).offsets, phrase.start, phrase.end)
+        here = on_span(pieces(split.captions[c], tokenizer).offsets, phrase.start, phrase.end)
         if not phrase.boxes or not here.any():
             continue
         share = inside(where[i], torch.tensor(phrase.boxes) / frame)
@@ -372,7 +349,7 @@ if tested:
 
 # %%
 scores = (text @ image.T).numpy()
-own = scores[np.arange(len(scores)), side.image_of]
+own = scores[np.arange(len(scores)), split.image_of]
 rank = (scores >= own[:, None]).sum(1)  # from 1; ties count against the model
 assert abs(100 * (rank == 1).mean() - again["t2i_r1"]) < 0.5
 classes = {"rank 1": rank == 1, "rank 2 to 5": (rank > 1) & (rank <= 5), "beyond the top 5": rank > 5}
@@ -382,28 +359,28 @@ for missing in classes.keys() - chosen.keys():
 
 meanings = []
 if of_run["dataset"].startswith("scenes"):
-    truths = attributes(side.records[0].image.parents[1], bench.reported)[: len(side.records)]
+    truths = attributes(split.records[0].image.parents[1], data.reported)[: len(split.records)]
     meanings = [meaning for truth in truths for meaning in truth["captions"]]
-    assert [meaning["text"] for meaning in meanings] == side.captions
+    assert [meaning["text"] for meaning in meanings] == split.captions
 
 
 def also(c: int):
     """The note under a picture for caption c: whether the caption is true of it too."""
     return lambda i: (
-        "also true" if meanings and i != side.image_of[c] and solutions(truths[i], meanings[c]) else ""
+        "also true" if meanings and i != split.image_of[c] and solutions(truths[i], meanings[c]) else ""
     )
 
 
 figure, axes = plt.subplots(len(chosen), 7, figsize=(10.4, 1.75 * len(chosen)), width_ratios=[1.8] + [1] * 6,
                             squeeze=False)  # fmt: skip
 for line, (kind, c) in zip(axes, chosen.items(), strict=True):
-    found = draw.retrieval_strip(line, side.captions[c], lambda i: side.records[i].open(), scores[c],
-                                 int(side.image_of[c]), note=also(c))  # fmt: skip
+    found = draw.retrieval_strip(line, split.captions[c], lambda i: split.records[i].open(), scores[c],
+                                 int(split.image_of[c]), note=also(c))  # fmt: skip
     assert found == rank[c]
     line[0].set_title(f"caption {c}: {kind}", fontsize=7.5, color="#57606a")
 figure.subplots_adjust(wspace=0.12, hspace=0.35, left=0.01, right=0.99, top=0.93, bottom=0.07)
 keep(figure, 4, pictures=True)
-{kind: f"caption {c}, rank {rank[c]} of {len(side.records)}" for kind, c in chosen.items()}
+{kind: f"caption {c}, rank {rank[c]} of {len(split.records)}" for kind, c in chosen.items()}
 
 # %% [markdown]
 # ## With and without the diversity loss
@@ -421,7 +398,8 @@ if not p.compare:
           " -p out papermill_runs/mvam_train_none\n"
           "and this compares: -p compare papermill_runs/mvam_train_none")  # fmt: skip
 else:
-    of_other, other_metrics, other_bench, other = reopen(p.compare)
+    beside = reopen(p.compare)
+    of_other, other = beside.parameters, beside.model.cpu()
     differ = {key for key in (*vars(MVAMConfig()), "dataset", "backbone", "text", "seed", "smoke")
               if of_other[key] != of_run[key]}  # fmt: skip
     if unexpected := differ - {"diversity", "diversity_weight", "diversity_power", "diversity_reduce"}:
@@ -434,11 +412,11 @@ else:
         "none" if one["diversity"] == "none" else f"{one['diversity']} ({one['diversity_weight']:g})"
         for one in (of_run, of_other)
     ]
-    theirs = other_bench.splits[other_bench.reported]
+    theirs = beside.data.splits[beside.data.reported]
     figure, axes = plt.subplots(2, 2, figsize=(10, 5.2), width_ratios=[2.6, 1], layout="constrained")
     figure.suptitle("diversity loss (and its weight): " + " beside ".join(names))
     for line, kind in zip(axes, overlap, strict=True):
-        source = theirs.pictures if kind == "image" else theirs.texts
+        source = theirs.images if kind == "image" else theirs.texts
         e, o = statistics(attend(getattr(other, f"encode_{kind}"), source))
         metrics |= {f"compare_{kind}_entropy": float(e.mean()), f"compare_{kind}_overlap": off_diagonal(o)}
         draw.bars(line[0], ticks, dict(zip(names, (np.sort(entropy[kind]), np.sort(e)), strict=True)),
@@ -450,7 +428,7 @@ else:
         line[1].get_legend().remove()
         print(f"{kind}: overlap {two[0][0]:.3f} with {names[0]}, {two[1][0]:.3f} with {names[1]}; "
               f"entropy {entropy[kind].mean():.3f} and {e.mean():.3f}")  # fmt: skip
-    print(f"t2i R@1 {run_metrics['t2i_r1']:.1f} and {other_metrics['t2i_r1']:.1f} %, one seed each; "
+    print(f"t2i R@1 {run.metrics['t2i_r1']:.1f} and {beside.metrics['t2i_r1']:.1f} %, one seed each; "
           "the grid mvam_diversity has several")  # fmt: skip
     keep(figure, 5)
 
