@@ -74,8 +74,7 @@ from finematch.evaluation.retrieval import retrieval
 from finematch.features.fragments import open_vlp
 from finematch.features.small_clip import SmallCLIPConfig, open_small_clip, small_clip_config
 from finematch.tables import to_markdown, write_metrics
-from finematch.training import check_writable
-from finematch.workbench import accelerator
+from finematch.training import accelerator, check_writable
 
 if p.threads:
     torch.set_num_threads(p.threads)

@@ -80,14 +80,22 @@ from finematch.features.detreg import open_proposals
 from finematch.features.fragments import (
     document, extract_keywords, open_vlp, picture_fragments, provenance, text_fragments, whole_pictures, whole_texts,
 )  # fmt: skip
+from finematch.features.inputs import minilm_folder
 from finematch.features.proposals import extract_proposals, given
 from finematch.features.small_clip import open_small_clip
 from finematch.models.configs import FELGAConfig
 from finematch.models.felga import FELGA, FragmentPairs
 from finematch.tables import write_metrics
 from finematch.text import keyword_method
-from finematch.training import Plan, check_writable, fit, join_processes, leave_to_first, seed_everything
-from finematch.workbench import accelerator, minilm_folder
+from finematch.training import (
+    Plan,
+    accelerator,
+    check_writable,
+    fit,
+    join_processes,
+    leave_to_first,
+    seed_everything,
+)
 
 join_processes()
 if s.threads:

@@ -68,8 +68,7 @@ from finematch.models.felga import FELGA
 from finematch.evaluation.fragments import embed, frozen, phrase_grounding, tasks
 from finematch.evaluation.reopen_gallery import RunData, reopen_gallery
 from finematch.tables import to_markdown, write_metrics
-from finematch.training import load_best
-from finematch.workbench import accelerator
+from finematch.training import accelerator, load_best
 
 draw.style()
 started = time.monotonic()

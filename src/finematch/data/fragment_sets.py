@@ -17,10 +17,8 @@ from finematch.data import categories as category_names
 from finematch.data import load, load_coco
 from finematch.data.coco import SYNONYMS
 from finematch.data.record import Record
-from finematch.scenes.generator import generate
+from finematch.data.splits import SMOKE, data_folder
 from finematch.scenes.language import SHAPES
-
-SMOKE = {"train": 160, "val": 40, "test": 40}
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,9 @@ def open_fragment_sets(
     """
     if report not in ("test", "val") or (report == "val" and dataset != "scenes"):
         raise ValueError(f"report is {report!r}; use 'test', or 'val' on scenes")
-    root = Path(data_root)
+    root = data_folder(dataset, data_root, cache, smoke=smoke)
     if dataset == "scenes":
-        return _scenes(_small_scenes(Path(cache)) if smoke else root, report)
+        return _scenes(root, report)
     if dataset == "flickr8k":
         sets = _flickr8k(root)
     elif dataset in ("coco", "coco2014"):
@@ -73,11 +71,6 @@ def open_fragment_sets(
         "annotated": SMOKE["test"],
     }
     return replace(sets, **{part: getattr(sets, part)[:n] for part, n in count.items()})
-
-
-def _small_scenes(cache: Path) -> Path:
-    generate(cache / "smoke" / "scenes", **SMOKE)
-    return cache / "smoke"
 
 
 def _scenes(root: Path, report: str) -> FragmentSets:

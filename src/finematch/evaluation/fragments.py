@@ -33,7 +33,7 @@ from finematch.evaluation.grounding import GroundedPhrase, grounding
 from finematch.evaluation.retrieval import full_precision
 from finematch.features.fragments import Fragments
 from finematch.features.proposals import Proposals
-from finematch.workbench import accelerator
+from finematch.training import accelerator
 
 Embed = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n e"]]
 PRODUCT = 2**24  # numbers that `crop_scores` reads, and makes, at once: 64 MiB each

@@ -23,10 +23,11 @@ from finematch.features.fragments import (
     whole_pictures,
     whole_texts,
 )
+from finematch.features.inputs import minilm_folder
 from finematch.features.proposals import Proposals, extract_proposals, given
 from finematch.features.small_clip import open_small_clip
 from finematch.text import keyword_method
-from finematch.workbench import accelerator, minilm_folder
+from finematch.training import accelerator
 
 
 class RunData(NamedTuple):

@@ -28,12 +28,12 @@ from finematch.encoders import open_clip_model, small_clip
 from finematch.evaluation.retrieval import retrieval
 from finematch.features.backbones import Backbone, save_backbone
 from finematch.features.fragments import document
+from finematch.features.inputs import frozen_network, open_tokenizer
 from finematch.features.regions import extract
 from finematch.files import cached, digest, file_digests
 from finematch.losses import contrastive
 from finematch.text import Ragged, tokenise
 from finematch.training import Plan, by_one_process, fit, seed_everything
-from finematch.workbench import accelerator, cells_backbone, tokenizer_of
 
 POSITIONS = 64  # tokens of the longest text: five captions joined
 RECALLS = ("i2t_r1", "i2t_r10", "t2i_r1", "t2i_r10", "rsum")
@@ -245,9 +245,8 @@ def open_small_clip(
         raise DataError(sets.data_root, dataset, "has no val to choose the epoch of a small CLIP by",
                         "Name a published model (vlp=...)")  # fmt: skip
     config = small_clip_config(dataset, smoke=smoke, **changes)
-    backbone = cells_backbone(dataset, sets.data_root, Path(cache), smoke=smoke, echo=echo)
-    backbone.net.to(accelerator())
-    tokenizer = tokenizer_of(dataset, sets.data_root, "tiny", "")
+    backbone = frozen_network(dataset, sets.data_root, cache, told="captions", smoke=smoke, echo=echo)
+    tokenizer = open_tokenizer(dataset, sets.data_root)
     return train_small_clip(sets.train, sets.val, backbone, tokenizer, cache, config, echo=echo)
 
 
