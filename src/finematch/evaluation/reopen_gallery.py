@@ -12,8 +12,9 @@ from typing import NamedTuple
 from finematch.data.fragment_sets import FragmentSets, open_fragment_sets
 from finematch.data.record import DataError
 from finematch.evaluation.fragments import AnnotatedPhrases, Gallery
-from finematch.features.detreg import open_proposals
+from finematch.features.detreg import DETReg, open_proposals
 from finematch.features.fragments import (
+    VLP,
     document,
     extract_keywords,
     open_vlp,
@@ -26,7 +27,7 @@ from finematch.features.fragments import (
 from finematch.features.inputs import minilm_folder
 from finematch.features.proposals import Proposals, extract_proposals, given
 from finematch.features.small_clip import open_small_clip
-from finematch.text import keyword_method
+from finematch.text import KeywordMethod, keyword_method
 from finematch.training import accelerator
 
 
@@ -44,6 +45,34 @@ class RunData(NamedTuple):
         return self.gallery.classes.features.shape[-1]
 
 
+class Networks(NamedTuple):
+    """The frozen networks of a run, its records, and the folder of its cache."""
+
+    sets: FragmentSets
+    vlp: VLP
+    detector: DETReg | str
+    keywords_of: KeywordMethod
+    cache: Path
+
+
+def reopen_networks(was: dict, root: str | Path) -> Networks:
+    """The records and frozen networks that a run was made with; the arguments are those of `reopen_gallery`."""
+    root = Path(root)
+    files = {name: str(root / was[name]) if was[name] and (root / was[name]).exists() else was[name]
+             for name in ("vlp", "proposals", "keyword_model")}  # fmt: skip
+    sets = open_fragment_sets(was["dataset"], root / was["data_root"], root / was["cache"], report=was["report"],
+                              smoke=was["smoke"])  # fmt: skip
+    cache = root / was["cache"] / (was["dataset"] + ("-smoke" if was["smoke"] else ""))
+    name = files["vlp"] or "clip"
+    if not files["vlp"] and was["scale"] == "tiny":
+        name = open_small_clip(sets, was["dataset"], cache, smoke=was["smoke"], echo=None)
+    detector = open_proposals(files["proposals"], scale=was["scale"], device=accelerator())
+    minilm = (files["keyword_model"] or minilm_folder()) if was["keywords"] == "keybert" else ""
+    texts = [document(record) for record in sets.train]
+    keywords_of = keyword_method(was["keywords"], model=minilm, train=texts, top=was["words"])
+    return Networks(sets, open_vlp(name).to(accelerator()), detector, keywords_of, cache)
+
+
 def reopen_gallery(was: dict, root: str | Path) -> RunData:
     """The gallery that a run was measured on.
 
@@ -54,26 +83,8 @@ def reopen_gallery(was: dict, root: str | Path) -> RunData:
     Raises:
         DataError: If networks or methods are not those that the run used: its weights do not fit their features.
     """
-    root, smoke, split = Path(root), was["smoke"], was["report"]
-    files = {name: str(root / was[name]) if was[name] and (root / was[name]).exists() else was[name]
-             for name in ("vlp", "proposals", "keyword_model")}  # fmt: skip
-    sets = open_fragment_sets(
-        was["dataset"], root / was["data_root"], root / was["cache"], report=split, smoke=smoke
-    )
-    cache = root / was["cache"] / (was["dataset"] + ("-smoke" if smoke else ""))
-    small = not files["vlp"] and was["scale"] == "tiny"
-    name = (
-        open_small_clip(sets, was["dataset"], cache, smoke=smoke, echo=None)
-        if small
-        else files["vlp"] or "clip"
-    )
-    vlp = open_vlp(name).to(accelerator())
-    detector = open_proposals(files["proposals"], scale=was["scale"], device=accelerator())
-    texts = [document(record) for record in sets.gallery]
-    keywords_of = keyword_method(
-        was["keywords"], model=(files["keyword_model"] or minilm_folder()) if was["keywords"] == "keybert" else "",
-        train=[document(record) for record in sets.train], top=was["words"],
-    )  # fmt: skip
+    sets, vlp, detector, keywords_of, cache = reopen_networks(was, root)
+    split, texts = was["report"], [document(record) for record in sets.gallery]
     rows = cache / "fragments"
     several = was["features"] != "fenet" and was["crop_score"] == "max" and vlp.queries > 1
     propose = partial(extract_proposals, method=detector, folder=cache / "proposals", top=was["regions"],
