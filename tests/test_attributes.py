@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from finematch.data import load
-from finematch.data.record import Record
+from finematch.data.record import DataError, Record
 from finematch.encoders import Cells
 from finematch.features.attribute_net import AttributeNet, BoxLabels, attribute_backbone
 from finematch.features.backbones import fingerprint
@@ -41,7 +41,7 @@ def train(out: Path, sides: dict, **options):
 
 
 def log(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").open()]
+    return [json.loads(line) for line in next(out.glob("attribute_net-*/log.jsonl")).open()]
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,28 @@ def test_its_key_is_the_hash_of_its_weights_and_the_same_for_a_seed(sides, tmp_p
 
 def test_a_finished_run_is_reused(run, sides):
     backbone, out = run
-    stamp = (out / "best.safetensors").stat().st_mtime_ns
+    (kept,) = out.glob("attribute_net-*/cells.safetensors")
+    stamp = kept.stat().st_mtime_ns
     assert train(out, sides).key == backbone.key
-    assert (out / "best.safetensors").stat().st_mtime_ns == stamp
+    assert kept.stat().st_mtime_ns == stamp
+
+
+def test_other_labels_or_pictures_train_another_network(run, sides, tmp_path):
+    """And one flipped bit of the weights is noticed."""
+    backbone, _ = run
+    records, labels = sides["train"]
+    other = [[{**thing, "colour": "red"} for thing in row] for row in labels]
+    asked = attribute_backbone(tmp_path, (records, other), sides["val"], CLASSES,
+                               name="test_resnet", stage=1, epochs=1, echo=None)  # fmt: skip
+    same = train(tmp_path, sides, epochs=1)
+    assert len(list(tmp_path.glob("attribute_net-*"))) == 2
+    assert asked.key["weights"] != same.key["weights"] != backbone.key["weights"]
+    for path in tmp_path.glob("attribute_net-*/cells.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(DataError, match=r"cells\.safetensors: attribute_net: is damaged"):
+        train(tmp_path, sides, epochs=1)
 
 
 def things(tmp_path) -> tuple[list[Record], list[list[dict]]]:

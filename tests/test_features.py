@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import extract_target
@@ -20,6 +23,7 @@ from finematch.boxes import multi_scale_grid
 from finematch.data.record import DataError, Record
 from finematch.encoders import BertTower, small_bert
 from finematch.features import backbones, proposals, regions, texts
+from finematch.files import entries
 from finematch.text import tokenise, wordpiece
 
 
@@ -48,7 +52,8 @@ def pictures(tmp_path_factory) -> Path:
 
 
 def contents(folder: Path, *names: str) -> dict[str, bytes]:
-    return {name: (folder / f"train_{name}").read_bytes() for name in names}
+    (entry,) = entries(folder)
+    return {name: (entry.folder / f"all_{name}").read_bytes() for name in names}
 
 
 ARRAYS = ("ims.npy", "boxes.npy", "sizes.npy", "caps.txt", "ids.txt", "meta.json")
@@ -268,13 +273,14 @@ def test_killed_extraction_resumes_to_the_same_bytes(pictures, tmp_path):
             process.send_signal(signal.SIGKILL)
             break
     assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "train_ims.npy").exists()
+    assert not any(entry.whole for entry in entries(tmp_path / "killed"))
     said = []
     extract_target.run(pictures, tmp_path / "killed", said.append)
     extract_target.run(pictures, tmp_path / "whole")
     assert contents(tmp_path / "killed", *ARRAYS) == contents(tmp_path / "whole", *ARRAYS)
-    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == sorted(
-        f"train_{name}" for name in ARRAYS
+    (entry,) = entries(tmp_path / "killed")
+    assert sorted(p.name for p in entry.folder.iterdir()) == sorted(
+        ["entry.json", *(f"all_{name}" for name in ARRAYS)]
     )
     assert said == ["train: 10 of 10 pictures (selective_search)"]
 
@@ -282,22 +288,23 @@ def test_killed_extraction_resumes_to_the_same_bytes(pictures, tmp_path):
 def test_finished_features_are_reused_and_others_made_again(pictures, tmp_path, backbone):
     records = extract_target.records(pictures)
 
-    def extract(**options) -> tuple[float, regions.Regions]:
-        given = options.pop("records", records), options.pop("backbone", backbone)
+    def extract(**options) -> tuple[str, regions.Regions]:
+        given, before = (
+            (options.pop("records", records), options.pop("backbone", backbone)),
+            len(entries(tmp_path)),
+        )
         made = regions.extract(*given, tmp_path, "train", echo=None, **options)
-        return (tmp_path / "train_ims.npy").stat().st_mtime_ns, made
+        return ("made" if len(entries(tmp_path)) > before else "reused"), made
 
-    first, _ = extract()
-    assert extract()[0] == first
-    calls = []
+    assert [extract()[0] for _ in range(2)] == ["made", "reused"]
     other = backbones.Backbone(backbone.net, backbone.size, {**backbone.key, "weights": "others"})
-    for change in ({"backbone": other}, {}, {"dtype": "float32"}, {"records": records[:4]},
+    for change in ({"backbone": other}, {"dtype": "float32"}, {"records": records[:4]},
+                   {"records": [replace(r, captions=("another",)) for r in records]},
                    {"kind": "regions", "regions": 3, "proposals": "grid"},
                    {"kind": "regions", "regions": 4, "proposals": "grid"}):  # fmt: skip
-        stamp, made = extract(**change)
-        assert stamp not in calls, change
-        assert extract(**change)[0] == stamp
-        calls.append(stamp)
+        what, made = extract(**dict(change))
+        assert what == "made", change
+        assert extract(**dict(change))[0] == "reused"
         assert len(made) == len(change.get("records", records))
         assert made.features.dtype == change.get("dtype", "float16")
         assert made.features.shape[1] == change.get("regions", 9)
@@ -316,10 +323,62 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, backbone, damage):
         records = extract_target.records(tmp_path)
     with pytest.raises(DataError, match=r"p3\.png"):
         regions.extract(records, backbone, tmp_path / "out", "train", block=2, echo=None)
-    with pytest.raises(DataError):
-        regions.load_regions(tmp_path / "out", "train")  # nothing half is taken for whole
+    assert not any(entry.whole for entry in entries(tmp_path / "out"))  # nothing half is taken for whole
     noise((64, 48), 3).save(bad)
     assert len(regions.extract(records, backbone, tmp_path / "out", "train", block=2, echo=None)) == 5
+
+
+def test_other_pictures_of_the_same_names_have_features_of_their_own(tmp_path, backbone):
+    """A fixed or resized copy, another folder, scenes of another seed; a mere copy is the same set."""
+    made = {}
+    for name, seeds in (("a", range(4)), ("copy", range(4)), ("b", range(4, 8))):
+        (tmp_path / name).mkdir()
+        for i, seed in enumerate(seeds):
+            noise((64, 48), seed).save(tmp_path / name / f"p{i}.png")
+        records = extract_target.records(tmp_path / name)
+        made[name] = regions.extract(records, backbone, tmp_path / "cache", "train", echo=None)
+        true = regions.extract(records, backbone, tmp_path / f"cache of {name}", "train", echo=None)
+        np.testing.assert_array_equal(made[name].features, true.features)
+    assert len(entries(tmp_path / "cache")) == 2
+    assert not np.array_equal(made["a"].features, made["b"].features)
+    assert made["a"].meta["content"] == made["copy"].meta["content"] != made["b"].meta["content"]
+
+
+def test_other_weights_under_one_key_have_features_of_their_own(tmp_path, backbone, pictures):
+    records = extract_target.records(pictures)
+    other = backbones.Backbone(copy.deepcopy(backbone.net), backbone.size, backbone.key)
+    with torch.no_grad():
+        next(other.net.parameters()).mul_(1.1)
+    one, two = (regions.extract(records, net, tmp_path, "train", echo=None) for net in (backbone, other))
+    assert not np.array_equal(one.features, two.features)
+
+
+@pytest.mark.parametrize("name", ["ims.npy", "boxes.npy", "ids.txt", "caps.txt", "meta.json"])
+def test_damaged_features_are_named(tmp_path, backbone, pictures, name):
+    records = extract_target.records(pictures)
+    regions.extract(records, backbone, tmp_path, "train", echo=None)
+    (path,) = tmp_path.glob(f"cells-*/all_{name}")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=rf"all_{name}: cells: is damaged.*Remove"):
+        regions.extract(records, backbone, tmp_path, "train", echo=None)
+    path.write_bytes(data[:-1])
+    with pytest.raises(DataError, match=rf"all_{name}: cells: has \d+ bytes, not \d+: it was cut off"):
+        regions.extract(records, backbone, tmp_path, "train", echo=None)
+
+
+def test_features_have_their_space_before_they_are_written(tmp_path, backbone, pictures):
+    """The kernel's limit of a file's size stands in for a full disk: an error, where a mapped file would kill."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        with pytest.raises(DataError, match=r"ims\.npy\.part: array .*cannot be written .*Free space"):
+            regions.extract(extract_target.records(pictures), backbone, tmp_path, "train", echo=None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
 
 
 def test_extraction_refuses(tmp_path, backbone):
@@ -380,11 +439,12 @@ def test_cached_states_equal_the_live_towers(tmp_path, bert):
 
 def test_states_are_made_once(tmp_path, bert):
     first = states(tmp_path, bert)
-    stamps = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    (entry,) = entries(tmp_path)
+    stamps = {p.name: p.stat().st_mtime_ns for p in entry.folder.iterdir()}
     again = states(tmp_path, bert)
-    assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == stamps
+    assert {p.name: p.stat().st_mtime_ns for p in entry.folder.iterdir()} == stamps
     np.testing.assert_array_equal(first.states, again.states)
-    assert len(stamps) == 2
+    assert set(stamps) == {"entry.json", "index.npz", "states.npy"}
 
 
 @pytest.mark.parametrize(
@@ -392,9 +452,8 @@ def test_states_are_made_once(tmp_path, bert):
 )
 def test_other_captions_or_another_model_make_another_file(tmp_path, bert, change):
     first = states(tmp_path, bert)
-    before = set(tmp_path.iterdir())
     other = states(tmp_path, bert, **change)
-    assert len(set(tmp_path.iterdir()) - before) == 2
+    assert len(entries(tmp_path)) == 2
     assert len(other) == len(change.get("captions", CAPTIONS))
     np.testing.assert_array_equal(states(tmp_path, bert).states, first.states)
 
@@ -405,23 +464,37 @@ def test_interrupted_states_are_made_again(tmp_path, bert, monkeypatch, when):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(
-            *((BertTower, "forward") if when == "in the states" else (texts, "write_atomically")), stop
-        )
+        patch.setattr(*((BertTower, "forward") if when == "in the states" else (np, "savez")), stop)
         with pytest.raises(KeyboardInterrupt):
             states(tmp_path, bert)
-    assert not list(tmp_path.glob("*.npz"))
-    for left in tmp_path.glob("*.npy"):  # what lies there must not be taken for done
+    assert not any(entry.whole for entry in entries(tmp_path))
+    for left in tmp_path.glob("*.part/*.npy"):  # what lies there must not be taken for done
         np.save(left, np.zeros(np.load(left).shape, np.float16))
     after = states(tmp_path, bert)
     assert np.abs(after.states).sum(1).min() > 0
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_an_index_without_states_is_not_done(tmp_path, bert):
-    first = np.array(states(tmp_path, bert).states)
-    next(iter(tmp_path.glob("*.npy"))).unlink()
-    np.testing.assert_array_equal(states(tmp_path, bert).states, first)
+def test_states_that_were_lost_or_damaged_are_named(tmp_path, bert):
+    states(tmp_path, bert)
+    (path,) = tmp_path.glob("text_states-*/states.npy")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"states\.npy: text_states: is damaged.*Remove"):
+        states(tmp_path, bert)
+    path.unlink()
+    with pytest.raises(DataError, match=r"states\.npy: text_states: is missing.*Remove"):
+        states(tmp_path, bert)
+
+
+def test_another_tokenizer_makes_another_file(tmp_path, bert):
+    states(tmp_path, bert)
+    tokenizer = wordpiece(bert)
+    tokenizer.add_tokens(["dogs"])
+    texts.text_states(CAPTIONS[:1], BertTower(bert), wordpiece(bert), tmp_path, "val", key="k")
+    texts.text_states(CAPTIONS[:1], BertTower(bert), tokenizer, tmp_path, "val", key="k")
+    assert len(entries(tmp_path)) == 3
 
 
 def test_states_that_overflow_fp16_are_refused(tmp_path, bert):
@@ -430,4 +503,4 @@ def test_states_that_overflow_fp16_are_refused(tmp_path, bert):
         tower.net.encoder.layer[-1].output.LayerNorm.weight.mul_(1e6)
     with pytest.raises(ValueError, match=r"caption \d .*not finite in fp16"):
         texts.text_states(CAPTIONS, tower, wordpiece(bert), tmp_path, "val", key="k")
-    assert not list(tmp_path.glob("*.npz"))
+    assert not any(entry.whole for entry in entries(tmp_path))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from finematch.features import fragments as G
 from finematch.features import proposals as P
 from finematch.features.backbones import Backbone, timm_backbone
 from finematch.features.proposals import selective_search
+from finematch.files import entries
 from finematch.scenes.generator import TOKENIZER
 from finematch.text import keyword_method, word_level, wordpiece
 
@@ -233,8 +235,28 @@ def test_proposals_are_made_once_and_resumed(records, tmp_path):
     assert same.key == made.key
     whole = P.extract_proposals(records, Stopping(9), tmp_path / "b", "train", echo=None)
     assert whole.key == made.key
-    for path in (tmp_path / "b").iterdir():
-        assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes()
+    same_bytes(tmp_path / "a", tmp_path / "b")
+
+
+def same_bytes(one: Path, other: Path) -> None:
+    """Two caches hold the same entries of the same bytes."""
+    names = [sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file()) for root in (one, other)]
+    assert names[0] == names[1]
+    assert len(names[0]) > 2
+    for name in names[0]:
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_other_pictures_of_the_same_names_have_proposals_of_their_own(tmp_path):
+    rng, made = np.random.default_rng(0), []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "p0.png"
+        Image.fromarray((rng.random((64, 64, 3)) * 255).astype(np.uint8)).save(path)
+        mine = [Record("p0", "train", ("x",), image=path)]
+        made.append(P.extract_proposals(mine, "selective_search", tmp_path / "cache", "train", echo=None))
+    assert made[0].key != made[1].key
+    assert len(entries(tmp_path / "cache")) == 2
 
 
 def test_other_settings_have_files_of_their_own(records, tmp_path):
@@ -247,12 +269,12 @@ def test_other_settings_have_files_of_their_own(records, tmp_path):
         {"records": records[:3]},
     ):
         given = {"records": records, "method": "grid", **options}
-        made = P.extract_proposals(**given, folder=tmp_path, split="train", echo=None)
+        made = P.extract_proposals(**given, cache=tmp_path, split="train", echo=None)
         assert made.key not in keys
         keys.append(made.key)
-        again = P.extract_proposals(**given, folder=tmp_path, split="train", echo=None)
+        again = P.extract_proposals(**given, cache=tmp_path, split="train", echo=None)
         assert again.key == made.key
-    assert len({p.name.split("_boxes")[0] for p in tmp_path.glob("*_boxes.npy")}) == 5
+    assert len(entries(tmp_path)) == 5
     whole = P.extract_proposals(records, "grid", tmp_path, "train", min_side=8.0, echo=None)
     assert whole.key == keys[0]  # 8 and 8.0 are one
 
@@ -618,8 +640,8 @@ def test_fragments_are_made_once(records, grid, tmp_path):
     assert (first.crops, again.crops) == (grid.mask.sum(), 0)
     np.testing.assert_array_equal(a.features, b.features)
     assert a.meta == b.meta
-    (note,) = tmp_path.glob("*.json")
-    assert json.loads(note.read_text())["key"]["model"] == "toy"
+    (entry,) = entries(tmp_path)
+    assert entry.key["model"] == "toy"
 
 
 def test_other_models_boxes_and_types_have_files_of_their_own(records, grid, tmp_path):
@@ -635,7 +657,7 @@ def test_other_models_boxes_and_types_have_files_of_their_own(records, grid, tmp
     ):
         made = G.picture_fragments(records, boxes, model, tmp_path, "train", echo=None, **options)
         assert model.crops == grid.mask.sum()
-        assert len(list(tmp_path.glob("*.npy"))) == i + 1
+        assert len(entries(tmp_path)) == i + 1
         own = model.embed_crops([records[0].open()], [boxes.of(0)])
         close(made.features[made.index[0, made.mask[0]]].astype(np.float32), own, 1e-3)
 
@@ -646,16 +668,35 @@ def test_broken_off_features_are_resumed_to_the_same_bytes(records, grid, tmp_pa
         G.picture_fragments(
             records, grid, Toy(stop=counts[:3].sum()), tmp_path / "a", "train", block=1, echo=None
         )
-    assert not list((tmp_path / "a").glob("*.npy"))  # nothing half is taken for whole
+    assert not any(entry.whole for entry in entries(tmp_path / "a"))  # nothing half is taken for whole
     rest, said = Toy(), []
     G.picture_fragments(records, grid, rest, tmp_path / "a", "train", block=1, echo=said.append)
     assert rest.crops == counts[3:].sum()
     assert said == ["train: 5 of 5 pictures embedded"]
     G.picture_fragments(records, grid, Toy(), tmp_path / "b", "train", block=3, echo=None)
-    names = sorted(p.name for p in (tmp_path / "b").iterdir())
-    assert names == sorted(p.name for p in (tmp_path / "a").iterdir())
-    for name in names:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    same_bytes(tmp_path / "a", tmp_path / "b")
+
+
+def test_other_pictures_of_the_same_names_and_boxes_have_features_of_their_own(records, grid, tmp_path):
+    changed = []
+    for record in records:
+        path = tmp_path / record.image.name
+        Image.eval(record.open(), lambda v: 255 - v).save(path)
+        changed.append(replace(record, image=path))
+    first, other = Toy(), Toy()
+    G.picture_fragments(records, grid, first, tmp_path / "cache", "train", echo=None)
+    G.picture_fragments(changed, grid, other, tmp_path / "cache", "train", echo=None)
+    assert other.crops == first.crops > 0
+
+
+def test_damaged_features_are_named(records, grid, tmp_path):
+    G.picture_fragments(records, grid, Toy(), tmp_path, "train", echo=None)
+    (path,) = tmp_path.glob("crops-*/rows.npy")
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"rows\.npy: crops: is damaged.*Remove"):
+        G.picture_fragments(records, grid, Toy(), tmp_path, "train", echo=None)
 
 
 def test_a_broken_off_start_is_no_start(records, grid, tmp_path):
@@ -664,7 +705,7 @@ def test_a_broken_off_start_is_no_start(records, grid, tmp_path):
         G.picture_fragments(records, grid, Toy(stop=0), tmp_path, "train", echo=None)
     with pytest.raises(KeyboardInterrupt):
         G.picture_fragments(records, grid, Toy(stop=10), tmp_path, "train", block=1, echo=None)
-    (note,) = tmp_path.glob("*.progress.json")
+    (note,) = tmp_path.glob("*.part/progress.json")
     note.unlink()
     model = Toy()
     G.picture_fragments(records, grid, model, tmp_path, "train", echo=None)
@@ -680,7 +721,7 @@ def test_all_queries_of_a_crop_are_kept_where_asked(records, grid, vlp, tmp_path
     assert made.features.shape == (grid.mask.sum(), Q, 12)
     np.testing.assert_array_equal(made.index, mean.index)
     np.testing.assert_array_equal(made.mask, mean.mask)
-    assert len(list(tmp_path.glob("*.npy"))) == 2, "files of their own"
+    assert len(entries(tmp_path)) == 2, "entries of their own"
     features, mask = made.dense()
     assert features.shape == (5, 6, Q, 12)
     assert not features[~mask].any()
@@ -720,11 +761,9 @@ def test_broken_off_queries_are_resumed_to_the_same_bytes(records, grid, vlp, tm
             try:
                 G.picture_fragments(records, grid, model, tmp_path / folder, "train", **options)
             except KeyboardInterrupt:
-                assert not list((tmp_path / folder).glob("*.npy"))
+                assert not any(entry.whole for entry in entries(tmp_path / folder))
     assert model.asked == 4, "one of five pictures has no proposal"
-    (one,), (other,) = ((tmp_path / folder).glob("*.npy") for folder in "ab")
-    assert one.name == other.name
-    assert one.read_bytes() == other.read_bytes()
+    same_bytes(tmp_path / "a", tmp_path / "b")
     done = Stopping(0)
     again = G.picture_fragments(records, grid, done, tmp_path / "a", "train", queries=True, echo=None)
     assert again.features.shape[1] == Q
@@ -780,8 +819,8 @@ def test_a_disk_that_is_full_or_closed_is_said_at_once(records, grid, tmp_path, 
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         G.picture_fragments(records, grid, Toy(), tmp_path / "file" / "sub", "train", echo=None)
-    usage = type(G.shutil.disk_usage(tmp_path))(100, 90, 10)
-    monkeypatch.setattr(G.shutil, "disk_usage", lambda _: usage)
+    usage = type(shutil.disk_usage(tmp_path))(100, 90, 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     needed = grid.mask.sum() * 7 * 2
     with pytest.raises(DataError, match=f"needs {needed:,} bytes, 10 are free"):
         G.picture_fragments(records, grid, Toy(), tmp_path / "out", "train", echo=None)

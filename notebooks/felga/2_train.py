@@ -138,11 +138,11 @@ with lock:
     minilm = (files["keyword_model"] or minilm_folder()) if s.keywords == "keybert" else ""
     keywords_of = keyword_method(s.keywords, model=minilm, train=texts, top=s.words)
 
-propose = partial(extract_proposals, method=detector, folder=cache / "proposals", top=s.regions,
+propose = partial(extract_proposals, method=detector, cache=cache / "proposals", top=s.regions,
                   min_side=5 if s.dataset == "scenes" else 8)  # fmt: skip
-find_keywords = partial(extract_keywords, method=keywords_of, folder=cache / "keywords")
-crops = partial(picture_fragments, model=vlp, folder=cache / "fragments")  # features of boxes
-words = partial(text_fragments, model=vlp, folder=cache / "fragments")  # and of words
+find_keywords = partial(extract_keywords, method=keywords_of, cache=cache / "keywords")
+crops = partial(picture_fragments, model=vlp, cache=cache / "fragments")  # features of boxes
+words = partial(text_fragments, model=vlp, cache=cache / "fragments")  # and of words
 
 # %% [markdown]
 # **What FENet learns from**: regions and keywords of the training pairs, one vector each.

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sqlite3
 import time
@@ -281,10 +282,8 @@ def is_cached(root: str | Path, kind: str, key: Mapping[str, Any]) -> bool:
 def entries(root: str | Path) -> list[Entry]:
     """What lies in a cache, whole or begun, by kind."""
     found = []
-    for folder in sorted(Path(root).glob("*-*")):
-        kind, _, number = folder.name.removesuffix(".part").rpartition("-")
-        if not folder.is_dir() or len(number) != 16 or set(number) - set("0123456789abcdef"):
-            continue
+    for folder in _entry_folders(Path(root)):
+        kind = folder.name.removesuffix(".part").rpartition("-")[0]
         try:
             key = json.loads((folder / ENTRY).read_text(encoding="utf-8"))["key"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -308,6 +307,17 @@ def clear(root: str | Path, *, kind: str | None = None, only: Iterable[str] = ()
             shutil.rmtree(entry.folder)
             removed.append(entry)
     return removed
+
+
+def _entry_folders(root: Path) -> Iterator[Path]:
+    """The folders of all entries under `root`: a cache may have folders of its own, for data sets say."""
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        if not folder.is_dir() or folder.is_symlink():
+            continue
+        if re.fullmatch(r".+-[0-9a-f]{16}(\.part)?", folder.name):
+            yield folder
+        else:
+            yield from _entry_folders(folder)
 
 
 def _folder(root: str | Path, kind: str, key: Mapping[str, Any]) -> Path:

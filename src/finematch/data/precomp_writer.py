@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Num
 
-from finematch.data.record import DataError, Record
+from finematch.data.record import Record
+from finematch.files import DataError, new_array, write_text
 
 
 class RegionsWriter:
@@ -65,9 +66,9 @@ class RegionsWriter:
                     "Free space or choose another folder",
                 )
             self.arrays = {
-                name: np.lib.format.open_memmap(
-                    self._path(f"{name}.npy.part"), mode="r+" if self.done else "w+", dtype=kind, shape=shape
-                )
+                name: np.lib.format.open_memmap(self._path(f"{name}.npy.part"), mode="r+")
+                if self.done
+                else new_array(self._path(f"{name}.npy.part"), kind, shape)
                 for name, (shape, kind) in layout.items()
             }
             self._save_progress()
@@ -123,14 +124,14 @@ class RegionsWriter:
         counts = [len(record.captions) for record in records]
         self._path("meta.json").unlink(missing_ok=True)
         lines = [" ".join(caption.split()) for record in records for caption in record.captions]
-        _write(self._path("caps.txt"), "".join(f"{line}\n" for line in lines))
-        _write(self._path("ids.txt"), "".join(f"{image_id}\n" for image_id in self.ids))
+        write_text(self._path("caps.txt"), "".join(f"{line}\n" for line in lines))
+        write_text(self._path("ids.txt"), "".join(f"{image_id}\n" for image_id in self.ids))
         for name in list(self.arrays):
             del self.arrays[name]
             os.replace(self._path(f"{name}.npy.part"), self._path(f"{name}.npy"))
         stated = {"captions_per_image": counts[0] if len(set(counts)) == 1 else counts, "key": self.key}
         made_by = {"finematch": version("finematch")}
-        _write(self._path("meta.json"), json.dumps({**self.meta, **stated, **made_by}, indent=1))
+        write_text(self._path("meta.json"), json.dumps({**self.meta, **stated, **made_by}, indent=1))
         self._path("progress.json").unlink()
 
     def _path(self, name: str) -> Path:
@@ -146,7 +147,7 @@ class RegionsWriter:
         return int(progress["done"]) if parts and progress["key"] == self.key else 0
 
     def _save_progress(self) -> None:
-        _write(self._path("progress.json"), json.dumps({"key": self.key, "done": self.done}))
+        write_text(self._path("progress.json"), json.dumps({"key": self.key, "done": self.done}))
 
 
 def finished(folder: str | Path, split: str, meta: dict, ids: Sequence[str] | None = None) -> bool:
@@ -160,9 +161,3 @@ def finished(folder: str | Path, split: str, meta: dict, ids: Sequence[str] | No
 
 def _hash(ids: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)

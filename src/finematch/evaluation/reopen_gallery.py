@@ -87,10 +87,10 @@ def reopen_gallery(was: dict, root: str | Path) -> RunData:
     split, texts = was["report"], [document(record) for record in sets.gallery]
     rows = cache / "fragments"
     several = was["features"] != "fenet" and was["crop_score"] == "max" and vlp.queries > 1
-    propose = partial(extract_proposals, method=detector, folder=cache / "proposals", top=was["regions"],
+    propose = partial(extract_proposals, method=detector, cache=cache / "proposals", top=was["regions"],
                       min_side=5 if was["dataset"] == "scenes" else 8)  # fmt: skip
-    crops = partial(picture_fragments, model=vlp, folder=rows, queries=several)
-    words = partial(text_fragments, model=vlp, folder=rows)
+    crops = partial(picture_fragments, model=vlp, cache=rows, queries=several)
+    words = partial(text_fragments, model=vlp, cache=rows)
 
     proposals = boxes = propose(sets.gallery, split=split)
     now = provenance(vlp, proposals, keywords_of)

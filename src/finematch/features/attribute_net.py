@@ -6,8 +6,6 @@ anyone trained a matcher on its regions. It sees boxes and labels of the train s
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finematch.data.record import Record
+from finematch.data.record import Record, digests
 from finematch.encoders import Cells
 from finematch.features.backbones import Backbone, taught_backbone
 from finematch.features.regions import pool_regions
+from finematch.files import digest
 from finematch.training import Plan, fit, seed_everything
 
 
@@ -85,7 +84,7 @@ class BoxLabels:
 
 
 def attribute_backbone(
-    out: str | Path,
+    cache: str | Path,
     train: tuple[list[Record], list[list[dict]]],
     val: tuple[list[Record], list[list[dict]]],
     classes: dict[str, list[str]],
@@ -102,16 +101,15 @@ def attribute_backbone(
     Args:
         train, val: records, and for each picture its labelled boxes: dicts with `box` (xyxy pixels) and a
             value for every name in `classes`. Val chooses the epoch, by the mean accuracy of the attributes.
-        out: folder of the run; a finished one is reused, a broken off one resumed.
+        cache: a finished network is found there by the pictures, labels and settings, a broken off one resumed.
     """
     plan = Plan(epochs=epochs, batch_size=32, lr=2e-3, weight_decay=0.02, warmup=0.1, seed=seed)
-    made_of = hashlib.sha256(json.dumps([name, stage, asdict(plan)]).encode())
-    kept = (
-        Path(out) / f"cells-{made_of.hexdigest()[:8]}.safetensors"
-    )  # of another plan: `fit` refuses the folder
+    data = [[digests(records)["images"], digest(labels)] for records, labels in (train, val)]
     return taught_backbone(
-        kept,
-        lambda: _trained(out, train, val, classes, name, stage, plan, echo).cells,
+        cache,
+        "attribute_net",
+        {"plan": asdict(plan), "data": data, "classes": classes},
+        lambda folder: _trained(folder, train, val, classes, name, stage, plan, echo).cells,
         name,
         stage=stage,
         size=size,

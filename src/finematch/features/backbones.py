@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finematch.encoders import Cells
-from finematch.training import by_one_process, write_atomically
+from finematch.files import cached, file_digest, write_atomically
+from finematch.training import by_one_process
 
 
 @dataclass
@@ -53,7 +54,7 @@ def timm_backbone(name: str, *, weights: str | Path = "", size: int = 0, **optio
     if weights in ("", "hub"):
         digest = weights or "random"
     else:
-        digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+        digest = file_digest(weights)
     size = size or net.size
     return Backbone(net, size, {"backbone": name, "weights": digest, "size": size, "stage": net.stage,
                                 **json.loads(json.dumps(options, default=str))})  # fmt: skip
@@ -65,28 +66,40 @@ def mobilenet(weights: str | Path) -> Backbone:
 
 
 def taught_backbone(
-    kept: Path, teach: Callable[[], Cells], name: str, *, stage: int, size: int, trained_on: str
+    cache: str | Path,
+    kind: str,
+    key: dict,
+    teach: Callable[[Path], Cells],
+    name: str,
+    *,
+    stage: int,
+    size: int,
+    trained_on: str,
 ) -> Backbone:
-    """The network of the file `kept`, frozen, for pictures with values about 0.5; made by `teach` if there is no file.
+    """A network that was trained here, frozen, for pictures with values about 0.5; made by `teach` if not cached.
+
+    Args:
+        kind, key: of the cache's entry, see `files.cached`.
+        teach: trains in the folder that it is given, and goes on there if it was broken off.
 
     Raises:
         TrainingError: If it must be made and there are several processes (`training.by_one_process`).
+        DataError: If its file was damaged since.
     """
-    if not kept.is_file():
-        by_one_process(f"{kept}, a network trained on {trained_on},")
-        state = teach().state_dict()
-        write_atomically(kept, lambda part: save_file(state, part))
+
+    def make(folder: Path) -> None:
+        by_one_process(f"a network trained on {trained_on} ({folder.name.removesuffix('.part')})")
+        state = teach(folder).state_dict()
+        write_atomically(folder / "cells.safetensors", lambda part: save_file(state, part))
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+    whole = {**key, "backbone": name, "stage": stage}
+    kept = cached(cache, kind, whole, make) / "cells.safetensors"
     net = Cells(name, stage=stage, mean=0.5, sd=0.25)
     net.load_state_dict(load_file(kept))
     net.eval().requires_grad_(False)
-    key = {
-        "backbone": name,
-        "weights": fingerprint(net),
-        "size": size,
-        "stage": stage,
-        "trained_on": trained_on,
-    }
-    return Backbone(net, size, key)
+    return Backbone(net, size, {"backbone": name, "weights": fingerprint(net), "size": size, "stage": stage,
+                                "trained_on": trained_on})  # fmt: skip
 
 
 def fingerprint(net: torch.nn.Module) -> str:

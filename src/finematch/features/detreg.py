@@ -9,7 +9,6 @@ Axes: `q` queries.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import re
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from finematch.boxes import clip, convert
 from finematch.encoders import deformable_detr
+from finematch.files import file_digest
 
 ENCODER = {
     "self_attn": "self_attn",
@@ -95,7 +95,7 @@ class DETReg:
         self.foreground, self.shortest, self.longest = foreground, shortest, longest
         self.key = {
             "proposals": "detreg",
-            "weights": hashlib.sha256(Path(weights).read_bytes()).hexdigest(),
+            "weights": file_digest(weights),
             "backbone": backbone,
             "heads": heads,
             "foreground": foreground,

@@ -11,11 +11,9 @@ Axes: `n` pictures or texts, `m` fragments of the fullest of them, `u` distinct 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -28,12 +26,12 @@ from torch import Tensor
 from torchvision.ops import roi_align
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from finematch.data.record import DataError, Record
+from finematch.data.record import DataError, Record, digests
 from finematch.encoders import open_vision_language
 from finematch.features.backbones import Backbone, fingerprint, open_backbone
 from finematch.features.proposals import Proposals
+from finematch.files import cached, digest, new_array, write_text
 from finematch.text import KeywordMethod, Keywords
-from finematch.training import write_atomically
 
 # What FELGA's three models are on the hub: its CLIP is ViT-B/32 (512-d), and none was fine-tuned on COCO. BLIP's
 # retrieval model without any fine-tuning is not there; this one was fine-tuned on Flickr30k.
@@ -87,7 +85,7 @@ class VLP:
         self.key = {
             "model": self.net.net.config.model_type,
             "weights": fingerprint(self.net),
-            "tokenizer": _digest(self.tokenizer.backend_tokenizer.to_str()),
+            "tokenizer": digest(self.tokenizer.backend_tokenizer.to_str()),
             "precision": precision,
             **self._open_pictures(model),
         }
@@ -102,7 +100,7 @@ class VLP:
         self.processor = AutoImageProcessor.from_pretrained(str(model))
         # the class is named by the library and its release, what it does by the rest
         stated = {k: v for k, v in self.processor.to_dict().items() if "processor" not in k}
-        return {"processor": _digest(stated)}
+        return {"processor": digest(json.loads(json.dumps(stated, default=str)))}
 
     @property
     def queries(self) -> int:
@@ -301,7 +299,7 @@ def document(record: Record) -> str:
 def extract_keywords(
     texts: list[str],
     method: KeywordMethod,
-    folder: str | Path,
+    cache: str | Path,
     split: str,
     *,
     block: int = 500,
@@ -309,19 +307,21 @@ def extract_keywords(
 ) -> list[Keywords]:
     """The keywords of every text by `method` (see `text.keyword_method`), read back where they were found before.
 
-    They are kept as JSON, named by the hash of the method's `key` and of the texts, and written every `block` texts:
-    work that was broken off goes on from there.
+    They are found in the cache by the method's `key` and the texts, and written every `block` texts: work that was
+    broken off goes on from there. `split` is what messages call the texts.
     """
-    digest = _digest([method.key, texts])[:16]
-    path = Path(folder) / f"{split}_keywords_{digest}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(path.read_text(encoding="utf-8"))["keywords"] if path.exists() else []
-    while len(found) < len(texts):
-        found += [method(text) for text in texts[len(found) : len(found) + block]]
-        content = json.dumps({"key": method.key, "texts": len(texts), "keywords": found}, ensure_ascii=False)
-        write_atomically(path, lambda part, content=content: part.write_text(content, encoding="utf-8"))
-        if echo:
-            echo(f"{split}: keywords of {len(found)} of {len(texts)} texts ({method.key['keywords']})")
+
+    def make(folder: Path) -> None:
+        path = folder / "keywords.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        while len(found) < len(texts) or not path.exists():
+            found += [method(text) for text in texts[len(found) : len(found) + block]]
+            write_text(path, json.dumps(found, ensure_ascii=False))
+            if echo:
+                echo(f"{split}: keywords of {len(found)} of {len(texts)} texts ({method.key['keywords']})")
+
+    folder = cached(cache, "keywords", {**method.key, "texts": digest(texts)}, make)
+    found = json.loads((folder / "keywords.json").read_text(encoding="utf-8"))
     return [[(word, float(score)) for word, score in words] for words in found]
 
 
@@ -329,7 +329,7 @@ def picture_fragments(
     records: list[Record],
     proposals: Proposals,
     model: VisionLanguageModel,
-    folder: str | Path,
+    cache: str | Path,
     split: str,
     *,
     queries: bool = False,
@@ -351,7 +351,7 @@ def picture_fragments(
     """
     if proposals.ids != [r.image_id for r in records]:
         raise DataError(
-            folder,
+            cache,
             f"split {split}",
             f"{len(proposals)} pictures have proposals, {len(records)} records are given, and they are not the same",
             "Make the proposals of these records, in this order",
@@ -365,15 +365,21 @@ def picture_fragments(
         return embed([records[i].open() for i in chosen], [proposals.of(i) for i in chosen])
 
     start = np.concatenate([[0], proposals.mask.sum(1).cumsum()])
-    key = {**model.key, "boxes": proposals.key, **({"queries": True} if queries else {})}
-    rows = cached_rows(folder, f"{split}_crops", key, start, make, names=proposals.ids, block=block,
+    found = digests([replace(r, captions=(), objects=(), phrases=()) for r in records])
+    key = {
+        **model.key,
+        "images": found.get("images", ""),
+        "boxes": proposals.key,
+        **({"queries": True} if queries else {}),
+    }
+    rows = cached_rows(cache, "crops", key, start, make, names=proposals.ids, block=block,
                        dtype=dtype, echo=_prefixed(echo, split, "pictures"))  # fmt: skip
     index = np.where(proposals.mask, start[:-1, None] + np.cumsum(proposals.mask, 1) - 1, 0)
     return Fragments(rows, index, proposals.mask, meta={**key, "proposals": proposals.meta})
 
 
 def whole_pictures(
-    records: list[Record], model: VisionLanguageModel, folder: str | Path, split: str, **options
+    records: list[Record], model: VisionLanguageModel, cache: str | Path, split: str, **options
 ) -> Fragments:
     """Every picture as its only fragment: the "entire image" rows of the paper's tables.
 
@@ -384,13 +390,13 @@ def whole_pictures(
     one = np.ones((len(records), 1), bool)
     whole = Proposals(boxes, one.astype(np.float32), one, np.array(sizes, np.int32),
                       [r.image_id for r in records], {"proposals": "whole"})  # fmt: skip
-    return picture_fragments(records, whole, model, folder, split, **options)
+    return picture_fragments(records, whole, model, cache, split, **options)
 
 
 def text_fragments(
     keywords: Sequence[Sequence[str | tuple[str, float]]],
     model: VisionLanguageModel,
-    folder: str | Path,
+    cache: str | Path,
     split: str,
     *,
     block: int = 256,
@@ -414,23 +420,23 @@ def text_fragments(
     index, mask = np.zeros((len(words), m), np.int64), np.zeros((len(words), m), bool)
     for i, mine in enumerate(words):
         index[i, : len(mine)], mask[i, : len(mine)] = [number[w] for w in mine], True
-    key = {**model.key, "texts": _digest(distinct)}
-    rows = cached_rows(folder, f"{split}_texts", key, np.arange(len(distinct) + 1),
+    key = {**model.key, "texts": digest(distinct)}
+    rows = cached_rows(cache, "texts", key, np.arange(len(distinct) + 1),
                        lambda items: model.embed_texts([distinct[i] for i in items]), names=distinct,
                        block=block, dtype=dtype, echo=_prefixed(echo, split, "texts"))  # fmt: skip
     return Fragments(rows, index, mask, distinct, key)
 
 
 def whole_texts(
-    texts: list[str], model: VisionLanguageModel, folder: str | Path, split: str, **options
+    texts: list[str], model: VisionLanguageModel, cache: str | Path, split: str, **options
 ) -> Fragments:
     """Every text as its only fragment: the "entire sentence" rows. `options` are those of `text_fragments`."""
-    return text_fragments([[text] for text in texts], model, folder, split, **options)
+    return text_fragments([[text] for text in texts], model, cache, split, **options)
 
 
 # ------------------------------------------------------------------------------------------- rows on disk
 def cached_rows(
-    folder: str | Path,
+    cache: str | Path,
     name: str,
     key: dict,
     start: Int[np.ndarray, "_"],
@@ -443,9 +449,9 @@ def cached_rows(
 ) -> np.ndarray:
     """Rows of many items, memory-mapped; item i has the rows `start[i]` to `start[i + 1]`.
 
-    The file is named by the hash of `key`, of `start` and of the type. While it grows it is a `.part`, flushed after
-    every block, beside a note of how many items are done; made again with the same arguments it goes on from there.
-    It gets its name when it is whole.
+    They are found in the cache, among entries called `name`, by `key`, by `start` and by the type. While the file grows
+    it is flushed after every block, beside a note of how many items are done; made again with the same arguments it
+    goes on from there.
 
     Args:
         make: the rows of a range of items; it is not asked for items that have none.
@@ -453,64 +459,47 @@ def cached_rows(
         echo: told how many items of how many are done, every 32 blocks and at the end.
 
     Raises:
-        DataError: If there is no row, if the folder cannot be written or lacks space, or for a value that is not
-            finite in `dtype`; the item is named.
+        DataError: If there is no row, if the cache cannot be written or lacks space, for rows that were damaged since,
+            or for a value that is not finite in `dtype`; the item is named.
     """
-    folder, kind, n = Path(folder), np.dtype(dtype), len(start) - 1
+    kind, n = np.dtype(dtype), len(start) - 1
     if not start[-1]:
-        raise DataError(folder, name, "there is nothing to embed", "Check the proposals or the keywords")
-    digest = _digest([key, start.tolist(), kind.name])[:16]
-    path = folder / f"{name}_{digest}.npy"
-    if path.exists():
-        return np.load(path, mmap_mode="r")
-    part, note = path.with_suffix(".npy.part"), path.with_suffix(".progress.json")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        done = json.loads(note.read_text())["done"] if part.exists() and note.exists() else 0
-        rows = np.lib.format.open_memmap(part, "r+") if done else None
+        raise DataError(cache, name, "there is nothing to embed", "Check the proposals or the keywords")
+
+    def values_of(items: range) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            values = make(items).float().cpu().numpy().astype(kind)
+        finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+        if not finite.all():
+            bad = int(np.searchsorted(start, start[items.start] + np.argmin(finite), side="right")) - 1
+            raise DataError(
+                cache, f"item {names[bad]!r}", f"a feature is not finite in {kind.name}",
+                "Check the model's weights",
+            )  # fmt: skip
+        return values
+
+    def fill(folder: Path) -> None:
+        path, note = folder / "rows.npy", folder / "progress.json"
+        done = json.loads(note.read_text())["done"] if path.exists() and note.exists() else 0
+        rows = np.lib.format.open_memmap(path, "r+") if done else None
         while done < n:
             stop = min(done + block, n)
             if start[stop] > start[done]:
-                with np.errstate(over="ignore"):
-                    values = make(range(done, stop)).float().cpu().numpy().astype(kind)
-                finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
-                if not finite.all():
-                    bad = int(np.searchsorted(start, start[done] + np.argmin(finite), side="right")) - 1
-                    raise DataError(
-                        path, f"item {names[bad]!r}", f"a feature is not finite in {kind.name}",
-                        "Check the model's weights",
-                    )  # fmt: skip
+                values = values_of(range(done, stop))
                 if rows is None:
-                    shape = (int(start[-1]), *values.shape[1:])
-                    needed, free = int(np.prod(shape)) * kind.itemsize, shutil.disk_usage(folder).free
-                    if needed > free:
-                        raise DataError(
-                            folder, name, f"needs {needed:,} bytes, {free:,} are free",
-                            "Free space or choose another folder",
-                        )  # fmt: skip
-                    rows = np.lib.format.open_memmap(part, "w+", kind, shape)
+                    rows = new_array(path, kind, (int(start[-1]), *values.shape[1:]))
                 rows[start[done] : start[stop]] = values
                 rows.flush()
             done = stop
             if rows is not None:
-                state = json.dumps({"done": done, "key": key}, indent=1)
-                write_atomically(note, lambda temporary, state=state: temporary.write_text(state))
+                write_text(note, json.dumps({"done": done}))
             if echo and (done == n or (done // block) % 32 == 0):
                 echo(done, n)
-        del rows
-        part.replace(path)
-        note.replace(path.with_suffix(".json"))  # says what made the rows
-    except OSError as error:
-        raise DataError(
-            folder, name, f"cannot be written ({error})", "Choose a folder that can be written"
-        ) from error
-    return np.load(path, mmap_mode="r")
+        note.unlink()
+
+    folder = cached(cache, name, {**key, "start": digest(start.tolist()), "dtype": kind.name}, fill)
+    return np.load(folder / "rows.npy", mmap_mode="r")
 
 
 def _prefixed(echo: Echo, split: str, what: str) -> Callable[[int, int], None] | None:
     return (lambda done, n: echo(f"{split}: {done} of {n} {what} embedded")) if echo else None
-
-
-def _digest(value) -> str:
-    """SHA-256 of anything that JSON can say."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

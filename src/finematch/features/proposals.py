@@ -12,7 +12,7 @@ import ctypes
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -22,8 +22,9 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 
 from finematch.boxes import clip, iou, multi_scale_grid
-from finematch.data.precomp import RegionsWriter, finished
-from finematch.data.record import DataError, Object, Record
+from finematch.data.precomp import RegionsWriter
+from finematch.data.record import DataError, Object, Record, digests
+from finematch.files import cached
 
 SURPLUS = 4  # times as many boxes are asked for, so that small ones can go
 
@@ -136,7 +137,7 @@ class _Ranked:
 def extract_proposals(
     records: list[Record],
     method: str | Detector,
-    folder: str | Path,
+    cache: str | Path,
     split: str,
     *,
     top: int = 10,
@@ -152,7 +153,8 @@ def extract_proposals(
     Args:
         method: a `Detector` (`DETReg`), or `"selective_search"`, `"grid"`, `"auto"` (see `features.propose`), or
             `"given"`: the records' own objects (see `given`), which are not cached.
-        folder, split: where the files lie; methods, settings and splits have files of their own.
+        cache: they are found there by the pictures' content and all settings.
+        split: what messages call the pictures.
         min_side: 8 is for photos; pictures of 64 pixels need less.
 
     Raises:
@@ -171,36 +173,44 @@ def extract_proposals(
     ids = [r.image_id for r in records]
     if not records:
         raise DataError(
-            folder, f"split {split}", "there are no pictures to search", "Check the dataset's split"
+            cache, f"split {split}", "there are no pictures to search", "Check the dataset's split"
         )
-    digest = hashlib.sha256(json.dumps([meta, ids]).encode()).hexdigest()[:8]
-    prefix = f"{split}_{meta['proposals']}-{digest}"
-    if not finished(folder, prefix, meta, ids):
+
+    def make(folder: Path) -> None:
         # regions of one number, their score: SCAN's layout, whose writer resumes and finishes as a whole
-        writer = RegionsWriter(folder, prefix, len(records), top, 1, meta, "float32", ids=ids)
+        writer = RegionsWriter(folder, "all", len(records), top, 1, meta, "float32", ids=ids)
         while writer.done < len(records):
-            pictures = [r.open() for r in records[writer.done : writer.done + block]]
-            boxes = np.zeros((len(pictures), top, 4), np.float32)
-            scores = np.zeros((len(pictures), top, 1), np.float32)
-            for i, picture in enumerate(pictures):
-                found, score = method(picture)
-                if not (np.isfinite(found).all() and np.isfinite(score).all()):
-                    record = records[writer.done + i]
-                    raise DataError(
-                        record.image or "(no file)",
-                        f"image {record.image_id}",
-                        f"{meta['proposals']} gives a box or a score that is not finite",
-                        "Check the detector's weights",
-                    )
-                kept, usable = usable_boxes(found, picture.size, min_side)
-                kept, score = kept[:top], score[usable][:top]
-                boxes[i, : len(kept)], scores[i, : len(kept), 0] = kept, score
-            writer.write(scores, boxes, np.array([p.size for p in pictures], np.int32))
+            part = records[writer.done : writer.done + block]
+            writer.write(*_best(method, part, top, min_side))
             if echo and (writer.done == len(records) or (writer.done // block) % 32 == 0):
                 echo(f"{split}: {writer.done} of {len(records)} pictures ({meta['proposals']})")
-        writer.finish(records)
-    boxes, scores, sizes = (np.load(Path(folder) / f"{prefix}_{a}.npy") for a in ("boxes", "ims", "sizes"))
+        writer.finish([replace(record, captions=()) for record in records])
+
+    folder = cached(cache, "proposals", {**meta, "images": digests(records).get("images", "")}, make)
+    boxes, scores, sizes = (np.load(folder / f"all_{a}.npy") for a in ("boxes", "ims", "sizes"))
     return Proposals(boxes, scores[..., 0], boxes[..., 2] > boxes[..., 0], sizes, ids, meta)
+
+
+def _best(
+    method: Detector, records: list[Record], top: int, min_side: float | int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores "b top 1", boxes "b top 4" and sizes "b 2" of a few pictures."""
+    pictures = [record.open() for record in records]
+    boxes = np.zeros((len(pictures), top, 4), np.float32)
+    scores = np.zeros((len(pictures), top, 1), np.float32)
+    for i, (record, picture) in enumerate(zip(records, pictures, strict=True)):
+        found, score = method(picture)
+        if not (np.isfinite(found).all() and np.isfinite(score).all()):
+            raise DataError(
+                record.image or "(no file)",
+                f"image {record.image_id}",
+                f"{method.key['proposals']} gives a box or a score that is not finite",
+                "Check the detector's weights",
+            )
+        kept, usable = usable_boxes(found, picture.size, min_side)
+        kept, score = kept[:top], score[usable][:top]
+        boxes[i, : len(kept)], scores[i, : len(kept), 0] = kept, score
+    return scores, boxes, np.array([p.size for p in pictures], np.int32)
 
 
 def usable_boxes(

@@ -1,8 +1,8 @@
 """Region and cell features of frozen networks, extracted once into SCAN's layout plus boxes.
 
 Cells and regions have one layout, features "n r d" with boxes "n r 4" in pixels, so that one tower reads both
-and any attention over them can be drawn on the picture. What made them (backbone and its weights, proposals,
-size) is their key: features with another key are never mistaken for these.
+and any attention over them can be drawn on the picture. What made them (pictures, captions, the backbone's weights,
+proposals, size) is their key: features with another key are never mistaken for these.
 
 Axes: `n` pictures, `r` cells or regions, `d` width.
 """
@@ -10,6 +10,7 @@ Axes: `n` pictures, `r` cells or regions, `d` width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +20,19 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from finematch.boxes import grid_boxes
-from finematch.data.precomp import Regions, RegionsWriter, finished, load_regions
-from finematch.data.record import DataError, Record
-from finematch.features.backbones import Backbone
+from finematch.data.precomp import Regions, RegionsWriter, load_regions
+from finematch.data.record import DataError, Record, digests
+from finematch.features.backbones import Backbone, fingerprint
 from finematch.features.proposals import propose
+from finematch.files import cached
+
+FILES = "all"  # what SCAN's layout calls the split in files that are a folder of their own
 
 
 def extract(
     records: list[Record],
     backbone: Backbone,
-    folder: str | Path,
+    cache: str | Path,
     split: str,
     *,
     kind: str = "cells",
@@ -43,46 +47,55 @@ def extract(
     `cells`: the backbone's feature map, a box a cell. `regions`: `regions` proposals a picture, each the
     mean of a 3 x 3 RoI-align of the map (aligned, 2 samples a bin and axis).
 
+    They are found in the cache by their content: the pictures' bytes, ids and captions, the network's weights and all
+    settings. `meta["content"]` holds the digests.
+
+    Args:
+        split: what the result is called.
+
     Raises:
         ValueError: For an unknown `kind`.
         DataError: For a picture that cannot be read: it is named, nothing is skipped, because the files
-            would no longer pair up.
+            would no longer pair up. For features that were damaged since, or a disk without room for them.
     """
     if kind not in ("cells", "regions"):
         raise ValueError(f"kind is {kind!r}; use 'cells' or 'regions'")
+    if not records:
+        raise DataError(
+            cache, f"split {split}", "there are no pictures to extract", "Check the dataset's split"
+        )
     method, search = ("cells", None) if kind == "cells" else propose(proposals)
     meta = {**backbone.key, "kind": kind, "proposals": method, "regions": 0 if kind == "cells" else regions}
-    ids = [r.image_id for r in records]
-    if finished(folder, split, meta, ids):
-        made = load_regions(folder, split)
-        if made.features.dtype == dtype:
-            return made
-    writer, start = None, 0
-    while start < len(records):
-        if writer is None:  # the first picture tells the shape
-            maps = backbone([records[0].open()])
-            r = maps.shape[2] * maps.shape[3] if kind == "cells" else regions
-            writer = RegionsWriter(folder, split, len(records), r, maps.shape[1], meta, dtype, ids=ids)
-            start = writer.done
-            continue
-        pictures = [record.open() for record in records[start : start + block]]
+    found = digests(records)
+    content = {
+        "network": fingerprint(backbone.net),
+        **{k: found[k] for k in ("images", "captions") if k in found},
+    }
+
+    def block_of(part: list[Record]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        pictures = [record.open() for record in part]
         maps, sizes = backbone(pictures), np.array([p.size for p in pictures], np.int32)
-        if kind == "cells":
+        if search is None:
             features = maps.flatten(2).transpose(1, 2)
             boxes = np.stack([grid_boxes(*p.size, maps.shape[2], maps.shape[3]).numpy() for p in pictures])
         else:
             boxes = np.stack([search(p, regions) for p in pictures])
             features = pool_regions(maps, torch.from_numpy(boxes), torch.from_numpy(sizes))
-        writer.write(features.cpu().numpy(), boxes, sizes)
-        start += len(pictures)
-        if echo and (start == len(records) or (start // block) % 32 == 0):
-            echo(f"{split}: {start} of {len(records)} pictures ({method})")
-    if writer is None:
-        raise DataError(
-            folder, f"split {split}", "there are no pictures to extract", "Check the dataset's split"
-        )
-    writer.finish(records)
-    return load_regions(folder, split)
+        return features.cpu().numpy(), boxes, sizes
+
+    def make(folder: Path) -> None:
+        maps = backbone([records[0].open()])  # the first picture tells the shape
+        r, d = maps.shape[2] * maps.shape[3] if search is None else regions, maps.shape[1]
+        writer = RegionsWriter(folder, FILES, len(records), r, d, {**meta, "content": content}, dtype,
+                               ids=[record.image_id for record in records])  # fmt: skip
+        while writer.done < len(records):
+            writer.write(*block_of(records[writer.done : writer.done + block]))
+            if echo and (writer.done == len(records) or (writer.done // block) % 32 == 0):
+                echo(f"{split}: {writer.done} of {len(records)} pictures ({method})")
+        writer.finish(records)
+
+    folder = cached(cache, kind, {**meta, "content": content, "dtype": np.dtype(dtype).name}, make)
+    return replace(load_regions(folder, FILES), split=split)
 
 
 def pool_regions(

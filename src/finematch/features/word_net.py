@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from finematch.data.record import Record, pairs
+from finematch.data.record import Record, digests, pairs
 from finematch.encoders import Cells
 from finematch.features.backbones import Backbone, taught_backbone
+from finematch.files import digest
 from finematch.text import Ragged
 from finematch.training import Plan, fit, seed_everything
 
@@ -80,7 +82,7 @@ def picture_words(records: list[Record], captions: Ragged, size: int) -> Bool[Te
 
 
 def caption_backbone(
-    out: str | Path,
+    cache: str | Path,
     train: tuple[list[Record], Ragged],
     val: tuple[list[Record], Ragged],
     vocabulary: int,
@@ -96,13 +98,18 @@ def caption_backbone(
     """Train `WordNet` on the captions of the *train* split and return its network, frozen.
 
     Args:
-        out: folder of the run; a finished one is reused, a broken off one resumed.
+        cache: a finished network is found there by pictures, captions and settings, a broken off one resumed.
         train, val: records and their tokenised captions. Val chooses the epoch, by its loss.
         vocabulary: number of word ids.
     """
+    plan = Plan(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=0.02, warmup=0.1, seed=seed)
+    data = [[digests(records)["images"], digest([captions.ids.tolist(), captions.start.tolist()])]
+            for records, captions in (train, val)]  # fmt: skip
     return taught_backbone(
-        Path(out) / "cells.safetensors",
-        lambda: _trained(out, train, val, vocabulary, name, stage, epochs, batch_size, lr, seed, echo).cells,
+        cache,
+        "word_net",
+        {"plan": asdict(plan), "data": data, "vocabulary": vocabulary},
+        lambda folder: _trained(folder, train, val, vocabulary, name, stage, plan, echo).cells,
         name,
         stage=stage,
         size=train[0][0].open().width,
@@ -110,8 +117,8 @@ def caption_backbone(
     )
 
 
-def _trained(out, train, val, vocabulary, name, stage, epochs, batch_size, lr, seed, echo) -> WordNet:
-    seed_everything(seed)
+def _trained(out, train, val, vocabulary, name, stage, plan, echo) -> WordNet:
+    seed_everything(plan.seed)
 
     def side(records: list[Record], captions: Ragged) -> PictureWords:
         arrays = [np.asarray(r.open()) for r in records]
@@ -128,6 +135,5 @@ def _trained(out, train, val, vocabulary, name, stage, epochs, batch_size, lr, s
             total += float(m({k: v.to(device) for k, v in batch.items()})["loss"]) * len(batch["pixels"])
         return {"val_loss": total / len(held), "val_gain": -total / len(held)}
 
-    plan = Plan(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=0.02, warmup=0.1, seed=seed)
     fit(model, data, plan, out, evaluate=evaluate, select="val_gain", echo=echo)
     return model

@@ -16,10 +16,10 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from jaxtyping import Bool, Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,8 +29,9 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from finematch.boxes import convert, iou, multi_scale_grid
 from finematch.data.pairs import MapSource
 from finematch.data.record import DataError, Record
+from finematch.files import cached, write_atomically, write_text
 from finematch.models.slan.locator import RPN, CachedStages, Proposals, VisionDecoder, cut
-from finematch.training import Plan, by_one_process, fit, seed_everything, to_device, write_atomically
+from finematch.training import Plan, by_one_process, fit, seed_everything, to_device
 
 TOPS = (10, 50)  # proposals that recall counts: T of the filter, and all that a run on scenes reads
 THRESHOLD = 0.5  # IoU at which a proposal finds a box
@@ -218,8 +219,9 @@ def detector(
     before training, and of what is `untaught`; and the best epoch and the seconds.
 
     Args:
-        out: folder. Each detector has its own in it, named by what made it (settings, true boxes, what made the maps);
-            a finished one is opened, a broken off one resumed. Training seeds all random states: seed a run afterwards.
+        out: a cache. Each detector has its own folder in it, found by what made it (settings, true boxes, what made the
+            maps); a finished one is opened, a broken off one resumed. Training seeds all random states: seed a run
+            afterwards.
         maps, records: of `train` and `val`, see `MapBoxes`. Val chooses the epoch, by `recall_10` after suppression.
         pyramid, levels, source, anchor, anchor_offset: see `Detector`; those of the runs that load it.
 
@@ -231,18 +233,12 @@ def detector(
     shape = {"pyramid": pyramid, "levels": levels, "source": source, "anchor": anchor,
              "anchor_offset": anchor_offset}  # fmt: skip
     plan = Plan(epochs=epochs, batch_size=batch_size, lr=lr, warmup=0.1, seed=seed)
-    made_of = hashlib.sha256(json.dumps([shape, vars(plan)], sort_keys=True).encode())
-    for side in (train, val):
-        metas = [stage.meta for stage in side.maps.stages]
-        made_of.update(json.dumps([side.maps.stages[0].ids, metas], sort_keys=True, default=str).encode())
-        made_of.update(side.boxes.numpy().tobytes() + side.real.numpy().tobytes())
-    folder = Path(out) / f"detector-{made_of.hexdigest()[:8]}"
-    kept = folder / "detector.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):  # runs of a grid start together; one makes what all need
-        if kept.is_file():
-            return kept
-        by_one_process(f"the detector of {folder}")
+    sides = [[part.maps.stages[0].ids, [stage.meta for stage in part.maps.stages], array_digest(part.boxes, part.real)]
+             for part in (train, val)]  # fmt: skip
+    key = json.loads(json.dumps({"shape": shape, "plan": asdict(plan), "data": sides}, default=str))
+
+    def make(folder: Path) -> None:
+        by_one_process(f"the detector {folder.name.removesuffix('.part')}")
         seed_everything(seed)
         model = Detector(train.channels, **shape)
 
@@ -254,6 +250,16 @@ def detector(
         summary = fit(model, train, plan, folder, evaluate=found, select="recall_10", echo=echo)
         table = {"detector": found(model), "detector, nothing suppressed": found(model, 0.0), **table}
         told = {"recall": table, "best_epoch": summary["best_epoch"], "seconds": summary["seconds"]}
-        write_atomically(folder / "recall.json", lambda part: part.write_text(json.dumps(told, indent=2)))
-        write_atomically(kept, lambda part: save_file(model.weights(), part))
-    return kept
+        write_text(folder / "recall.json", json.dumps(told, indent=2))
+        write_atomically(folder / "detector.safetensors", lambda part: save_file(model.weights(), part))
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+    return cached(out, "detector", key, make) / "detector.safetensors"
+
+
+def array_digest(*arrays: Tensor) -> str:
+    """SHA-256 of tensors' values."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(array.numpy().tobytes())
+    return found.hexdigest()
