@@ -334,8 +334,8 @@ def test_a_broken_off_detector_is_resumed(drawn, tmp_path):
 
     with pytest.raises(Killed):
         detector(tmp_path / "killed", maps, records, epochs=3, **FAST | {"echo": echo})
-    assert (folder / "checkpoint.pt").is_file()
-    assert not (folder / "detector.safetensors").exists()
+    assert (folder.with_name(f"{folder.name}.part") / "checkpoint.pt").is_file()
+    assert not folder.exists()
     lines = []
     again = detector(tmp_path / "killed", maps, records, epochs=3, **FAST | {"echo": lines.append})
     assert [line.split()[1] for line in lines] == ["3/3"]
