@@ -20,7 +20,8 @@ data_root: str = "data"  # folder that holds the datasets' folders
 scale: str = "tiny"  # tiny takes the preset photos on photos: tiny | paper
 reading: str = None  # readings of the paper; literal at scale paper: default | literal
 seed: int = 0  # random seed of initialisation, sampling order and dropout
-out: str = "papermill_runs/hslm_train"  # folder of the run
+out: str = ""  # folder of the run; empty: papermill_runs/<method>/<dataset>.<scale>.<digest of the run>
+resume: str = ""  # what to do with the folder's earlier run: empty | fresh | replace
 smoke: bool = False  # run everything in seconds; the numbers mean nothing
 cache: str = "data/cache"  # folder of the backbones and features that runs share
 mgcn: bool = None  # graph convolution of regions and of words; default True
@@ -74,50 +75,81 @@ s
 # %%
 import time
 
+import pandas as pd
 import torch
 
+from finematch.data import digests
+from finematch.data.pairs import RegionSource
+from finematch.data.splits import data_folder, open_records, open_splits, reported_split, selection
 from finematch.evaluation.grounding import grounding
+from finematch.evaluation.phrases import annotated_phrases, attended_phrases
 from finematch.evaluation.retrieval import karpathy_protocol, retrieval_blocks
+from finematch.features import inputs
 from finematch.models.configs import HSLMConfig
 from finematch.models.hslm import HSLM, tile_scores
-from finematch.tables import write_metrics
-from finematch.training import Plan, check_writable, fit, join_processes, leave_to_first, seed_everything
-from finematch.workbench import attended_phrases, open_bench
+from finematch.runs import begin
+from finematch.training import Plan, fit, join_processes, leave_to_first, seed_everything
 
 join_processes()
 if s.threads:
     torch.set_num_threads(s.threads)
-folder = root() / s.out
-check_writable(folder, room=10_000_000)
 
 # %% [markdown]
-# ## The data
+# ## The data and the features
 #
 # Regions are extracted once and shared by all runs: the published detector's arrays at scale `paper`; elsewhere proposals, with the pooled
-# features of a frozen network.
+# features of a frozen network. Captions are token ids.
 
 # %%
-bench = open_bench(
-    dataset=s.dataset, data_root=root() / s.data_root, cache=root() / s.cache, scale=s.scale, backbone="regions", text="gru",
-    vision=s.vision, vision_weights=s.vision_weights, text_weights=s.text_weights, proposals=s.proposals, regions=s.regions,
-    smoke=s.smoke,
-)  # fmt: skip
-{name: f"{len(side.records)} pictures, {len(side.captions)} captions" for name, side in bench.splits.items()}
+cache = root() / s.cache
+data_root = data_folder(s.dataset, root() / s.data_root, cache, smoke=s.smoke)
+if s.scale == "paper":
+    arrays = inputs.published_regions(s.dataset, data_root, smoke=s.smoke)
+    records = {name: a.records() for name, a in arrays.items()}
+    images = {name: RegionSource(a) for name, a in arrays.items()}
+else:
+    records = open_records(s.dataset, data_root, smoke=s.smoke)
+    network = inputs.frozen_network(
+        s.dataset, data_root, cache, vision=s.vision, weights=s.vision_weights, smoke=s.smoke
+    )
+    images = inputs.region_images(records, network, cache, regions=s.regions, proposals=s.proposals)
+tokenizer = inputs.open_tokenizer(s.dataset, data_root, scale=s.scale, weights=s.text_weights)
+splits = open_splits(records, images, inputs.caption_tokens(records, tokenizer))
+reported = reported_split(records)
+train, val, test = splits["train"], splits["val"], splits[reported]
+pd.DataFrame(
+    {name: {"images": len(part.records), "captions": len(part.captions)} for name, part in splits.items()}
+)
 
 # %% [markdown]
 # ## The model
 
 # %%
-train, val, side = (bench.splits[name] for name in ("train", "val", bench.reported))
 steps_per_epoch = len(train.captions) // s.batch_size
 seed_everything(s.seed)
-warmup_steps = round(s.warmup_epochs * steps_per_epoch)
 model = HSLM(
-    train.regions.features.shape[-1], len(bench.tokenizer), HSLMConfig.of(s), warmup_steps=warmup_steps
+    train.images.width,
+    len(tokenizer),
+    HSLMConfig.of(s),
+    warmup_steps=round(s.warmup_epochs * steps_per_epoch),
 )
 print(
     f"{sum(q.numel() for q in model.parameters()) / 1e6:.2f} M parameters, {steps_per_epoch} steps an epoch"
 )
+
+# %% [markdown]
+# ## The run
+#
+# A run is its settings, its data and its features together: their digest is its identity, and its folder carries a part of it. What another run left
+# in the folder is refused. The annotated phrases belong to the data: the alignment is measured on them.
+
+# %%
+annotated = annotated_phrases(s.dataset, data_root, reported)
+run = begin(
+    "hslm", s, data={name: digests(part) for name, part in (records | {"annotated": annotated}).items()},
+    features=inputs.origin(images), out=s.out, resume=s.resume,
+)  # fmt: skip
+run.folder
 
 
 # %% [markdown]
@@ -130,10 +162,10 @@ print(
 # %%
 def alignment() -> dict[str, float]:
     """Grounding of the cross attention, `{}` where there is none or where no phrase has boxes."""
-    phrases = attended_phrases(bench, side, model.attend) if model.pairs.cross_attn else []
+    phrases = attended_phrases(test, annotated, tokenizer, model.attend) if model.pairs.cross_attn else []
     if not any(len(phrase.boxes) for phrase in phrases):
         return {}
-    return grounding(phrases, split=f"{s.dataset} {bench.reported}")
+    return grounding(phrases, split=f"{s.dataset} {reported}")
 
 
 model.eval()
@@ -156,7 +188,7 @@ def ranked(which, *, pictures: int = 0, **options) -> dict:
     image_of = which.image_of[which.image_of < b]
     scorer = tile_scores(
         model,
-        which.pictures.batch,
+        which.images.batch,
         which.texts.batch,
         dtype=torch.bfloat16 if s.score_precision == "bf16" else None,
     )
@@ -171,7 +203,8 @@ def val_metrics(_) -> dict[str, float]:
 plan = Plan(epochs=s.epochs, batch_size=s.batch_size, lr=s.lr, optimizer="adam", weight_decay=0.0, schedule="step",
             milestones=tuple(range(s.decay_every, s.epochs, s.decay_every)), clip_norm=s.clip_norm,
             precision=s.precision, seed=s.seed)  # fmt: skip
-summary = fit(model, train.pairs(), plan, folder, evaluate=val_metrics, select=bench.select)
+summary = fit(model, train.pairs(), plan, run.folder, identity=run.digest, evaluate=val_metrics,
+              select=selection(records))  # fmt: skip
 leave_to_first()  # of several processes (torchrun); else nothing
 stuck = [line["epoch"] for line in summary["history"] if line["plateau"] > 0.5]
 if stuck:
@@ -186,11 +219,11 @@ if stuck:
 
 # %%
 started = time.monotonic()
-metrics = ranked(side, split=f"{s.dataset} {bench.reported}")
-pairs, seconds = len(side.records) * len(side.captions), time.monotonic() - started
+metrics = ranked(test, split=f"{s.dataset} {reported}")
+pairs, seconds = len(test.records) * len(test.captions), time.monotonic() - started
 print(f"{pairs:,} pairs in {seconds:.1f} s: {pairs / seconds:,.0f} pairs a second")
-if s.dataset == "coco_karpathy" and len(side.records) == 5000:  # 1K: five folds of the 5,000, averaged
-    folds = ranked(side, **karpathy_protocol("coco1k", 5000))
+if s.dataset == "coco_karpathy" and len(test.records) == 5000:  # 1K: five folds of the 5,000, averaged
+    folds = ranked(test, **karpathy_protocol("coco1k", 5000))
     metrics |= {f"coco1k_{k}": v for k, v in folds.items() if k.startswith(("i2t", "t2i", "rsum"))}
 for when, found in (("before", untrained), ("after", alignment())):
     metrics |= {f"grounding_{k}_{when}": v for k, v in found.items() if "/" not in k}
@@ -198,4 +231,4 @@ metrics
 
 # %%
 metrics |= {"best_epoch": summary["best_epoch"], "plateau_epochs": len(stuck)}
-write_metrics(folder, s.as_dict() | bench.facts, metrics, seconds=summary["seconds"])
+run.finish(metrics, seconds=summary["seconds"], facts={"reported_split": reported})

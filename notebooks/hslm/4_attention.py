@@ -22,7 +22,7 @@
 # learned nothing.
 
 # %% tags=["parameters"]
-run: str = "papermill_runs/hslm_train"  # folder of the run to look into
+run: str = "latest"  # folder of the run to look into
 example: int = 0  # number of the caption (of the reported split) that the figures begin with
 dataset: str = ""  # empty, or the run's own dataset; another one is refused
 data_root: str = ""  # folder above the dataset's own; empty is the run's
@@ -38,11 +38,9 @@ from finematch.config import parameters, root
 p = parameters(globals(), example=(0, 10**7), seed=(0, 2**31 - 3))
 
 # %%
-import json
 import textwrap
 import time
 from collections import defaultdict
-from inspect import signature
 
 import numpy as np
 import pandas as pd
@@ -61,9 +59,9 @@ from finematch.evaluation.grounding import GroundedPhrase, grounding
 from finematch.evaluation.retrieval import retrieval_blocks
 from finematch.models.configs import HSLMConfig
 from finematch.models.hslm import HSLM, tile_scores, word_correlation
-from finematch.tables import write_metrics
-from finematch.training import load_best, seed_everything
-from finematch.workbench import Bench, accelerator, attended_phrases, open_bench
+from finematch.runs import open_run, write_metrics
+from finematch.training import accelerator, seed_everything
+from finematch.evaluation.phrases import attended_phrases
 
 draw.style()
 started = time.monotonic()
@@ -77,44 +75,34 @@ started = time.monotonic()
 
 
 # %%
-def reopen(folder: str) -> tuple[dict, dict, Bench]:
-    """Parameters, metrics and data of a finished run."""
-    file = root() / folder / "metrics.json"
-    if not file.is_file():
-        command = f"papermill notebooks/hslm/2_train.ipynb run.ipynb -p out {folder}"
-        raise DataError(file, "the run", "has not finished, or was never started", f"Run first: {command}")
-    found = json.loads(file.read_text(encoding="utf-8"))
-    was = found["parameters"]
-    for name in ("dataset", "scale"):
-        if getattr(p, name) not in ("", was[name]):
-            raise ValueError(f"{name} = {getattr(p, name)!r}, but {folder} was trained with {was[name]!r}")
-    at = {name: str(root() / was[name]) for name in ("vision_weights", "text_weights")
-          if was[name] and (root() / was[name]).exists()}  # fmt: skip
-    paths = {"data_root": root() / (p.data_root or was["data_root"]), "cache": root() / was["cache"]}
-    asked = {name: was[name] for name in signature(open_bench).parameters if name in was}
-    return was | at, found["metrics"], open_bench(backbone="regions", text="gru", **(asked | at | paths))
+run = open_run(p.run, method="hslm", smoke=p.smoke) if p.run == "latest" else open_run(p.run)
+of_run = run.parameters
+for key in ("dataset", "scale"):
+    if getattr(p, key) not in ("", of_run[key]):
+        raise ValueError(f"{key} = {getattr(p, key)!r}, but {p.run} was trained with {of_run[key]!r}")
+if p.data_root:
+    of_run["data_root"] = p.data_root
+data = run.data
+split, tokenizer = data.splits[data.reported], data.tokenizer
 
 
 def untrained(seed: int) -> HSLM:
     """A model of the run's settings, as it is before training."""
     seed_everything(seed)
-    return HSLM(side.regions.features.shape[-1], len(bench.tokenizer), HSLMConfig.of(of_run)).eval()
+    return HSLM(split.images.width, len(tokenizer), HSLMConfig.of(of_run)).eval()
 
 
-of_run, run_metrics, bench = reopen(p.run)
-side = bench.splits[bench.reported]
-model = untrained(p.seed)
-load_best(model, root() / p.run / "best.safetensors")
+model = run.model.cpu()
 others = [untrained(p.seed + k) for k in range(1 if p.smoke else 3)]
 
 scenes = of_run["dataset"].startswith("scenes")
-with_pictures = side.records[0].image is not None  # published features come without pictures
-places = side.pictures.places  # and without boxes
+with_pictures = split.records[0].image is not None  # published features come without pictures
+places = split.images.places  # and without boxes
 name = f"hslm_attention.{of_run['dataset']}" + (".smoke" if p.smoke or of_run["smoke"] else "")
-label = f"{of_run['dataset']} {bench.reported}"
+label = f"{of_run['dataset']} {data.reported}"
 on = [module for module in ("mgcn", "self_attn", "cross_attn", "glob", "loc") if of_run[module]]
-print(f"{label}: {len(side.records)} pictures, {len(side.captions)} captions; {', '.join(on)}, "
-      f"best epoch {run_metrics['best_epoch']}")  # fmt: skip
+print(f"{label}: {len(split.records)} pictures, {len(split.captions)} captions; {', '.join(on)}, "
+      f"best epoch {run.metrics['best_epoch']}")  # fmt: skip
 
 
 def keep(figure: plt.Figure, number: int, *, pictures: bool = False) -> None:
@@ -132,9 +120,9 @@ def keep(figure: plt.Figure, number: int, *, pictures: bool = False) -> None:
 # the run. Every score is kept, for the figures below.
 
 # %%
-b, c = len(side.records), len(side.captions)
+b, c = len(split.records), len(split.captions)
 scores = np.empty((b, c), np.float32)
-scorer = tile_scores(model.to(accelerator()), side.pictures.batch, side.texts.batch)
+scorer = tile_scores(model.to(accelerator()), split.images.batch, split.texts.batch)
 
 
 def kept(i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
@@ -144,10 +132,10 @@ def kept(i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
     return tile
 
 
-again = retrieval_blocks(kept, b, c, side.image_of, block=1000, split=label)
+again = retrieval_blocks(kept, b, c, split.image_of, block=1000, split=label)
 model.cpu()
 for key in ("i2t_r1", "t2i_r1", "rsum"):
-    assert abs(again[key] - run_metrics[key]) < 1.0, (key, again[key], run_metrics[key])
+    assert abs(again[key] - run.metrics[key]) < 1.0, (key, again[key], run.metrics[key])
 print(f"image to text R@1 {again['i2t_r1']:.1f} %, text to image R@1 {again['t2i_r1']:.1f} % "
       f"(chance {100 / b:.1f} %), rsum {again['rsum']:.1f}")  # fmt: skip
 if again["t2i_r5"] < 10 * 100 / b:
@@ -176,14 +164,14 @@ def correlations(of: HSLM, block: int = 256) -> tuple[list[np.ndarray], list[np.
     found = [], []
     for start in range(0, c, block):
         which = range(start, min(start + block, c))
-        before, after, mask = of.text.stages(**side.texts.batch(which))
+        before, after, mask = of.text.stages(**split.texts.batch(which))
         for stage, vectors in zip(found, (before, after), strict=True):
             for k, tokens, real in zip(which, word_correlation(vectors, mask), mask, strict=True):
                 stage.append(np.bincount(cut[k].word_of, tokens[real].numpy(), len(cut[k].words)))
     return found
 
 
-cut = [pieces(caption, bench.tokenizer) for caption in side.captions]
+cut = [pieces(caption, tokenizer) for caption in split.captions]
 if not model.text.include_special:  # the encoder's words begin and end with the caption's own
     cut = [one._replace(words=one.words[1:-1], word_of=[k - 1 for k in one.word_of[1:-1]],
                         offsets=one.offsets[1:-1]) for one in cut]  # fmt: skip
@@ -208,7 +196,7 @@ if model.text.attention:
     figure.subplots_adjust(wspace=0.06, hspace=0.2, left=0.01, right=0.99, top=0.93, bottom=0.01)
     for line, k in zip(axes, examples, strict=True):
         if with_pictures:
-            draw.show_picture(line[0], side.records[side.image_of[k]].open())
+            draw.show_picture(line[0], split.records[split.image_of[k]].open())
         top = max(before[k].max(), after[k].max(), 3 / len(cut[k].words))  # an even spread stays pale
         for ax, shares in zip(line[-2:], (before[k], after[k]), strict=True):
             draw.show_words(ax, numbered(cut[k].words, shares), shares, top=top, size=9)
@@ -243,7 +231,7 @@ content |= {plural(word) for word in content}
 
 def kind_of(word: str) -> str:
     """`content`, `function`, `other`, or `special` for [CLS] and [SEP]."""
-    if word in bench.tokenizer.all_special_tokens:
+    if word in tokenizer.all_special_tokens:
         return "special"
     bare = word.lower().strip(".,;:!?'\"()-")
     if not bare or bare in FUNCTION:
@@ -347,14 +335,14 @@ if model.text.attention:
 # %%
 meanings, truths = [], []
 if scenes:
-    truths = attributes(side.records[0].image.parents[1], bench.reported)[:b]
+    truths = attributes(split.records[0].image.parents[1], data.reported)[:b]
     meanings = [meaning for truth in truths for meaning in truth["captions"]]
-    assert [meaning["text"] for meaning in meanings] == side.captions
+    assert [meaning["text"] for meaning in meanings] == split.captions
 
 
 def also(i: int, k: int) -> str:
     """The note beside picture i and caption k of another: whether the caption is true of it too."""
-    return "also true" if meanings and i != side.image_of[k] and solutions(truths[i], meanings[k]) else ""
+    return "also true" if meanings and i != split.image_of[k] and solutions(truths[i], meanings[k]) else ""
 
 
 def classes(rank: np.ndarray) -> dict[str, int]:
@@ -365,7 +353,7 @@ def classes(rank: np.ndarray) -> dict[str, int]:
     return {outcome: int(np.flatnonzero(hit)[0]) for outcome, hit in outcomes.items() if hit.any()}
 
 
-own = side.image_of[None] == np.arange(b)[:, None]
+own = split.image_of[None] == np.arange(b)[:, None]
 best = np.where(own, scores, -np.inf).max(1)
 rank = 1 + (~own & (scores >= best[:, None])).sum(1)  # ties count against the model
 assert abs(100 * (rank == 1).mean() - again["i2t_r1"]) < 0.5
@@ -385,7 +373,7 @@ def caption_list(ax: plt.Axes, i: int, top: int = 5) -> None:
         ax.text(0, y, mark, color=colour, weight="bold", va="center", fontsize=10)
         ax.text(0.025, y, f"{place}.", va="center", fontsize=8)
         ax.text(0.06, y, f"{scores[i, k]:.2f}", va="center", fontsize=8)
-        text = textwrap.fill(side.captions[k] + (f"   ({note})" if (note := also(i, k)) else ""), 118)
+        text = textwrap.fill(split.captions[k] + (f"   ({note})" if (note := also(i, k)) else ""), 118)
         ax.text(0.115, y, text, color=colour, weight=weight, va="center", fontsize=8, linespacing=1.0)
 
 
@@ -398,7 +386,7 @@ else:
     )
     figure.subplots_adjust(wspace=0.03, hspace=0.25, left=0.01, right=0.99, top=0.94, bottom=0.01)
     for (left, right), (outcome, i) in zip(axes, chosen.items(), strict=True):
-        draw.show_picture(left, side.records[i].open())
+        draw.show_picture(left, split.records[i].open())
         left.set_title(f"picture {i}: {outcome}", fontsize=7.5, color="#57606a")
         caption_list(right, i)
     keep(figure, 3, pictures=True)
@@ -411,15 +399,15 @@ else:
 
 # %%
 if with_pictures:
-    mine = scores[side.image_of, np.arange(c)]
+    mine = scores[split.image_of, np.arange(c)]
     rank_of = (scores >= mine).sum(0)  # from 1; ties count against the model
     assert abs(100 * (rank_of == 1).mean() - again["t2i_r1"]) < 0.5
     chosen = classes(rank_of)
     figure, axes = plt.subplots(len(chosen), 7, figsize=(10.4, 1.75 * len(chosen)), width_ratios=[1.8] + [1] * 6,
                                 squeeze=False)  # fmt: skip
     for line, (outcome, k) in zip(axes, chosen.items(), strict=True):
-        found = draw.retrieval_strip(line, side.captions[k], lambda i: side.records[i].open(), scores[:, k],
-                                     int(side.image_of[k]), note=lambda i, k=k: also(i, k))  # fmt: skip
+        found = draw.retrieval_strip(line, split.captions[k], lambda i: split.records[i].open(), scores[:, k],
+                                     int(split.image_of[k]), note=lambda i, k=k: also(i, k))  # fmt: skip
         assert found == rank_of[k]
         line[0].set_title(f"caption {k}: {outcome}", fontsize=7.5, color="#57606a")
     figure.subplots_adjust(wspace=0.12, hspace=0.35, left=0.01, right=0.99, top=0.93, bottom=0.07)
@@ -443,17 +431,17 @@ phrases_of = defaultdict(list)  # caption -> (phrase, picture size)
 linked = []
 if model.pairs.cross_attn and places is not None:
     try:
-        linked = load(f"{of_run['dataset']}_entities", bench.data_root, bench.reported)
+        linked = load(f"{of_run['dataset']}_entities", data.data_root, data.reported)
     except DataError as error:
         print(f"No phrases with boxes here, so no dashed lines ({error.problem}).")
-row_of = {record.image_id: row for row, record in enumerate(side.records)}
+row_of = {record.image_id: row for row, record in enumerate(split.records)}
 linked = [record for record in linked if record.image_id in row_of]
-first = np.searchsorted(side.image_of, np.arange(b))
-assert (np.diff(side.image_of) >= 0).all()
+first = np.searchsorted(split.image_of, np.arange(b))
+assert (np.diff(split.image_of) >= 0).all()
 for record in linked:
     row = row_of[record.image_id]
     for phrase in record.phrases:
-        if record.captions == side.records[row].captions:
+        if record.captions == split.records[row].captions:
             phrases_of[int(first[row]) + phrase.caption].append((phrase, record.size))
 
 
@@ -466,13 +454,13 @@ def spaced(found: list[int], most: int) -> list[int]:
 @torch.no_grad()
 def looks(ax: plt.Axes, k: int, word: int) -> None:
     """The three regions that a word of caption k attends to most, on the caption's picture."""
-    i, tokens = int(side.image_of[k]), torch.tensor(cut[k].word_of) == word
-    picture = side.records[i].open()
+    i, tokens = int(split.image_of[k]), torch.tensor(cut[k].word_of) == word
+    picture = split.records[i].open()
     size = np.array([*picture.size, *picture.size])
-    weights = model.attend(side.pictures.batch([i]), side.texts.batch([k]))[0]
-    real = side.texts.batch([k])["mask"][0]
+    weights = model.attend(split.images.batch([i]), split.texts.batch([k]))[0]
+    real = split.texts.batch([k])["mask"][0]
     if not model.text.include_special:
-        real = real & ~side.texts.batch([k])["special"][0]
+        real = real & ~split.texts.batch([k])["special"][0]
     weights = weights[real][tokens].amax(0).numpy()
     strongest = np.argsort(-weights, kind="stable")[:3]
     drawn = draw.show_boxes(ax, picture, places[i][strongest, :4] * size, weights[strongest])
@@ -504,7 +492,7 @@ else:
     for row, k in enumerate(pool[(at + n * len(pool) // 5) % len(pool)] for n in range(3)):
         head = figure.add_subplot(grid[2 * row, :])
         head.set_axis_off()
-        head.text(0, 0.9, side.captions[k], fontsize=9.5, va="top")
+        head.text(0, 0.9, split.captions[k], fontsize=9.5, va="top")
         if row == 0:
             head.text(
                 1, 0.9, f"even weights: {100 / len(places[0]):.1f} % each", fontsize=8, va="top", ha="right"
@@ -535,7 +523,7 @@ def by_length(of: HSLM) -> list[GroundedPhrase]:
     asked = [(record.captions[k], phrase) for record in linked
              for k in sorted({phrase.caption for phrase in record.phrases})
              for phrase in record.phrases if phrase.caption == k]  # fmt: skip
-    found = attended_phrases(bench, side, of.attend)
+    found = attended_phrases(split, linked, tokenizer, of.attend)
     assert [phrase.boxes for _, phrase in asked] == [
         one.boxes for one in found
     ]  # the same, in the same order
@@ -567,7 +555,7 @@ else:
     phrases = [by_length(one) for one in (model, *others)]
     here, *nothing = (grounding(one, split=label) for one in phrases)
     for key in measures.values():
-        assert abs(here[key] - run_metrics[f"grounding_{key}_after"]) < 1.0, (key, here[key])
+        assert abs(here[key] - run.metrics[f"grounding_{key}_after"]) < 1.0, (key, here[key])
     table = pd.DataFrame({title: beside(key) for title, key in measures.items()})
     for key in measures.values():
         metrics |= {f"grounding_{key}_{row.replace(' ', '_')}": value for row, value in beside(key).items()}

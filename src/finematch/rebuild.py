@@ -41,7 +41,8 @@ from finematch.features.inputs import (
     published_regions,
     region_images,
 )
-from finematch.models.configs import MVAMConfig
+from finematch.models.configs import HSLMConfig, MVAMConfig
+from finematch.models.hslm import HSLM
 from finematch.models.mvam import MVAM
 from finematch.models.slan.locator import CachedStages, Stages
 from finematch.training import accelerator
@@ -70,7 +71,14 @@ def _mvam(s: Settings, folder: Path, base: Path) -> tuple[Inputs, nn.Module]:
     return data, model.to(accelerator()).eval()
 
 
-METHODS = {"mvam": _mvam}
+def _hslm(s: Settings, folder: Path, base: Path) -> tuple[Inputs, nn.Module]:
+    data = region_inputs(s, base)
+    model = HSLM(data.splits["train"].images.width, len(data.tokenizer), HSLMConfig.of(s))
+    load_best(model, folder / "best.safetensors")
+    return data, model.to(accelerator()).eval()
+
+
+METHODS = {"mvam": _mvam, "hslm": _hslm}
 
 
 @dataclass
@@ -94,15 +102,16 @@ class Inputs:
 
 def region_inputs(s, root: Path) -> Inputs:
     """Records, region features and texts of a run of MVAM or HSLM with the settings `s`."""
-    check_together(s.backbone, s.text)
+    backbone, kind = ("regions", "gru") if s.method == "hslm" else (s.backbone, s.text)
+    check_together(backbone, kind)
     cache = root / s.cache
     data_root = data_folder(s.dataset, root / s.data_root, cache, smoke=s.smoke)
     network = clip = processor = None
-    if s.backbone == "clip":
+    if backbone == "clip":
         records = open_records(s.dataset, data_root, smoke=s.smoke)
         clip, tokenizer, processor = open_clip(s.dataset, data_root, weights=s.clip_weights, scale=s.scale)
         images = clip_images(records, clip, processor)
-    elif s.backbone == "regions" and s.scale == "paper":
+    elif backbone == "regions" and s.scale == "paper":
         arrays = published_regions(s.dataset, data_root, smoke=s.smoke)
         records = {split: a.records() for split, a in arrays.items()}
         images = {split: RegionSource(a) for split, a in arrays.items()}
@@ -110,12 +119,12 @@ def region_inputs(s, root: Path) -> Inputs:
         records = open_records(s.dataset, data_root, smoke=s.smoke)
         network = frozen_network(s.dataset, data_root, cache, scale=s.scale, vision=s.vision, weights=s.vision_weights,
                                  smoke=s.smoke)  # fmt: skip
-        kind = "cells" if s.backbone == "grid" else "regions"
-        images = region_images(records, network, cache, kind=kind, regions=s.regions, proposals=s.proposals)
-    if s.text == "minilm":
+        of = "cells" if backbone == "grid" else "regions"
+        images = region_images(records, network, cache, kind=of, regions=s.regions, proposals=s.proposals)
+    if kind == "minilm":
         texts, tokenizer = caption_states(records, s.text_weights or minilm_folder(), cache)
     else:
-        if s.text != "clip":
+        if kind != "clip":
             tokenizer = open_tokenizer(s.dataset, data_root, scale=s.scale, weights=s.text_weights)
         texts = caption_tokens(records, tokenizer)
     splits = open_splits(records, images, texts)
