@@ -1,11 +1,10 @@
 # %% [markdown]
 # # The scorecard: every table of the papers, published beside measured
 #
-# **Papers** MVAM, HSLM, FELGA and SLAN. This page reads the metrics files of all finished runs and the tables that
-# `3_ablations` wrote, shows them side by side, counts the verdicts, and writes the generated blocks of the README. No number on it, or in
-# the README, was typed by hand.
+# **Papers** MVAM, HSLM, FELGA and SLAN. This page reads the metrics files of all finished runs and the tables that the pages `3_ablations` wrote,
+# shows them, counts the verdicts, and writes `RESULTS.md` and the generated lines of the README. No number on it, or in those files, was typed by hand.
 #
-# **Cost** seconds. **Expected** one line per claim: *holds*, *does not hold*, *not separated*, *one seed only* or *not run*, with the dataset named.
+# **Cost** seconds. **Expected** one line per claim: *holds*, *contradicted*, *undecided* or *not run*, with its dataset, its interval and its test.
 
 # %% tags=["parameters"]
 dataset: str = "scenes,flickr8k"  # datasets to show, in order
@@ -14,7 +13,8 @@ scale: str = "tiny"  # the runs' scale
 seed: int = 0  # not used here: all seeds that have run are shown
 out: str = "papermill_runs"  # folder of the runs
 figures: str = "figures"  # folder of the tables
-readme: str = ""  # README whose generated blocks to rewrite; empty leaves it alone
+results: str = ""  # file for all tables and claims; empty writes none
+readme: str = ""  # README whose generated lines to rewrite; empty leaves it alone
 smoke: bool = False  # show smoke runs, whose numbers mean nothing
 
 # %% jupyter={"source_hidden": true}
@@ -28,159 +28,138 @@ import json
 import pandas as pd
 from IPython.display import Markdown, display
 
-from finematch.tables import measured, published, replace_block, summary, to_markdown
+from finematch import tables as T
 
 label = "smoke" if p.smoke else p.scale
 METRICS = ["i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "rsum"]
-blocks = {}
+TASKS = {
+    "discovery_map": "object discovery", "discovery_expected": "object discovery, ties at random",
+    "assignment_map": "description assignment", "assignment_expected": "description assignment, ties at random",
+}  # fmt: skip
+datasets, sections = p.dataset.split(","), {}
+
+# %% [markdown]
+# ## Every table
+
+# %%
+tables = [path for name in datasets for path in sorted((root() / p.figures).glob(f"*.{name}.{label}.md"))]
+for path in tables:
+    grid, name = path.name.split(".")[:2]
+    title = f"{T.grid(grid).method.upper()}: {T.grid(grid).title} ({name}, grid `{grid}`)"
+    sections[title] = path.read_text(encoding="utf-8").strip()
+    display(Markdown(f"### {title}\n\n{sections[title]}"))
+if not tables:
+    print(f"No table yet: make grid GRID=mvam_views writes {p.figures}/mvam_views.<dataset>.{label}.md")
+for path in sorted((root() / p.figures).glob("*_cost.md")):
+    title = f"{path.stem.split('_')[0].upper()}: parameters and operations, counted"
+    sections[title] = path.read_text(encoding="utf-8").strip()
+    display(Markdown(f"### {title}\n\n{sections[title]}"))
+
+# %% [markdown]
+# ## The verdicts, counted
+#
+# Each comparison counts once, also where several grids ask for it. A two-sided 95 % interval on the difference decides; with three seeds the test is
+# weak, so that *undecided* is no evidence against a claim.
+
+# %%
+every = []
+for path in (path.with_suffix(".claims.csv") for path in tables):
+    if path.exists():
+        grid, name = path.name.split(".")[:2]
+        verdicts = pd.read_csv(path, keep_default_na=True)
+        every.append(verdicts.assign(grid=grid, dataset=name, method=T.grid(grid).method))
+claims = (
+    pd.concat(every, ignore_index=True) if every else pd.DataFrame(columns=["method", "dataset", "verdict"])
+)
+if every:
+    claims = claims.drop_duplicates(["method", "dataset", "better", "worse", "metric"], ignore_index=True)
+counts = pd.crosstab([claims["method"], claims["dataset"]], claims["verdict"])
+counts = counts.reindex(columns=T.VERDICTS, fill_value=0).reset_index()
+judged = int((claims["verdict"] != T.NOT_RUN).sum())
+verdicts = f"{T.to_markdown(counts)}\n\n{T.chance_note(judged)}"
+Markdown(verdicts)
+
+# %% [markdown]
+# What was decided on each grid's main metric, with the interval of the difference.
+
+# %%
+lines = []
+for (method, name), part in claims.groupby(["method", "dataset"], sort=False):
+    main = part[
+        [
+            metric in T.grid(grid).headline[:1]
+            for grid, metric in zip(part["grid"], part["metric"], strict=True)
+        ]
+    ]
+    said = []
+    for verdict in (T.HOLDS, T.CONTRADICTED):
+        found = main[main["verdict"] == verdict]
+        claims_of = [
+            f"{c['claim']} ({c['difference']:+.1f}, {c['lower']:+.1f} to {c['upper']:+.1f})"
+            for c in found.to_dict("records")
+        ]
+        if claims_of:
+            said.append(f"*{verdict}*: {'; '.join(claims_of)}")
+    rest = main["verdict"].value_counts()
+    said += [f"{rest[verdict]} *{verdict}*" for verdict in (T.UNDECIDED, T.NOT_RUN) if verdict in rest]
+    if said:
+        lines.append(f"* **{method.upper()}, {name}** ({main['metric'].iloc[0]}): {'. '.join(said)}.")
+decided = "\n".join(lines)
+Markdown(decided)
 
 # %% [markdown]
 # ## Every run, by dataset
 #
-# Mean ± standard deviation over seeds; `n` is their number. `best of seeds` is what the paper's own tables report (the best of three restarts).
+# Mean ± standard deviation over seeds; `n` is their number. `best of seeds` is what MVAM's own tables report (the best of three restarts).
 
 
 # %%
 def runs_of(name: str) -> pd.DataFrame:
     """All runs of a dataset, with the method and the row of each."""
-    files = sorted((root() / p.out).glob(f"*/{name}.{label}.*/metrics.json"))
-    runs = measured(files)
+    files = sorted((root() / p.out).glob(f"*/{name}.{label}.*.s[0-9]*/metrics.json"))
+    runs = T.measured(files)
     if len(runs):
         runs["method"] = [f.parent.parent.name for f in files]
-        runs["run"] = [f.parent.name.split(".")[2] for f in files]
+        runs["run"] = [f.parent.name.rsplit(".", 2)[1] for f in files]
     return runs
 
 
 def note_on(runs: pd.DataFrame) -> str:
-    """Protocol, commits and cost of runs."""
-    return (f"{'; '.join(runs['run_protocol'].unique())}. Commits {', '.join(sorted(c[:9] for c in runs['run_commit'].unique()))}; "
-            f"{runs['run_seconds'].sum() / 60:.0f} minutes of training on {'; '.join(runs['run_device'].unique())}.")  # fmt: skip
+    """Protocols, commits and cost of runs."""
+    protocols = "".join(f"\n* {protocol}" for protocol in runs["run_protocol"].unique())
+    legacy = runs["run_status"].str.startswith("legacy").sum()
+    return (f"{len(runs)} runs, {legacy} of them legacy (their metrics files do not say which data and features they used). Commits "
+            f"{', '.join(sorted(c[:9] for c in runs['run_commit'].unique()))}; {runs['run_seconds'].sum() / 60:.0f} minutes of training on "
+            f"{'; '.join(runs['run_device'].unique())}. Protocols:\n{protocols}")  # fmt: skip
 
 
-every = {name: runs_of(name) for name in p.dataset.split(",")}
-for name, found in every.items():
-    runs = found[found["rsum"].notna()] if "rsum" in found else pd.DataFrame()
-    if not len(runs):
-        display(Markdown(f"### {name}\n\nNot run."))
-        continue
-    frame = summary(runs, by=["method", "run"], metrics=METRICS)
-    best = runs.groupby(["method", "run"])["rsum"].max()
-    frame["best rsum of seeds"] = [best[m, r] for m, r in zip(frame["method"], frame["run"], strict=True)]
-    frame = frame.sort_values(["method", "rsum"], ignore_index=True)
-    text = to_markdown(frame)
-    blocks[f"results-{name}"] = f"{text}\n\n{note_on(runs)}"
-    if (
-        name == "flickr8k"
-    ):  # frozen features of a network of this class, from the literature; on test, not on val
-        beside = published("Yardstick", "Flickr8k")
-        wide = beside.pivot(index=["row", "note"], columns="column", values="value")[
-            list(dict.fromkeys(beside["column"]))
-        ]
-        blocks[f"results-{name}"] += "\n\nFrom the literature, on Flickr8k's test split:\n\n" + to_markdown(
-            wide.reset_index()
-        )
-    display(Markdown(f"### {name}\n\n{blocks[f'results-{name}']}"))
-
-# %% [markdown]
-# ## Fragments: object discovery and description assignment
-#
-# FELGA's two tasks, mAP in per cent. Ties count against the model; `ties at random` is the mean over their orders, which is what a random order is
-# to be held against, for texts share keywords. Texts are relevant to a box by `category`: their picture has an object of its class.
-
-# %%
-TASKS = {
-    "discovery_map": "object discovery", "discovery_expected": "ties at random", "discovery_random": "random order",
-    "assignment_map": "description assignment", "assignment_expected": "ties at random ", "assignment_random": "random order ",
-}  # fmt: skip
-for name, found in every.items():
-    runs = found[found["discovery_map"].notna()] if "discovery_map" in found else pd.DataFrame()
-    if not len(runs):
-        continue
-    frame = summary(runs, by=["method", "run"], metrics=list(TASKS)).sort_values(
-        "discovery_map", ignore_index=True
-    )
-    frame = frame.drop(columns=[f"{k} sd" for k in TASKS if k.endswith("_random")], errors="ignore")
-    frame = frame.rename(columns=TASKS | {f"{k} sd": f"{v} sd" for k, v in TASKS.items()})
-    blocks[f"fragments-{name}"] = f"{to_markdown(frame)}\n\n{note_on(runs)}"
-    display(Markdown(f"### {name}\n\n{blocks[f'fragments-{name}']}"))
-
-# %% [markdown]
-# ## Every table, published beside measured
-
-# %%
-tables = sorted((root() / p.figures).glob(f"*.{label}.md"))
-for path in tables:
-    grid, name = path.name.split(".")[:2]
-    display(Markdown(f"### {grid}, {name}\n\n{path.read_text(encoding='utf-8')}"))
-if not tables:
-    print(f"No table yet: make grid GRID=mvam_views writes {p.figures}/mvam_views.<dataset>.{label}.md")
-
-# %% [markdown]
-# ## What is looked at
-#
-# Of phrases that people linked to boxes (no training sees the links): how often the region that a phrase attends to most has its centre in a true
-# box (pointing), and overlaps one by half (R@1). `before` is the untrained model, or, for FELGA, the frozen features it starts from. SLAN makes boxes of
-# its own, level by level: here stand its proposals (level 0) and the last level; its own page has all of them. A run of several grids stands once.
-
-# %%
-looked = [
-    pd.read_csv(path).assign(grid=path.name.split(".")[0], dataset=path.name.split(".")[1])
-    for path in sorted((root() / p.figures).glob(f"*.{label}.grounding.csv"))
-    if path.stat().st_size > 1
-]
-looked = [  # of SLAN's levels the first and the last
-    part[~part.duplicated("row") | ~part.duplicated("row", keep="last")] if "level" in part else part
-    for part in looked
-]
-if looked:
-    before = {
-        f"{m}, {state}": f"{m}, before" for m in ("pointing", "R@1") for state in ("untrained", "frozen")
-    }
-    before |= {f"{old} sd": f"{new} sd" for old, new in before.items()}
-    frame = pd.concat(
-        [part.rename(columns=before).astype({"row": str}) for part in looked], ignore_index=True
-    )
-    begin = [name for name in ("grid", "dataset", "row", "level", "boxes") if name in frame]
-    frame = frame[[*begin, *(c for c in frame if c not in begin)]]
-    frame = frame[~frame.drop(columns=["grid", "row"]).duplicated()]
-    blocks["grounding"] = to_markdown(frame, digits=1)
-    display(Markdown(blocks["grounding"]))
-
-# %% [markdown]
-# ## Every claim
-#
-# Welch's one-sided t interval at 95 % over seeds, on rsum, for fragments on the mAP of both tasks, for SLAN's boxes on pointing and R@1; the single metrics stand in the tables' own
-# pages.
-
-# %%
-lines = []
-for path in sorted((root() / p.figures).glob(f"*.{label}.claims.csv")):
-    grid, name = path.name.split(".")[:2]
-    verdicts = pd.read_csv(path)
-    verdicts = verdicts[
-        verdicts["metric"].isin(
-            [
-                "rsum",
-                "discovery_map",
-                "assignment_map",
-                "assignment_expected",
-                "grounding_pointing",
-                "grounding_r1",
+for name in datasets:
+    found = runs_of(name)
+    for title, metrics, best in (
+        ("retrieval", METRICS, "rsum"),
+        ("fragments, mAP (%)", list(TASKS), "discovery_map"),
+    ):
+        runs = found[found[best].notna()] if best in found else pd.DataFrame()
+        if not len(runs):
+            continue
+        frame = T.summary(runs, by=["method", "run"], metrics=metrics)
+        top = runs.groupby(["method", "run"])[best].max()
+        frame["best of seeds"] = [top[m, r] for m, r in zip(frame["method"], frame["run"], strict=True)]
+        frame = frame.sort_values(["method", best], ignore_index=True)
+        frame = frame.rename(columns=TASKS | {f"{key} sd": f"{value} sd" for key, value in TASKS.items()})
+        text = f"{T.to_markdown(frame)}\n\n{note_on(runs)}"
+        if (
+            name == "flickr8k" and best == "rsum"
+        ):  # frozen features of a network of this class; on test, not on val
+            beside = T.published("Yardstick", "Flickr8k")
+            wide = beside.pivot(index=["row", "note"], columns="column", values="value")[
+                list(dict.fromkeys(beside["column"]))
             ]
-        )
-    ]
-    lines += [{"grid": grid, "dataset": name, **row} for row in verdicts.to_dict("records")]
-if lines:
-    frame = pd.DataFrame(lines)[["grid", "dataset", "claim", "metric", "verdict", "difference", "n_a", "n_b"]]
-    frame = frame[frame["verdict"] != "not run"].reset_index(drop=True)
-    blocks["claims"] = to_markdown(frame)
-    display(Markdown(blocks["claims"]))
-    if len(frame):
-        methods = frame["grid"].str.split("_").str[0].rename("method")
-        counts = pd.crosstab([methods, frame["dataset"]], frame["verdict"])
-        verdicts = ["holds", "not separated", "does not hold", "one seed only"]
-        blocks["verdicts"] = to_markdown(counts.reindex(columns=verdicts, fill_value=0).reset_index())
-        display(Markdown(blocks["verdicts"]))
+            text += "\n\nFrom the literature, on Flickr8k's test split:\n\n" + T.to_markdown(
+                wide.reset_index()
+            )
+        sections[f"Every run: {title}, {name}"] = text
+        display(Markdown(f"### {title}, {name}\n\n{text}"))
 
 # %% [markdown]
 # ## Speed
@@ -252,10 +231,27 @@ for name, what in (("paper", "ResNet-50 and BERT base"), ("tiny", "small towers 
         f"thread: one pass takes the step to {ratios['locator iccv']:.1f} (ICCV) and {ratios['locator arxiv']:.1f} times (arXiv) that of the bare towers, the "
         f"whole objective to {ratios['objective iccv']:.1f} and {ratios['objective arxiv']:.1f}."
     )
-blocks["speed"] = "\n".join(speed)
-Markdown(blocks["speed"])
+sections["Speed"] = "\n".join(speed)
+Markdown(sections["Speed"])
+
 
 # %%
+def anchor(title: str) -> str:
+    """The link that GitHub gives a heading."""
+    return "".join(c for c in title.lower().replace(" ", "-") if c.isalnum() or c in "-_")
+
+
+if p.results:
+    contents = "\n".join(f"* [{title}](#{anchor(title)})" for title in sections)
+    parts = [
+        "# Results",
+        "Generated by `notebooks/9_scorecard` from the metrics files of finished runs (`make results`); nothing here is typed by hand. Numbers on "
+        "`scenes` and `flickr8k` stand beside the papers' own data: compare the order of rows, not their height.",
+        contents, "## Verdicts", verdicts, "Decided on the main metric of each grid:", decided,
+        *(part for title, text in sections.items() for part in (f"## {title}", text)),
+    ]  # fmt: skip
+    T.write_text(root() / p.results, "\n\n".join(parts) + "\n")
+    print(f"{p.results} written")
 if p.readme:
-    changed = [name for name, text in blocks.items() if replace_block(root() / p.readme, name, text)]
-    print(f"{p.readme}: {', '.join(changed) or 'nothing'} rewritten")
+    changed = T.replace_block(root() / p.readme, "results", f"{verdicts}\n\n{decided}")
+    print(f"{p.readme}: {'rewritten' if changed else 'as it was'}")

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 
@@ -119,24 +118,6 @@ def test_it_runs(name, folder):
     if "/4_" in name:
         pictures = name.replace("/4", "")  # mvam_attention, felga_retrieval
         assert len(list((folder / "figures").glob(f"{pictures}.*.png"))) >= 4
-
-
-def test_the_readme_has_what_the_runs_gave(tmp_path):
-    """Its tables are those of the metrics files and `figures/` that are kept with it, whatever else has been run."""
-    names = subprocess.run(
-        ["git", "ls-files", "-z", "papermill_runs", "figures"], cwd=ROOT, capture_output=True, text=True
-    )
-    kept = [name for name in names.stdout.split("\0") if name]
-    if names.returncode or not kept:
-        pytest.skip("not a git checkout")
-    for name in kept:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    readme = tmp_path / "README.md"
-    shutil.copy(ROOT / "README.md", readme)
-    given = {"out": tmp_path / "papermill_runs", "figures": tmp_path / "figures", "readme": readme}
-    run_notebook("9_scorecard", tmp_path / "page", given)
-    assert readme.read_text(encoding="utf-8") == (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture

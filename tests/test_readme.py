@@ -1,0 +1,92 @@
+"""README, RESULTS and docs: short, true to the runs that are kept, and without dead links; the snippet runs."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from notebook_text import NOTEBOOKS, ROOT
+from test_run_notebooks import run_notebook
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_readme_and_results_have_what_the_runs_gave(tmp_path):
+    """Both are those of the metrics files and `figures/` that are kept with them, whatever else has been run."""
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "papermill_runs", "figures"], cwd=ROOT, capture_output=True, text=True
+    )
+    kept = [name for name in names.stdout.split("\0") if name]
+    if names.returncode or not kept:
+        pytest.skip("not a git checkout")
+    for name in kept:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    given = {key: tmp_path / name for key, name in (
+        ("out", "papermill_runs"), ("figures", "figures"), ("readme", "README.md"), ("results", "RESULTS.md"))}  # fmt: skip
+    run_notebook("9_scorecard", tmp_path / "page", given)
+    for name in ("README.md", "RESULTS.md"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (ROOT / name).read_text(encoding="utf-8"), (
+            name
+        )
+
+
+def test_tables_in_figures_are_those_of_the_metrics():
+    """Published beside measured and the claims of every kept table, made again from the kept metrics."""
+    from finematch import tables
+
+    found = sorted((ROOT / "figures").glob("*.tiny.md"))
+    assert found
+    for path in found:
+        name, dataset, scale, _ = path.name.split(".")
+        grid = tables.grid(name, dataset, folder=ROOT / "grids")
+        runs = tables.runs_of(grid, dataset, scale, ROOT / "papermill_runs" / grid.method)
+        assert path.read_text(encoding="utf-8") == tables.page(grid, dataset, runs) + "\n", path.name
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
+    assert len(re.findall(r"!\[", README)) <= 6
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_links_and_pictures_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+    for name in re.findall(r"`((?:notebooks|grids|src|tests|figures|benchmarks|docs)/[\w./-]+)`", text):
+        if "mine" not in name:
+            assert any((ROOT / f"{name}{ending}").exists() for ending in ("", ".py", ".csv")), name
+
+
+def test_every_page_of_the_map_exists():
+    named = {name for name in re.findall(r"^\| `([\w<>/*]+)` \|", README, re.M) if "_" in name}
+    for name in named:
+        for method in ("mvam", "hslm", "felga", "slan") if "<method>" in name else ("",):
+            assert list(NOTEBOOKS.glob(f"{name.replace('<method>', method)}*.py")) or name.endswith("/"), name
+
+
+def test_the_snippet_runs(tmp_path, monkeypatch, capsys):
+    """On a smoke run in place of the newest one, and on its few scenes."""
+    run_notebook(
+        "mvam/2_train",
+        tmp_path / "page",
+        {"smoke": "True", "out": tmp_path / "run", "cache": tmp_path / "cache"},
+    )
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    snippet = snippet.replace('open_run("latest", method="mvam")', f"open_run({str(tmp_path / 'run')!r})")
+    (drawn,) = {path.parent for path in (tmp_path / "cache").rglob("scenes/dataset_scenes.json")}
+    snippet = snippet.replace(
+        'load("scenes", "data", "test")', f"load('scenes', {str(drawn.parent)!r}, 'test')"
+    )
+    monkeypatch.chdir(ROOT)
+    namespace: dict = {}
+    exec(snippet, namespace)
+    first, second, view = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"-?\d\.\d{3}  .+", first)
+    assert first.endswith(namespace["sentences"][0])
+    assert re.fullmatch(r"-?\d\.\d{3}  two green stars below a purple ring", second)
+    assert re.fullmatch(r"view 1 looks most at the box \[(\d+\.\d, ){3}\d+\.\d\]", view)
