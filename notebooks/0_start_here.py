@@ -275,16 +275,16 @@ keep(figure, 4)
 #
 # | notebook | what it is | on one core |
 # |---|---|---|
-# | `1_data` | the sets, the records, where region features come from | minutes |
-# | `mvam/1_lesson` | the method from its formulas, worked by hand | a minute |
-# | `mvam/2_train` | one training run: a row of the paper's tables | minutes |
-# | `mvam/3_ablations` | the paper's tables, our numbers beside its own | seconds, from finished runs |
-# | `mvam/4_attention` | what every view looks at | a minute, from a finished run |
+# | `1_data` | the data sets, the records, where region features come from | minutes |
+# | `mvam/1_lesson`, `hslm/1_lesson`, `felga/1_lesson`, `slan/1_lesson` | each method from its formulas, worked by hand | 1 to 3 minutes |
+# | `<method>/2_train` | one training run: a row of the paper's tables | minutes |
+# | `<method>/3_ablations` | the paper's tables, our numbers beside its own, each claim judged | seconds, from finished runs |
+# | `mvam/4_attention`, `hslm/4_attention`, `felga/4_retrieval`, `slan/4_regions` | what a trained run looks at | minutes, from a finished run |
+# | `9_scorecard` | every table and every claim of all four methods | seconds, from finished runs |
 #
-# Learning? Take `mvam/1_lesson`. Reproducing? `make grid GRID=mvam_views` reruns a table, and
-# `mvam/3_ablations` draws it. Your own photos? `1_data` says which files are read, and `mvam/2_train` takes
-# `dataset` and `data_root`. **Planned**, and not here yet: HSLM, FELGA and SLAN with lessons of their own, a
-# comparison of all four, and a scorecard of every table.
+# Learning? Take `mvam/1_lesson`. Reproducing? `make grid GRID=mvam_views` reruns a table, and `mvam/3_ablations` draws it. Your own photos? `1_data` and
+# `docs/data.md` say which files are read, and every `2_train` takes `dataset` and `data_root`. Of SLAN's seven downstream tasks, retrieval and grounding
+# are here; the other five, and a comparison of all four methods on one page, are not here yet.
 
 # %%
 metrics = {"t2i_r1": found["t2i_r1"], "t2i_r5": found["t2i_r5"], "i2t_r1": found["i2t_r1"],

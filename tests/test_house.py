@@ -2,6 +2,8 @@
 
 import ast
 import csv
+import json
+import os
 import re
 import subprocess
 import sys
@@ -238,3 +240,64 @@ def test_make_grid_without_a_grid_names_them():
     refused = subprocess.run(["make", "grid"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode != 0
     assert all(path.stem in refused.stderr for path in GRIDS)
+
+
+def test_running_and_saving_a_notebook_leaves_git_clean(tmp_path):
+    """The filter that `make install` sets up: git sees a saved notebook as `make notebooks` builds it."""
+    from finematch.config import root
+
+    notebook = root(ROOT) / "notebooks" / "0_start_here.ipynb"
+    (tmp_path / "notebooks").mkdir()
+    copy = tmp_path / "notebooks" / notebook.name
+    copy.write_text(notebook.read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / ".gitattributes").write_text((ROOT / ".gitattributes").read_text())
+    where = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def call(*command: str) -> str:
+        return subprocess.run(
+            command, cwd=tmp_path, env=where, check=True, capture_output=True, text=True
+        ).stdout
+
+    call("git", "init", "-q")
+    call("make", "-f", str(ROOT / "Makefile"), "git-filter")
+    call("git", "add", ".")
+    assert call("git", "show", ":notebooks/0_start_here.ipynb") == notebook.read_text(encoding="utf-8")
+    saved = json.loads(copy.read_text(encoding="utf-8"))
+    code = next(cell for cell in saved["cells"] if cell["cell_type"] == "code")
+    code["outputs"] = [{"name": "stdout", "output_type": "stream", "text": ["hello\n"]}]
+    code["execution_count"] = 7
+    code["metadata"] |= {"trusted": True, "editable": True, "execution": {"iopub.status.busy": "2026"}}
+    saved["metadata"]["language_info"] |= {
+        "version": "3.12.1",
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+    }
+    copy.write_text(json.dumps(saved), encoding="utf-8")
+    assert call("git", "diff", "--stat") == ""
+    code["source"] = ["print('a reader changed this')"]
+    copy.write_text(json.dumps(saved), encoding="utf-8")
+    assert "1 file changed" in call("git", "diff", "--stat")
+
+
+def test_the_workbook_runs_every_notebook_after_what_it_opens():
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--snakefile",
+        "workbook.smk",
+        "-n",
+        "--forceall",
+        "--cores",
+        "2",
+    ]
+    dry = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    said = dry.stdout + dry.stderr
+    assert dry.returncode == 0, said
+    planned = re.findall(r"papermill .*? notebooks/(\S+)\.ipynb papermill_runs/workbook/\S+", said)
+    pages = {
+        str(p.relative_to(ROOT / "notebooks").with_suffix(""))
+        for p in (ROOT / "notebooks").rglob("[0-9]_*.py")
+    }
+    assert set(planned) == pages
+    assert "--config grid=mvam_views seeds=0 smoke=1" in said
