@@ -75,6 +75,7 @@ import torch
 from filelock import FileLock
 from IPython.display import display
 
+from finematch.data import digests
 from finematch.data.fragment_sets import open_fragment_sets
 from finematch.evaluation.fragments import AnnotatedPhrases, Gallery, frozen, phrase_grounding, tasks, vectors
 from finematch.features.detreg import open_proposals
@@ -86,12 +87,11 @@ from finematch.features.proposals import extract_proposals, given
 from finematch.features.small_clip import open_small_clip
 from finematch.models.configs import FELGAConfig
 from finematch.models.felga import FELGA, FragmentPairs
-from finematch.tables import write_metrics
+from finematch.runs import begin
 from finematch.text import keyword_method
 from finematch.training import (
     Plan,
     accelerator,
-    check_writable,
     fit,
     join_processes,
     leave_to_first,
@@ -101,9 +101,7 @@ from finematch.training import (
 join_processes()
 if s.threads:
     torch.set_num_threads(s.threads)
-folder = root() / s.out
 trained = s.features == "fenet"
-check_writable(folder, room=10_000_000)
 
 # %% [markdown]
 # ## The fragments
@@ -196,6 +194,22 @@ facts = {
 facts
 
 # %% [markdown]
+# ## The run
+#
+# A run is its settings, its data and its features together: their digest is its identity, and its folder carries a part of it. What another run left
+# in the folder is refused.
+
+# %%
+made = {"train_regions": train_regions, "train_keywords": train_keywords, "regions": gallery.regions, "keywords": gallery.keywords,
+        "boxes": gallery.boxes, "classes": gallery.classes}  # fmt: skip
+parts = {"train": sets.train, "gallery": sets.gallery, "annotated": sets.annotated}
+run = begin(
+    "felga", s, data={name: digests(records) for name, records in parts.items()},
+    features={name: fragments.meta for name, fragments in made.items()}, out=s.out, resume=s.resume,
+)  # fmt: skip
+run.folder
+
+# %% [markdown]
 # ## Before training
 #
 # Both tasks with the frozen features of the fragments, each mAP beside what a random order would give. Object discovery asks with a class name for
@@ -285,7 +299,7 @@ if trained:
     plan = Plan(epochs=s.epochs, batch_size=s.batch_size, lr=s.lr, optimizer="sgd", momentum=s.momentum,
                 weight_decay=s.weight_decay, schedule="step", milestones=(s.milestone,), precision=s.precision,
                 seed=s.seed)  # fmt: skip
-    summary = fit(model, data, plan, folder)
+    summary = fit(model, data, plan, run.folder, identity=run.digest)
 else:
     print(f"features={s.features!r}: nothing is trained")
 leave_to_first()  # of several processes (torchrun); else nothing
@@ -332,4 +346,4 @@ if trained:
         | share
     )
     metrics |= {"evaluation_seconds": seconds}
-write_metrics(folder, s.as_dict() | facts, metrics, seconds=summary["seconds"])
+run.finish(metrics, seconds=summary["seconds"], facts=facts)

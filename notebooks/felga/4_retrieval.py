@@ -23,7 +23,7 @@
 # ("boat") and gives no numbers for it; here queries are chosen by a rule, so that a success and a failure are shown alike.
 
 # %% tags=["parameters"]
-run: str = "papermill_runs/felga/scenes.tiny.felga.s0"  # folder of the run to look into
+run: str = "latest"  # folder of the run to look into; latest: the newest with FENet
 example: int = 0  # number of the box, and of the linked phrase, that the figures begin with
 top: int = 5  # pictures or texts a query
 dataset: str = ""  # empty, or the run's own dataset; another one is refused
@@ -40,17 +40,14 @@ from finematch.config import parameters, root
 p = parameters(globals(), example=(0, 10**7), top=(2, 10), seed=(0, 2**31))
 
 # %%
-import json
 import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock
 from IPython.display import Markdown, display
 from matplotlib import patheffects
 from matplotlib import pyplot as plt
@@ -63,16 +60,12 @@ from finematch.data.record import DataError
 from finematch.evaluation.average_precision import (
     average_precision_blocks, category_relevance, description_assignment, expected_random, object_discovery, query_boxes,
 )  # fmt: skip
-from finematch.models.configs import FELGAConfig
-from finematch.models.felga import FELGA
 from finematch.evaluation.fragments import embed, frozen, phrase_grounding, tasks
-from finematch.evaluation.reopen_gallery import RunData, reopen_gallery
-from finematch.tables import to_markdown, write_metrics
-from finematch.training import accelerator, load_best
+from finematch.runs import Run, open_run, write_metrics
+from finematch.tables import to_markdown
 
 draw.style()
 started = time.monotonic()
-STANDARD = "papermill_runs/felga/scenes.tiny.felga.s0"  # the row `felga` of grids/felga_variants.csv
 
 
 def show(frame: pd.DataFrame, digits: int = 1) -> None:
@@ -88,59 +81,37 @@ def show(frame: pd.DataFrame, digits: int = 1) -> None:
 
 
 # %%
-def finished(folder: Path) -> bool:
-    """Whether a run ended, and its weights are still there."""
-    return (folder / "metrics.json").is_file() and (folder / "best.safetensors").is_file()
+def latest_run() -> Run:
+    """The newest run of FELGA with FENet; where there is none, `2_train` makes one first."""
+    wanted = {"method": "felga", "features": "fenet", "smoke": p.smoke}
+    try:
+        return open_run("latest", **wanted)
+    except DataError:
+        given = {"seed": p.seed, "smoke": p.smoke} | ({"data_root": p.data_root} if p.data_root else {})
+        page = root() / p.out / "2_train.ipynb"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", str(root()),
+                   str(root() / "notebooks/felga/2_train.ipynb"), str(page)]  # fmt: skip
+        command += [part for name, value in given.items() for part in ("-p", name, str(value))]
+        print("There is no run with weights: 2_train makes one first.", flush=True)
+        ran = subprocess.run(command, capture_output=True, text=True)
+        if ran.returncode:
+            raise RuntimeError(f"2_train failed, see {page}:\n{ran.stderr[-2000:]}") from None
+        return open_run("latest", **wanted)
 
 
-def standard_run() -> Path:
-    """The folder of a run with 2_train's defaults; it is made now if it is not there."""
-    folder = root() / (STANDARD.replace(".tiny.", ".smoke.") if p.smoke else "papermill_runs/felga_train")
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):  # of several notebooks that miss it one trains, the others wait
-        if not finished(folder):
-            given = {"out": folder, "seed": p.seed, "smoke": p.smoke, "data_root": p.data_root}
-            command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", str(root()),
-                       str(root() / "notebooks/felga/2_train.ipynb"), str(folder / "run.ipynb")]  # fmt: skip
-            command += [
-                part for name, value in given.items() if value != "" for part in ("-p", name, str(value))
-            ]
-            print(
-                f"There is no {p.run} with weights: 2_train makes {folder.relative_to(root())} first.",
-                flush=True,
-            )
-            ran = subprocess.run(command, capture_output=True, text=True)
-            if ran.returncode:
-                raise RuntimeError(f"2_train failed, see {folder / 'run.ipynb'}:\n{ran.stderr[-2000:]}")
-    return folder
-
-
-def reopen(folder: Path) -> tuple[dict, dict, RunData]:
-    """Parameters, metrics and gallery of a finished run."""
-    if not finished(folder):
-        command = f"papermill notebooks/felga/2_train.ipynb run.ipynb -p out {p.run}"
-        problem = "has not finished, was never started, or lost its best.safetensors"
-        raise DataError(folder / "metrics.json", "the run", problem, f"Run first: {command}")
-    found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    was = found["parameters"]
-    for name in ("dataset", "scale"):
-        if getattr(p, name) not in ("", was[name]):
-            raise ValueError(f"{name} = {getattr(p, name)!r}, but {folder} was trained with {was[name]!r}")
-    if was["features"] != "fenet":
-        raise ValueError(
-            f"{folder} is a baseline without FENet (features={was['features']}): give a trained run"
-        )
-    opened = reopen_gallery(was | ({"data_root": p.data_root} if p.data_root else {}), root())
-    return was, found["metrics"], opened
-
-
-run_folder = root() / p.run
-if p.run == STANDARD and (p.smoke or not finished(run_folder)):
-    run_folder = standard_run()
-of_run, run_metrics, data = reopen(run_folder)
-model = FELGA(data.width, FELGAConfig.of(of_run)).eval()
-load_best(model, run_folder / "best.safetensors")
-model.to(accelerator())
+run = latest_run() if p.run == "latest" else open_run(p.run)
+of_run = run.parameters
+for key in ("dataset", "scale"):
+    if getattr(p, key) not in ("", of_run[key]):
+        raise ValueError(f"{key} = {getattr(p, key)!r}, but {p.run} was trained with {of_run[key]!r}")
+if of_run["features"] != "fenet":
+    raise ValueError(
+        f"{p.run} is a baseline without FENet (features={of_run['features']}): give a trained run"
+    )
+if p.data_root:
+    of_run["data_root"] = p.data_root
+model, data = run.model, run.data
 BEFORE, AFTER = "frozen features", "FELGA"
 # what embeds regions and what embeds words
 EMBEDDERS = {BEFORE: (frozen, frozen), AFTER: (model.encode_regions, model.encode_words)}
@@ -172,8 +143,8 @@ KINDS = {"object discovery": "discovery", "description assignment, category": "a
          "description assignment, lexical": "assignment_lexical",
          "description assignment, instance": "assignment_instance"}  # fmt: skip
 for kind in KINDS.values():
-    assert abs(again[AFTER][f"{kind}_map"] - run_metrics[f"{kind}_map"]) < 0.5, kind
-    assert abs(again[BEFORE][f"{kind}_map"] - run_metrics[f"frozen_{kind}_map"]) < 0.5, kind
+    assert abs(again[AFTER][f"{kind}_map"] - run.metrics[f"{kind}_map"]) < 0.5, kind
+    assert abs(again[BEFORE][f"{kind}_map"] - run.metrics[f"frozen_{kind}_map"]) < 0.5, kind
 columns = {when: [found[f"{kind}_map"] for kind in KINDS.values()] for when, found in again.items()}
 columns["random order"] = [again[AFTER][f"{kind}_random"] for kind in KINDS.values()]
 show(pd.DataFrame(columns, index=list(KINDS)).rename_axis("mAP"))
@@ -457,7 +428,7 @@ else:
     plt.show()
     grounded = {when: phrase_grounding(annotated, *by) for when, by in EMBEDDERS.items()}
     for when, at in ((BEFORE, "before"), (AFTER, "after")):
-        assert abs(grounded[when]["pointing"] - run_metrics[f"grounding_pointing_{at}"]) < 0.5
+        assert abs(grounded[when]["pointing"] - run.metrics[f"grounding_pointing_{at}"]) < 0.5
     table = pd.DataFrame(
         {title: {"chance": grounded[AFTER][f"chance_{key}"], "centre": grounded[AFTER][f"centre_{key}"],
                  **{when: found[key] for when, found in grounded.items()},

@@ -26,6 +26,7 @@ from finematch.encoders import (
     small_bert,
     text_tower,
 )
+from finematch.evaluation.reopen_gallery import RunData, reopen_gallery
 from finematch.features.backbones import Backbone
 from finematch.features.inputs import (
     caption_states,
@@ -41,7 +42,8 @@ from finematch.features.inputs import (
     published_regions,
     region_images,
 )
-from finematch.models.configs import HSLMConfig, MVAMConfig
+from finematch.models.configs import FELGAConfig, HSLMConfig, MVAMConfig
+from finematch.models.felga import FELGA
 from finematch.models.hslm import HSLM
 from finematch.models.mvam import MVAM
 from finematch.models.slan.locator import CachedStages, Stages
@@ -78,7 +80,16 @@ def _hslm(s: Settings, folder: Path, base: Path) -> tuple[Inputs, nn.Module]:
     return data, model.to(accelerator()).eval()
 
 
-METHODS = {"mvam": _mvam, "hslm": _hslm}
+def _felga(s: Settings, folder: Path, base: Path) -> tuple[RunData, nn.Module]:
+    if s.features != "fenet":
+        raise ValueError(f"{folder} is a baseline without FENet (features={s.features}): it has no model")
+    data = reopen_gallery(s.as_dict(), base)
+    model = FELGA(data.width, FELGAConfig.of(s))
+    load_best(model, folder / "best.safetensors")
+    return data, model.to(accelerator()).eval()
+
+
+METHODS = {"mvam": _mvam, "hslm": _hslm, "felga": _felga}
 
 
 @dataclass
