@@ -3,10 +3,20 @@
 import json
 import subprocess
 import sys
+import warnings
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import finematch
+from finematch import rebuild
+from finematch.checkpoints import save_weights
+from finematch.config import Settings
+from finematch.files import DataError
+from finematch.runs import write_metrics
+from finematch.training import seed_everything, to_device
 
 
 def loaded_by(code: str) -> set[str]:
@@ -34,3 +44,103 @@ def test_the_package_gives_its_names_when_they_are_asked_for():
     assert callable(finematch.open_run)
     with pytest.raises(AttributeError, match="no attribute 'VSE'"):
         finematch.VSE  # noqa: B018
+
+
+# ------------------------------------------------------------------------------------------- an image of one's own
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    """A workbook's folder whose cache all methods share."""
+    folder = tmp_path_factory.mktemp("book")
+    (folder / "notebooks").mkdir()
+    (folder / "pyproject.toml").touch()
+    return folder
+
+
+@pytest.fixture
+def run_of(book, monkeypatch):
+    """`run_of(method, **changes)`: a smoke run as its page leaves it, but untrained: what is asked is whether it comes
+    back the same."""
+    monkeypatch.chdir(book)
+
+    def make(method: str, **changes):
+        s = Settings(method, {"smoke": True, **changes})
+        folder = book / "papermill_runs" / method / "-".join(["run", *map(str, changes.values())])
+        seed_everything(1)
+        with monkeypatch.context() as patched:
+            patched.setattr(rebuild, "load_best", lambda model, path: None)
+            _, model = rebuild.METHODS[method](s, folder, book)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(model, folder / "best.safetensors")
+        write_metrics(folder, s.as_dict(), {"rsum": 1.0}, seconds=1, protocol="smoke")
+        with warnings.catch_warnings():  # without an identity it is a run of before there were any
+            warnings.simplefilter("ignore")
+            return finematch.open_run(folder), model
+
+    return make
+
+
+def check(found, sentence: str, size: tuple[int, int]) -> None:
+    assert found.sentence == sentence
+    assert np.isfinite(found.score)
+    assert found.tokens
+    assert found.looks
+    for look in found.looks:
+        assert look.boxes.shape == (len(look.weights), 4)
+        assert np.isfinite(look.weights).all()
+        assert (look.boxes >= -1e-3).all()
+        assert (look.boxes <= np.array([*size, *size]) + 1e-3).all()
+        assert look.words is None or len(look.words) == len(found.tokens)
+
+
+CASES = [("mvam", {}), ("mvam", {"backbone": "grid", "text": "minilm"}), ("mvam", {"backbone": "clip", "text": "clip"}),
+         ("hslm", {}), *([("slan", {})] if "slan" in rebuild.METHODS else [])]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    CASES,
+    ids=lambda part: str(part) if isinstance(part, str) else "-".join(part.values()),
+)
+def test_an_image_scores_as_it_does_in_its_dataset(run_of, method, changes):
+    """The frozen network reads the file anew, and gives what the features of the dataset's images give."""
+    run, model = run_of(method, **changes)
+    side = run.data.splits[run.data.reported]
+    record, sentences = side.records[2], [side.captions[10], side.captions[0]]
+    found = finematch.match(run, record.image, sentences)
+    for one, sentence in zip(found, sentences, strict=True):
+        check(one, sentence, record.size or record.open().size)
+    with torch.no_grad():
+        image = model.encode_image(**to_device(side.images.batch([2, 2]), torch.device("cpu")))
+        text = model.encode_text(**to_device(side.texts.batch([10, 0]), torch.device("cpu")))
+        if method == "mvam":
+            expected = (image.vector * text.vector).sum(1)
+        elif method == "slan":
+            expected = model.match(image, text)
+        else:
+            from finematch.models.hslm import tile_scores
+
+            expected = tile_scores(model, side.images.batch, side.texts.batch)(
+                torch.tensor([2]), torch.tensor([10, 0])
+            )[0]
+    assert [one.score for one in found] == pytest.approx(expected.tolist(), abs=2e-3)
+    again = finematch.match(run, Image.open(record.image), sentences[1])
+    assert again.score == pytest.approx(found[1].score, abs=1e-5)
+
+
+def test_felga_looks_at_proposals_by_keyword(run_of):
+    run, _ = run_of("felga")
+    record = run.data.sets.gallery[0]
+    sentence = record.captions[0]
+    found, other = finematch.match(run, record.image, [sentence, "there"])
+    check(found, sentence, record.open().size)
+    assert found.score == pytest.approx(max(look.weights.max() for look in found.looks), abs=1e-6)
+    assert [look.label for look in found.looks] == found.tokens
+    assert other.looks
+
+
+def test_what_cannot_be_scored_is_refused(run_of):
+    run, _ = run_of("mvam")
+    with pytest.raises(ValueError, match="at least one sentence"):
+        finematch.match(run, "x.png", [])
+    with pytest.raises(DataError, match=r"x\.png.*missing"):
+        finematch.match(run, "x.png", "a red circle")
