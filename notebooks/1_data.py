@@ -442,8 +442,8 @@ for kind in p.kinds.split(","):
         images[kind] = inputs.region_images(records, network, cache, kind=of, regions=count, proposals=method)
 
 # %%
-log = cache / (f"{p.dataset}-smoke" if p.smoke else p.dataset) / "backbone" / "log.jsonl"
-if embedded:
+if network.folder is not None:
+    log = network.folder / "log.jsonl"
     epochs = pd.DataFrame(json.loads(line) for line in log.read_text().splitlines()).set_index("epoch")
     seen = epochs[[c for c in epochs if c.startswith("val_")]].rename(
         columns=lambda c: c.removeprefix("val_")

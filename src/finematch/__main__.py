@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status; what a user did wrong is one line on stderr, not a traceback."""
-    parser = argparse.ArgumentParser(prog="python -m finematch", description="Helpers around grids and runs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m finematch", description="Helpers around grids, runs and the cache."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     stale = commands.add_parser(
@@ -21,6 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     stale.add_argument("--dataset", default="scenes")
     stale.add_argument("--scale", default="tiny", help="tiny, paper or smoke")
     stale.set_defaults(run=_stale)
+
+    _add_cache(commands.add_parser("cache", help="list or clear what runs have cached"))
 
     options = parser.parse_args(arguments)
     from finematch.files import DataError
@@ -41,6 +46,42 @@ def _stale(options: argparse.Namespace) -> int:
         for file in stale(grid(name, options.dataset), options.dataset, options.scale):
             print(file.relative_to(root()))
     return 0
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("list", "clear"))
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="these entries alone, by the names of their folders"
+    )
+    parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="its folder (%(default)s)")
+    parser.add_argument("--kind", help="entries of one kind alone, as `list` prints it: regions, crops, ...")
+    parser.set_defaults(run=_cache)
+
+
+def _cache(options: argparse.Namespace) -> int:
+    """Prints one line per entry: size, kind, folder; the last line says how many there are, and their size."""
+    from finematch.files import clear, entries
+
+    if options.action == "clear":
+        found, done = clear(options.cache, kind=options.kind, only=options.names), "removed, "
+    else:
+        found, done = [e for e in entries(options.cache) if options.kind in (None, e.kind)], ""
+        found = [e for e in found if not options.names or e.folder.name in options.names]
+    for entry in found:
+        state = "" if entry.whole else "  (not finished)"
+        print(f"{size(entry.size):>9}  {entry.kind:<14} {entry.folder.relative_to(options.cache)}{state}")
+    print(f"{options.cache}: {len(found)} entries, {done}{size(sum(entry.size for entry in found))}")
+    return 0
+
+
+def size(count: int) -> str:
+    """A number of bytes for people to read: `1.5 GB`."""
+    number, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if number < 1000:
+            break
+        number, unit = number / 1000, larger
+    return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
 
 
 if __name__ == "__main__":

@@ -25,11 +25,15 @@ from finematch.training import by_one_process
 
 @dataclass
 class Backbone:
-    """A frozen `Cells` network, the side (pixels) that pictures are squashed to, and the key of its weights."""
+    """A frozen `Cells` network, the side (pixels) that pictures are squashed to, and the key of its weights.
+
+    `folder` is where it and the log of its training lie, if it was trained here.
+    """
 
     net: Cells
     size: int
     key: dict = field(default_factory=dict)
+    folder: Path | None = None
 
     @torch.no_grad()
     def __call__(self, pictures: list[Image.Image]) -> Float[Tensor, "b d h w"]:
@@ -99,7 +103,7 @@ def taught_backbone(
     net.load_state_dict(load_file(kept))
     net.eval().requires_grad_(False)
     return Backbone(net, size, {"backbone": name, "weights": fingerprint(net), "size": size, "stage": stage,
-                                "trained_on": trained_on})  # fmt: skip
+                                "trained_on": trained_on}, kept.parent)  # fmt: skip
 
 
 def fingerprint(net: torch.nn.Module) -> str:

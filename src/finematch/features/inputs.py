@@ -13,15 +13,12 @@ Each takes the records of the splits and gives a source a split; frozen features
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -38,7 +35,6 @@ from finematch.data.splits import SMOKE
 from finematch.encoders import BertTower, config_of, small_clip
 from finematch.features.attribute_net import attribute_backbone
 from finematch.features.backbones import Backbone, fingerprint, mobilenet, timm_backbone
-from finematch.features.proposals import propose
 from finematch.features.regions import extract
 from finematch.features.texts import text_states
 from finematch.features.word_net import caption_backbone
@@ -93,9 +89,7 @@ def frozen_network(
         net = timm_backbone(vision or "vit_base_patch16_224", weights=weights or ("" if vision else "hub"))
     elif dataset.startswith("scenes"):
         teach = {"attributes": _attribute_network, "captions": _caption_network}[told]
-        Path(cache).mkdir(parents=True, exist_ok=True)
-        with FileLock(Path(cache) / f"{told}.lock"):
-            net = teach(data_root, cache, smoke, echo)
+        net = teach(data_root, cache, smoke, echo)
     else:
         net = mobilenet(_mobilenet_file(data_root, weights))
     net.net.to(accelerator())
@@ -111,9 +105,8 @@ def _attribute_network(data_root: str | Path, cache: str | Path, smoke: bool, ec
         }
         records = load("scenes", data_root, split)
         labelled[split] = (records, [truth[r.image_id] for r in records])
-    folder = Path(cache) / ("scenes-smoke" if smoke else "scenes") / "backbone"
     return attribute_backbone(
-        folder, labelled["train"], labelled["val"], classes, epochs=1 if smoke else 6, echo=echo
+        cache, labelled["train"], labelled["val"], classes, epochs=1 if smoke else 6, echo=echo
     )
 
 
@@ -121,9 +114,7 @@ def _caption_network(data_root: str | Path, cache: str | Path, smoke: bool, echo
     tokenizer, epochs = word_level(TOKENIZER), 1 if smoke else 12
     records = {split: load("scenes", data_root, split) for split in ("train", "val")}
     read = {s: (r, tokenise([c for _, c in pairs(r)], tokenizer, max_length=64)) for s, r in records.items()}
-    made_of = json.dumps([epochs, [[r.captions for r in part] for part in records.values()]])
-    folder = Path(cache) / f"caption_words-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
-    return caption_backbone(folder, read["train"], read["val"], len(tokenizer), epochs=epochs, echo=echo)
+    return caption_backbone(cache, read["train"], read["val"], len(tokenizer), epochs=epochs, echo=echo)
 
 
 def _mobilenet_file(data_root: str | Path, weights: str) -> Path:
@@ -152,17 +143,12 @@ def region_images(
     echo: Echo = print,
 ) -> dict[str, RegionSource]:
     """Features of `regions` proposals an image (`kind="regions"`), or of the network's grid cells (`kind="cells"`)."""
-    name = f"{propose(proposals)[0]}-{regions}-" if kind == "regions" else ""
-    folder = Path(cache) / f"{kind}-{name}{network.key['backbone']}-{str(network.key['weights'])[:8]}"
-    with FileLock(f"{folder}.lock"):  # runs of a grid start together; one makes what all need
-        return {
-            split: RegionSource(
-                extract(
-                    part, network, folder, split, kind=kind, regions=regions, proposals=proposals, echo=echo
-                )
-            )
-            for split, part in records.items()
-        }
+    return {
+        split: RegionSource(
+            extract(part, network, cache, split, kind=kind, regions=regions, proposals=proposals, echo=echo)
+        )
+        for split, part in records.items()
+    }
 
 
 def map_images(
@@ -175,10 +161,8 @@ def map_images(
         cells = copy.copy(network.net)
         cells.stage = stage
         one = Backbone(cells, network.size, {**network.key, "stage": stage})
-        folder = Path(cache) / f"maps-{network.key['backbone']}-{str(network.key['weights'])[:8]}-{stage}"
-        with FileLock(f"{folder}.lock"):
-            for split, part in records.items():
-                found[split].append(extract(part, one, folder, split, kind="cells", echo=echo))
+        for split, part in records.items():
+            found[split].append(extract(part, one, cache, split, kind="cells", echo=echo))
     return {split: MapSource(maps) for split, maps in found.items()}
 
 
@@ -303,9 +287,7 @@ def caption_states(
     tower, tokenizer = BertTower(model).to(accelerator()), AutoTokenizer.from_pretrained(str(model))
     key = fingerprint(tower)
     states = {
-        split: text_states(
-            [c for _, c in pairs(part)], tower, tokenizer, Path(cache) / "minilm", split, key=key
-        )
+        split: text_states([c for _, c in pairs(part)], tower, tokenizer, cache, split, key=key)
         for split, part in records.items()
     }
     return states, tokenizer
