@@ -95,7 +95,8 @@ def taught_backbone(
         by_one_process(f"a network trained on {trained_on} ({folder.name.removesuffix('.part')})")
         state = teach(folder).state_dict()
         write_atomically(folder / "cells.safetensors", lambda part: save_file(state, part))
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        for name in ("checkpoint.pt", "best.safetensors"):  # the log stays
+            (folder / name).unlink(missing_ok=True)
 
     whole = {**key, "backbone": name, "stage": stage}
     kept = cached(cache, kind, whole, make) / "cells.safetensors"
