@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
@@ -354,3 +355,76 @@ def test_plots_refuse(draw, arguments):
     _, ax = plt.subplots()
     with pytest.raises(ValueError, match=r"\d|finite|negative"):
         draw(ax, *arguments)
+
+
+# --- tables as figures
+
+
+def a_table(rows=("1", "8", "16")):
+    columns = {"row": list(rows), "R@1 published": [40.0, 45.0, np.nan], "R@1 measured": [50.0, np.nan, 55.0]}
+    return pd.DataFrame(columns | {"R@1 measured sd": [1.0, np.nan, np.nan]})
+
+
+def test_a_table_is_drawn_with_every_seed_and_a_random_order():
+    runs = {"R@1": {"1": [49.0, 51.0], "16": [55.0]}}
+    dashes = {"R@1": ("contrast", [48.0, np.nan, 54.0])}
+    figure = figures.beside(
+        a_table(), ["R@1"], runs=runs, dashes=dashes, lines={"R@1": 5.0}, xlabel="views", ylabel="%"
+    )
+    (ax,) = figure.axes
+    dots = np.concatenate(
+        [np.asarray(dots.get_offsets()) for dots in ax.collections if len(dots.get_offsets())]
+    )
+    assert {(0, 49), (0, 51), (2, 55)} <= {(round(x), round(y)) for x, y in dots}
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "8", "16"]
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert set(said) == {"published", "measured, mean ± sd", "contrast", "a random order"}
+    assert (ax.get_xlabel(), ax.get_title()) == ("views", "R@1")
+
+
+def test_a_table_gives_the_same_bytes_twice(tmp_path):
+    for name in ("a.svg", "b.svg"):
+        with figures.style():
+            figures.save(
+                figures.beside(a_table(), ["R@1"], runs={"R@1": {"1": [49.0, 51.0]}}), tmp_path / name
+            )
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_intervals_show_each_verdict_by_marker_and_colour():
+    frame = pd.DataFrame(
+        {"claim": ["a", "b", "c", "d"], "metric": "rsum", "difference": [2.0, -2.0, 0.1, np.nan],
+         "lower": [1.0, -3.0, -1.0, np.nan], "upper": [3.0, -1.0, 1.2, np.nan],
+         "verdict": ["holds", "contradicted", "undecided", "not run"]}
+    )  # fmt: skip
+    figure = figures.intervals(frame)
+    (ax,) = figure.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "c"], (
+        "what was not run is left out"
+    )
+    points = [line for line in ax.lines if len(line.get_xdata()) == 1]
+    assert len({line.get_marker() for line in points}) == len({line.get_color() for line in points}) == 3
+    bars = [
+        line for line in ax.lines if len(line.get_xdata()) == 2 and line.get_ydata()[0] == line.get_ydata()[1]
+    ]
+    assert [list(bar.get_xdata()) for bar in bars] == [[1, 3], [-3, -1], [-1, 1.2]]
+    with pytest.raises(ValueError, match="no line"):
+        figures.intervals(frame.iloc[3:])
+
+
+def test_levels_are_drawn_from_the_proposals_on():
+    names = [
+        f"{metric}{which}"
+        for metric in ("pointing", "R@1")
+        for which in ("", ", before", ", chance", ", centre", ", upper bound")
+    ]
+    frame = pd.DataFrame(
+        {
+            "level": [0, 1],
+            **{name: [1.0, 2.0] for name in names},
+            **{f"{name} sd": [0.1, 0.1] for name in names},
+        }
+    )
+    left, right = figures.levels(frame).axes
+    assert [label.get_text() for label in left.get_xticklabels()] == ["proposals", "1"]
+    assert (left.get_ylabel(), right.get_ylabel()) == ("pointing (%)", "R@1 (%)")

@@ -131,6 +131,7 @@ if verdicts["lower"].notna().any():
 import json
 
 import pandas as pd
+from matplotlib.ticker import LogLocator
 
 counted = json.loads((root() / "benchmarks" / "slan_cost.json").read_text(encoding="utf-8"))["table8"]
 columns = {"Params(M)": "parameters_m", "FLOPS(G)": "gflops"}
@@ -167,5 +168,9 @@ with F.style():
         **{f"{column} measured sd": float("nan") for column in columns}), list(columns), ylabel="log scale")  # fmt: skip
     for ax in figure.axes:
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("")
+    figure.legends[0].get_texts()[1].set_text("counted")
     F.save(figure, root() / p.figures / "slan_cost.svg")
 figure

@@ -535,7 +535,11 @@ def beside(
                 markersize=11,
                 label=name,
             )
-        turned = {"rotation": 30, "ha": "right"} if long else {}
+        turned = (
+            {"rotation": 35, "ha": "right", "va": "center", "rotation_mode": "anchor", "linespacing": 0.9}
+            if long
+            else {}
+        )
         ax.set_xticks(range(len(labels)), labels, **turned)
         ax.set(xlabel=xlabel, title=column)
         if ax.get_legend():
