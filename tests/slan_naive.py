@@ -226,11 +226,11 @@ def locate(model, planes, v, found, words, counted):
         words: "n d".
         counted: numbers of the tokens that are words.
     """
-    first = v if model.first == "encoder" else planes[0]
+    first = v if model.config.first == "encoder" else planes[0]
     every = [embedding(model.embed, first, box) for box, _ in found]
     stay, scores = filtered(model.filter, found, every, words[0])
     boxes, plain = [found[i][0] for i in stay], torch.stack([every[i] for i in stay])
-    if not model.weighting:
+    if not model.config.weighting:
         strength = [1.0] * len(stay)
     else:
         strength = scores
@@ -247,16 +247,16 @@ def locate(model, planes, v, found, words, counted):
     loss = 0.0
     if len(model.adaptors):
         loss = regression(
-            history[0], history[1:], tables[1:], counted, l1=model.regression["l1_weight"],
-            giou=model.regression["giou_weight"], reduction=model.regression["reduction"], target=model.target,
-            tau=model.tau,
+            history[0], history[1:], tables[1:], counted, l1=model.config.l1_weight,
+            giou=model.config.giou_weight, reduction=model.config.reg_reduction, target=model.config.target,
+            tau=model.config.cell_tau,
         )  # fmt: skip
     return {
         "boxes": torch.tensor(history, dtype=words.dtype),
         "scores": torch.tensor(scores, dtype=words.dtype),
         "regions": regions,
         "words": words,
-        "picture": regions.mean(0) if model.fused == "regions" else model.whole(v.flatten(1).mean(1)),
+        "picture": regions.mean(0) if model.config.fused == "regions" else model.whole(v.flatten(1).mean(1)),
         "text": words[0],
         "reg_loss": torch.tensor(loss, dtype=words.dtype),
         "cosine": torch.stack(tables),

@@ -110,6 +110,15 @@ def test_the_cell_can_run_again_among_the_users_own_variables():
         parameters(namespace, **RULES)
 
 
+def test_a_page_may_bind_a_parameters_name_to_something_else():
+    namespace = notebook("views = 8")
+    parameters(namespace, **RULES)
+    exec("from pathlib import Path as views", namespace)
+    assert parameters(namespace, **RULES).views == 8
+    namespace["views"] = 4
+    assert parameters(namespace, **RULES).views == 4
+
+
 def test_a_refused_run_is_refused_again():
     namespace = notebook("veiws = 8")
     for _ in range(2):

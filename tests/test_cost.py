@@ -9,6 +9,7 @@ from torch.utils.flop_counter import flop_registry
 
 from finematch.boxes import box_mean, roi_align_mean, summed_area
 from finematch.evaluation.cost import HARMLESS, UNSEEN, cost, parameters
+from finematch.models.configs import LocatorConfig
 from finematch.models.slan.locator import SelfLocator
 
 
@@ -129,7 +130,9 @@ def test_shared_parameters_count_once():
 
 def test_parts_of_a_locator_add_up():
     torch.manual_seed(0)
-    locator = SelfLocator((8, 8, 8), 16, pyramid=8, heads=2, count=20, samples=2, anchor=2.0)
+    locator = SelfLocator(
+        (8, 8, 8), LocatorConfig(width=16, pyramid=8, heads=2, count=20, samples=2, anchor=2.0)
+    )
     maps = [torch.randn(2, 8, n, n) for n in (8, 4, 2)]
     words, mask = torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool)
     whole = cost(locator, maps, words, mask)

@@ -1,6 +1,5 @@
 """SLAN's model against the paper: every equation against loops, what gradients reach, what padding cannot change."""
 
-import inspect
 import math
 
 import pytest
@@ -16,13 +15,12 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from finematch.boxes import convert, iou, multi_scale_grid
+from finematch.config import Settings
 from finematch.encoders import BertTower, Cells, small_bert
+from finematch.models.configs import LocatorConfig
 from finematch.models.slan.locator import (
-    READINGS,
     RPN,
     SMALLEST,
-    SWITCHES,
-    VERSIONS,
     CachedStages,
     CrossAttention,
     QueryProposals,
@@ -49,13 +47,20 @@ from finematch.models.slan.locator import (
 
 CHANNELS, SIZES = (4, 5, 6), ((6, 8), (3, 4), (2, 2))
 BASE = {"width": 8, "pyramid": 6, "heads": 2, "count": 12, "anchor": 1.5, "top": 4, "samples": 2, "query_depth": 1,
-        "query_heads": 2, "tau": 0.2}  # fmt: skip
+        "query_heads": 2, "cell_tau": 0.2}  # fmt: skip
+VERSIONS = {
+    version: {
+        name: getattr(Settings("slan", {"version": version}), name)
+        for name in ("proposals", "scaling", "token")
+    }
+    for version in ("iccv", "arxiv")
+}
 
 
 def tiny(seed=3, **options):
     """A locator in double precision, moved from its start: there, half of it is zero or the same for all regions."""
     torch.manual_seed(seed)
-    model = SelfLocator(CHANNELS, **BASE | options).double().eval()
+    model = SelfLocator(CHANNELS, LocatorConfig(**BASE | options)).double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "theta" in name or "predict" in name:
@@ -108,26 +113,37 @@ def assert_same(one, other, rows=None, **tolerance):
 
 
 # ------------------------------------------------------------------------------------------- switches
-def test_readings_list_arguments_with_their_defaults_first():
-    arguments = inspect.signature(SelfLocator).parameters
-    for _, name, values, _ in READINGS:
-        assert str(arguments[name].default) == values.split(" | ")[0], name
-    assert set(SWITCHES) == {name for _, name, _, _ in READINGS} <= set(arguments)
+def test_the_literal_reading_is_the_papers_text():
+    """METHODS 3.1: what Eq. 1 to 3 and Algorithm 1 print; the readings that no text decides keep their defaults."""
+    printed = {
+        "attn": "literal", "region_update": "overwrite", "axes": "paper", "unit": "N", "extent": "map",
+        "k": 3, "cell_weights": "raw", "embed_norm": "none", "filter_text": False, "detach_target": True,
+        "reg_reduction": "sum",
+        "target": "mean", "first": "encoder", "fused": "regions", "source": "decoder", "nms": 0.0,
+    }  # fmt: skip
+    assert LocatorConfig.literal().items() >= printed.items()
+    default = LocatorConfig()
+    differs = {name for name, value in LocatorConfig.literal().items() if value != getattr(default, name)}
+    assert differs == {"attn", "region_update", "axes", "unit", "cell_weights", "embed_norm"}
+    for scale, asked in (("tiny", "literal"), ("paper", None)):
+        resolved = Settings("slan", {"scale": scale, "reading": asked}).as_dict()
+        assert resolved.items() >= printed.items()
+    assert Settings("slan", {"scale": "paper", "reading": "default"}).attn == "transformer"
+    assert Settings("slan", {"scale": "paper", "attn": "transformer"}).attn == "transformer"
 
 
 CHOICES = [
     {name: value}
-    for _, name, values, _ in READINGS
-    for value in values.split(" | ")[1:]
-    if name not in ("k", "nms", "proposals", "token", "scaling", "roi", "embed_norm")
+    for _, name, values, standard, *_ in LocatorConfig.readings()
+    for value in values
+    if value != standard and name not in ("k", "nms", "proposals", "token", "scaling", "roi", "embed_norm")
 ]
-CHOICES = [{n: {"True": True, "False": False}.get(v, v) for n, v in choice.items()} for choice in CHOICES]
 CONFIGURATIONS = [
     {}, *CHOICES, {"levels": 0}, {"levels": 1}, {"levels": 2, "ratios": (0.8, 0.3)}, {"k": 1}, {"k": 5},
     {"nms": 0.2}, {"anchor_offset": 0.0}, {"top": 0}, {"threshold": 0.0}, {"top": 0, "threshold": 0.0},
     {"threshold": 0.9}, {"weighting": False}, {"embed_norm": "none"}, {"scaling": "level"}, {"scaling": "predicted"},
     {"proposals": "queries"}, {"proposals": "queries", "scaling": "query"}, VERSIONS["iccv"], VERSIONS["arxiv"],
-    {"axes": "paper", "unit": "N", "weights": "raw", "attn": "literal", "region_update": "overwrite",
+    {"axes": "paper", "unit": "N", "cell_weights": "raw", "attn": "literal", "region_update": "overwrite",
      "outside": "keep"}, {"l1_weight": 5.0, "giou_weight": 2.0},
 ]  # fmt: skip
 
@@ -148,7 +164,7 @@ def test_algorithm_1_picture_by_picture_in_loops(options):
             boxes, logits, _ = model.proposals([p[None] for p in planes])
             found = list(zip(boxes[0].tolist(), logits[0].tolist(), strict=True))
         n = int(mask[i].sum())
-        counted = range(n) if model.include_special else range(1, n - 1)
+        counted = range(n) if model.config.include_special else range(1, n - 1)
         expected = naive.locate(model, planes, maps[-1][i], found, words[i, :n], list(counted))
         kept += len(expected["scores"])
         for name in FIELDS:
@@ -182,10 +198,10 @@ def test_every_choice_changes_the_result():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        *(({name: "other"}, "use one of") for _, name, values, _ in READINGS
-          if " | " in values and not {"True", "3", "0.0"} & set(values.split(" | "))),
-        ({"k": 2}, "odd"), ({"k": 0}, "odd"), ({"levels": 4}, "number of maps"), ({"levels": -1}, "number of maps"),
-        ({"ratios": (1.0,)}, "1 ratios"), ({"ratios": (1.0, 0.5, 0.0)}, "positive"), ({"tau": 0.0}, "positive"),
+        *(({name: "other"}, f"{name} is 'other'; use ") for _, name, values, *_ in LocatorConfig.readings()
+          if isinstance(values[0], str)),
+        ({"k": 2}, "odd"), ({"k": 0}, "k = 0"), ({"levels": 4}, "number of maps"), ({"levels": -1}, "levels"),
+        ({"ratios": (1.0,)}, "1 ratios"), ({"ratios": (1.0, 0.5, 0.0)}, "positive"), ({"cell_tau": 0.0}, "cell_tau"),
         ({"threshold": 1.0}, "threshold"), ({"top": -1}, "top"), ({"count": 0}, "count"), ({"nms": 1.0}, "nms"),
         ({"filter_text": True, "token": "regions"}, "without a text"), ({"scaling": "query"}, "no identity"),
         ({"scales": (0.5, 1.0, 2.0)}, "single map"), ({"proposals": "queries", "count": 0}, "count"),
@@ -271,7 +287,9 @@ def assert_valid(boxes):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"weights": "raw", "unit": "N"}, {"proposals": "queries"}, {"extent": "region"}], ids=str
+    "options",
+    [{}, {"cell_weights": "raw", "unit": "N"}, {"proposals": "queries"}, {"extent": "region"}],
+    ids=str,
 )
 def test_boxes_stay_valid_whatever_the_weights(options):
     maps, words, mask = inputs()
@@ -365,7 +383,7 @@ def test_towers(width):
     states = bert(input_ids=ids, mask=mask, special=mask).states
     torch.testing.assert_close(words, states if width == 16 else towers.project_text(states))
     torch.testing.assert_close(towers.text(ids[:1, :3], mask[:1, :3])[0], words[0, :3])
-    located = SelfLocator(towers.channels, **BASE | {"width": width})(maps, words, mask)
+    located = SelfLocator(towers.channels, LocatorConfig(**BASE | {"width": width}))(maps, words, mask)
     assert located.picture.shape == located.text.shape == (2, width)
 
 
@@ -520,7 +538,7 @@ def test_weights_of_torchvisions_detector_are_loaded(tmp_path, old, suffix):
         assert "backbone.fpn.inner_blocks.3.weight" in state
     path = tmp_path / f"detector{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    model = SelfLocator((512, 1024, 2048), 16, heads=2, pyramid=256, anchor_offset=0.0)
+    model = SelfLocator((512, 1024, 2048), LocatorConfig(width=16, heads=2, pyramid=256, anchor_offset=0.0))
     load_proposals(model.proposals, path, decoder=model.decoder)
     maps = {str(i): torch.randn(1, c, s, s) for i, (c, s) in enumerate(zip((256, 512, 1024, 2048), (16, 8, 4, 2),
                                                                           strict=True))}  # fmt: skip
@@ -700,7 +718,10 @@ def test_a_region_stays_where_no_cell_stands_out(weights):
     for outside in ("mean", "keep"):
         torch.manual_seed(0)
         part = RegionAdaptor(
-            RegionEmbedding(3, 8), 8, ratio=1.0, slots=50, heads=2, weights=weights, outside=outside
+            RegionEmbedding(3, 8),
+            LocatorConfig(width=8, heads=2, cell_weights=weights, outside=outside),
+            ratio=1.0,
+            slots=50,
         )
         match, moves[outside] = part.double().search(flat, boxes, words, mask)
         middle = match[..., 4:5]
@@ -741,7 +762,10 @@ def test_raw_weights_leave_the_neighbourhood_and_softmax_never_does():
 def adaptor(scaling="rank", slots=4):
     torch.manual_seed(0)
     return RegionAdaptor(
-        RegionEmbedding(3, 8, samples=2), 8, ratio=0.5, slots=slots, heads=2, scaling=scaling
+        RegionEmbedding(3, 8, samples=2),
+        LocatorConfig(width=8, heads=2, scaling=scaling),
+        ratio=0.5,
+        slots=slots,
     ).double()
 
 
@@ -967,7 +991,7 @@ def test_versions_differ_where_the_papers_do(version):
             torch.testing.assert_close(token[i], weighted.mean(0))
     located = model(maps, words, mask)
     assert_valid(located.boxes)
-    assert set(VERSIONS["iccv"]) == set(VERSIONS["arxiv"]) <= set(SWITCHES)
+    assert set(VERSIONS["iccv"]) == set(VERSIONS["arxiv"]) <= set(vars(LocatorConfig()))
 
 
 def test_in_half_precision_boxes_and_cosines_stay_single():
@@ -1009,10 +1033,10 @@ class Toy(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.locator = SelfLocator(
-            (COLOURS,) * 3, COLOURS, heads=1, pyramid=COLOURS, source="encoder", embed_norm="none", count=12, top=6,
-            threshold=0.0, anchor=4.0, region_update="reweight", tau=0.1, samples=8,
-        )  # fmt: skip
+        self.locator = SelfLocator((COLOURS,) * 3, LocatorConfig(
+            width=COLOURS, heads=1, pyramid=COLOURS, source="encoder", embed_norm="none", count=12, top=6,
+            threshold=0.0, anchor=4.0, region_update="reweight", cell_tau=0.1, samples=8,
+        ))  # fmt: skip
         with torch.no_grad():
             for name, parameter in self.locator.named_parameters():
                 if "lateral" in name or "project" in name:

@@ -19,6 +19,7 @@ from finematch.data.pairs import MapSource
 from finematch.data.precomp import Regions
 from finematch.data.record import DataError, Object, Record
 from finematch.features.inputs import frozen_network, map_images
+from finematch.models.configs import LocatorConfig
 from finematch.models.slan.detector import Detector, MapBoxes, detector, recall, untaught
 from finematch.models.slan.locator import SelfLocator, cut, decode, load_proposals
 from finematch.training import Plan, TrainingError, fit, seed_everything
@@ -350,7 +351,7 @@ def test_its_weights_load_into_the_locator(drawn, tmp_path, source_of):
     path = detector(tmp_path, maps, records, epochs=1, **FAST | {"source": source_of})
     options = {"pyramid": 16, "anchor": 3.0, "count": 50, "heads": 2, "frozen": True, "source": source_of}
     torch.manual_seed(5)
-    locator = SelfLocator((1, 1, 1), 16, **options).eval()
+    locator = SelfLocator((1, 1, 1), LocatorConfig(width=16, **options)).eval()
     load_proposals(locator.proposals, path, decoder=locator.decoder)
     val = MapBoxes(maps["val"], records["val"])
     seed_everything(0)
@@ -362,7 +363,9 @@ def test_its_weights_load_into_the_locator(drawn, tmp_path, source_of):
         found = locator.proposals(locator.decoder([m.float() for m in maps["val"].batch(range(32)).values()]))
     torch.testing.assert_close(found.boxes, wanted.boxes)
     torch.testing.assert_close(found.logits, wanted.logits)
-    queries = SelfLocator((1, 1, 1), 16, **options, proposals="queries", query_heads=2, query_depth=1)
+    queries = SelfLocator(
+        (1, 1, 1), LocatorConfig(width=16, **options, proposals="queries", query_heads=2, query_depth=1)
+    )
     before = {k: v.clone() for k, v in queries.state_dict().items()}
     with pytest.raises(ValueError, match=r"detector\.safetensors holds an RPN.*queries.*proposals='rpn'"):
         load_proposals(queries.proposals, path, decoder=queries.decoder)
@@ -384,7 +387,7 @@ def test_it_trains_on_the_maps_of_a_frozen_network(tmp_path, monkeypatch):
     boxes = {s: load("scenes_coco", data_root, s) for s in ("train", "val")}
     path = detector(tmp_path, {s: maps[s] for s in boxes}, boxes, epochs=1, echo=None)
     channels = maps["train"].channels
-    locator = SelfLocator(channels, 16, pyramid=32, anchor=4.0, count=50, heads=2)
+    locator = SelfLocator(channels, LocatorConfig(width=16, pyramid=32, anchor=4.0, count=50, heads=2))
     load_proposals(locator.proposals, path, decoder=locator.decoder)
     assert MapBoxes(maps["train"], boxes["train"]).channels == channels
     told = json.loads(path.with_name("recall.json").read_text())["recall"]

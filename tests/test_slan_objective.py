@@ -4,7 +4,6 @@ Towers and locator are small real ones; `torchrun test_slan_objective.py OUT` tr
 """
 
 import copy
-import inspect
 import math
 import os
 import subprocess
@@ -19,10 +18,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from finematch.config import Settings
 from finematch.losses import contrastive
+from finematch.models.configs import LocatorConfig, SLANConfig
 from finematch.models.slan.objective import (
     NOBODY,
-    READINGS,
     SLAN,
     Keys,
     MaskedWordHead,
@@ -124,10 +124,17 @@ class TinyLocator(nn.Module):
                            regions, texts, picture, texts[:, 0], loss)  # fmt: skip
 
 
+def configured(options: dict) -> dict:
+    """Arguments of SLAN from settings by name; `weights` holds those of the terms."""
+    options = {"width": 8, "words": WORDS, "embed": 6, "queue": 12, **options}
+    beside = {name: options.pop(name) for name in ("words", "tied", "random_steps") if name in options}
+    weights = {f"{name}_weight": float(value) for name, value in options.pop("weights", {}).items()}
+    return {"config": SLANConfig(**options, **weights), **beside}
+
+
 def tiny(seed=0, norm=False, dropout=0.0, token="map", **options):
     torch.manual_seed(seed)
-    options = {"width": 8, "words": WORDS, "embed": 6, "queue": 12, **options}
-    return SLAN(TinyTowers(norm=norm, dropout=dropout), TinyLocator(token=token), **options)
+    return SLAN(TinyTowers(norm=norm, dropout=dropout), TinyLocator(token=token), **configured(options))
 
 
 def pairs(b=4, n=7, seed=1, ids=None):
@@ -682,7 +689,7 @@ def test_evaluation_mode_moves_nothing():
 
 def test_switches_are_refused_by_name():
     for wrong, said in [
-        ({"weights": {"x": 1.0}}, "weights"), ({"weights": {"itc": -1.0}}, "weights"),
+        ({"weights": {"itc": -1.0}}, "itc_weight"),
         ({"reduction": "x"}, "reduction"),
         ({"weights": dict.fromkeys(("itc", "itm", "mlm", "reg"), 0.0)}, "weights"), ({"queue": -1}, "queue"),
         ({"match_score": "x"}, "match_score"), ({"mlm": "x"}, "mlm"), ({"distil": 1.5}, "distil"),
@@ -692,10 +699,9 @@ def test_switches_are_refused_by_name():
         with pytest.raises(ValueError, match=said):
             tiny(**wrong)
     with pytest.raises(ValueError, match=r"towers \(Linear\) lacks"):
-        SLAN(nn.Linear(2, 2), TinyLocator(), width=8, words=WORDS)
+        SLAN(nn.Linear(2, 2), TinyLocator(), **configured({}))
     with pytest.raises(ValueError, match=r"locator \(Linear\) lacks"):
-        SLAN(TinyTowers(), nn.Linear(2, 2), width=8, words=WORDS)
-    assert {argument for _, argument, _, _ in READINGS} <= set(inspect.signature(SLAN.__init__).parameters)
+        SLAN(TinyTowers(), nn.Linear(2, 2), **configured({}))
 
 
 # ------------------------------------------------------------------------------------------- pairs for retrieval
@@ -750,19 +756,38 @@ def test_the_pair_scorer_scores_any_pairs(block, memory):
 
 
 # ------------------------------------------------------------------------------------------- with SLAN's own parts
-def real(version, seed=0, **options):
+def real(version, seed=0, literal=False, **options):
     from finematch.encoders import BertTower, small_bert
-    from finematch.models.slan.locator import VERSIONS, SelfLocator, SmallStages
+    from finematch.models.slan.locator import SelfLocator, SmallStages
     from finematch.models.slan.locator import Towers as SLANTowers
 
     torch.manual_seed(seed)
     text = BertTower(small_bert(WORDS.size, width=16, depth=1, heads=2, positions=16))
     towers = SLANTowers(SmallStages((8, 16, 24)), text, 16)
-    locator = SelfLocator(towers.channels, 16, pyramid=8, count=12, top=5, heads=2, anchor=4.0, query_depth=1,
-                          query_heads=2, samples=4, **VERSIONS[version])  # fmt: skip
-    return SLAN(
-        towers, locator, **{"width": 16, "words": WORDS, "embed": 8, "queue": 8, "mask_share": 0.4, **options}
-    )
+    s = Settings("slan", {"version": version})
+    readings = LocatorConfig.literal() if literal else {}
+    readings |= {name: getattr(s, name) for name in ("proposals", "scaling", "token")}
+    options |= SLANConfig.literal() if literal else {}
+    shape = {"width": 16, "pyramid": 8, "count": 12, "top": 5, "heads": 2, "anchor": 4.0, "samples": 4}
+    locator = SelfLocator(towers.channels, LocatorConfig(query_depth=1, query_heads=2, **shape, **readings))
+    options = {"width": 16, "embed": 8, "queue": 8, "mask_share": 0.4, **options}
+    return SLAN(towers, locator, **configured(options))
+
+
+def test_the_literal_reading_trains():
+    """METHODS 3.1: the printed equations, with the losses of Eq. 4 to 9 unweighted."""
+    text = {"mlm": "pooled", "same_picture": False, "reduction": "sum", "distil": 0.0, "itc_weight": 1.0,
+            "itm_weight": 1.0, "mlm_weight": 1.0, "reg_weight": 1.0}  # fmt: skip
+    assert SLANConfig.literal().items() >= text.items()
+    resolved = Settings("slan", {"reading": "literal"})
+    assert resolved.as_dict().items() >= (text | {"random_negatives": 0.0}).items()
+    for version in ("iccv", "arxiv"):
+        model = real(version, literal=True).train()
+        terms = model(real_pairs())
+        terms["loss"].backward()
+        assert set(terms) == {"loss", "itc", "itm", "mlm", "reg"}
+        assert all(torch.isfinite(value) for value in terms.values())
+        assert all(torch.isfinite(q.grad).all() for q in model.parameters() if q.grad is not None)
 
 
 def real_pairs(seed=1):
@@ -882,7 +907,7 @@ def test_fine_tuning_begins_with_pretrained_weights(tmp_path):
         assert torch.equal(mine, theirs)
     assert len(new.queue.keys().image_id) == 0
     towers = TinyTowers()
-    tied = SLAN(towers, TinyLocator(), width=8, words=WORDS, embed=6, queue=4, tied=towers.embed)
+    tied = SLAN(towers, TinyLocator(), **configured({"queue": 4, "tied": towers.embed}))
     save_file(unique_state(tied), tmp_path / "tied.safetensors")
     assert tied.load_pretrained(tmp_path / "tied.safetensors") == []
     with pytest.raises(ValueError, match=r"another model.*project_image"):

@@ -4,20 +4,17 @@ import json
 
 import pytest
 import torch
-from notebook_text import NOTEBOOKS, accepted, declaration
+from notebook_text import NOTEBOOKS, accepted
 
-from finematch.models.slan.locator import SWITCHES, VERSIONS, SelfLocator, load_proposals
+from finematch.config import Settings, declared, preset
+from finematch.models.configs import LocatorConfig
+from finematch.models.slan.locator import SelfLocator, load_proposals
 from finematch.models.slan.objective import Queue
 from finematch.models.slan.run import (
-    BATCHES,
-    LOCATOR,
-    SETTINGS,
     build,
     by_contrast,
     detector_file,
     plan,
-    settings,
-    switches,
     train_encoders,
 )
 from finematch.workbench import open_bench
@@ -26,9 +23,16 @@ SOURCE = NOTEBOOKS / "slan" / "2_train.py"
 SMALL = {"smoke": True, "threads": 1}
 
 
-def given(**changes) -> dict:
-    """The notebook's parameters."""
-    return accepted(SOURCE, SMALL | changes).as_dict()
+VERSIONS = {
+    "iccv": {"proposals": "rpn", "scaling": "rank", "token": "map"},
+    "arxiv": {"proposals": "queries", "scaling": "query", "token": "regions"},
+}
+BATCHES = {"resnet50": 1280, "vit_base": 960, "vit_large": 640, "vit_huge": 640}
+
+
+def given(**changes) -> Settings:
+    """The notebook's settings."""
+    return accepted(SOURCE, SMALL | changes)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +42,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench(cache):
-    s = settings("tiny", "scenes", given())
-    shape = {"width": s["width"], "depth": s["text_depth"], "heads": s["text_heads"], "stages": s["maps"]}
+    s = given()
+    shape = {"width": s.width, "depth": s.text_depth, "heads": s.text_heads, "stages": s.maps}
     return open_bench(
         dataset="scenes", data_root=cache, cache=cache, backbone="maps", **shape, smoke=True, echo=None
     )
@@ -53,19 +57,19 @@ def data(bench):
 @pytest.mark.parametrize("vision", BATCHES)
 def test_the_papers_batches_go_round_its_queue(vision):
     """None of its batch sizes divides the queue's 65,536 places."""
-    s = settings("paper", "flickr30k", given(scale="paper", vision=vision, smoke=False))
-    b, queue = s["batch_size"], Queue(s["queue"], 1)
-    assert s["queue"] % b
-    steps = s["queue"] // b + 2
+    s = given(scale="paper", dataset="flickr30k", vision=vision, smoke=False)
+    assert s.batch_size == BATCHES[vision]
+    b, queue = s.batch_size, Queue(s.queue, 1)
+    assert s.queue % b
+    steps = s.queue // b + 2
     for step in range(steps):
         queue.enqueue(torch.zeros(b, 1), torch.zeros(b, 1), step * b + torch.arange(b))
     ids = queue.keys().image_id.sort().values
-    assert torch.equal(ids, torch.arange(steps * b - s["queue"], steps * b))
+    assert torch.equal(ids, torch.arange(steps * b - s.queue, steps * b))
 
 
 def made(bench, **changes):
-    asked = given(**changes)
-    return build(bench, settings("tiny", "scenes", asked), asked, steps_per_epoch=10)
+    return build(bench, given(**changes), steps_per_epoch=10)
 
 
 def same(one, other) -> bool:
@@ -74,17 +78,20 @@ def same(one, other) -> bool:
 
 
 def test_settings_follow_scale_and_arguments():
-    assert settings("tiny", "scenes", {})["width"] == SETTINGS["tiny"]["width"]
-    assert settings("tiny", "flickr8k", {})["size"] == 224
-    paper = settings("paper", "coco_karpathy", {"vision": "vit_base_patch16_224", "levels": -1, "top": -1})
-    assert (paper["batch_size"], paper["levels"], paper["top"], paper["threshold"]) == (960, 3, 10, 0.5)
-    assert settings("paper", "coco_karpathy", {})["batch_size"] == BATCHES["resnet50"] == 1280
-    assert settings("tiny", "scenes", {"levels": 0, "top": 0, "threshold": 0.0, "width": 0})["levels"] == 0
-    assert settings("tiny", "scenes", {"threshold": 0.0})["threshold"] == 0.0
-    assert settings("tiny", "scenes", {"smoke": True})["epochs"] == 1
-    assert len({tuple(preset) for preset in SETTINGS.values()}) == 1
+    tiny, coco = Settings("slan", {}), {"scale": "paper", "dataset": "coco_karpathy"}
+    assert tiny.width == preset("slan", "tiny")["width"]
+    assert tiny.replace(dataset="flickr8k").size == 224
+    paper = Settings("slan", {**coco, "vision": "vit_base_patch16_224", "levels": None, "top": None})
+    assert (paper.batch_size, paper.levels, paper.top, paper.threshold) == (960, 3, 10, 0.5)
+    assert Settings("slan", coco).batch_size == BATCHES["resnet50"] == 1280
+    zero = tiny.replace(levels=0, top=0, threshold=0.0, workers=0, queue=0)
+    assert (zero.levels, zero.top, zero.threshold, zero.workers, zero.queue) == (0, 0, 0.0, 0, 0)
+    assert Settings("slan", {**coco, "workers": 0, "checkpoint_steps": 0}).workers == 0
+    smoke = tiny.replace(smoke=True)
+    assert (smoke.epochs, smoke.batch_size, smoke.encoder_epochs, smoke.workers) == (1, 32, 1, 0)
+    assert Settings("slan", {**coco, "smoke": True}).workers == 1
     for scale in ("tiny", "photos"):
-        model = SelfLocator((8, 8, 8), **{name: SETTINGS[scale][name] for name in LOCATOR})
+        model = SelfLocator((8, 8, 8), LocatorConfig.of(preset("slan", scale)))
         assert len(model.adaptors) == 3
 
 
@@ -93,40 +100,30 @@ def test_fine_tuning_at_the_papers_scale_has_settings_of_its_own():
     asked = {"pretrained": "best.safetensors", "vision": "vit_base_patch16_224"}
     names = ("size", "epochs", "batch_size", "lr", "schedule", "rerank", "mlm_weight")
     for dataset, epochs, rerank in (("flickr30k", 10, 128), ("coco_karpathy", 5, 256)):
-        s = settings("paper", dataset, asked)
-        assert [s[name] for name in names] == [384, epochs, 256, 1e-5, "cosine", rerank, 0.0]
-        assert settings("paper", dataset, asked | {"mlm_weight": 1.0, "size": 224})["mlm_weight"] == 1.0
-        as_it_is = settings("paper", dataset, asked | {"zero_shot": True})
-        assert as_it_is == settings("paper", dataset, {"vision": asked["vision"]})
-    assert settings("tiny", "scenes", asked) == settings("tiny", "scenes", {})
-
-
-def test_every_setting_can_be_asked_for_or_is_the_scales_alone():
-    declared = set(declaration(SOURCE))
-    kept = {
-        "maps", "stages", "scales", "text_depth", "text_heads", "pyramid", "heads", "count", "anchor",
-        "samples", "query_depth", "query_heads", "dropout", "embed", "weight_decay", "schedule", "warmup", "clip_norm",
-    }  # fmt: skip
-    assert set(SETTINGS["tiny"]) - declared == kept
+        s = Settings("slan", {"scale": "paper", "dataset": dataset, **asked})
+        assert [getattr(s, name) for name in names] == [384, epochs, 256, 1e-5, "cosine", rerank, 0.0]
+        assert s.replace(mlm_weight=1.0, size=224).mlm_weight == 1.0
+        as_it_is = s.replace(zero_shot=True)
+        fresh = Settings("slan", {"scale": "paper", "dataset": dataset, "vision": asked["vision"]})
+        assert as_it_is.as_dict() == fresh.as_dict() | {"zero_shot": True, "pretrained": asked["pretrained"]}
+    tiny = Settings("slan", {})
+    assert tiny.replace(**asked).as_dict() == tiny.as_dict() | asked
 
 
 def test_the_plan_has_the_settings():
-    s = settings("paper", "coco_karpathy", {})
+    s = Settings("slan", {"scale": "paper", "dataset": "coco_karpathy"})
     made = plan(s, epochs=3, seed=5)
     assert (made.epochs, made.seed, made.batch_size, made.precision) == (3, 5, 1280, "bf16")
     assert (made.lr, made.schedule, made.warmup) == (3e-4, "linear", 0.0)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_version_sets_what_is_left_empty(version):
-    s = settings("tiny", "scenes", given(version=version))
-    assert VERSIONS[version].items() <= switches(s, given(version=version)).items()
-    assert switches(s, given(version=version, token="map", scaling="level")) == {
-        **switches(s, given(version=version)),
-        "token": "map",
-        "scaling": "level",
-    }
-    assert set(switches(s, given())) == set(SWITCHES) - set(s)
+def test_a_version_sets_what_is_left_unset(version):
+    for reading in ("default", "literal"):
+        s = given(version=version, reading=reading)
+        assert VERSIONS[version].items() <= s.as_dict().items()
+        other = s.replace(token="map", scaling="level")
+        assert other.as_dict() == s.as_dict() | {"token": "map", "scaling": "level"}
 
 
 def test_the_model_depends_on_the_seed_alone(bench):
@@ -140,16 +137,13 @@ def test_the_model_depends_on_the_seed_alone(bench):
     "changes", [{}, {"version": "arxiv", "levels": 1}, {"reg_weight": 0.5, "queue": 64, "mlm_weight": 1.0}]
 )
 def test_a_finished_run_gives_its_model_again(bench, changes):
-    """Parameters as `metrics.json` keeps them, settings and version resolved, and through JSON."""
-    asked = given(**changes)
-    s = settings("tiny", "scenes", asked)
-    resolved = asked | {k: v for k, v in s.items() if k in asked}
-    resolved |= {k: v for k, v in switches(s, asked).items() if k in ("proposals", "scaling", "token")}
-    resolved = json.loads(json.dumps(resolved | bench.facts))
-    again = settings("tiny", "scenes", resolved)
+    """Parameters as `metrics.json` keeps them, all resolved, and through JSON."""
+    s = given(**changes)
+    resolved = json.loads(json.dumps(s.as_dict() | bench.facts))
+    again = Settings("slan", {name: value for name, value in resolved.items() if name in declared("slan")})
     assert again == s
-    model = build(bench, s, asked, steps_per_epoch=10)
-    other = build(bench, again, resolved, steps_per_epoch=10)
+    model = build(bench, s, steps_per_epoch=10)
+    other = build(bench, again, steps_per_epoch=10)
     assert same(model, other)
     assert (model.weights, model.form, model.random_steps) == (other.weights, other.form, other.random_steps)
 
@@ -174,10 +168,9 @@ def test_parameters_reach_the_model(bench):
 
 
 def test_encoders_are_trained_once_for_all_runs_of_a_seed(bench, data, cache, capsys):
-    asked, folder = given(encoder_epochs=1), cache / "shared"
-    s = settings("tiny", "scenes", asked)
-    before, model = (build(bench, s, asked, steps_per_epoch=10) for _ in range(2))
-    train_encoders(model, bench, data, s, asked, folder)
+    s, folder = given(encoder_epochs=1), cache / "shared"
+    before, model = (build(bench, s, steps_per_epoch=10) for _ in range(2))
+    train_encoders(model, bench, data, s, folder)
     assert "epoch 1/1" in capsys.readouterr().out
     assert not same(model, before)
     alike = {
@@ -185,34 +178,32 @@ def test_encoders_are_trained_once_for_all_runs_of_a_seed(bench, data, cache, ca
     }
     assert alike == {"encoders": False, "locator": True, "head": True}  # and none of what comes later
 
-    asked |= {"levels": 1, "threshold": 0.1}  # another locator, the same encoders
-    other = build(bench, settings("tiny", "scenes", asked), asked, steps_per_epoch=10)
-    train_encoders(other, bench, data, settings("tiny", "scenes", asked), asked, folder)
+    s = s.replace(levels=1, threshold=0.1)  # another locator, the same encoders
+    other = build(bench, s, steps_per_epoch=10)
+    train_encoders(other, bench, data, s, folder)
     assert "epoch" not in capsys.readouterr().out
     assert same(other.encoders, model.encoders)
     assert by_contrast(other, bench) == by_contrast(model, bench)
     assert len(list(folder.glob("slan_encoders-scenes-*[0-9a-f]"))) == 1
 
-    asked |= {"seed": 1}  # another seed, its own
-    train_encoders(build(bench, s, asked, steps_per_epoch=10), bench, data, s, asked, folder, echo=None)
+    s = s.replace(seed=1)  # another seed, its own
+    train_encoders(build(bench, s, steps_per_epoch=10), bench, data, s, folder, echo=None)
     assert len(list(folder.glob("slan_encoders-scenes-*[0-9a-f]"))) == 2
 
 
 def test_without_epochs_the_encoders_stay_as_they_are(bench, data, cache):
-    asked = given(encoder_epochs=0)
-    s = settings("tiny", "scenes", asked)
-    model = build(bench, s, asked, steps_per_epoch=10)
-    train_encoders(model, bench, data, s, asked, cache / "none")
-    assert same(model, build(bench, s, asked, steps_per_epoch=10))
+    s = given(encoder_epochs=0)
+    model = build(bench, s, steps_per_epoch=10)
+    train_encoders(model, bench, data, s, cache / "none")
+    assert same(model, build(bench, s, steps_per_epoch=10))
     assert not (cache / "none").exists()
 
 
 def test_a_detector_fits_the_runs_proposals(bench, cache):
-    asked = given(detector="boxes")
-    s = settings("tiny", "scenes", asked)
-    weights = detector_file(bench, s, asked, cache)
-    assert weights == detector_file(bench, s, asked, cache)  # made once
-    model, before = (build(bench, s, asked, steps_per_epoch=10) for _ in range(2))
+    s = given(detector="boxes")
+    weights = detector_file(bench, s, cache)
+    assert weights == detector_file(bench, s, cache)  # made once
+    model, before = (build(bench, s, steps_per_epoch=10) for _ in range(2))
     load_proposals(model.locator.proposals, weights, decoder=model.locator.decoder)
     assert not same(model.locator.proposals, before.locator.proposals)
     assert same(model.encoders, before.encoders)

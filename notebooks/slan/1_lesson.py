@@ -31,13 +31,12 @@ steps: int = 120  # of the toy in section 13
 descent: int = 60  # steps of each of the four runs of section 14
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import parameters, root
+from finematch.config import Settings, parameters, preset, root
 
 p = parameters(globals(), dataset={"scenes"}, scale={"tiny", "photos", "paper"}, seed=(0, 2**31), regions=(8, 40),
            steps=(1, 5000), descent=(1, 1000))  # fmt: skip
 
 # %%
-import inspect
 import itertools
 import math
 
@@ -51,7 +50,6 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from finematch import figures
-from finematch.models.slan import objective
 from finematch.boxes import (
     box_mean,
     convert,
@@ -67,15 +65,15 @@ from finematch.scenes.generator import TOKENIZER, attributes, generate
 from finematch.encoders import BertTower, small_bert
 from finematch.features.proposals import propose
 from finematch.tables import published, to_markdown
+from finematch.models.configs import LocatorConfig, SLANConfig
 from finematch.models.slan.locator import (
-    READINGS, VERSIONS, CachedStages, CrossAttention, RegionAdaptor, RegionEmbedding,
+    CachedStages, CrossAttention, RegionAdaptor, RegionEmbedding,
     RegionFilter, SelfLocator, SmallStages, Towers, cell_weights, cut, decode, offset, regression_loss, regression_target,
     stop,
 )  # fmt: skip
 from finematch.models.slan.objective import (
     SLAN, Keys, MaskedWordHead, MatchingHead, Momentum, Queue, Temperature, Words, hard_negatives, itc, itm, mask_words, mlm,
 )  # fmt: skip
-from finematch.models.slan.run import LOCATOR, SETTINGS
 from finematch.text import tokenise, word_level
 from finematch.data.splits import SMOKE
 
@@ -182,6 +180,15 @@ tokenizer = word_level(TOKENIZER)
 D, L = 32, 3
 
 
+VERSIONS = {
+    version: {
+        name: getattr(Settings("slan", {"version": version}), name)
+        for name in ("proposals", "scaling", "token")
+    }
+    for version in ("iccv", "arxiv")
+}
+
+
 def small(locator: dict | None = None, objective: dict | None = None) -> SLAN:
     """A SLAN for the embedded set, always from the same start."""
     torch.manual_seed(p.seed)
@@ -190,8 +197,10 @@ def small(locator: dict | None = None, objective: dict | None = None) -> SLAN:
     )
     shape = {"levels": L, "pyramid": 16, "heads": 4, "count": 30, "anchor": 1.5, "top": 8, "samples": 4,
              "query_depth": 1, "query_heads": 2}  # fmt: skip
-    model = SLAN(towers, SelfLocator(towers.channels, D, **(shape | (locator or {}))), width=D,
-                 words=Words.of(tokenizer), **({"embed": 16, "queue": 12} | (objective or {})))  # fmt: skip
+    objective = {"embed": 16, "queue": 12} | (objective or {})
+    random_steps = objective.pop("random_steps", 0)
+    model = SLAN(towers, SelfLocator(towers.channels, LocatorConfig(width=D, **(shape | (locator or {})))),
+                 SLANConfig(width=D, **objective), words=Words.of(tokenizer), random_steps=random_steps)  # fmt: skip
     g = torch.Generator().manual_seed(p.seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -603,7 +612,9 @@ a_word = torch.tensor([[False, True, False]])
 def searcher(ratio: float, **reading) -> RegionAdaptor:
     """A level of the library whose embedding is the mean of the map."""
     embed = RegionEmbedding(2, 2, norm="none", samples=8)
-    one = RegionAdaptor(embed, 2, ratio=ratio, slots=1, heads=1, **reading).requires_grad_(False)
+    one = RegionAdaptor(
+        embed, LocatorConfig(width=2, heads=1, **reading), ratio=ratio, slots=1
+    ).requires_grad_(False)
     embed.project.weight.copy_(torch.eye(2))
     embed.project.bias.zero_()
     return one
@@ -771,7 +782,7 @@ for scaling in ("rank", "query", "level", "predicted"):
     owners[scaling] = sum(q.numel() for n, q in adaptors.named_parameters() if "theta" in n or "predict" in n)
 show(pd.DataFrame({"numbers that make p, here": owners}).rename_axis("scaling"), digits=0)
 assert owners == {"rank": L * 8 * 2, "query": L * 30 * 2, "level": L * 2, "predicted": L * (2 * D + 2)}
-fresh = SelfLocator((8, 16, 24), D, heads=4).adaptors[0]
+fresh = SelfLocator((8, 16, 24), LocatorConfig(width=D, heads=4)).adaptors[0]
 assert close(fresh.scales(torch.randn(1, 5, D), torch.arange(5)[None]).detach(), torch.ones(1, 5, 2))
 
 # %% [markdown]
@@ -1150,7 +1161,7 @@ def batch_of(n: int, caption: int = 0) -> dict:
 
 six = batch_of(6)
 # what the contrast teaches: with T_v from the map (ICCV) it never sees a region; from regions (arXiv) it trains proposals
-contrast = {"weights": {"itm": 0, "mlm": 0, "reg": 0}}
+contrast = {"itm_weight": 0.0, "mlm_weight": 0.0, "reg_weight": 0.0}
 for version, expected in (("iccv", False), ("arxiv", True)):
     one = small(VERSIONS[version], contrast)
     got = slopes(one(six)["loss"], one)
@@ -1331,8 +1342,8 @@ def toy(**options) -> SLAN:
     )
     shape = {"pyramid": 16, "heads": 2, "count": 10, "threshold": 0.0, "samples": 4, "source": "encoder", "frozen": True,
              "proposals": "queries", "query_depth": 1, "query_heads": 2, "region_update": "reweight"}  # fmt: skip
-    locator = SelfLocator(towers.channels, 16, **(shape | options))
-    return SLAN(towers, locator, width=16, queue=0, weights={"mlm": 0, "itc": 0}).eval()
+    locator = SelfLocator(towers.channels, LocatorConfig(width=16, **(shape | options)))
+    return SLAN(towers, locator, SLANConfig(width=16, queue=0, mlm_weight=0.0, itc_weight=0.0)).eval()
 
 
 @torch.no_grad()
@@ -1576,11 +1587,12 @@ if steps_here >= 100 and p.descent >= 50:
 # Where the paper leaves a choice, the choice is an argument. The first value is the default. `2_train` takes them all as parameters. First those of the model, then those of the objective. The cells construct every value and take a step with it.
 
 # %%
-readings = pd.DataFrame(READINGS, columns=["reading", "argument", "values, default first", "the paper"])
-show(readings.set_index("reading"))
-plain = {"True": True, "False": False, "3": 3, "any odd": 5, "0.0": 0.0, "an IoU": 0.5}
+columns = ["reading", "argument", "values", "default", "literal", "the paper"]
+show(pd.DataFrame(LocatorConfig.readings(), columns=columns).set_index("reading"))
+# of a range, one other value
+OTHER = {"k": 5, "nms": 0.5}
 # a value that needs another one beside it
-needs = {("scaling", "query"): {"proposals": "queries"}, ("proposals", "queries"): {}}
+needs = {("scaling", "query"): {"proposals": "queries"}}
 
 
 def step_of(locator: dict | None = None, objective: dict | None = None, *, second: bool = False) -> Tensor:
@@ -1601,53 +1613,40 @@ def step_of(locator: dict | None = None, objective: dict | None = None, *, secon
     return loss_.detach()
 
 
-# the table cannot drift from the code: each value is accepted, and the first is the default
-arguments, default_loss, made_ = inspect.signature(SelfLocator).parameters, step_of(), 0
-for _, argument, values, _ in READINGS:
-    first, *others = values.split(" | ")
-    assert str(arguments[argument].default) == first
-    assert step_of({argument: plain.get(first, first)}) == default_loss
-    for other in others:
+# each value is accepted, and each is another model than the default
+default_loss, made_ = step_of(), 0
+for _, argument, values, standard, *_ in LocatorConfig.readings():
+    assert step_of({argument: standard}) == default_loss
+    for other in [OTHER[argument]] if argument in OTHER else [v for v in values if v != standard]:
         beside = needs.get((argument, other), {})
-        changed = step_of({argument: plain.get(other, other), **beside})
+        changed = step_of({argument: other, **beside})
         assert torch.isfinite(changed)
         if argument not in ("box_grad", "detach_target"):  # these two change gradients alone
             assert changed != (step_of(beside) if beside else default_loss), argument
         made_ += 1
-print(f"{len(READINGS)} readings, {made_} other values: each made, each other than the default")
+print(
+    f"{len(LocatorConfig.readings())} readings, {made_} other values: each made, each other than the default"
+)
 
 # %%
-readings = pd.DataFrame(
-    objective.READINGS, columns=["reading", "argument", "values, default first", "the paper"]
-)
-show(readings.set_index("reading"))
-# what the table says in words, as arguments; `queue` and `embed` are small here
-VALUES = {
-    "queue": [{"queue": 12}, {"queue": 0}], "momentum": [{"momentum": 0.995}, {"momentum": 0.0}],
-    "same_picture": [{"same_picture": True}, {"same_picture": False}],
-    "tau": [{"tau": 0.07, "learnable_tau": True}, {"tau": 0.2, "learnable_tau": False}],
-    "reduction": [{"reduction": "sum"}, {"reduction": "mean"}], "distil": [{"distil": 0.0}, {"distil": 0.4}],
-    "random_steps": [{"random_steps": 0}, {"random_steps": 9}],
-    "mlm": [{"mlm": "positions"}, {"mlm": "pooled"}], "mlm_picture": [{"mlm_picture": True}, {"mlm_picture": False}],
-    "embed": [{"embed": 16}, {"embed": 0}],
-    "weights": [{"weights": dict.fromkeys(("itc", "itm", "mlm", "reg"), 1.0)}, {"weights": {"reg": 0.1}}],
-    "match_score": [{"match_score": "odds"}, {"match_score": "logit"}],
+show(pd.DataFrame(SLANConfig.readings(), columns=columns).set_index("reading"))
+# one other value of each; `queue` and `embed` are small here
+OTHERS = {
+    "itc_weight": 0.1, "itm_weight": 0.1, "mlm_weight": 0.1, "reg_weight": 0.1, "embed": 0, "queue": 0, "momentum": 0.0,
+    "distil": 0.4, "same_picture": False, "reduction": "mean", "tau": 0.2, "mlm": "pooled", "mlm_picture": False,
+    "match_score": "logit",
 }  # fmt: skip
-arguments, default_loss = inspect.signature(SLAN).parameters, step_of(second=True)
-assert list(VALUES) == [argument for _, argument, _, _ in objective.READINGS]
-for _, argument, values, _ in objective.READINGS:
-    stated, default_ = values.split(" | ")[0], arguments[argument].default
-    assert str(default_) == stated or argument in ("tau", "weights")
-    first, other = VALUES[argument]
-    assert step_of(objective=first, second=True) == default_loss
-    changed = step_of(objective=other, second=True)
+default_loss = step_of(second=True)
+assert list(OTHERS) == [argument for _, argument, *_ in SLANConfig.readings()]
+for argument, other in OTHERS.items():
+    changed = step_of(objective={argument: other}, second=True)
     assert (changed == default_loss) == (argument == "match_score"), (
         argument
     )  # which is a matter of ranking alone
-assert arguments["tau"].default == 0.07
-assert arguments["learnable_tau"].default
-assert arguments["weights"].default is None
-print(f"{len(VALUES)} readings of the objective: both values made, and a step taken")
+assert (
+    step_of(objective={"random_steps": 9}, second=True) != default_loss
+)  # `random_negatives` of 2_train (S24)
+print(f"{len(OTHERS)} readings of the objective: another value made, and a step taken")
 
 # %% [markdown]
 # `match_score` (4.1) is about ranking: a pair's score is the difference of its two logits, or ALBEF's logit of "matched" alone. A softmax knows only the difference, and what both logits share no loss ever trains.
@@ -1675,15 +1674,15 @@ assert close(itm(guess + 5, y), itm(guess, y))
 # | saliency | maximum 1 | in [0, 1] | `score_norm` fits both |
 # | target of Eq. 3 | "weighted summation" in words, the mean in Eq. 3 | mean | `target` |
 #
-# `VERSIONS` holds the first three; `2_train` takes `version`. The cell counts both locators at the chosen scale, without allocating them.
+# The first three are set by the parameter `version` of `2_train`. The cell counts both locators at the chosen scale, without allocating them.
 
 # %%
-setting = SETTINGS[p.scale]
+setting = preset("slan", p.scale)
 channels = {"tiny": (32, 64, 128), "photos": (32, 96, 1280), "paper": (512, 1024, 2048)}[p.scale]
 facts = {}
 for version, switches in VERSIONS.items():
     with torch.device("meta"):
-        one = SelfLocator(channels, **{name: setting[name] for name in LOCATOR}, **switches)
+        one = SelfLocator(channels, LocatorConfig.of(setting, **switches))
     size = {name: sum(q.numel() for q in part.parameters()) / 1e6
             for name, part in (("decoder", one.decoder), ("proposals", one.proposals), ("adaptors", one.adaptors), ("all", one))}  # fmt: skip
     thetas = sum(q.numel() for n, q in one.named_parameters() if n.endswith("theta"))

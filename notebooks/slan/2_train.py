@@ -16,90 +16,110 @@
 # that it succeeded.
 
 # %% tags=["parameters"]
-dataset: str = "scenes"  # scenes, flickr8k, flickr30k, coco_karpathy
-data_root: str = "data"  # folder above the dataset's own
-scale: str = "tiny"  # tiny or paper
-seed: int = 0  # of the start, the order, the dropout and the masks
-out: str = "papermill_runs/slan_train"  # the run's folder
-smoke: bool = False  # run everything in seconds
-cache: str = "data/cache"  # backbones and maps that runs share
-version: str = "iccv"  # iccv or arxiv: sets proposals, scaling and token where they are left empty
-levels: int = -1  # adaptors L, 0 to 3; -1 is the scale's (3)
-top: int = -1  # T of the filter, 0 keeps all; -1 is the scale's (10)
-threshold: float = -1.0  # h of the filter; -1 is the scale's (0.5)
-source: str = "decoder"  # decoder or encoder: where the maps of all levels come from (arXiv, Table 10)
-frozen: bool = False  # the proposals are not trained (Table 6, row 1)
-detector: str = ""  # weights of the proposals: a file, or boxes: trained on the boxes of the train split
-pretrained: str = ""  # best.safetensors of a run to begin with: fine-tuning, or see zero_shot
+dataset: str = "scenes"  # scenes, flickr8k, flickr30k or coco_karpathy
+data_root: str = "data"  # folder that holds the datasets' folders
+scale: str = "tiny"  # tiny takes the preset photos on photos: tiny | paper
+reading: str = None  # readings of the paper; literal at scale paper: default | literal
+seed: int = 0  # random seed of initialisation, sampling order, dropout and masks
+out: str = "papermill_runs/slan_train"  # folder of the run
+smoke: bool = False  # run everything in seconds; the numbers mean nothing
+cache: str = "data/cache"  # folder of the backbones and maps that runs share
+version: str = "iccv"  # sets proposals, scaling and token: iccv | arxiv
+levels: int = None  # adaptors L; default 3
+scales: str = None  # of a plain ViT's pyramid, coarse to fine; empty: 1/2, 1, 2 ...; default none
+decoder_levels: int = None  # maps of the vision decoder, which the proposals read; default 3
+pyramid: int = None  # channels of the decoder's maps; tiny 32, photos 48, paper 256
+top: int = None  # T of the filter, 0 keeps all; default 10
+threshold: float = None  # h of the filter; default 0.5
+source: str = None  # maps of all levels: decoder | encoder; default decoder (A.3)
+frozen: bool = None  # the proposals are not trained (Table 6, row 1); default False
+detector: str = ""  # weights of the proposals: a file; boxes trains them on boxes
+pretrained: str = ""  # best.safetensors of the run to begin with
 zero_shot: bool = False  # evaluate `pretrained` as it is; nothing is trained
-shards: str = ""  # pretraining data, as name:folder pairs with commas; in place of the dataset's train split
-proposals: str = ""  # rpn or queries (reading S28); empty is the version's
-attn: str = "transformer"  # transformer or literal (S1)
-region_update: str = "residual"  # residual, overwrite or reweight (S2)
-axes: str = "image"  # image or paper (S3)
-unit: str = "N/K"  # N/K or N (S5)
-extent: str = "map"  # map or region (S6)
-k: int = 3  # cells of a neighbourhood, a side; odd (S7)
-cell_weights: str = "softmax"  # softmax, raw or relu: weights M of Eq. 2 (S8)
-outside: str = "mean"  # mean or keep: cells outside the picture (S8)
-include_special: bool = False  # CLS and SEP count as words (S9)
-first: str = "encoder"  # encoder or decoder: where E^G_1 comes from (S10)
-scaling: str = ""  # rank, query, level or predicted (S11); empty is the version's
-box_grad: bool = True  # gradients reach the boxes through RoI pooling (S12)
-detach_target: bool = True  # the target of Eq. 3 is held fixed (S13)
-reg_reduction: str = "sum"  # sum or mean over regions (S14)
-nms: float = 0.0  # IoU of suppression, 0 is none (S16)
-score_norm: str = "max"  # max, minmax or sigmoid (S17)
-filter_text: bool = False  # the filter reads the text (S19)
-token: str = ""  # map or regions: T_v of the contrast (S20); empty is the version's
-fused: str = "regions"  # regions or map: T_v of matching (S20)
-target: str = "mean"  # mean or weighted: the target of Eq. 3 (S28)
-embed_norm: str = "layer"  # layer or none
-roi: str = "align"  # align or table: RoI pooling
-queue: int = -1  # pairs of the contrast's queues, 0 is the batch alone (S21); -1 is the scale's
-momentum: float = 0.995  # of the momentum encoders; 0 is none
-same_picture: bool = True  # captions of one picture are all positives
-reduction: str = "sum"  # sum or mean of the two directions (S22)
-distil: float = 0.0  # share of momentum distillation
-mlm: str = "positions"  # positions or pooled (S25)
-mlm_picture: bool = True  # T_v joins the masked word's state
-random_negatives: float = -1.0  # share of the steps whose wrong pairs are random (S24); -1 is the scale's
-match_score: str = "odds"  # odds or logit: what ranks a pair
-itc_weight: float = 1.0  # weights of the four losses of Eq. 8-9 (S37)
-itm_weight: float = 1.0  # image-text matching
-mlm_weight: float = -1.0  # masked words; -1 is the scale's (1 in the paper; 0 where a run is retrieval alone)
-reg_weight: float = -1.0  # Eq. 3; -1 is the scale's (1 in the paper)
-rerank: int = 0  # candidates that the matching head ranks again; 0 is the scale's
-rank_score: str = "itm"  # itm or itm+itc
-vision: str = ""  # a timm name in place of the scale's picture backbone (resnet50 in the paper)
-vision_weights: str = ""  # safetensors file for it, or hub; empty is random at the paper's scale
-text_weights: str = ""  # folder or hub name of the BERT, or of its vocabulary at scale tiny
-size: int = 0  # side of the pictures in pixels, at scale paper; 0 is the scale's (224, fine-tuning 384)
-width: int = 0  # D; 0 is the scale's
-encoder_epochs: int = -1  # epochs of the contrast alone before; -1 is the scale's (0 in the paper)
-epochs: int = 0  # 0 is the scale's
-batch_size: int = 0  # 0 is the scale's
-lr: float = 0.0  # 0 is the scale's
-precision: str = ""  # no, bf16 or fp16; empty is the scale's
-workers: int = -1  # processes that read pictures, beside each that trains; -1 is the scale's (4 in the paper)
-checkpoint_steps: int = -1  # a checkpoint at least every so many steps, 0 is one an epoch; -1 is the scale's
-threads: int = 0  # of torch on a CPU; 0 leaves them as they are
+shards: str = ""  # pretraining data, as name:folder pairs with commas, in place of the train split
+proposals: str = None  # unset: the version's: rpn | queries; default rpn (S28)
+anchor_offset: float = None  # place of an anchor in its cell; 0: torchvision's; default 0.5
+query_heads: int = None  # its heads; tiny 4, photos 4, paper 8
+query_depth: int = None  # layers of the queries' transformer; tiny 1, photos 1, paper 6
+anchor: float = None  # side of an anchor, in cells of its map; tiny 4, photos 4, paper 8
+count: int = None  # proposals per image; tiny 32, photos 100, paper 100
+attn: str = None  # attention of Eq. 1: transformer | literal; default transformer; literal literal (S1)
+dropout: float = None  # of the adaptors' attention; tiny 0, photos 0.1, paper 0
+heads: int = None  # of the adaptors' attention; tiny 4, photos 4, paper 12
+region_update: str = None  # line 9: residual | overwrite | reweight; default residual; literal overwrite (S2)
+axes: str = None  # axes of Eq. 2: image | paper; default image; literal paper (S3)
+unit: str = None  # unit of Eq. 2: N/K | N; default N/K; literal N (S5)
+extent: str = None  # H and W of a neighbourhood: map | region; default map (S6)
+k: int = None  # cells of a neighbourhood per side; odd; default 3 (S7)
+ratios: str = None  # r of each level; empty: 1, 1/2, 1/4 ...; default none
+cell_weights: str = None  # weights M of Eq. 2: softmax | raw | relu; default softmax; literal raw (S8)
+cell_tau: float = None  # temperature of the softmax of M; default 0.07
+outside: str = None  # cells outside the image: mean | keep; default mean (S8)
+include_special: bool = None  # [CLS] and [SEP] count as words; default False (S9)
+first: str = None  # origin of E^G_1: encoder | decoder; default encoder (S10)
+scaling: str = None  # owner of p; unset: the version's: rank | query | level | predicted; default rank (S11)
+smallest: float = None  # least side of a box; default 0.03125
+box_grad: bool = None  # gradients reach the boxes; default True (S12)
+detach_target: bool = None  # the target of Eq. 3 is held fixed; default True (S13)
+reg_reduction: str = None  # Eq. 3 over regions: sum | mean; default sum (S14)
+giou_weight: float = None  # of Eq. 3; default 1
+l1_weight: float = None  # of Eq. 3; default 1
+nms: float = None  # IoU of suppression, 0 is none; default 0 (S16)
+score_norm: str = None  # saliency: max | minmax | sigmoid; default max (S17)
+filter_text: bool = None  # the filter reads the text; default False (S19)
+weighting: bool = None  # saliency weights the region embeddings; default True
+token: str = None  # T_v of the contrast; unset: the version's: map | regions; default map (S20)
+fused: str = None  # T_v of matching: regions | map; default regions (S20)
+target: str = None  # target of Eq. 3: mean | weighted; default mean (S28)
+embed_norm: str = None  # of region embeddings: layer | none; default layer; literal none (-)
+roi: str = None  # RoI pooling: align | table; default align (-)
+samples: int = None  # of RoIAlign, per side; tiny 4, photos 6, paper 14
+queue: int = None  # pairs of the queues, 0: the batch alone; tiny 0, photos 0, paper 65536 (S21)
+embed: int = None  # width of the contrast, 0: the tokens'; tiny 64, photos 128, paper 256 (S37)
+momentum: float = None  # of the momentum encoders, 0: none; default 0.995 (S21)
+same_picture: bool = None  # captions of one image are all positives; default True; literal False (S21)
+learnable_tau: bool = None  # the temperature is trained; default True
+tau: float = None  # initial temperature; default 0.07 (S21)
+reduction: str = None  # directions of Eq. 6: sum | mean; default sum (S22)
+distil: float = None  # share of momentum distillation; default 0 (S22)
+mlm: str = None  # states that predict words: positions | pooled; default positions; literal pooled (S25)
+mlm_picture: bool = None  # T_v joins the masked word's state; default True (S25)
+mask_share: float = None  # share of the words that are masked; default 0.15
+random_negatives: float = None  # share of steps; tiny 0.4, photos 0.6, paper 0 (S24)
+match_score: str = None  # score of a pair: odds | logit; default odds (4.1)
+itc_weight: float = None  # contrast; default 1 (S37)
+itm_weight: float = None  # matching; default 1 (S37)
+mlm_weight: float = None  # masked words; tiny 0, photos 0, paper 1 (S37)
+reg_weight: float = None  # Eq. 3; tiny 0, photos 0, paper 1 (S37)
+rerank: int = None  # candidates that are re-ranked; tiny 16, photos 16, paper 128
+rank_score: str = "itm"  # score of a re-ranked pair: itm | itm+itc
+vision: str = ""  # a timm name in place of the scale's backbone (resnet50 in the paper)
+vision_weights: str = ""  # its safetensors file, or hub; empty: random at scale paper
+text_weights: str = ""  # folder or hub name of the BERT, or of its vocabulary
+size: int = None  # side of the images, at scale paper; tiny 64, photos 224, paper 224
+maps: int = None  # maps kept of a frozen network; tiny 2, photos 3, paper 3
+stages: str = None  # stages of a network that is trained; tiny none, photos none, paper 2, 3, 4
+width: int = None  # D, of all tokens; tiny 64, photos 128, paper 768
+text_depth: int = None  # layers of the BERT from scratch; tiny 2, photos 2, paper 12
+text_heads: int = None  # its heads; tiny 4, photos 4, paper 12
+encoder_epochs: int = None  # first epochs, contrast alone; tiny 8, photos 8, paper 0
+epochs: int = None  # passes over the training pairs; tiny 2, photos 2, paper 20
+batch_size: int = None  # pairs per step; tiny 64, photos 64, paper 1280
+lr: float = None  # learning rate; tiny 0.001, photos 0.0005, paper 0.0003
+clip_norm: float = None  # largest norm of the gradient; 0 is none; default 0
+warmup: float = None  # share of the steps; tiny 0.1, photos 0.1, paper 0
+schedule: str = None  # of lr: cosine | linear | constant; tiny cosine, photos cosine, paper linear
+weight_decay: float = None  # of AdamW; default 0.02
+precision: str = None  # mixed precision: no | bf16 | fp16; tiny no, photos no, paper bf16
+workers: int = None  # processes that read images; tiny 0, photos 0, paper 4
+checkpoint_steps: int = None  # 0: one per epoch; tiny 0, photos 0, paper 500
+threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import parameters, root
+from finematch.config import root, settings
 
-p = parameters(
-    globals(), scale={"tiny", "paper"}, seed=(0, 2**31), version={"iccv", "arxiv"}, levels=(-1, 12), top=(-1, 1000), threshold=(-1, 1),
-    source={"decoder", "encoder"}, proposals={"", "rpn", "queries"}, attn={"transformer", "literal"},
-    region_update={"residual", "overwrite", "reweight"}, axes={"image", "paper"}, unit={"N/K", "N"}, extent={"map", "region"}, k=(1, 15),
-    cell_weights={"softmax", "raw", "relu"}, outside={"mean", "keep"}, first={"encoder", "decoder"},
-    scaling={"", "rank", "query", "level", "predicted"}, reg_reduction={"sum", "mean"}, nms=(0, 0.99),
-    score_norm={"max", "minmax", "sigmoid"}, token={"", "map", "regions"}, fused={"regions", "map"}, target={"mean", "weighted"},
-    embed_norm={"layer", "none"}, roi={"align", "table"}, queue=(-1, 2**20), momentum=(0, 0.99999), reduction={"sum", "mean"},
-    distil=(0, 0.99), mlm={"positions", "pooled"}, random_negatives=(-1, 1), match_score={"odds", "logit"}, itc_weight=(0, 100), itm_weight=(0, 100),
-    mlm_weight=(-1, 100), reg_weight=(-1, 100), rerank=(0, 10000), rank_score={"itm", "itm+itc"}, size=(0, 4096), width=(0, 4096), encoder_epochs=(-1, 1000), epochs=(0, 1000),
-    batch_size=(0, 65536), lr=(0, 1), precision={"", "no", "bf16", "fp16"}, workers=(-1, 256), checkpoint_steps=(-1, 10**6), threads=(0, 256),
-)  # fmt: skip
+s = settings(globals(), "slan")
+s
 
 # %%
 import json
@@ -120,28 +140,24 @@ from finematch.models.slan.run import (
     by_contrast,
     detector_file,
     plan,
-    settings,
-    switches,
     train_encoders,
 )
 from finematch.training import check_writable, fit, join_processes, leave_to_first, to_device
-from finematch.workbench import accelerator, embed, located_phrases, open_bench
+from finematch.workbench import accelerator, embed as embedded, located_phrases, open_bench
 
 join_processes()
-if p.zero_shot and not p.pretrained:
+if s.zero_shot and not s.pretrained:
     raise ValueError(
         "zero_shot evaluates what another run has trained: give its best.safetensors as `pretrained`"
     )
-if p.size and p.scale == "tiny":
+if "size" in s.given and s.scale == "tiny":
     raise ValueError(
-        f"size = {p.size}: at scale tiny the maps are those of pictures of one size; leave it at 0"
+        f"size = {s.size}: at scale tiny the maps are those of pictures of one size; leave it unset"
     )
-if p.threads:
-    torch.set_num_threads(p.threads)
-s = settings(p.scale, p.dataset, p.as_dict())
-folder = root() / p.out
+if s.threads:
+    torch.set_num_threads(s.threads)
+folder = root() / s.out
 check_writable(folder, room=10_000_000)
-s
 
 # %% [markdown]
 # ## The data
@@ -151,23 +167,23 @@ s
 
 # %%
 bench = open_bench(
-    dataset=p.dataset, data_root=root() / p.data_root, cache=root() / p.cache, scale=p.scale, backbone="maps", text="bert",
-    width=s["width"], depth=s["text_depth"], heads=s["text_heads"], size=s["size"], stages=s["maps"], vision=p.vision,
-    vision_weights=p.vision_weights, text_weights=p.text_weights, smoke=p.smoke,
+    dataset=s.dataset, data_root=root() / s.data_root, cache=root() / s.cache, scale=s.scale, backbone="maps", text="bert",
+    width=s.width, depth=s.text_depth, heads=s.text_heads, size=s.size, stages=s.maps, vision=s.vision,
+    vision_weights=s.vision_weights, text_weights=s.text_weights, smoke=s.smoke,
 )  # fmt: skip
 train, val, side = (bench.splits[name] for name in ("train", "val", bench.reported))
 data = train.pairs()
-if p.shards:  # `data.shards.write_shards` makes them; an epoch has every picture of every set once
+if s.shards:  # `data.shards.write_shards` makes them; an epoch has every picture of every set once
     if bench.maps:
         raise ValueError("shards hold pictures, and this scale reads cached maps: use scale='paper'")
-    sets = dict(part.split(":", 1) for part in p.shards.split(","))
+    sets = dict(part.split(":", 1) for part in s.shards.split(","))
     data = ShardPairs(
         {name: root() / where for name, where in sets.items()},
-        to_pixels(s["size"], (0.0,) * 3, (1.0,) * 3),
+        to_pixels(s.size, (0.0,) * 3, (1.0,) * 3),
         bench.tokenizer,
     )
     print(*data.mixture(), sep="\n")
-steps_per_epoch = data.steps(s["batch_size"], world()) if p.shards else len(data) // s["batch_size"]
+steps_per_epoch = data.steps(s.batch_size, world()) if s.shards else len(data) // s.batch_size
 {name: f"{len(part.records)} pictures, {len(part.captions)} captions" for name, part in bench.splits.items()}
 
 # %% [markdown]
@@ -177,9 +193,9 @@ steps_per_epoch = data.steps(s["batch_size"], world()) if p.shards else len(data
 # the same proposal network, on the true boxes of the train split. All other runs never see a box.
 
 # %%
-weights = root() / p.detector if p.detector else None
-if p.detector == "boxes":
-    weights = detector_file(bench, s, p.as_dict(), root() / p.cache)
+weights = root() / s.detector if s.detector else None
+if s.detector == "boxes":
+    weights = detector_file(bench, s, root() / s.cache)
     print(json.loads((weights.parent / "recall.json").read_text()))
 
 # %% [markdown]
@@ -188,12 +204,12 @@ if p.detector == "boxes":
 # The lesson takes it apart; here `slan.run.build` puts it together with the random weights of the seed.
 
 # %%
-model = build(bench, s, p.as_dict(), steps_per_epoch=steps_per_epoch).to(accelerator())
+model = build(bench, s, steps_per_epoch=steps_per_epoch).to(accelerator())
 if weights:
     load_proposals(model.locator.proposals, weights, decoder=model.locator.decoder)
-if p.pretrained:
+if s.pretrained:
     print(
-        f"Begins with {p.pretrained}; heads of only one of the two: {model.load_pretrained(root() / p.pretrained)}"
+        f"Begins with {s.pretrained}; heads of only one of the two: {model.load_pretrained(root() / s.pretrained)}"
     )
 parameters = sum(q.numel() for q in model.parameters() if q.requires_grad)
 print(f"{parameters / 1e6:.2f} M parameters to train, {steps_per_epoch} steps an epoch")
@@ -206,8 +222,8 @@ print(f"{parameters / 1e6:.2f} M parameters to train, {steps_per_epoch} steps an
 # without a locator. Runs of one seed share this: it stands in the cache.
 
 # %%
-if not p.pretrained:
-    train_encoders(model, bench, data, s, p.as_dict(), root() / p.cache)
+if not s.pretrained:
+    train_encoders(model, bench, data, s, root() / s.cache)
 
 
 # %% [markdown]
@@ -232,7 +248,7 @@ def grounded() -> dict[str, float]:
 
     model.eval()
     for level, phrases in enumerate(located_phrases(bench, side, locate)):
-        one = grounding(phrases, split=f"{p.dataset} {bench.reported}")
+        one = grounding(phrases, split=f"{s.dataset} {bench.reported}")
         found |= {f"level{level}_{name}": value for name, value in one.items() if "/" not in name}
     return found
 
@@ -251,8 +267,8 @@ LOOK = ("pointing", "chance_pointing", "r1", "chance_r1", "upper_bound", "centre
 # itself is reported, the last one. With `zero_shot` there is nothing to train, and the "after" of the boxes is their "before".
 
 # %%
-summary = {"best_epoch": 0, "seconds": 0.0} if p.zero_shot else fit(
-    model, data, plan(s, epochs=s["epochs"], seed=p.seed), folder, evaluate=lambda m: by_contrast(m, bench), select=bench.select,
+summary = {"best_epoch": 0, "seconds": 0.0} if s.zero_shot else fit(
+    model, data, plan(s, epochs=s.epochs, seed=s.seed), folder, evaluate=lambda m: by_contrast(m, bench), select=bench.select,
 )  # fmt: skip
 leave_to_first()  # of several processes (torchrun); else nothing
 
@@ -264,29 +280,22 @@ leave_to_first()  # of several processes (torchrun); else nothing
 
 # %%
 started = time.monotonic()
-image, text = embed(model, side)
-contrast = retrieval(image, text, side.image_of, split=f"{p.dataset} {bench.reported}")
+image, text = embedded(model, side)
+contrast = retrieval(image, text, side.image_of, split=f"{s.dataset} {bench.reported}")
 metrics = {f"itc_{name}": contrast[name] for name in ("i2t_r1", "t2i_r1", "rsum")}
-if p.itm_weight:
+if s.itm_weight:
     scorer = pair_scorer(model, side.pictures.batch, side.texts.batch, block=256)
-    metrics |= reranked_retrieval(image, text, side.image_of, scorer, k=s["rerank"], score=p.rank_score,
-                                  split=f"{p.dataset} {bench.reported}", progress=p.scale == "paper")  # fmt: skip
+    metrics |= reranked_retrieval(image, text, side.image_of, scorer, k=s.rerank, score=s.rank_score,
+                                  split=f"{s.dataset} {bench.reported}", progress=s.scale == "paper")  # fmt: skip
     seconds = time.monotonic() - started
     print(f"{metrics['pairs']:,} pairs in {seconds:.1f} s: {metrics['pairs'] / seconds:,.0f} a second")
 else:
     metrics |= contrast
-trained = untrained if p.zero_shot else grounded()
+trained = untrained if s.zero_shot else grounded()
 metrics |= {f"grounding_{name}_before": value for name, value in untrained.items()}
 metrics |= {f"grounding_{name}_after": value for name, value in trained.items()}
 metrics
 
 # %%
 metrics |= {"best_epoch": summary["best_epoch"]}
-resolved = {
-    **p.as_dict(),
-    **{k: v for k, v in s.items() if k in p.as_dict()},
-    **{k: v for k, v in switches(s, p.as_dict()).items() if k in ("proposals", "scaling", "token")},
-    "smoke": p.smoke,
-    **bench.facts,
-}
-write_metrics(folder, resolved, metrics, seconds=summary["seconds"])
+write_metrics(folder, s.as_dict() | bench.facts, metrics, seconds=summary["seconds"])

@@ -41,7 +41,7 @@ figures: str = "figures"  # folder of the figures; those that show photos go to 
 smoke: bool = False  # few steps again, and `.smoke.` in the figures' names
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import parameters, root
+from finematch.config import Settings, declared, parameters, root
 
 p = parameters(
     globals(), example=(0, 10**7), pictures=(1, 6), top=(2, 10), replay=(0, 10**6), seed=(-1, 2**31)
@@ -53,7 +53,6 @@ import json
 import math
 import time
 from inspect import signature
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -76,7 +75,7 @@ from finematch.evaluation.retrieval import retrieval
 from finematch.tables import to_markdown, write_metrics
 from finematch.models.slan.locator import load_proposals
 from finematch.models.slan.objective import SLAN, pair_scorer
-from finematch.models.slan.run import build, detector_file, plan, settings, train_encoders
+from finematch.models.slan.run import build, detector_file, plan, train_encoders
 from finematch.text import tokenise
 from finematch.training import (
     EpochBatches, device_name, load_best, make_optimizer, make_schedule, to_device,
@@ -115,10 +114,10 @@ for key in ("dataset", "scale", "seed"):
 given = {key: str(root() / of_run[key]) for key in ("vision_weights", "text_weights")
          if of_run[key] and (root() / of_run[key]).exists()}  # fmt: skip
 given |= {"data_root": root() / (p.data_root or of_run["data_root"]), "cache": root() / of_run["cache"]}
-q, s = SimpleNamespace(**of_run), settings(of_run["scale"], of_run["dataset"], of_run)
-declared = {key: of_run[key] for key in signature(open_bench).parameters if key in of_run}
-shape = {"depth": s["text_depth"], "heads": s["text_heads"], "size": s["size"], "stages": s["maps"]}
-bench = open_bench(**(declared | shape | given), backbone="maps", text="bert")
+s = Settings("slan", {name: value for name, value in of_run.items() if name in declared("slan")})
+asked = {key: of_run[key] for key in signature(open_bench).parameters if key in of_run}
+shape = {"depth": s.text_depth, "heads": s.text_heads, "size": s.size, "stages": s.maps}
+bench = open_bench(**(asked | shape | given), backbone="maps", text="bert")
 side = bench.splits[bench.reported]
 changed = {k: (of_run[k], now) for k, now in bench.facts.items() if of_run.get(k, now) != now}
 if changed:  # what the cache holds was made anew since: these weights do not fit its maps
@@ -127,21 +126,21 @@ if changed:  # what the cache holds was made anew since: these weights do not fi
 
 def built() -> SLAN:
     """The run's model, with the random weights of its seed."""
-    return build(bench, s, of_run, steps_per_epoch=len(train) // s["batch_size"])
+    return build(bench, s, steps_per_epoch=len(train) // s.batch_size)
 
 
 def begun() -> SLAN:
     """The run's model before its first step with the locator: a detector's proposals, a pretrained run, trained encoders."""
-    weights = root() / q.detector
-    if q.detector == "boxes":
-        weights = detector_file(bench, s, of_run, root() / q.cache)
+    weights = root() / s.detector
+    if s.detector == "boxes":
+        weights = detector_file(bench, s, root() / s.cache)
     model = built()
-    if q.detector:
+    if s.detector:
         load_proposals(model.locator.proposals, weights, decoder=model.locator.decoder)
-    if q.pretrained:
-        model.load_pretrained(root() / q.pretrained)
+    if s.pretrained:
+        model.load_pretrained(root() / s.pretrained)
     else:
-        train_encoders(model, bench, train, s, of_run, root() / q.cache, echo=None)
+        train_encoders(model, bench, train, s, root() / s.cache, echo=None)
     return model.to(device).eval()
 
 
@@ -149,19 +148,19 @@ train = bench.splits["train"].pairs()
 fresh, model = begun(), built().to(device).eval()
 load_best(model, metrics_file.with_name("best.safetensors"))
 known_start = (
-    q.scale == "tiny" or not q.vision or bool(q.vision_weights)
+    s.scale == "tiny" or not s.vision or bool(s.vision_weights)
 )  # else its network was drawn before the seed was set
 if not known_start:
     print(
-        f"NOTE: the run began with a random {q.vision}: what is called untrained below began with another one."
+        f"NOTE: the run began with a random {s.vision}: what is called untrained below began with another one."
     )
 
-L, scenes = s["levels"], q.dataset.startswith("scenes")
+L, scenes = s.levels, s.dataset.startswith("scenes")
 row = metrics_file.parent.name.split(".")[2:-1]  # of a grid's run: dataset.scale.row.s0
-name = ".".join(["slan_regions", q.dataset, *row, *(["smoke"] if p.smoke or q.smoke else [])])
-label = f"{q.dataset} {bench.reported}"
-print(f"{label}: {len(side.records)} pictures, {len(side.captions)} captions; {s['count']} proposals a picture, at most "
-      f"{s['top'] or 'all'} pass the filter, {L} levels; epoch {run_metrics['best_epoch']} of {q.epochs}")  # fmt: skip
+name = ".".join(["slan_regions", s.dataset, *row, *(["smoke"] if p.smoke or s.smoke else [])])
+label = f"{s.dataset} {bench.reported}"
+print(f"{label}: {len(side.records)} pictures, {len(side.captions)} captions; {s.count} proposals a picture, at most "
+      f"{s.top or 'all'} pass the filter, {L} levels; epoch {run_metrics['best_epoch']} of {s.epochs}")  # fmt: skip
 
 
 def keep(figure: plt.Figure, number: int, *, pictures: bool = True) -> None:
@@ -286,7 +285,7 @@ def claim(question: str, gain, rows, unit: str = "") -> float:
 linked, asked, metrics = {}, [], {}
 if here:
     row_of = {record.image_id: row for row, record in enumerate(side.records)}
-    linked = {row_of[one.image_id]: one for one in load(f"{q.dataset}_entities", bench.data_root, bench.reported)
+    linked = {row_of[one.image_id]: one for one in load(f"{s.dataset}_entities", bench.data_root, bench.reported)
               if one.image_id in row_of}  # fmt: skip
     asked = [(i, one) for i, record in linked.items() for c in sorted({one.caption for one in record.phrases})
              for one in record.phrases if one.caption == c and one.boxes]  # fmt: skip
@@ -629,14 +628,14 @@ if here:
 # for `replay` steps; the last column is the run's own end. 0 is where the locator begins: encoders that were trained before it have been. The rows have the phrases of the figure above. Thick is the region that fits the phrase best after the last level *at that time*: it need not be the same one.
 
 # %%
-an_epoch = len(train) // s["batch_size"]
-total = an_epoch * s["epochs"]
+an_epoch = len(train) // s.batch_size
+total = an_epoch * s.epochs
 steps = min(p.replay, total)
 why = (
     "at scale=paper its steps are many and need a GPU"
-    if q.scale == "paper"
+    if s.scale == "paper"
     else "its data are shards"
-    if q.shards
+    if s.shards
     else ""
 )
 if why and steps:
@@ -659,24 +658,24 @@ def snapshot(of: SLAN, at: float) -> None:
 snapshot(fresh, 0.0)
 if steps:
     again_from = begun().train()  # made anew: the dice, too, stand as they stood before the first step
-    schedule = plan(s, epochs=s["epochs"], seed=q.seed)
+    schedule = plan(s, epochs=s.epochs, seed=s.seed)
     trainable = [w for w in again_from.parameters() if w.requires_grad]
     optimizer = make_optimizer(trainable, schedule)
     scheduler = make_schedule(optimizer, schedule, total)
-    batches = (index for epoch in range(s["epochs"])
-               for index in EpochBatches(len(train), s["batch_size"], seed=q.seed, epoch=epoch))  # fmt: skip
+    batches = (index for epoch in range(s.epochs)
+               for index in EpochBatches(len(train), s.batch_size, seed=s.seed, epoch=epoch))  # fmt: skip
     for step, index in enumerate(itertools.islice(batches, steps), start=1):
         terms = again_from(to_device(train.__getitems__(index), device))
         terms["loss"].backward()
-        if s["clip_norm"]:
-            torch.nn.utils.clip_grad_norm_(trainable, s["clip_norm"])
+        if s.clip_norm:
+            torch.nn.utils.clip_grad_norm_(trainable, s.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()
         losses.append(float(terms["loss"].detach()))
         if step in marks:
             snapshot(again_from, step / total)
-snapshot(model, run_metrics["best_epoch"] / s["epochs"])
+snapshot(model, run_metrics["best_epoch"] / s.epochs)
 
 log = metrics_file.with_name("log.jsonl")
 if len(losses) >= an_epoch and log.is_file():
@@ -819,18 +818,18 @@ if scenes:
     meanings = [meaning for truth in truths for meaning in truth["captions"]]
     assert [meaning["text"] for meaning in meanings] == side.captions
 first = {i: int(np.flatnonzero(side.image_of == i)[0]) for i in chosen}
-methods = ["contrast", f"best {s['rerank']} re-ranked"] if q.itm_weight else ["contrast"]
+methods = ["contrast", f"best {s.rerank} re-ranked"] if s.itm_weight else ["contrast"]
 figure, axes = plt.subplots(len(methods) * len(chosen), p.top + 2, figsize=(1.2 * (p.top + 3), 1.6 * len(methods) * len(chosen)),
                             width_ratios=[1.9] + [1] * (p.top + 1), squeeze=False)  # fmt: skip
-ranks, rerank = {method: [] for method in methods}, min(s["rerank"], len(side.records))
+ranks, rerank = {method: [] for method in methods}, min(s.rerank, len(side.records))
 for n, i in enumerate(chosen):
     k = first[i]
     cosine = image @ text[k]
     scores = {"contrast": cosine.numpy()}
-    if q.itm_weight:
+    if s.itm_weight:
         best = cosine.topk(rerank).indices.sort().values
         odds = pair_scorer(model, side.pictures.batch, side.texts.batch)(best, torch.full_like(best, k))
-        odds = odds + cosine[best] if q.rank_score == "itm+itc" else odds
+        odds = odds + cosine[best] if s.rank_score == "itm+itc" else odds
         below = (
             cosine - cosine.max() + odds.min() - 1
         )  # what is not re-ranked stays below, in the order of the contrast
@@ -850,7 +849,7 @@ plt.show()
 of_split = {"contrast": "itc_t2i_r1", methods[-1]: "t2i_r1"}
 for method in methods:
     print(f"{method}: own picture at {', '.join(map(str, ranks[method]))} of {len(side.records)}; over the split R@1 "
-          f"{run_metrics[of_split[method] if q.itm_weight else 'itc_t2i_r1']:.1f} % (chance {chance:.1f} %)")  # fmt: skip
+          f"{run_metrics[of_split[method] if s.itm_weight else 'itc_t2i_r1']:.1f} % (chance {chance:.1f} %)")  # fmt: skip
 
 # %%
 metrics |= {key: run_metrics[key] for key in ("itc_t2i_r1", "t2i_r1")}

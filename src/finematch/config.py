@@ -56,6 +56,7 @@ _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 _PLAIN = (int, float, str, list, dict, type(None))  # what papermill can inject (a bool is an int)
 _IPYTHON = {"In", "Out"}
 _DECLARED = "_finematch_declared"  # kept in the notebook's namespace, so a restarted kernel starts afresh
+_ACCEPTED = "_finematch_accepted"
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -155,8 +156,10 @@ def parameters(namespace: dict[str, Any], /, **rules: Rule) -> Params:
             for name, value in namespace.items()
             if not name.startswith("_") and name not in _IPYTHON and isinstance(value, _PLAIN)
         }
+    else:  # what the page has bound to a parameter's name since, an import say, is no parameter
+        values |= {n: was for n, was in namespace[_ACCEPTED].items() if not isinstance(values.get(n), _PLAIN)}
     accepted = Params(values, declared, rules)
-    namespace[_DECLARED] = declared
+    namespace[_DECLARED], namespace[_ACCEPTED] = declared, accepted.as_dict()
     return accepted
 
 
@@ -244,13 +247,19 @@ def _without_none(rule: Rule) -> Rule:
     return type(rule)(one for one in rule if one is not None)
 
 
-def _numbers(name: str, value: Any) -> tuple[float, ...]:
-    """A tuple of numbers; in a notebook they are written with commas, "1, 0.5, 0.25"."""
-    parts = value.split(",") if isinstance(value, str) and value.strip() else value or ()
-    try:
-        return tuple(float(part) if float(part) % 1 else int(float(part)) for part in parts)
-    except (TypeError, ValueError, OverflowError):
-        raise ParameterError(f"{name!r} must be numbers with commas between them, not {value!r}") from None
+def _numbers(name: str, value: Any) -> tuple:
+    """A tuple of numbers; in a notebook they are written with commas, "1.0, 0.5, 0.25"."""
+    parts = (
+        [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value or ()
+    )
+    if isinstance(value, str) and not all(map(_NUMBER.fullmatch, parts)):
+        raise ParameterError(f"{name!r} must be numbers with commas between them, not {value!r}")
+    found = [
+        (int(part) if part.isdigit() else float(part)) if isinstance(value, str) else part for part in parts
+    ]
+    if any(type(one) not in (int, float) or not math.isfinite(one) for one in found):
+        raise ParameterError(f"{name!r} must be finite numbers, not {value!r}")
+    return tuple(found)
 
 
 def _unknown(name: str, declared: Iterable[str]) -> str:

@@ -171,3 +171,146 @@ class FELGAConfig(Config):
     same_keyword_positives: bool = switch(
         "F10", False, True, says="Eq. 3-6 literally; section 5 regrets it",
         help="the same keyword in other texts is a positive")
+
+
+@dataclass(frozen=True)
+class LocatorConfig(Config):
+    """Settings of `models.slan.locator.SelfLocator` (SLAN 3.2). `width` is the objective's as well."""
+
+    width: int = setting(768, (1, 4096), "D, of all tokens")
+    levels: int = setting(3, (0, 12), "adaptors L")
+    decoder_levels: int = setting(3, (1, 12), "maps of the vision decoder, which the proposals read")
+    pyramid: int = setting(256, (1, 4096), "channels of the decoder's maps")
+    scales: tuple = setting((), None, "of a plain ViT's pyramid, coarse to fine; empty: 1/2, 1, 2 ...")
+    source: str = switch(
+        "A.3", "decoder", "encoder", says="arXiv, Table 10: where the maps of all levels come from",
+        help="maps of all levels")
+    proposals: str = switch(
+        "S28", "rpn", "queries", says="ICCV: region proposal network; arXiv: DETR", help="unset: the version's")
+    count: int = setting(100, (1, 10000), "proposals per image")
+    anchor: float = setting(8.0, (0.01, 1000), "side of an anchor, in cells of its map")
+    anchor_offset: float = setting(0.5, (0, 1), "place of an anchor in its cell; 0: torchvision's")
+    nms: float = setting(
+        0.0, (0, 0.99), "IoU of suppression, 0 is none", register="S16", literal=0.0,
+        says="nothing about suppression of proposals that no label trained")
+    query_depth: int = setting(6, (1, 48), "layers of the queries' transformer")
+    query_heads: int = setting(8, (1, 64), "its heads")
+    frozen: bool = setting(False, None, "the proposals are not trained (Table 6, row 1)")
+    top: int = setting(10, (0, 1000), "T of the filter, 0 keeps all")
+    threshold: float = setting(0.5, (0, 0.999), "h of the filter")
+    score_norm: str = switch(
+        "S17", "max", "minmax", "sigmoid", says="arXiv: 'with the maximum value 1'; ICCV: in [0, 1]",
+        help="saliency")
+    filter_text: bool = switch(
+        "S19", False, True, says="the filter is conditioned on texts (abstract), not so in Algorithm 1",
+        help="the filter reads the text")
+    weighting: bool = setting(True, None, "saliency weights the region embeddings")
+    first: str = switch(
+        "S10", "encoder", "decoder", says="E^G_1 from V (3.2), from F_i in Algorithm 1", help="origin of E^G_1")
+    heads: int = setting(8, (1, 64), "of the adaptors' attention")
+    dropout: float = setting(0.0, (0, 0.95), "of the adaptors' attention")
+    attn: str = switch(
+        "S1", "transformer", "literal", literal="literal",
+        says="names multi-head attention; Eq. 1 is one head without projections", help="attention of Eq. 1")
+    region_update: str = switch(
+        "S2", "residual", "overwrite", "reweight", literal="overwrite",
+        says="Algorithm 1 overwrites (line 9) what line 5 made", help="line 9")
+    axes: str = switch(
+        "S3", "image", "paper", literal="paper", says="Eq. 2 moves x by the cell's row and y by its column",
+        help="axes of Eq. 2")
+    unit: str = switch(
+        "S5", "N/K", "N", literal="N", says="Eq. 2 multiplies by the whole neighbourhood's size; cells stand N/K apart",
+        help="unit of Eq. 2")
+    extent: str = switch(
+        "S6", "map", "region", says="H_i and W_i: those of the map (Table 1), or of each region",
+        help="H and W of a neighbourhood")
+    k: int = setting(
+        3, (1, 15), "cells of a neighbourhood per side; odd", register="S7", literal=3,
+        says="gives K in an example only")
+    ratios: tuple = setting((), None, "r of each level; empty: 1, 1/2, 1/4 ...")
+    cell_weights: str = switch(
+        "S8", "softmax", "raw", "relu", literal="raw", says="a weighted summation whose weights M_j are not normalised",
+        help="weights M of Eq. 2")
+    cell_tau: float = setting(0.07, (1e-6, 100), "temperature of the softmax of M")
+    outside: str = switch(
+        "S8", "mean", "keep", says="nothing about cells of a neighbourhood that lie outside the picture",
+        help="cells outside the image")
+    include_special: bool = switch(
+        "S9", False, True, says="all word embeddings; whether [CLS] and [SEP] are words",
+        help="[CLS] and [SEP] count as words")
+    scaling: str = switch(
+        "S11", "rank", "query", "level", "predicted", says="p_w, p_h belong to regions, which differ by picture",
+        help="owner of p; unset: the version's")
+    smallest: float = setting(1 / 32, (1e-6, 0.5), "least side of a box")
+    box_grad: bool = switch(
+        "S12", True, False, says="nothing; the usual RoIAlign gives boxes no gradient",
+        help="gradients reach the boxes")
+    roi: str = switch(
+        "-", "align", "table", says="RoIAlign, then average pooling; the table is the exact mean", help="RoI pooling")
+    samples: int = setting(14, (1, 64), "of RoIAlign, per side")
+    embed_norm: str = switch(
+        "-", "layer", "none", literal="none", says="no normalisation of region embeddings", help="of region embeddings")
+    target: str = switch(
+        "S28", "mean", "weighted", says="Eq. 3 is the mean; arXiv's text has a 'weighted summation'",
+        help="target of Eq. 3")
+    detach_target: bool = switch(
+        "S13", True, False, says="the mean of the updated regions is 'taken as ground truth'",
+        help="the target of Eq. 3 is held fixed")
+    reg_reduction: str = switch(
+        "S14", "sum", "mean", says="summation for all regions; weights l1_weight, giou_weight not given",
+        help="Eq. 3 over regions")
+    l1_weight: float = setting(1.0, (0, 100), "of Eq. 3")
+    giou_weight: float = setting(1.0, (0, 100), "of Eq. 3")
+    token: str = switch(
+        "S20", "map", "regions", says="T_v is the mean of V (ICCV) or of the region embeddings (arXiv)",
+        help="T_v of the contrast; unset: the version's")
+    fused: str = switch(
+        "S20", "regions", "map", says="T_v of the last level (Algorithm 1), or of V (3.2, ICCV)",
+        help="T_v of matching")
+
+
+@dataclass(frozen=True)
+class SLANConfig(Config):
+    """Settings of `models.slan.objective.SLAN` (3.3). A term of weight 0 is not computed, and its head is not made."""
+
+    width: int = setting(768, (1, 4096), "D, of all tokens")
+    itc_weight: float = setting(1.0, (0, 100), "contrast", register="S37", literal=1.0, says="Eq. 8-9 have no weights")
+    itm_weight: float = setting(1.0, (0, 100), "matching", register="S37", literal=1.0, says="Eq. 8-9 have no weights")
+    mlm_weight: float = setting(
+        1.0, (0, 100), "masked words", register="S37", literal=1.0, says="Eq. 8-9 have no weights")
+    reg_weight: float = setting(1.0, (0, 100), "Eq. 3", register="S37", literal=1.0, says="Eq. 8-9 have no weights")
+    embed: int = setting(
+        256, (0, 65536), "width of the contrast, 0: the tokens'", register="S37",
+        says="a dot product of D-d tokens; ALBEF projects them to 256")
+    queue: int = setting(
+        65536, (0, 2**20), "pairs of the queues, 0: the batch alone", register="S21",
+        says="'two queues', of no stated size")
+    momentum: float = setting(
+        0.995, (0, 0.99999), "of the momentum encoders, 0: none", register="S21",
+        says="does not name momentum encoders; ALBEF has them")
+    distil: float = setting(
+        0.0, (0, 0.99), "share of momentum distillation", register="S22", literal=0.0,
+        says="no momentum distillation; ALBEF has it")
+    same_picture: bool = switch(
+        "S21", True, False, literal=False,
+        says="one positive a pair; ALBEF counts same-picture ones when it fine-tunes",
+        help="captions of one image are all positives")
+    reduction: str = switch(
+        "S22", "sum", "mean", says="Eq. 6 sums the directions; ALBEF averages them", help="directions of Eq. 6")
+    tau: float = setting(
+        0.07, (0.001, 0.5), "initial temperature", register="S21", literal=0.07, says="'a temperature parameter'")
+    learnable_tau: bool = setting(True, None, "the temperature is trained")
+    mask_share: float = setting(0.15, (0.001, 0.999), "share of the words that are masked")
+    mlm: str = switch(
+        "S25", "positions", "pooled", literal="pooled",
+        says="p_mask(T_v, T_t): two vectors cannot tell positions apart", help="states that predict words")
+    mlm_picture: bool = switch(
+        "S25", True, False, says="whether T_v joins the word's own state", help="T_v joins the masked word's state")
+    match_score: str = switch(
+        "4.1", "odds", "logit", says="not how pairs are ranked; ALBEF takes the logit of 'matched' alone",
+        help="score of a pair")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the terms of Eq. 8-9."""
+        return {"itc": self.itc_weight, "itm": self.itm_weight, "mlm": self.mlm_weight, "reg": self.reg_weight}

@@ -3,7 +3,8 @@
 In the paper's order: 3.1 unimodal encoding, 3.2.1 vision decoder, 3.2 region proposals, 3.2.2 region filter, 3.2.3
 region adaptor (Algorithm 1, Eq. 1-2) and regression loss (Eq. 3), and the self-locator that puts them together.
 The objective that trains it is in a file of its own. Every reading of the paper that could go either way is an
-argument; `READINGS` lists them, and `VERSIONS` sets those in which the two versions of the paper differ.
+setting, declared in `LocatorConfig`; `version` of `presets/slan.toml` sets those in which the two versions of the paper
+differ.
 
 A box is (x1, y1, x2, y2) in fractions of the picture and stays inside of it, with x1 < x2 and y1 < y2. What a
 picture needs before any text is known is computed once (`SelfLocator.prepare`), what belongs to a pair of picture
@@ -42,46 +43,10 @@ from finematch.boxes import (
 )
 from finematch.encoders import Cells
 from finematch.losses import wide
-
-READINGS = [
-    # (register, argument, values with the default first, what the paper says)
-    ("S1", "attn", "transformer | literal", "names multi-head attention; Eq. 1 is one head without projections"),
-    ("S2", "region_update", "residual | overwrite | reweight", "Algorithm 1 overwrites (line 9) what line 5 made"),
-    ("S3", "axes", "image | paper", "Eq. 2 moves x by the cell's row and y by its column"),
-    ("S5", "unit", "N/K | N", "Eq. 2 multiplies by the whole neighbourhood's size; cells stand N/K apart"),
-    ("S6", "extent", "map | region", "H_i and W_i: those of the map (Table 1), or of each region"),
-    ("S7", "k", "3 | any odd", "gives K in an example only"),
-    ("S8", "weights", "softmax | raw | relu", "a weighted summation whose weights M_j are not normalised"),
-    ("S8", "outside", "mean | keep", "nothing about cells of a neighbourhood that lie outside the picture"),
-    ("S9", "include_special", "False | True", "all word embeddings; whether [CLS] and [SEP] are words"),
-    ("S10", "first", "encoder | decoder", "E^G_1 from V (3.2), from F_i in Algorithm 1"),
-    ("S11", "scaling", "rank | query | level | predicted", "p_w, p_h belong to regions, which differ by picture"),
-    ("S12", "box_grad", "True | False", "nothing; the usual RoIAlign gives boxes no gradient"),
-    ("S13", "detach_target", "True | False", "the mean of the updated regions is 'taken as ground truth'"),
-    ("S14", "reg_reduction", "sum | mean", "summation for all regions; weights l1_weight, giou_weight not given"),
-    ("S16", "nms", "0.0 | an IoU", "nothing about suppression of proposals that no label trained"),
-    ("S17", "score_norm", "max | minmax | sigmoid", "arXiv: 'with the maximum value 1'; ICCV: in [0, 1]"),
-    ("S19", "filter_text", "False | True", "the filter is conditioned on texts (abstract), not so in Algorithm 1"),
-    ("S20", "token", "map | regions", "T_v is the mean of V (ICCV) or of the region embeddings (arXiv)"),
-    ("S20", "fused", "regions | map", "T_v of the last level (Algorithm 1), or of V (3.2, ICCV)"),
-    ("S28", "proposals", "rpn | queries", "ICCV: region proposal network; arXiv: DETR"),
-    ("S28", "target", "mean | weighted", "Eq. 3 is the mean; arXiv's text has a 'weighted summation'"),
-    ("A.3", "source", "decoder | encoder", "arXiv, Table 10: where the maps of all levels come from"),
-    ("-", "embed_norm", "layer | none", "no normalisation of region embeddings"),
-    ("-", "roi", "align | table", "RoIAlign, then average pooling; the table is the exact mean"),
-]  # fmt: skip
-
-# What the two versions of the paper set differently (S28). What they share stands in the arguments' defaults.
-VERSIONS = {
-    "iccv": {"proposals": "rpn", "scaling": "rank", "token": "map"},
-    "arxiv": {"proposals": "queries", "scaling": "query", "token": "regions"},
-}
-
-# All arguments that set a reading.
-SWITCHES = tuple(dict.fromkeys(argument for _, argument, _, _ in READINGS))
+from finematch.models.configs import LocatorConfig
 
 # The least side of a box: a smaller one is inside a cell of every map, where its size gets no gradient.
-SMALLEST = 1 / 32
+SMALLEST = LocatorConfig.smallest
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> str:
@@ -856,50 +821,24 @@ class RegionAdaptor(nn.Module):
             `keep`: its cosine, of the zeros that RoIAlign finds there.
     """
 
-    def __init__(
-        self,
-        embed: RegionEmbedding,
-        width: int,
-        *,
-        ratio: float,
-        slots: int,
-        heads: int = 8,
-        attn: str = "transformer",
-        dropout: float = 0.0,
-        region_update: str = "residual",
-        axes: str = "image",
-        unit: str = "N/K",
-        extent: str = "map",
-        k: int = 3,
-        weights: str = "softmax",
-        tau: float = 0.07,
-        outside: str = "mean",
-        scaling: str = "rank",
-        smallest: float = SMALLEST,
-    ):
+    def __init__(self, embed: RegionEmbedding, config: LocatorConfig, *, ratio: float, slots: int):
         super().__init__()
-        for name, value, known in (
-            ("region_update", region_update, ("residual", "overwrite", "reweight")), ("axes", axes, ("image", "paper")),
-            ("unit", unit, ("N/K", "N")), ("extent", extent, ("map", "region")),
-            ("weights", weights, ("softmax", "raw", "relu")), ("outside", outside, ("mean", "keep")),
-            ("scaling", scaling, ("rank", "query", "level", "predicted")),
-        ):  # fmt: skip
-            one_of(name, value, known)
-        if k < 1 or k % 2 == 0:
-            raise ValueError(f"k = {k}: K is odd, or floor(K / 2) of Eq. 2 is not the middle cell")
-        if ratio <= 0 or tau <= 0:
-            raise ValueError(f"ratio = {ratio} and tau = {tau} must be positive")
+        c = config
+        if c.k % 2 == 0:
+            raise ValueError(f"k = {c.k}: K is odd, or floor(K / 2) of Eq. 2 is not the middle cell")
+        if ratio <= 0:
+            raise ValueError(f"ratio = {ratio} must be positive")
         self.embed = embed
-        self.attention = CrossAttention(width, heads, attn=attn, dropout=dropout)
-        self.ratio, self.k, self.tau, self.smallest = ratio, k, tau, smallest
-        self.region_update, self.axes, self.unit, self.extent = region_update, axes, unit, extent
-        self.weights, self.outside, self.scaling = weights, outside, scaling
-        if scaling == "predicted":
-            self.predict = nn.Linear(width, 2)
+        self.attention = CrossAttention(c.width, c.heads, attn=c.attn, dropout=c.dropout)
+        self.ratio, self.k, self.tau, self.smallest = ratio, c.k, c.cell_tau, c.smallest
+        self.region_update, self.axes, self.unit, self.extent = c.region_update, c.axes, c.unit, c.extent
+        self.weights, self.outside, self.scaling = c.cell_weights, c.outside, c.scaling
+        if c.scaling == "predicted":
+            self.predict = nn.Linear(c.width, 2)
             for parameter in self.predict.parameters():
                 nn.init.zeros_(parameter)
         else:
-            self.theta = nn.Parameter(torch.zeros(1 if scaling == "level" else slots, 2))
+            self.theta = nn.Parameter(torch.zeros(1 if c.scaling == "level" else slots, 2))
 
     def scales(self, regions: Float[Tensor, "b t d"], slots: Int[Tensor, "b t"]) -> Float[Tensor, "b t 2"]:
         """(p_w, p_h) of every region."""
@@ -1064,132 +1003,59 @@ class Located(NamedTuple):
 class SelfLocator(nn.Module):
     """Algorithm 1: proposals, filter, `levels` region adaptors.
 
+    With 0 `levels` the regions are the proposals, and words and regions never meet (Table 6, rows 1 and 2). `frozen`
+    proposals are not trained and no gradient enters them (Table 6, row 1; load their weights with `load_proposals`).
+    The maps they read are the model's own, so a frozen module still sees them change where the decoder or the encoder
+    is trained.
+
     Args:
         channels: of the encoder's maps, fine to coarse (`Towers.channels`).
-        width: D, of the words given and of everything returned.
-        levels: L, 0 to the number of maps. With 0 the regions are the proposals, and words and regions never meet
-            (Table 6, rows 1 and 2).
-        maps: levels of the decoder, all of which the proposals read.
-        pyramid: channels of the decoder's maps.
-        scales: of a plain ViT's pyramid, see `VisionDecoder`.
-        heads, dropout: of the adaptors' attention.
-        ratios: r_i of each level; by default 1, 1/2, 1/4 ...
-        samples: of RoIAlign, a side.
-        count: proposals a picture.
-        anchor, anchor_offset, nms: of the RPN.
-        query_depth, query_heads: of the queries' transformer.
-        frozen: the proposals are not trained and no gradient enters them (Table 6, row 1; load their weights with
-            `load_proposals`). The maps they read are the model's own, so a frozen module still sees them change
-            where the decoder or the encoder is trained.
-        top, threshold: of the filter.
-        weighting: whether region embeddings are weighted by their scores.
-        l1_weight, giou_weight: of Eq. 3.
-
-    The other arguments are readings, see `READINGS` and the classes above.
 
     Raises:
-        ValueError: an unknown switch, or ones that exclude each other.
+        ValueError: settings that exclude each other.
     """
 
-    def __init__(
-        self,
-        channels: tuple[int, ...],
-        width: int,
-        *,
-        levels: int = 3,
-        maps: int = 3,
-        pyramid: int = 256,
-        scales: tuple[float, ...] = (),
-        source: str = "decoder",
-        proposals: str = "rpn",
-        count: int = 100,
-        anchor: float = 8.0,
-        anchor_offset: float = 0.5,
-        nms: float = 0.0,
-        query_depth: int = 6,
-        query_heads: int = 8,
-        frozen: bool = False,
-        top: int = 10,
-        threshold: float = 0.5,
-        score_norm: str = "max",
-        filter_text: bool = False,
-        weighting: bool = True,
-        first: str = "encoder",
-        heads: int = 8,
-        dropout: float = 0.0,
-        attn: str = "transformer",
-        region_update: str = "residual",
-        axes: str = "image",
-        unit: str = "N/K",
-        extent: str = "map",
-        k: int = 3,
-        ratios: tuple[float, ...] = (),
-        weights: str = "softmax",
-        tau: float = 0.07,
-        outside: str = "mean",
-        include_special: bool = False,
-        scaling: str = "rank",
-        smallest: float = SMALLEST,
-        box_grad: bool = True,
-        roi: str = "align",
-        samples: int = 14,
-        embed_norm: str = "layer",
-        target: str = "mean",
-        detach_target: bool = True,
-        reg_reduction: str = "sum",
-        l1_weight: float = 1.0,
-        giou_weight: float = 1.0,
-        token: str = "map",
-        fused: str = "regions",
-    ):
+    def __init__(self, channels: tuple[int, ...], config: LocatorConfig):
         super().__init__()
-        for name, value, known in (
-            ("proposals", proposals, ("rpn", "queries")), ("first", first, ("encoder", "decoder")),
-            ("target", target, ("mean", "weighted")), ("reg_reduction", reg_reduction, ("sum", "mean")),
-            ("token", token, ("map", "regions")), ("fused", fused, ("regions", "map")),
-        ):  # fmt: skip
-            one_of(name, value, known)
-        if not 0 <= levels <= maps:
-            raise ValueError(f"levels = {levels}: must be 0 to {maps}, the number of maps")
-        ratios = tuple(ratios) or tuple(0.5**i for i in range(levels))
-        if len(ratios) != levels:
-            raise ValueError(f"{len(ratios)} ratios {ratios} for {levels} levels")
-        if filter_text and token == "regions":
+        c = self.config = config
+        ratios = c.ratios or tuple(0.5**i for i in range(c.levels))
+        self._check(len(ratios))
+        self.decoder = VisionDecoder(channels, c.pyramid, c.decoder_levels, source=c.source, scales=c.scales)
+        if c.proposals == "rpn":
+            self.proposals = RPN(c.pyramid, count=c.count, anchor=c.anchor, anchor_offset=c.anchor_offset, nms=c.nms,
+                                 smallest=c.smallest)  # fmt: skip
+        else:
+            self.proposals = QueryProposals(c.pyramid, count=c.count, depth=c.query_depth, heads=c.query_heads,
+                                            smallest=c.smallest)  # fmt: skip
+        self.frozen, self.token = c.frozen, c.token
+        self.proposals.requires_grad_(not c.frozen)
+        self.filter = RegionFilter(
+            c.width, top=c.top, threshold=c.threshold, score_norm=c.score_norm, text=c.filter_text
+        )
+        pooling = {"norm": c.embed_norm, "roi": c.roi, "samples": c.samples, "box_grad": c.box_grad}
+        self.embed = RegionEmbedding(channels[-1] if c.first == "encoder" else c.pyramid, c.width, **pooling)
+        slots = c.count if c.scaling == "query" or not c.top else min(c.top, c.count)
+        self.adaptors = nn.ModuleList(
+            RegionAdaptor(RegionEmbedding(c.pyramid, c.width, **pooling), c, ratio=ratio, slots=slots)
+            for ratio in ratios
+        )
+        self.whole = nn.Linear(channels[-1], c.width) if c.fused == "map" else None
+
+    def _check(self, ratios: int) -> None:
+        """Refuses settings that do not go together."""
+        c = self.config
+        if c.levels > c.decoder_levels:
+            raise ValueError(f"levels = {c.levels}: must be 0 to {c.decoder_levels}, the number of maps")
+        if ratios != c.levels:
+            raise ValueError(f"{ratios} ratios {c.ratios} for {c.levels} levels")
+        if c.filter_text and c.token == "regions":
             raise ValueError(
                 "token='regions' is a token without a text, which filter_text=True does not have"
             )
-        if scaling == "query" and proposals == "rpn":
+        if c.scaling == "query" and c.proposals == "rpn":
             raise ValueError("scaling='query' needs proposals='queries': an RPN's proposals have no identity")
-        if nms and proposals == "queries":
+        if c.nms and c.proposals == "queries":
             raise ValueError("nms is of the RPN: queries are not suppressed")
-        self.decoder = VisionDecoder(channels, pyramid, maps, source=source, scales=scales)
-        if proposals == "rpn":
-            self.proposals = RPN(pyramid, count=count, anchor=anchor, anchor_offset=anchor_offset, nms=nms,
-                                 smallest=smallest)  # fmt: skip
-        else:
-            self.proposals = QueryProposals(pyramid, count=count, depth=query_depth, heads=query_heads,
-                                            smallest=smallest)  # fmt: skip
-        self.frozen = frozen
-        self.proposals.requires_grad_(not frozen)
-        self.filter = RegionFilter(
-            width, top=top, threshold=threshold, score_norm=score_norm, text=filter_text
-        )
-        self.weighting, self.first, self.include_special = weighting, first, include_special
-        pooling = {"norm": embed_norm, "roi": roi, "samples": samples, "box_grad": box_grad}
-        self.embed = RegionEmbedding(channels[-1] if first == "encoder" else pyramid, width, **pooling)
-        slots = count if scaling == "query" or not top else min(top, count)
-        self.adaptors = nn.ModuleList(
-            RegionAdaptor(
-                RegionEmbedding(pyramid, width, **pooling), width, ratio=ratio, slots=slots, heads=heads, attn=attn,
-                dropout=dropout, region_update=region_update, axes=axes, unit=unit, extent=extent, k=k, weights=weights,
-                tau=tau, outside=outside, scaling=scaling, smallest=smallest,
-            )
-            for ratio in ratios
-        )  # fmt: skip
-        self.target, self.detach_target, self.tau = target, detach_target, tau
-        self.regression = {"l1_weight": l1_weight, "giou_weight": giou_weight, "reduction": reg_reduction}
-        self.token, self.fused = token, fused
-        self.whole = nn.Linear(channels[-1], width) if fused == "map" else None
 
     # ---- once per picture
     def prepare(self, features: list[Float[Tensor, "b _ _ _"]]) -> Pictures:
@@ -1201,7 +1067,7 @@ class SelfLocator(nn.Module):
         if self.filter.ask is None:
             slots, scores, valid = self.filter(scores, valid)
             boxes = take(boxes, slots)
-        first = features[-1] if self.first == "encoder" else maps[0]
+        first = features[-1] if self.config.first == "encoder" else maps[0]
         regions = self.embed(self.embed.read(first), boxes)
         whole = self.whole(features[-1].mean((2, 3))) if self.whole is not None else None
         read = [a.embed.read(m) for a, m in zip(self.adaptors, maps, strict=False)]
@@ -1215,7 +1081,7 @@ class SelfLocator(nn.Module):
     def weighted(self, pictures: Pictures) -> Float[Tensor, "b t d"]:
         """E^G_1: "finally, we weight region embeddings by the scores"."""
         regions = pictures.regions * pictures.valid[..., None]
-        return regions * pictures.scores[..., None].to(regions.dtype) if self.weighting else regions
+        return regions * pictures.scores[..., None].to(regions.dtype) if self.config.weighting else regions
 
     def choose(self, pictures: Pictures, text: Float[Tensor, "b d"]) -> Pictures:
         """The filter that reads the text (S19), on all proposals."""
@@ -1245,8 +1111,10 @@ class SelfLocator(nn.Module):
         if self.filter.ask is not None:
             pictures = self.choose(pictures, words[:, 0])
         scores, valid = pictures.scores, pictures.valid
-        strength = scores if self.weighting else valid.to(scores.dtype)
-        counted = mask if self.include_special else mask & ~(ends(mask) if special is None else special)
+        strength = scores if self.config.weighting else valid.to(scores.dtype)
+        counted = (
+            mask if self.config.include_special else mask & ~(ends(mask) if special is None else special)
+        )
         regions, boxes = self.weighted(pictures), [pictures.boxes]
         cosine, matches = [similarity(pictures.regions, words, counted)], []
         for adaptor, features in zip(self.adaptors, pictures.maps, strict=True):
@@ -1260,7 +1128,7 @@ class SelfLocator(nn.Module):
         reg_loss = boxes[0].new_zeros(len(mask))
         if self.adaptors:
             reg_loss = self.regress(torch.stack(boxes), torch.stack(matches), valid)
-        picture = mean_region(regions, valid) if self.fused == "regions" else pictures.whole
+        picture = mean_region(regions, valid) if self.config.fused == "regions" else pictures.whole
         return Located(torch.stack(boxes), scores, valid, regions, words, picture, words[:, 0], reg_loss,
                        torch.stack(cosine) * valid[..., None])  # fmt: skip
 
@@ -1268,10 +1136,14 @@ class SelfLocator(nn.Module):
         self, boxes: Float[Tensor, "l b t 4"], matches: Float[Tensor, "m b t"], valid: Bool[Tensor, "b t"]
     ) -> Float[Tensor, "b"]:
         """Eq. 3 of the proposals against the mean of what they became, which is held fixed (`detach_target`)."""
-        target = regression_target(boxes[1:], matches if self.target == "weighted" else None, self.tau)
-        return regression_loss(
-            boxes[0], target.detach() if self.detach_target else target, valid, **self.regression
+        target = regression_target(
+            boxes[1:], matches if self.config.target == "weighted" else None, self.config.cell_tau
         )
+        c = self.config
+        return regression_loss(
+            boxes[0], target.detach() if c.detach_target else target, valid, l1_weight=c.l1_weight,
+            giou_weight=c.giou_weight, reduction=c.reg_reduction,
+        )  # fmt: skip
 
     def forward(
         self,

@@ -3,7 +3,7 @@
 In the paper's order: image-text matching (Eq. 4), image-text contrast with its two queues (Eq. 5-6), language
 modelling (Eq. 7), their sum with the locator's own loss (Eq. 8-9), then the scorer of pairs that re-ranks. The paper
 says "following ALBEF" and leaves the rest open: what it does not say is ALBEF's. Every reading that could go either
-way is an argument; `READINGS` lists them.
+way is a setting, declared in `SLANConfig`.
 
 Two kinds of tokens (S20): the contrast compares the *unimodal* ones, the pooled feature map and BERT's [CLS], for
 there a picture and a text never meet, so that vectors can wait in a queue and a gallery can be ranked by a product;
@@ -20,7 +20,7 @@ Axes: `b` pairs, `p` pairs to be scored, `k` keys, `n` tokens of a text, `m` mas
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -33,22 +33,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from finematch.losses import gather, wide
-
-READINGS = [
-    # (register, argument, values with the default first, what the paper says)
-    ("S21", "queue", "65536 | 0 (the batch alone)", "'two queues', of no stated size"),
-    ("S21", "momentum", "0.995 | 0 (no momentum encoder)", "does not name momentum encoders; ALBEF has them"),
-    ("S21", "same_picture", "True | False", "one positive a pair; ALBEF counts same-picture ones when it fine-tunes"),
-    ("S21", "tau", "learnable from 0.07, in [0.001, 0.5]", "'a temperature parameter'"),
-    ("S22", "reduction", "sum | mean", "Eq. 6 sums the directions; ALBEF averages them"),
-    ("S22", "distil", "0.0 | 0.4", "no momentum distillation; ALBEF has it"),
-    ("S24", "random_steps", "0 | any number", "'batch sampling following ALBEF': hard negatives from the start"),
-    ("S25", "mlm", "positions | pooled", "p_mask(T_v, T_t): two vectors cannot tell positions apart"),
-    ("S25", "mlm_picture", "True | False", "whether T_v joins the word's own state"),
-    ("S37", "embed", "256 | 0 (none)", "a dot product of D-d tokens; ALBEF projects them to 256"),
-    ("S37", "weights", "1 each", "Eq. 8-9 have none"),
-    ("4.1", "match_score", "odds | logit", "not how pairs are ranked; ALBEF takes the logit of 'matched' alone"),
-]  # fmt: skip
+from finematch.models.configs import SLANConfig
 
 TERMS = ("itc", "itm", "mlm", "reg")
 NOBODY = -1  # the picture id of an empty place in a queue
@@ -256,7 +241,9 @@ class Queue(nn.Module):
     def __init__(self, size: int, width: int):
         super().__init__()
         if size < 1:
-            raise ValueError(f"queue = {size}: must be at least 1 (0 is no queue at all: SLAN(queue=0))")
+            raise ValueError(
+                f"queue = {size}: must be at least 1 (0 is no queue at all: SLANConfig(queue=0))"
+            )
         self.size = size
         self.register_buffer("image", torch.zeros(size, width))
         self.register_buffer("text", torch.zeros(size, width))
@@ -573,86 +560,50 @@ class SLAN(nn.Module):
     Args:
         towers, locator: modules that do what `Towers` and `Locator` say. With a locator whose `token` is `regions`
             (arXiv) the contrast needs it too, and the momentum encoders copy it.
-        width: D, of all tokens.
         words: what masking needs, `Words.of(tokenizer)`; None only with a weight of 0 for `mlm`.
-        weights: of the terms `itc`, `itm`, `mlm`, `reg`, 1 each unless given. A term of weight 0 is not computed, and
-            its head is not made (fine-tuning for retrieval: `{"mlm": 0}`).
-        embed: see `Encoders`.
-        queue: pairs in the queues, no fewer than the whole batch; 0 contrasts within the batch.
-        momentum: decay of the momentum encoders, which give the keys. They exist where keys must last or teach, with
-            a queue or `distil`; 0 is none, and the queue then keeps the encoders' own vectors.
-        distil, same_picture, reduction, tau: see `itc` and `Temperature`.
-        mask_share: of the words, 0.15.
-        mlm, mlm_picture, tied: see `MaskedWordHead`.
+        tied: see `MaskedWordHead`.
         random_steps: for so many steps of training the negatives of matching are drawn at random. Against hard ones of
             trained towers a matching head from scratch learns next to nothing in the first hundreds of steps.
-        match_score: a pair ranks by the `odds`, the difference of its two logits, or by the `logit` of "matched"
-            alone, as in ALBEF: but what both logits share no loss ever trains.
+
+    The queues hold no fewer pairs than the whole batch; `queue=0` contrasts within the batch. The momentum encoders
+    give the keys and exist where keys must last or teach, with a queue or `distil`; `momentum=0` is none, and the
+    queue then keeps the encoders' own vectors. A pair ranks by the `odds`, the difference of its two logits, or by the
+    `logit` of "matched" alone, as in ALBEF: but what both logits share no loss ever trains (`match_score`).
 
     Raises:
-        ValueError: For switches that are unknown or do not go together.
+        ValueError: For settings that do not go together.
     """
 
     def __init__(
         self,
         towers: nn.Module,
         locator: nn.Module,
+        config: SLANConfig,
         *,
-        width: int,
         words: Words | None = None,
-        weights: Mapping[str, float | int] | None = None,
-        embed: int = 256,
-        queue: int = 65536,
-        momentum: float = 0.995,
-        distil: float = 0.0,
-        same_picture: bool = True,
-        reduction: str = "sum",
-        tau: float = 0.07,
-        learnable_tau: bool = True,
-        mask_share: float = 0.15,
-        mlm: str = "positions",
-        mlm_picture: bool = True,
         tied: nn.Embedding | None = None,
         random_steps: int = 0,
-        match_score: str = "odds",
     ):
         super().__init__()
+        c = config
         if random_steps < 0:
             raise ValueError(f"random_steps = {random_steps}: must not be negative")
         self.random_steps = random_steps
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # of training, so far
-        self.weights = dict.fromkeys(TERMS, 1.0) | dict(weights or {})
-        if (
-            set(self.weights) != set(TERMS)
-            or min(self.weights.values()) < 0
-            or not any(self.weights.values())
-        ):
-            raise ValueError(f"weights is {weights}; give {TERMS}, none negative and at least one positive")
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction is {reduction!r}; use 'sum' or 'mean'")
-        if match_score not in ("odds", "logit"):
-            raise ValueError(f"match_score is {match_score!r}; use 'odds' or 'logit'")
-        if mlm not in ("positions", "pooled"):
-            raise ValueError(f"mlm is {mlm!r}; use 'positions' or 'pooled'")
-        if not 0 <= distil < 1:
-            raise ValueError(f"distil = {distil}: must lie in [0, 1)")
-        if not 0 < mask_share < 1:
-            raise ValueError(f"mask_share = {mask_share}: must lie in (0, 1)")
-        if queue < 0 or embed < 0:
-            raise ValueError(f"queue = {queue}, embed = {embed}: must not be negative")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum = {momentum}: must lie in [0, 1)")
-        if distil and not momentum:
+        self.weights = c.weights
+        if not any(self.weights.values()):
+            raise ValueError(f"the weights of {TERMS} are all 0: give one at least")
+        if c.distil and not c.momentum:
             raise ValueError("distil needs momentum encoders: give momentum=0.995")
-        self.match_score, self.mask_share, self.words = match_score, mask_share, words
-        self.form = {"same_picture": same_picture, "distil": distil, "reduction": reduction}
+        self.match_score, self.mask_share, self.words = c.match_score, c.mask_share, words
+        self.form = {"same_picture": c.same_picture, "distil": c.distil, "reduction": c.reduction}
         contrast = self.weights["itc"] > 0
         for name, given, wanted in (("towers", towers, Towers), ("locator", locator, Locator)):
             if not isinstance(given, wanted):
                 raise ValueError(
                     f"{name} ({type(given).__name__}) lacks something of {wanted.__name__}: see there"
                 )
-        self.encoders, self.locator = Encoders(towers, width, embed), locator
+        self.encoders, self.locator = Encoders(towers, c.width, c.embed), locator
         self.by_regions = locator.token == "regions"
         # what no term reaches is not trained: data-parallel training would wait for its gradient
         if not contrast:
@@ -660,17 +611,19 @@ class SLAN(nn.Module):
             self.encoders.project_text.requires_grad_(False)
         if not self.by_regions and not any(self.weights[name] for name in ("itm", "mlm", "reg")):
             self.locator.requires_grad_(False)
-        self.temperature = Temperature(tau, learnable_tau and contrast)
-        self.queue = Queue(queue, embed or width) if queue and contrast else None
+        self.temperature = Temperature(c.tau, c.learnable_tau and contrast)
+        self.queue = Queue(c.queue, c.embed or c.width) if c.queue and contrast else None
         self.momentum = (
-            Momentum(self._followed(), momentum) if contrast and momentum and (queue or distil) else None
+            Momentum(self._followed(), c.momentum)
+            if contrast and c.momentum and (c.queue or c.distil)
+            else None
         )
-        self.head = MatchingHead(width) if self.weights["itm"] else None
+        self.head = MatchingHead(c.width) if self.weights["itm"] else None
         self.masked = None
         if self.weights["mlm"]:
             if words is None:
-                raise ValueError("mlm needs words=Words.of(tokenizer); without it give weights={'mlm': 0}")
-            self.masked = MaskedWordHead(width, words.size, form=mlm, picture=mlm_picture, tied=tied)
+                raise ValueError("mlm needs words=Words.of(tokenizer); without it give mlm_weight=0")
+            self.masked = MaskedWordHead(c.width, words.size, form=c.mlm, picture=c.mlm_picture, tied=tied)
         # the queues are alike in all processes by construction: sending them round at each step would cost more than
         # the step (torch has no public way to say so)
         self._ddp_params_and_buffers_to_ignore = [
