@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 import finematch
-from finematch import rebuild
+from finematch import MVAM, rebuild
 from finematch.checkpoints import save_weights
 from finematch.config import Settings
 from finematch.files import DataError
+from finematch.models.configs import MVAMConfig
 from finematch.runs import write_metrics
 from finematch.training import seed_everything, to_device
 
@@ -144,3 +145,29 @@ def test_what_cannot_be_scored_is_refused(run_of):
         finematch.match(run, "x.png", [])
     with pytest.raises(DataError, match=r"x\.png.*missing"):
         finematch.match(run, "x.png", "a red circle")
+
+
+def test_a_run_says_that_its_data_are_others_now(book, monkeypatch):
+    """Identity as the page states it; then the run says that it read other captions."""
+    from finematch import data, runs
+    from finematch.features import inputs
+
+    monkeypatch.chdir(book)
+    s = Settings("mvam", {"smoke": True, "views": 2})
+    opened = rebuild.region_inputs(s, book)
+    run = runs.begin(
+        "mvam", s, data={name: data.digests(split.records) for name, split in opened.splits.items()},
+        features=inputs.origin({name: split.images for name, split in opened.splits.items()}),
+    )  # fmt: skip
+    model = MVAM(*rebuild.towers(s, opened), MVAMConfig.of(s))
+    save_weights(model, run.folder / "best.safetensors")
+    run.finish({"rsum": 1.0}, seconds=1.0, protocol="smoke")
+    again = finematch.open_run(run.folder)
+    assert again.data.splits["test"].captions == opened.splits["test"].captions
+    assert again.status == "current"
+    file = run.folder / "metrics.json"
+    content = json.loads(file.read_text())
+    content["identity"]["data"]["test"]["captions"] = "0" * 64
+    file.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=r"the data are others: test\.captions was 000000000000000"):
+        assert finematch.open_run(run.folder).data

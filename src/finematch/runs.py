@@ -104,7 +104,30 @@ class Run:
     def _rebuilt(self) -> tuple:
         from finematch.rebuild import rebuild
 
-        return rebuild(self)
+        data, model = rebuild(self)
+        if changed := self._changed(data):
+            self.status = f"legacy: {changed}"
+            warnings.warn(f"{self.folder}: {self.status}. Run 2_train again", stacklevel=3)
+        return data, model
+
+    def _changed(self, data) -> str:
+        """What of the opened data and features is other than in the identity; empty if nothing is, or it is unknown."""
+        from finematch.data import digests
+        from finematch.features.inputs import origin
+
+        splits, was = getattr(data, "splits", {}), self.identity
+        if not was or not splits:
+            return ""
+        now = {name: digests(split.records) for name, split in splits.items()}
+        known = {name: was["data"].get(name) for name in now}
+        if known != now:
+            return f"the data are others: {differences(known, now)}"
+        features = _plain(origin({name: split.images for name, split in splits.items()}))
+        return (
+            ""
+            if features == was["features"]
+            else f"the features are others: {differences(was['features'], features)}"
+        )
 
     @property
     def data(self):
