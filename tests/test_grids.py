@@ -12,6 +12,7 @@ from notebook_text import ROOT, build
 
 from finematch import tables
 from finematch.__main__ import main
+from finematch.config import Settings
 from finematch.files import DataError
 from finematch.grids import grid, mismatches, names, stale
 
@@ -318,6 +319,23 @@ def test_a_table_refuses_metrics_of_other_parameters_and_stale_names_them(book, 
     assert mismatches(mine, good) == ["seed is 7, the row says 0"]
     assert main(["stale", "mvam_nine"]) == 1
     assert "mvam_nine.csv" in capsys.readouterr().err
+
+
+def test_a_cell_that_was_emptied_makes_its_run_stale(book, monkeypatch):
+    """The run has 32 views, the row no longer says so: the notebook would take its default."""
+    monkeypatch.chdir(book)
+    write_grid(book, "mvam_mine", "name,views,diversity\none,32,\ntwo,8,none\n")
+    where = {"dataset": "scenes", "scale": "tiny", "seed": 0, "smoke": False}
+    settings = Settings("mvam", {**where, "views": 32}).as_dict()
+    file = fake_run(
+        book, "one", 0, 1.0, **{key: value for key, value in settings.items() if key not in where}
+    )
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"identity": {"method": "mvam"}}))
+    assert mismatches(grid("mvam_mine"), file) == []
+    (book / "grids" / "mvam_mine.csv").write_text("name,views,diversity\none,,\ntwo,8,none\n")
+    assert mismatches(grid("mvam_mine"), file) == ["views is 32, the row says 16"]
+    assert stale(grid("mvam_mine"), "scenes", "tiny") == [file]
 
 
 def test_what_builds_on_a_stale_run_is_stale(book, monkeypatch):

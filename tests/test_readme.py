@@ -3,7 +3,6 @@
 import re
 import shutil
 import subprocess
-from importlib.util import find_spec
 
 import pytest
 from notebook_text import NOTEBOOKS, ROOT
@@ -72,7 +71,6 @@ def test_every_page_of_the_map_exists():
             ) or name.endswith("/"), name
 
 
-@pytest.mark.skipif(find_spec("finematch.explore") is None, reason="`match` is not here yet")
 def test_the_snippet_runs(tmp_path, monkeypatch, capsys):
     """On a smoke run in place of the newest one, and on its few scenes."""
     given = {"smoke": "True", "out": tmp_path / "run", "cache": tmp_path / "cache"}

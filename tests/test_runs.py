@@ -154,6 +154,9 @@ def test_a_run_is_found_and_opened(book):
     os.utime(book / "papermill_runs/mvam/b/metrics.json", (2, 2))
     assert latest("mvam") == newest.folder
     assert latest("mvam", seed=0).name == "a"
+    trained(out="papermill_runs/mvam/smoke", smoke=True)
+    assert latest("mvam") == newest.folder, "a smoke run is not taken for a real one"
+    assert latest("mvam", smoke=True).name == "smoke"
     with pytest.raises(DataError, match=r"latest run of mvam with tau=0\.3.*2_train"):
         latest("mvam", tau=0.3)
     run = open_run("latest", method="mvam", seed=1)

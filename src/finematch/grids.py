@@ -18,7 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from finematch.config import root
+from finematch.config import ParameterError, Settings, root
 from finematch.files import DataError
 
 RESERVED = ("seed", "out", "dataset", "scale", "data_root", "smoke")  # the command line sets these
@@ -226,8 +226,8 @@ def metrics_files(
 def mismatches(grid: Grid, file: Path) -> list[str]:
     """What a run's parameters have against the row that its folder is named after; empty where they agree.
 
-    A cell of the csv is read as papermill's `-p` reads it. Parameters that the row leaves to the notebook are
-    compared where the metrics file records which ones were given.
+    A cell of the csv is read as papermill's `-p` reads it. Settings that the row leaves to the notebook are
+    compared too where the metrics file has an identity; older files name some of them otherwise.
 
     Raises:
         DataError: a file that is no metrics file.
@@ -245,14 +245,21 @@ def mismatches(grid: Grid, file: Path) -> list[str]:
     wanted |= {"seed": int(seed), "dataset": dataset, "smoke": scale == "smoke"}
     if scale != "smoke":
         wanted["scale"] = scale
-    found = [f"{key} is {parameters.get(key)!r}, the row says {value!r}" for key, value in wanted.items()
-             if not _same(parameters.get(key), value)]  # fmt: skip
-    given = content.get("given")
-    if isinstance(given, dict):
-        columns = {key for cells in grid.rows.values() for key in cells}
-        found += [f"{key} was given as {given[key]!r}, the row leaves it to the notebook"
-                  for key in sorted(columns & given.keys()) if key not in grid.rows[row]]  # fmt: skip
-    return found
+    if "identity" in content:
+        wanted = _resolved(grid, wanted) | wanted
+    return [f"{key} is {parameters.get(key)!r}, the row says {value!r}" for key, value in wanted.items()
+            if not _same(parameters.get(key), value)]  # fmt: skip
+
+
+def _resolved(grid: Grid, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings that can change the numbers of a run with these parameters, as its notebook resolves them."""
+    try:
+        settings = Settings(grid.method, given).identity()
+    except ParameterError as error:
+        raise DataError(
+            f"grids/{grid.name}.csv", "a row", f"is refused: {error}", "Correct the row"
+        ) from error
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
 def stale(grid: Grid, dataset: str, scale: str, *, runs: str | Path | None = None) -> list[Path]:

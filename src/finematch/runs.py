@@ -321,6 +321,8 @@ def open_run(folder: str | Path = "latest", *, method: str | None = None, **filt
 def latest(method: str | None = None, *, runs: str | Path | None = None, **filters) -> Path:
     """Folder of the newest finished run that has its weights, of `method` and with these parameters.
 
+    Smoke runs, whose weights mean nothing, are passed over unless `smoke=True` is asked for.
+
     Raises:
         DataError: If there is none.
     """
@@ -334,6 +336,8 @@ def latest(method: str | None = None, *, runs: str | Path | None = None, **filte
             continue
         content = _read_metrics(file)
         parameters = content["parameters"]
+        if parameters.get("smoke") and "smoke" not in filters:
+            continue
         if all(parameters.get(name) == value for name, value in filters.items()):
             found.append((content.get("finished", ""), file.stat().st_mtime, file.parent))
     if not found:
