@@ -42,11 +42,12 @@ from finematch.features.inputs import (
     published_regions,
     region_images,
 )
-from finematch.models.configs import FELGAConfig, HSLMConfig, MVAMConfig
+from finematch.models.configs import FELGAConfig, HSLMConfig, LocatorConfig, MVAMConfig, SLANConfig
 from finematch.models.felga import FELGA
 from finematch.models.hslm import HSLM
 from finematch.models.mvam import MVAM
-from finematch.models.slan.locator import CachedStages, Stages
+from finematch.models.slan.locator import CachedStages, SelfLocator, Stages, Towers
+from finematch.models.slan.objective import SLAN, Words
 from finematch.training import accelerator
 
 
@@ -89,7 +90,18 @@ def _felga(s: Settings, folder: Path, base: Path) -> tuple[RunData, nn.Module]:
     return data, model.to(accelerator()).eval()
 
 
-METHODS = {"mvam": _mvam, "hslm": _hslm, "felga": _felga}
+def _slan(s: Settings, folder: Path, base: Path) -> tuple[Inputs, nn.Module]:
+    data = map_inputs(s, base)
+    towers = Towers(*map_towers(s, data), s.width)
+    scales = s.scales if len(towers.channels) == 1 else ()
+    locator = SelfLocator(towers.channels, LocatorConfig.of(s, scales=scales))
+    config = SLANConfig.of(s, reg_weight=s.reg_weight if s.levels else 0.0)
+    model = SLAN(towers, locator, config, words=Words.of(data.tokenizer))
+    load_best(model, folder / "best.safetensors")
+    return data, model.to(accelerator()).eval()
+
+
+METHODS = {"mvam": _mvam, "hslm": _hslm, "felga": _felga, "slan": _slan}
 
 
 @dataclass
