@@ -3,13 +3,13 @@
 #
 # **Paper** *FELGA: Unsupervised Fragment Embedding for Fine-Grained Cross-Modal Association* (WACV 2024). Every row of Tables 1 to 5 is this notebook
 # with other parameters; `grids/felga_*.csv` lists them. Rows with `features` of `whole` or `proposals` are the paper's baselines: the frozen model
-# as it is, without training.
+# without training.
 #
 # | scale | data | cost of one run |
 # |---|---|---|
-# | `smoke` | 160 pictures | seconds (once half a minute more, for the small CLIP and the keywords); the numbers mean nothing |
-# | `tiny`, scenes | 4,000 pictures of 64 px, 10 proposals and 10 keywords each | a minute or two on one core; fragments are made once for all runs |
-# | `tiny`, flickr8k | 6,000 photos to train on, COCO pictures to report on | three minutes on one core; before the first run an hour for selective search, keywords and features |
+# | `smoke` | 160 images | seconds (once half a minute more, for the small CLIP and the keywords); the numbers mean nothing |
+# | `tiny`, scenes | 4,000 images of 64 px, 10 proposals and 10 keywords each | a minute or two on one core; fragments are made once for all runs |
+# | `tiny`, flickr8k | 6,000 photos to train on, COCO images to report on | three minutes on one core; before the first run an hour for selective search, keywords and features |
 # | `paper` | COCO 2017 or 2014 (`dataset` coco, coco2014), DETReg's proposals, CLIP, BLIP or BLIP-2; FENet of 21 M parameters, 50 epochs | a GPU; the paper: one V100 |
 #
 # **Expected** on scenes, test: trained rows above the frozen features in object discovery; which labels are best, and what global alignment adds, the
@@ -72,7 +72,6 @@ from functools import partial
 
 import pandas as pd
 import torch
-from filelock import FileLock
 from IPython.display import display
 
 from finematch.data import digests
@@ -108,11 +107,11 @@ trained = s.features == "fenet"
 #
 # > "The top-10 proposals are treated as the visual entities proposals [...] The top-10 keywords are treated as the semantic concept proposals"
 #
-# Region proposals of every picture, keywords of every text (its captions joined), and features of both from the frozen model (Eq. 2). All of it is
-# made once and kept in the cache. The training pairs carry no boxes and no class names: nothing here could look at them.
+# Region proposals of every image, keywords of every text (the captions of an image, joined), and features of both from the frozen model (Eq. 2). They are
+# made once and kept in the cache. The training records carry no ground-truth boxes and no class names, so that training cannot use them.
 
 # %%
-# a file or a folder lies below the workbook's own, as all paths do; another name stays as it is
+# a name of a file or folder is a path below the workbook's folder; any other name stays as it is
 files = {name: str(root() / named) if named and (root() / named).exists() else named
          for name, named in (("vlp", s.vlp), ("proposals", s.proposals), ("keyword_model", s.keyword_model))}  # fmt: skip
 sets = open_fragment_sets(s.dataset, root() / s.data_root, root() / s.cache, report=s.report, smoke=s.smoke)
@@ -122,20 +121,17 @@ print(f"{len(sets.train)} image-text pairs to train on; gallery: {sets.name}, {l
       f"{len(sets.categories)} classes; annotated phrases: {sets.annotated_name or 'none, grounding is not measured'}")  # fmt: skip
 
 # %% [markdown]
-# **The frozen networks**: a vision-language model with one space for images and texts, region proposals, and keywords.
+# **The frozen networks**: a vision-language model that embeds images and texts into one space, the source of region proposals, and the
+# source of keywords.
 
 # %%
-lock = FileLock(cache / ".fragments.lock")  # of the runs of a grid one makes what all need
-with lock:
-    small = not files["vlp"] and s.scale == "tiny"
-    vlp = open_vlp(
-        open_small_clip(sets, s.dataset, cache, smoke=s.smoke) if small else files["vlp"] or "clip"
-    )
-    vlp.to(accelerator())
-    detector = open_proposals(files["proposals"], scale=s.scale, device=accelerator())
-    texts = [document(record) for record in sets.train]
-    minilm = (files["keyword_model"] or minilm_folder()) if s.keywords == "keybert" else ""
-    keywords_of = keyword_method(s.keywords, model=minilm, train=texts, top=s.words)
+small = not files["vlp"] and s.scale == "tiny"
+vlp = open_vlp(open_small_clip(sets, s.dataset, cache, smoke=s.smoke) if small else files["vlp"] or "clip")
+vlp.to(accelerator())
+detector = open_proposals(files["proposals"], scale=s.scale, device=accelerator())
+texts = [document(record) for record in sets.train]
+minilm = (files["keyword_model"] or minilm_folder()) if s.keywords == "keybert" else ""
+keywords_of = keyword_method(s.keywords, model=minilm, train=texts, top=s.words)
 
 propose = partial(extract_proposals, method=detector, cache=cache / "proposals", top=s.regions,
                   min_side=5 if s.dataset == "scenes" else 8)  # fmt: skip
@@ -147,44 +143,42 @@ words = partial(text_fragments, model=vlp, cache=cache / "fragments")  # and of 
 # **What FENet learns from**: regions and keywords of the training pairs, one vector each.
 
 # %%
-with lock:
-    train_boxes = propose(sets.train, split="train")
-    train_regions = crops(sets.train, train_boxes, split="train")
-    train_keywords = words(find_keywords(texts, split="train"), split="train_keywords")
+train_boxes = propose(sets.train, split="train")
+train_regions = crops(sets.train, train_boxes, split="train")
+train_keywords = words(find_keywords(texts, split="train"), split="train_keywords")
 width = train_regions.features.shape[-1]
 
 # %% [markdown]
-# **What it is measured on**: the fragments of the gallery, or, in rows with `features="whole"`, whole images and texts; what both tasks
-# ask with, ground-truth boxes and class names; and annotated phrases with the proposals among which they are looked for. Where nothing is trained,
+# **What FENet is measured on**: the fragments of the gallery, or whole images and texts in rows with `features="whole"`; the queries of both tasks, which
+# are class names and ground-truth boxes; and annotated phrases with the proposals of their images. In rows without training
 # all vectors that BLIP-2 has of a crop are kept (`several`).
 
 # %%
 several = not trained and s.crop_score == "max" and vlp.queries > 1
 crops = partial(crops, queries=several)
 gallery_texts = [document(record) for record in sets.gallery]
-with lock:
-    if s.features == "whole":
-        regions = whole_pictures(sets.gallery, vlp, cache / "fragments", f"{s.report}_whole", queries=several)
-        keywords = whole_texts(gallery_texts, vlp, cache / "fragments", f"{s.report}_whole")
-    else:
-        boxes = propose(sets.gallery, split=s.report)
-        regions = crops(sets.gallery, boxes, split=s.report)
-        keywords = words(find_keywords(gallery_texts, split=s.report), split=f"{s.report}_keywords")
-    gallery = Gallery(
-        sets.gallery, sets.categories, regions=regions, keywords=keywords,
-        boxes=crops(sets.gallery, given(sets.gallery), split=f"{s.report}_objects"),
-        classes=words([[name] for name in sets.categories], split="classes"),
-        synonyms=sets.synonyms, name=sets.name,
-    )  # fmt: skip
-    annotated = None
-    if sets.annotated and s.features != "whole":
-        if [r.image for r in sets.annotated] != [r.image for r in sets.gallery]:
-            boxes = propose(sets.annotated, split="annotated")
-            regions = crops(sets.annotated, boxes, split="annotated")
-        phrases = [[r.captions[a.caption][a.start : a.end] for a in r.phrases] for r in sets.annotated]
-        annotated = AnnotatedPhrases(
-            sets.annotated, boxes, regions, words(phrases, split="phrases"), sets.annotated_name
-        )
+if s.features == "whole":
+    regions = whole_pictures(sets.gallery, vlp, cache / "fragments", f"{s.report}_whole", queries=several)
+    keywords = whole_texts(gallery_texts, vlp, cache / "fragments", f"{s.report}_whole")
+else:
+    boxes = propose(sets.gallery, split=s.report)
+    regions = crops(sets.gallery, boxes, split=s.report)
+    keywords = words(find_keywords(gallery_texts, split=s.report), split=f"{s.report}_keywords")
+gallery = Gallery(
+    sets.gallery, sets.categories, regions=regions, keywords=keywords,
+    boxes=crops(sets.gallery, given(sets.gallery), split=f"{s.report}_objects"),
+    classes=words([[name] for name in sets.categories], split="classes"),
+    synonyms=sets.synonyms, name=sets.name,
+)  # fmt: skip
+annotated = None
+if sets.annotated and s.features != "whole":
+    if [r.image for r in sets.annotated] != [r.image for r in sets.gallery]:
+        boxes = propose(sets.annotated, split="annotated")
+        regions = crops(sets.annotated, boxes, split="annotated")
+    phrases = [[r.captions[a.caption][a.start : a.end] for a in r.phrases] for r in sets.annotated]
+    annotated = AnnotatedPhrases(
+        sets.annotated, boxes, regions, words(phrases, split="phrases"), sets.annotated_name
+    )
 
 facts = {
     "reported": sets.name, "linked": sets.annotated_name, "vectors_a_crop": vectors(gallery.boxes),
@@ -212,13 +206,13 @@ run.folder
 # %% [markdown]
 # ## Before training
 #
-# Both tasks with the frozen features of the fragments, each mAP beside what a random order would give. Object discovery asks with a class name for
-# pictures, description assignment with a true box for texts. Which texts are relevant to a box the paper leaves open, so all three readings stand
-# here: texts of pictures with an object of that class (`category`, the one that claims are judged by), texts that name the class (`lexical`),
-# the box's own text alone (`instance`). A tie counts against the model, and texts that share a keyword tie whenever it is their best. A
-# random order has no ties: what is to be held against it is the mean over all orders of the tied items, `ties at random`.
+# Both tasks with the frozen features of the fragments. Each mAP stands beside the mAP of a random order. Object discovery ranks images for a class
+# name, and description assignment ranks texts for a ground-truth box. The paper does not say which texts are relevant to a box, so all three readings
+# are reported: texts of images with an object of the box's class (`category`, which claims are judged by), texts that name the class (`lexical`), and
+# the text of the box's own image only (`instance`). A tie counts against the model, and texts tie whenever they share their best keyword. A
+# random order has no ties, so the column to compare with it is `ties at random`, the mean over all orders of the tied items.
 #
-# Besides, phrases that people linked to boxes: does the proposal most similar to a phrase lie where the phrase's box is?
+# Phrase grounding is measured too: does the proposal most similar to an annotated phrase lie on the phrase's box?
 
 # %%
 KINDS = {
@@ -239,7 +233,7 @@ def beside(**columns: dict) -> pd.DataFrame:
 
 
 def grounded(found: dict, when: str) -> dict:
-    """Metrics of the linked phrases, without those of single kinds of phrases; {} where no phrase is linked."""
+    """Metrics of annotated phrases, without those of single kinds of phrases; {} where there are none."""
     return {f"grounding_{k}_{when}": v for k, v in found.items() if "/" not in k and k != "protocol"}
 
 
@@ -254,12 +248,12 @@ beside(frozen=before).round(2)
 # %% [markdown]
 # ## FENet
 #
-# Three layers over frozen features, one network for both modalities. A row of the baselines has none: it goes on with the frozen features.
-# BLIP-2 has 32 vectors of a crop. They enter FENet as their mean, which is also the frozen start of a trained row. In the rows `whole` and
-# `proposals` the best of the 32 counts, as in BLIP-2's own score (`crop_score`, F16); CLIP and BLIP have one vector.
+# FENet has three layers over frozen features and is one network for both modalities. The baselines have no FENet and keep the frozen features.
+# BLIP-2 gives 32 vectors of a crop. FENet takes their mean, and so do the numbers before training. In the rows `whole` and
+# `proposals` the best of the 32 counts, as in BLIP-2's own score (`crop_score`, F16). CLIP and BLIP give one vector.
 #
-# With local alignment, what the pseudo-labels say: the share of a pair's regions and keywords that belong together by them, and the share of regions
-# that belong to no keyword. Dense labels say yes to all, sparse ones to one region of each keyword, dynamic ones to what is above the mean.
+# With local alignment the page prints two shares of the pseudo-labels: the pairs of a region and a keyword that are positive, and the regions without
+# any positive keyword. Dense labels make every pair positive, sparse labels one region of each keyword, and dynamic labels the pairs above the mean.
 
 # %%
 model = None
@@ -290,8 +284,8 @@ if trained and s.alignment != "global" and s.label_features == "frozen":
 # > "The SGD optimizer is employed with 0.9 momentum and 0.0005 weight decay. The training batch size $N$ is 8. [...] The total training epoch is 50.
 # > All the methods are trained with an initial learning rate of 0.1 and it will be decreased by a factor of 0.1 at the 40-th epoch."
 #
-# The paper names no val set, and its test set is COCO's val. So nothing chooses an epoch: the last one is kept, here as there. Biases are not
-# decayed; the paper does not say. `fragment` in the log is Eq. 10, `global` Eq. 12, `loss` Eq. 13; none of them has zero as its least value.
+# The paper names no val set, and its test set is COCO's val. No epoch is selected: the last one is kept, here as in the paper. We do not decay
+# biases; the paper does not say. In the log `fragment` is Eq. 10, `global` Eq. 12 and `loss` Eq. 13. The minimum of none of them is zero.
 
 # %%
 summary = {"seconds": 0.0, "best_epoch": 0}
@@ -333,8 +327,8 @@ if moved:
 # %% [markdown]
 # ## Metrics
 #
-# Phrases are looked for among proposals: the row `whole` has no grounding. A trained row carries its frozen start along
-# (`frozen_discovery_map`, ...): what it gained is to be read in one file.
+# A phrase is located among proposals, so the row `whole` has no grounding. A trained row also records the numbers before training
+# (`frozen_discovery_map`, ...), so that one file shows the gain.
 
 # %%
 for name, found in (("before", located), ("after", moved)):

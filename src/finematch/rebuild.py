@@ -6,6 +6,7 @@ metrics that a run left.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ def _hslm(s: Settings, folder: Path, base: Path) -> tuple[Inputs, nn.Module]:
 def _felga(s: Settings, folder: Path, base: Path) -> tuple[RunData, nn.Module]:
     if s.features != "fenet":
         raise ValueError(f"{folder} is a baseline without FENet (features={s.features}): it has no model")
-    data = reopen_gallery(s.as_dict(), base)
+    # with what the page found out about its networks, which must still be the same
+    was = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["parameters"]
+    data = reopen_gallery(was | s.as_dict(), base)
     model = FELGA(data.width, FELGAConfig.of(s))
     load_best(model, folder / "best.safetensors")
     return data, model.to(accelerator()).eval()
