@@ -42,6 +42,8 @@ import itertools
 import math
 import tempfile
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -938,7 +940,7 @@ def by_the_book(model: FELGA, batch: dict) -> tuple[float, float]:
                for k in range(len(x)) for m in range(len(y))}  # Eq. 11  # fmt: skip
     diagonal = {at: at[0] == at[1] for at in largest}
     n = range(len(x))
-    return both(*who, D, positive, model.lambda1), both(n, n, largest, diagonal, model.lambda2)
+    return both(*who, D, positive, model.config.lambda1), both(n, n, largest, diagonal, model.config.lambda2)
 
 
 first_four = {side: {key: value[:4] for key, value in parts.items()} for side, parts in batch.items()}
@@ -991,7 +993,7 @@ def along(distance: float, value: float) -> float:
     """The loss with all weights moved along one direction, at lambda_1 = lambda_2 = value."""
     for q, way in zip(model.parameters(), direction, strict=True):
         q.add_(way, alpha=distance)
-    model.lambda1 = model.lambda2 = value
+    model.config = replace(model.config, lambda1=float(value), lambda2=float(value))
     found_loss = float(model(batch)["loss"])
     for q, way in zip(model.parameters(), direction, strict=True):
         q.sub_(way, alpha=distance)

@@ -107,7 +107,7 @@ class HSLMConfig(Config):
     gate_pool: str = switch(
         "H10", "mean", "max", says="how a region's gate gathers the words' scores", help="of the scores, for gate")
     cross_scale: float = setting(
-        1.0, (0, 1000), "factor inside the sigmoid of Eq. 16", register="H10", literal=1.0,
+        1.0, (0, 1e6), "factor inside the sigmoid of Eq. 16", register="H10", literal=1.0,
         says="Eq. 16 has no temperature")
     context_norm: bool = switch(
         "H11", True, False, literal=False, says="the weights of Eq. 15 do not sum to one", help="unit contexts")

@@ -1,0 +1,101 @@
+"""Do the same settings still give the same numbers? A few training steps of a tiny model of each method.
+
+The loss terms of `numerics.json` come from `python tests/test_numerics.py`. Where they change, so do the numbers of
+runs that are trained anew, and a checkpoint of before must not be resumed.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from finematch.config import Settings
+from finematch.encoders import BertTower, GRUTower, TokenTransformer, small_bert
+from finematch.models import configs
+from finematch.models.felga import FELGA
+from finematch.models.hslm import HSLM
+from finematch.models.mvam import MVAM
+from finematch.models.slan.locator import SelfLocator, SmallStages, Towers
+from finematch.models.slan.objective import SLAN, Words
+
+REFERENCE = Path(__file__).with_name("numerics.json")
+B = 6
+SMALL = {
+    "mvam": {"views": 4, "total_dim": 16},
+    "hslm": {"width": 12, "embed": 10, "sim": 6, "depth": 2, "rivals": 3},
+    "felga": {"hidden_dim": 16, "out_dim": 8},
+    "slan": {"width": 16, "pyramid": 8, "count": 12, "top": 5, "heads": 2, "query_depth": 1, "query_heads": 2,
+             "samples": 2, "embed": 8, "queue": 12, "mlm_weight": 1.0, "reg_weight": 1.0},
+}  # fmt: skip
+
+
+def drawn(g):
+    ids = torch.randint(5, 30, (B, 7), generator=g)
+    mask = torch.arange(7)[None] < torch.randint(4, 8, (B, 1), generator=g)
+    special = torch.zeros_like(mask)
+    special[:, 0] = special[torch.arange(B), mask.sum(1) - 1] = True
+    return {"input_ids": ids * mask, "mask": mask, "special": special}
+
+
+def features(g, n, width):
+    return {"features": torch.randn(B, n, width, generator=g), "mask": torch.ones(B, n, dtype=torch.bool)}
+
+
+def made(method, s, g):
+    """The model with the settings `s`, and a batch for it."""
+    batch = {"text": drawn(g), "image_id": torch.arange(B) // 2 * 2}
+    if method == "mvam":
+        towers = TokenTransformer(6, width=16, depth=1, heads=2), GRUTower(30, embed=8, width=16)
+        return MVAM(*towers, configs.MVAMConfig.of(s)), batch | {"image": features(g, 9, 6)}
+    if method == "hslm":
+        return HSLM(7, 30, configs.HSLMConfig.of(s), warmup_steps=1), batch | {"image": features(g, 5, 7)}
+    if method == "felga":
+        return FELGA(8, configs.FELGAConfig.of(s)), {"image": features(g, 5, 8), "text": features(g, 4, 8)}
+    towers = Towers(SmallStages((8, 8, 8)), BertTower(small_bert(30, width=16, depth=1, heads=2)), 16)
+    locator = SelfLocator(towers.channels, configs.LocatorConfig.of(s))
+    model = SLAN(
+        towers, locator, configs.SLANConfig.of(s), words=Words(30, 4, (0, 1, 2, 3, 4)), random_steps=1
+    )
+    return model, batch | {"image": {"pixels": torch.rand(B, 3, 64, 64, generator=g)}}
+
+
+def terms(method, reading):
+    """The loss terms of three steps, from fixed seeds."""
+    s = Settings(method, {"reading": reading, **SMALL[method]})
+    torch.manual_seed(0)
+    model, batch = made(method, s, torch.Generator().manual_seed(1))
+    optimiser, found = torch.optim.AdamW(model.train().parameters(), lr=1e-3), []
+    torch.manual_seed(2)
+    for _ in range(3):
+        now = model(batch)
+        optimiser.zero_grad()
+        now["loss"].backward()
+        optimiser.step()
+        found.append({name: float(value.detach()) for name, value in now.items()})
+    return found
+
+
+@pytest.mark.parametrize("reading", ["default", "literal"])
+@pytest.mark.parametrize("method", SMALL)
+def test_a_tiny_run_gives_the_numbers_of_its_numerics_version(method, reading):
+    reference = json.loads(REFERENCE.read_text())[method]
+    found, wanted = terms(method, reading), reference[reading]
+    remedy = (
+        f"{method} gives other numbers than before under the same settings. If that is meant, raise `numerics` in "
+        f"src/finematch/presets/{method}.toml and refresh the reference: python tests/test_numerics.py"
+    )
+    assert reference["numerics"] == Settings(method, {}).numerics, remedy
+    for step, (now, was) in enumerate(zip(found, wanted, strict=True)):
+        assert now.keys() == was.keys(), remedy
+        for name, value in was.items():
+            assert now[name] == pytest.approx(value, rel=2e-3, abs=1e-5), f"step {step}, {name}: {remedy}"
+
+
+if __name__ == "__main__":
+    content = {
+        method: {"numerics": Settings(method, {}).numerics}
+        | {reading: terms(method, reading) for reading in ("default", "literal")}
+        for method in SMALL
+    }
+    REFERENCE.write_text(json.dumps(content, indent=1) + "\n")
