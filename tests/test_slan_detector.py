@@ -20,7 +20,7 @@ from finematch.data.precomp import Regions
 from finematch.data.record import DataError, Object, Record
 from finematch.features.inputs import frozen_network, map_images
 from finematch.models.configs import LocatorConfig
-from finematch.models.slan.detector import Detector, MapBoxes, detector, recall, untaught
+from finematch.models.slan.detector import PLAN, Detector, MapBoxes, detector, recall, untaught
 from finematch.models.slan.locator import SelfLocator, cut, decode, load_proposals
 from finematch.training import Plan, TrainingError, fit, seed_everything
 
@@ -58,7 +58,7 @@ RECORDS = [
 def moved(seed=0, **options) -> Detector:
     """A detector away from its start, where all deltas are nearly zero."""
     torch.manual_seed(seed)
-    model = Detector(CHANNELS, 6, anchor=1.0, **options)
+    model = Detector(CHANNELS, LocatorConfig(**{"pyramid": 6, "anchor": 1.0, **options}))
     for layer in (model.proposals.head.cls_logits, model.proposals.head.bbox_pred):
         nn.init.normal_(layer.weight, std=0.3)
     return model
@@ -102,7 +102,7 @@ def test_bad_records_are_named():
 # ------------------------------------------------------------------------------------------- targets and losses
 @pytest.mark.parametrize("offset", [0.0, 0.5])
 def test_a_box_encoded_against_any_anchor_is_decoded_by_the_rpn_to_itself(offset):
-    model = Detector(CHANNELS, 6, anchor=1.5, anchor_offset=offset)
+    model = Detector(CHANNELS, LocatorConfig(pyramid=6, anchor=1.5, anchor_offset=offset))
     maps = [torch.zeros(1, 6, 1, 2), torch.zeros(1, 6, 3, 4)]
     anchors = model.proposals.anchors(maps)
     true = torch.tensor([[[0.3, 0.2, 0.7, 0.9]]])
@@ -273,8 +273,15 @@ def drawn():
 FAST = {"pyramid": 16, "anchor": 3.0, "batch_size": 8, "lr": 1e-2, "echo": None}
 
 
+def taught(out, maps, records, *, echo=None, **options):
+    """The weights of a detector with a few settings of its shape and of its training."""
+    plan = {name: options.pop(name) for name in ("epochs", "batch_size", "lr", "seed") if name in options}
+    config = LocatorConfig(**{"pyramid": 32, "anchor": 4.0, **options})
+    return detector(out, maps, records, config, plan=replace(PLAN, **plan), echo=echo)
+
+
 def test_it_finds_squares_and_is_made_once(drawn, tmp_path):
-    path = detector(tmp_path, *drawn, epochs=8, **FAST)
+    path = taught(tmp_path, *drawn, epochs=8, **FAST)
     told = json.loads(path.with_name("recall.json").read_text())
     table = told["recall"]
     rest = [table[name]["recall_10"] for name in ("untrained", "random anchors", "grid")]
@@ -289,27 +296,27 @@ def test_it_finds_squares_and_is_made_once(drawn, tmp_path):
     }
     assert 1 <= told["best_epoch"] <= 8
     written = path.stat().st_mtime_ns
-    assert detector(tmp_path, *drawn, epochs=8, **FAST) == path
+    assert taught(tmp_path, *drawn, epochs=8, **FAST) == path
     assert path.stat().st_mtime_ns == written, "a finished detector is opened, not trained again"
 
 
 def test_other_settings_boxes_or_maps_make_another_detector(drawn, tmp_path):
     maps, records = drawn
     maps = {s: stages([x.features[:16] for x in m.stages], s, {"weights": "a"}) for s, m in maps.items()}
-    base = detector(tmp_path, maps, records, epochs=1, **FAST)
+    base = taught(tmp_path, maps, records, epochs=1, **FAST)
     paths = {
         base,
-        detector(tmp_path, maps, records, epochs=1, **FAST | {"anchor": 2.0}),
-        detector(tmp_path, maps, records, epochs=1, **FAST, seed=1),
-        detector(tmp_path, maps, {**records, "train": records["train"][::-1]}, epochs=1, **FAST),
-        detector(
+        taught(tmp_path, maps, records, epochs=1, **FAST | {"anchor": 2.0}),
+        taught(tmp_path, maps, records, epochs=1, **FAST, seed=1),
+        taught(tmp_path, maps, {**records, "train": records["train"][::-1]}, epochs=1, **FAST),
+        taught(
             tmp_path,
             maps,
             {**records, "val": [record(r.image_id, [(1, 2, 30, 40)], r.size) for r in records["val"]]},
             epochs=1,
             **FAST,
         ),
-        detector(
+        taught(
             tmp_path,
             {**maps, "train": stages([x.features for x in maps["train"].stages], "train", {"weights": "b"})},
             records,
@@ -323,7 +330,7 @@ def test_other_settings_boxes_or_maps_make_another_detector(drawn, tmp_path):
 def test_a_broken_off_detector_is_resumed(drawn, tmp_path):
     """Killed after an epoch, it ends with the weights of one that ran through."""
     maps, records = drawn
-    whole = detector(tmp_path / "whole", maps, records, epochs=3, **FAST)
+    whole = taught(tmp_path / "whole", maps, records, epochs=3, **FAST)
     folder = tmp_path / "killed" / whole.parent.name
 
     class Killed(Exception):
@@ -334,11 +341,11 @@ def test_a_broken_off_detector_is_resumed(drawn, tmp_path):
             raise Killed
 
     with pytest.raises(Killed):
-        detector(tmp_path / "killed", maps, records, epochs=3, **FAST | {"echo": echo})
+        taught(tmp_path / "killed", maps, records, epochs=3, **FAST | {"echo": echo})
     assert (folder.with_name(f"{folder.name}.part") / "checkpoint.pt").is_file()
     assert not folder.exists()
     lines = []
-    again = detector(tmp_path / "killed", maps, records, epochs=3, **FAST | {"echo": lines.append})
+    again = taught(tmp_path / "killed", maps, records, epochs=3, **FAST | {"echo": lines.append})
     assert [line.split()[1] for line in lines] == ["3/3"]
     assert again.read_bytes() == whole.read_bytes()
     theirs, ours = (json.loads(p.with_name("recall.json").read_text()) for p in (whole, again))
@@ -348,14 +355,14 @@ def test_a_broken_off_detector_is_resumed(drawn, tmp_path):
 @pytest.mark.parametrize("source_of", ["decoder", "encoder"])
 def test_its_weights_load_into_the_locator(drawn, tmp_path, source_of):
     maps, records = drawn
-    path = detector(tmp_path, maps, records, epochs=1, **FAST | {"source": source_of})
+    path = taught(tmp_path, maps, records, epochs=1, **FAST | {"source": source_of})
     options = {"pyramid": 16, "anchor": 3.0, "count": 50, "heads": 2, "frozen": True, "source": source_of}
     torch.manual_seed(5)
     locator = SelfLocator((1, 1, 1), LocatorConfig(width=16, **options)).eval()
     load_proposals(locator.proposals, path, decoder=locator.decoder)
     val = MapBoxes(maps["val"], records["val"])
     seed_everything(0)
-    same = Detector((1, 1, 1), 16, anchor=3.0, source=source_of)
+    same = Detector((1, 1, 1), LocatorConfig(pyramid=16, anchor=3.0, source=source_of))
     plan = Plan(epochs=1, batch_size=8, lr=1e-2, warmup=0.1)
     fit(same, MapBoxes(maps["train"], records["train"]), plan, tmp_path / "same", echo=None)
     wanted = same.propose(val, nms=0.0)
@@ -375,7 +382,7 @@ def test_its_weights_load_into_the_locator(drawn, tmp_path, source_of):
 def test_a_batch_larger_than_the_split_is_refused(drawn, tmp_path):
     maps, records = drawn
     with pytest.raises((TrainingError, ValueError), match="lower batch_size"):
-        detector(tmp_path, maps, records, epochs=1, **FAST | {"batch_size": 500})
+        taught(tmp_path, maps, records, epochs=1, **FAST | {"batch_size": 500})
 
 
 def test_it_trains_on_the_maps_of_a_frozen_network(tmp_path, monkeypatch):
@@ -385,7 +392,7 @@ def test_it_trains_on_the_maps_of_a_frozen_network(tmp_path, monkeypatch):
     network = frozen_network("scenes", data_root, tmp_path / "cache", told="captions", smoke=True, echo=None)
     maps = map_images(records, network, tmp_path / "cache", echo=None)
     boxes = {s: load("scenes_coco", data_root, s) for s in ("train", "val")}
-    path = detector(tmp_path, {s: maps[s] for s in boxes}, boxes, epochs=1, echo=None)
+    path = taught(tmp_path, {s: maps[s] for s in boxes}, boxes, epochs=1, echo=None)
     channels = maps["train"].channels
     locator = SelfLocator(channels, LocatorConfig(width=16, pyramid=32, anchor=4.0, count=50, heads=2))
     load_proposals(locator.proposals, path, decoder=locator.decoder)

@@ -30,12 +30,14 @@ from finematch.boxes import convert, iou, multi_scale_grid
 from finematch.data.pairs import MapSource
 from finematch.data.record import DataError, Record
 from finematch.files import cached, write_atomically, write_text
+from finematch.models.configs import LocatorConfig
 from finematch.models.slan.locator import RPN, CachedStages, Proposals, VisionDecoder, cut
 from finematch.training import Plan, by_one_process, fit, seed_everything, to_device
 
 TOPS = (10, 50)  # proposals that recall counts: T of the filter, and all that a run on scenes reads
 THRESHOLD = 0.5  # IoU at which a proposal finds a box
 NMS = 0.7  # IoU above which Ren et al. suppress a proposal
+PLAN = Plan(epochs=4, batch_size=32, lr=4e-3, warmup=0.1)
 
 
 class MapBoxes(Dataset):
@@ -101,24 +103,15 @@ class Detector(nn.Module):
 
     Args:
         channels: of the encoder's maps, fine to coarse.
-        pyramid, levels, source: of the decoder, `VisionDecoder`; `levels` is the locator's `maps`.
-        anchor, anchor_offset: of the `RPN`. The weights do not hold them: a run must read the same ones.
+        config: of the locator that will load the weights. They do not hold the anchors: a run must read the same ones.
     """
 
-    def __init__(
-        self,
-        channels: tuple[int, ...],
-        pyramid: int = 32,
-        levels: int = 3,
-        *,
-        source: str = "decoder",
-        anchor: float = 4.0,
-        anchor_offset: float = 0.5,
-    ):
+    def __init__(self, channels: tuple[int, ...], config: LocatorConfig):
         super().__init__()
+        c = config
         self.encoder = CachedStages(channels)
-        self.decoder = VisionDecoder(channels, pyramid, levels, source=source)
-        self.proposals = RPN(pyramid, count=max(TOPS), anchor=anchor, anchor_offset=anchor_offset)
+        self.decoder = VisionDecoder(channels, c.pyramid, c.decoder_levels, source=c.source)
+        self.proposals = RPN(c.pyramid, count=max(TOPS), anchor=c.anchor, anchor_offset=c.anchor_offset)
         # without a head and anchors of its own: its rules alone, which hold no weights
         self.rules = RegionProposalNetwork(nn.Identity(), nn.Identity(), 0.7, 0.3, 256, 0.5, {}, {}, NMS)
 
@@ -201,16 +194,9 @@ def detector(
     out: str | Path,
     maps: Mapping[str, MapSource],
     records: Mapping[str, list[Record]],
+    config: LocatorConfig,
     *,
-    pyramid: int = 32,
-    levels: int = 3,
-    source: str = "decoder",
-    anchor: float = 4.0,
-    anchor_offset: float = 0.5,
-    epochs: int = 4,
-    batch_size: int = 32,
-    lr: float = 4e-3,
-    seed: int = 0,
+    plan: Plan = PLAN,
     echo: Callable[[str], None] | None = print,
 ) -> Path:
     """Train a `Detector` on the boxes of the *train* split and give the file of its weights, for `load_proposals`.
@@ -223,24 +209,25 @@ def detector(
             maps); a finished one is opened, a broken off one resumed. Training seeds all random states: seed a run
             afterwards.
         maps, records: of `train` and `val`, see `MapBoxes`. Val chooses the epoch, by `recall_10` after suppression.
-        pyramid, levels, source, anchor, anchor_offset: see `Detector`; those of the runs that load it.
+        config: see `Detector`.
+        plan: how it is trained.
 
     Raises:
         DataError: as `MapBoxes`.
         TrainingError: as `training.fit`.
     """
     train, val = (MapBoxes(maps[split], records[split]) for split in ("train", "val"))
-    shape = {"pyramid": pyramid, "levels": levels, "source": source, "anchor": anchor,
-             "anchor_offset": anchor_offset}  # fmt: skip
-    plan = Plan(epochs=epochs, batch_size=batch_size, lr=lr, warmup=0.1, seed=seed)
+    c = config
+    shape = {"pyramid": c.pyramid, "levels": c.decoder_levels, "source": c.source, "anchor": c.anchor,
+             "anchor_offset": c.anchor_offset}  # fmt: skip
     sides = [[part.maps.stages[0].ids, [stage.meta for stage in part.maps.stages], array_digest(part.boxes, part.real)]
              for part in (train, val)]  # fmt: skip
     key = json.loads(json.dumps({"shape": shape, "plan": asdict(plan), "data": sides}, default=str))
 
     def make(folder: Path) -> None:
         by_one_process(f"the detector {folder.name.removesuffix('.part')}")
-        seed_everything(seed)
-        model = Detector(train.channels, **shape)
+        seed_everything(plan.seed)
+        model = Detector(train.channels, config)
 
         def found(m: Detector, nms: float = NMS) -> dict[str, float]:
             boxes, _, valid = m.propose(val, nms)

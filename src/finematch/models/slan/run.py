@@ -73,7 +73,7 @@ def detector_file(bench: Bench, s: Settings, cache: Path) -> Path:
     return detector(
         cache / "slan_detector", {name: bench.splits[name].pictures for name in both},
         {name: load(f"{s.dataset}_coco", bench.data_root, name) for name in both},
-        pyramid=s.pyramid, source=s.source, anchor=s.anchor,
+        LocatorConfig.of(s),
     )  # fmt: skip
 
 
