@@ -38,8 +38,10 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from finematch.config import preset
 from finematch.files import write_json
-from finematch.models.felga import FELGA, SETTINGS, FragmentPairs
+from finematch.models.configs import FELGAConfig
+from finematch.models.felga import FELGA, FragmentPairs
 from finematch.tables import git_commit, versions
 from finematch.training import Plan, device_name, make_optimizer
 
@@ -58,16 +60,16 @@ class Step:
     """One training step in its parts, as `fit` does it; `update` is a form of SGD, or `fit` for fit's own."""
 
     def __init__(self, scale: str, width: int, update: str):
-        s = SETTINGS[scale]
+        s = preset("felga", scale)
         torch.manual_seed(0)
         self.size = s["batch_size"]
-        n, m = s["regions"], s["keywords"]
+        n, m = s["regions"], s["words"]
         self.data = FragmentPairs(
             torch.randn(PAIRS, n, width), torch.randn(PAIRS, m, width),
             torch.ones(PAIRS, n, dtype=torch.bool), torch.ones(PAIRS, m, dtype=torch.bool),
         )  # fmt: skip
         form = {name: s[name] for name in ("hidden_dim", "out_dim", "dropout")}
-        self.model = FELGA(width, **form).train()
+        self.model = FELGA(width, FELGAConfig(**form)).train()
         plan = Plan(epochs=1, batch_size=self.size, lr=1e-3, optimizer="sgd", momentum=s["momentum"],
                     weight_decay=s["weight_decay"])  # fmt: skip
         self.optimizer = make_optimizer(list(self.model.parameters()), plan)
@@ -169,8 +171,8 @@ def measure(scale: str, width: int, updates: list[str], repeats: int) -> dict:
     """The floors and a step with each form of SGD, in turn."""
     steps = {update: Step(scale, width, update) for update in updates}
     model = steps[updates[0]].model
-    s = SETTINGS[scale]
-    rows = s["batch_size"] * (s["regions"] + s["keywords"])
+    s = preset("felga", scale)
+    rows = s["batch_size"] * (s["regions"] + s["words"])
     products = Products(model, rows)
     parameters = list(model.parameters())
     alone = {"products": products, "copy": copies(parameters), "masks": masks(model, rows)}

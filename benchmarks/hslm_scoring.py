@@ -129,25 +129,14 @@ def print_peak_growth(captions: int) -> None:
 def bf16_on_run(folder: Path) -> dict:
     """R@K of a trained model with products in single precision and in bfloat16."""
     from finematch.evaluation.retrieval import retrieval_blocks
-    from finematch.models.hslm import SWITCHES, settings, tile_scores
-    from finematch.training import load_best
-    from finematch.workbench import open_bench
+    from finematch.models.hslm import tile_scores
+    from finematch.runs import open_run
 
-    was = json.loads((folder / "metrics.json").read_text())["parameters"]
-    s = settings(was["scale"], was["dataset"], was)
-    bench = open_bench(dataset=was["dataset"], data_root=ROOT / was["data_root"], cache=ROOT / was["cache"],
-                       scale=was["scale"], backbone="regions", text="gru", regions=s["regions"])  # fmt: skip
-    side = bench.splits[bench.reported]
-    model = HSLM(side.regions.features.shape[-1], len(bench.tokenizer),
-                 **{name: was[name] for name in SWITCHES if name not in s},
-                 **{name: s[name] for name in ("width", "embed", "sim", "depth", "graph_norm", "cross_scale")},
-                 )  # fmt: skip
-    load_best(model, folder / "best.safetensors")
-    model.eval()
-    found = {}
+    run = open_run(folder)
+    split, found = run.data.splits[run.data.reported], {}
     for name, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
-        result = retrieval_blocks(tile_scores(model, side.pictures.batch, side.texts.batch, dtype=dtype),
-                                  len(side.records), len(side.captions), side.image_of, block=1000)  # fmt: skip
+        scorer = tile_scores(run.model, split.images.batch, split.texts.batch, dtype=dtype)
+        result = retrieval_blocks(scorer, len(split.records), len(split.captions), split.image_of, block=1000)
         found[name] = {k: v for k, v in result.items() if k[:3] in ("i2t", "t2i", "rsu", "tie")}
     return {"run": folder.name, "protocol": result["protocol"], **found}
 

@@ -1,6 +1,6 @@
 """A training step of MVAM: seconds, where they go, and how far that is from the floor.
 
-Two setups with random features of the right shape, as `SETTINGS` has them: Flickr8k (49 cells of MobileNetV2,
+Two setups with random features of the right shape, as the presets have them: Flickr8k (49 cells of MobileNetV2,
 cached MiniLM states) and scenes (regions of the attribute net, a small BERT from scratch), each with mean
 pooling, one view ("attention") and 16 views. The pooling head alone is timed too, against [CLS]'s projection.
 
@@ -36,9 +36,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from finematch.config import preset
 from finematch.encoders import BertTower, Tokens, TokenTransformer, small_bert
 from finematch.files import write_json
-from finematch.models.mvam import MVAM, SETTINGS, TokenPooling, ViewAttention
+from finematch.models.configs import MVAMConfig
+from finematch.models.mvam import MVAM, TokenPooling, ViewAttention
 from finematch.tables import git_commit, versions
 from finematch.training import Plan, device_name, make_optimizer
 
@@ -50,7 +52,7 @@ BATCH = 128
 
 def flickr8k() -> tuple[tuple, dict]:
     """Grid cells of MobileNetV2 (49 x 1280) and 16 cached MiniLM states (384-d) a caption."""
-    s = SETTINGS["photos"]
+    s = preset("mvam", "photos")
     eye = TokenTransformer(1280, width=s["width"], depth=s["depth"], boxes=True)
     words = TokenTransformer(384, width=s["width"], depth=1, token=False)
     text = {"features": torch.randn(BATCH, 16, 384), "mask": real_words(16), "special": ends(16)}
@@ -59,7 +61,7 @@ def flickr8k() -> tuple[tuple, dict]:
 
 def scenes() -> tuple[tuple, dict]:
     """Regions of the attribute net (128-d), and 15 words of the embedded set through a small BERT."""
-    s = SETTINGS["tiny"]
+    s = preset("mvam", "tiny")
     eye = TokenTransformer(128, width=s["width"], depth=s["depth"], boxes=True)
     words = BertTower(small_bert(164, width=s["width"], depth=s["depth"]))
     text = {"input_ids": torch.randint(5, 164, (BATCH, 15)), "mask": real_words(15), "special": ends(15)}
@@ -100,10 +102,12 @@ class Step:
         make, scale = SETUPS[setup]
         torch.manual_seed(0)
         towers, batch = make()
-        s = SETTINGS[scale]
+        s = preset("mvam", scale)
         self.batch = {**batch, "image_id": torch.arange(BATCH)}
-        self.model = MVAM(*towers, pooling=pooling, views=VIEWS, total_dim=s["total_dim"],
-                          diversity_weight=s["diversity_weight"]).train()  # fmt: skip
+        config = MVAMConfig(
+            pooling=pooling, views=VIEWS, total_dim=s["total_dim"], diversity_weight=s["diversity_weight"]
+        )
+        self.model = MVAM(*towers, config).train()
         plan = Plan(epochs=1, batch_size=BATCH, lr=1e-6, weight_decay=s["weight_decay"])
         self.parameters = list(self.model.parameters())
         self.optimizer = make_optimizer(self.parameters, plan)
@@ -133,7 +137,7 @@ class Step:
 
 def head(pooling: str, setup: str) -> "Job":
     """Forward and backward of a picture's pooling head alone, on states of the setup's shape."""
-    s = SETTINGS[SETUPS[setup][1]]
+    s = preset("mvam", SETUPS[setup][1])
     torch.manual_seed(0)
     n = (49 if setup == "flickr8k" else s["regions"]) + 1
     if pooling == "cls":
@@ -238,7 +242,7 @@ def main() -> None:
         found = in_turn({"product": product(), **steps, **heads}, options.repeats)
         times = {name: summary(runs) for name, runs in found.items()}
         rate = 2 * SIDE**3 / times["product"]["min"]
-        settings = {name: SETTINGS[scale][name] for name in ("width", "depth", "total_dim")}
+        settings = {name: preset("mvam", scale)[name] for name in ("width", "depth", "total_dim")}
         content[setup] = {"settings": settings, "flop_per_second": rate}
         for pooling, step in steps.items():
             t, operations = times[pooling], step.operations()

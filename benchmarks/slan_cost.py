@@ -47,11 +47,12 @@ from tabulate import tabulate
 from torch import Tensor
 from transformers import BertConfig, BertLMHeadModel, BlipConfig, BlipForImageTextRetrieval
 
+from finematch.config import Settings
 from finematch.encoders import BertTower, Cells, small_bert
 from finematch.evaluation.cost import cost, parameters
 from finematch.files import write_json
+from finematch.models.configs import LocatorConfig, SLANConfig
 from finematch.models.slan.locator import (
-    VERSIONS,
     CachedStages,
     SelfLocator,
     SmallStages,
@@ -59,7 +60,6 @@ from finematch.models.slan.locator import (
     Towers,
 )
 from finematch.models.slan.objective import SLAN, Words
-from finematch.models.slan.run import LOCATOR, SETTINGS
 from finematch.tables import git_commit, published, versions
 from finematch.training import device_name
 
@@ -72,6 +72,7 @@ BACKBONES = {  # of the paper's names: timm's, and the stages that are read
 }
 BLIP = {"BLIP Vit-Base": (768, 12, 12), "BLIP Vit-Large": (1024, 24, 16)}  # width, depth, heads
 KEYS = ("parameters", "flops")
+VERSIONS = ("iccv", "arxiv")
 COLUMNS = (
     "name", "version", "parameters_m", "published_parameters_m", "gmultiply_adds", "gflops", "published_gflops",
 )  # fmt: skip
@@ -87,15 +88,20 @@ def image_encoder(backbone: str, size: int) -> Stages:
 
 
 def self_locator(scale: str, version: str, channels: tuple[int, ...]) -> SelfLocator:
-    return SelfLocator(channels, **{name: SETTINGS[scale][name] for name in LOCATOR}, **VERSIONS[version])
+    return SelfLocator(channels, LocatorConfig.of(run_settings(scale, version)))
+
+
+def run_settings(scale: str, version: str) -> Settings:
+    """The settings of a run, with the default readings."""
+    return Settings("slan", {"scale": scale, "version": version, "reading": "default"})
 
 
 def retrieval_model(image: torch.nn.Module, version: str) -> SLAN:
     """What ranks pairs: contrast and matching, no queue, no momentum encoder, no word head."""
-    width = SETTINGS["paper"]["width"]
-    towers = Towers(image, BertTower(BertConfig()), width)
-    return SLAN(towers, self_locator("paper", version, image.channels), width=width, weights={"mlm": 0}, queue=0,
-                momentum=0).eval()  # fmt: skip
+    s = run_settings("paper", version)
+    towers = Towers(image, BertTower(BertConfig()), s.width)
+    config = SLANConfig.of(s, mlm_weight=0.0, queue=0, momentum=0.0)
+    return SLAN(towers, self_locator("paper", version, image.channels), config).eval()
 
 
 def table8() -> list[dict]:
@@ -230,20 +236,22 @@ class Step:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        s = SETTINGS[scale]
+        s = run_settings(scale, version)
         torch.manual_seed(0)
         self.device, self.dtype = torch.device(device), dtype
         tiny = scale == "tiny"
         vocabulary, n = (164, 15) if tiny else (30522, TOKENS)
-        b, size = batch or (s["batch_size"] if tiny else 8), size or s["size"]
+        b, size = batch or (s.batch_size if tiny else 8), size or s.size
         if towers is None:
             image = SmallStages() if tiny else image_encoder("ResNet50", size)
-            bert = small_bert(vocabulary, width=s["width"], depth=s["text_depth"], heads=s["text_heads"])
-            towers = Towers(image, BertTower(bert if tiny else BertConfig()), s["width"])
+            bert = small_bert(vocabulary, width=s.width, depth=s.text_depth, heads=s.text_heads)
+            towers = Towers(image, BertTower(bert if tiny else BertConfig()), s.width)
         self.towers = towers.train().to(self.device)
         self.locator = self_locator(scale, version, towers.channels).train().to(self.device)
-        self.model = SLAN(self.towers, self.locator, width=s["width"], words=Words(vocabulary, 4, (0, 1, 2, 3, 4)),
-                          embed=s["embed"], queue=s["queue"]).train().to(self.device)  # fmt: skip
+        # all four losses, also at the small scale, whose runs leave two of them out
+        config = SLANConfig.of(s, mlm_weight=1.0, reg_weight=1.0)
+        words = Words(vocabulary, 4, (0, 1, 2, 3, 4))
+        self.model = SLAN(self.towers, self.locator, config, words=words).train().to(self.device)
         if self.model.queue is not None:
             fill(self.model.queue)
         lengths = torch.randint(n // 2, n + 1, (b, 1))
@@ -254,7 +262,7 @@ class Step:
         self.text = {name: value.to(self.device) for name, value in text.items()}
         self.pixels = torch.rand(b, 3, size, size, device=self.device)
         self.image_id = torch.arange(b, device=self.device)
-        self.above = torch.randn(4, b, s["width"], device=self.device) / b
+        self.above = torch.randn(4, b, s.width, device=self.device) / b
 
     def timed(self, **parts: Callable) -> dict[str, float]:
         """Seconds of each part, which is given the one before, and of the backward pass of the last one's result."""

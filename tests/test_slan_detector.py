@@ -20,7 +20,7 @@ from finematch.data.precomp import Regions
 from finematch.data.record import DataError, Object, Record
 from finematch.features.inputs import frozen_network, map_images
 from finematch.models.configs import LocatorConfig
-from finematch.models.slan.detector import PLAN, Detector, MapBoxes, detector, recall, untaught
+from finematch.models.slan.detector import PLAN, Detector, MapBoxes, recall, train_detector, untaught
 from finematch.models.slan.locator import SelfLocator, cut, decode, load_proposals
 from finematch.training import Plan, TrainingError, fit, seed_everything
 
@@ -277,7 +277,7 @@ def taught(out, maps, records, *, echo=None, **options):
     """The weights of a detector with a few settings of its shape and of its training."""
     plan = {name: options.pop(name) for name in ("epochs", "batch_size", "lr", "seed") if name in options}
     config = LocatorConfig(**{"pyramid": 32, "anchor": 4.0, **options})
-    return detector(out, maps, records, config, plan=replace(PLAN, **plan), echo=echo)
+    return train_detector(out, maps, records, config, plan=replace(PLAN, **plan), echo=echo)
 
 
 def test_it_finds_squares_and_is_made_once(drawn, tmp_path):

@@ -7,17 +7,11 @@ import torch
 from notebook_text import NOTEBOOKS, accepted
 
 from finematch.config import Settings, declared, preset
+from finematch.evaluation.embedding import validation
 from finematch.models.configs import LocatorConfig
-from finematch.models.slan.locator import SelfLocator, load_proposals
+from finematch.models.slan.locator import SelfLocator
 from finematch.models.slan.objective import Queue
-from finematch.models.slan.run import (
-    build,
-    by_contrast,
-    detector_file,
-    plan,
-    train_encoders,
-)
-from finematch.workbench import open_bench
+from finematch.rebuild import map_inputs, slan_begun, slan_key, slan_model, slan_plan
 
 SOURCE = NOTEBOOKS / "slan" / "2_train.py"
 SMALL = {"smoke": True, "threads": 1}
@@ -41,17 +35,8 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bench(cache):
-    s = given()
-    shape = {"width": s.width, "depth": s.text_depth, "heads": s.text_heads, "stages": s.maps}
-    return open_bench(
-        dataset="scenes", data_root=cache, cache=cache, backbone="maps", **shape, smoke=True, echo=None
-    )
-
-
-@pytest.fixture(scope="module")
-def data(bench):
-    return bench.splits["train"].pairs()
+def inputs(cache):
+    return map_inputs(given(cache=str(cache)), cache)
 
 
 @pytest.mark.parametrize("vision", BATCHES)
@@ -68,8 +53,8 @@ def test_the_papers_batches_go_round_its_queue(vision):
     assert torch.equal(ids, torch.arange(steps * b - s.queue, steps * b))
 
 
-def made(bench, **changes):
-    return build(bench, given(**changes), steps_per_epoch=10)
+def made(inputs, **changes):
+    return slan_model(given(**changes), inputs, steps_per_epoch=10)
 
 
 def same(one, other) -> bool:
@@ -112,7 +97,7 @@ def test_fine_tuning_at_the_papers_scale_has_settings_of_its_own():
 
 def test_the_plan_has_the_settings():
     s = Settings("slan", {"scale": "paper", "dataset": "coco_karpathy"})
-    made = plan(s, epochs=3, seed=5)
+    made = slan_plan(s.replace(seed=5), epochs=3)
     assert (made.epochs, made.seed, made.batch_size, made.precision) == (3, 5, 1280, "bf16")
     assert (made.lr, made.schedule, made.warmup) == (3e-4, "linear", 0.0)
 
@@ -126,35 +111,35 @@ def test_a_version_sets_what_is_left_unset(version):
         assert other.as_dict() == s.as_dict() | {"token": "map", "scaling": "level"}
 
 
-def test_the_model_depends_on_the_seed_alone(bench):
+def test_the_model_depends_on_the_seed_alone(inputs):
     torch.manual_seed(99)
-    first = made(bench)
-    assert same(first, made(bench))
-    assert not same(first, made(bench, seed=1))
+    first = made(inputs)
+    assert same(first, made(inputs))
+    assert not same(first, made(inputs, seed=1))
 
 
 @pytest.mark.parametrize(
     "changes", [{}, {"version": "arxiv", "levels": 1}, {"reg_weight": 0.5, "queue": 64, "mlm_weight": 1.0}]
 )
-def test_a_finished_run_gives_its_model_again(bench, changes):
+def test_a_finished_run_gives_its_model_again(inputs, changes):
     """Parameters as `metrics.json` keeps them, all resolved, and through JSON."""
     s = given(**changes)
-    resolved = json.loads(json.dumps(s.as_dict() | bench.facts))
+    resolved = json.loads(json.dumps(s.as_dict()))
     again = Settings("slan", {name: value for name, value in resolved.items() if name in declared("slan")})
     assert again == s
-    model = build(bench, s, steps_per_epoch=10)
-    other = build(bench, again, steps_per_epoch=10)
+    model = slan_model(s, inputs, steps_per_epoch=10)
+    other = slan_model(again, inputs, steps_per_epoch=10)
     assert same(model, other)
     assert (model.weights, model.form, model.random_steps) == (other.weights, other.form, other.random_steps)
 
 
-def test_parameters_reach_the_model(bench):
+def test_parameters_reach_the_model(inputs):
     asked = {
         "levels": 2, "top": 5, "threshold": 0.25, "reg_weight": 0.5, "queue": 64, "itc_weight": 2.0, "mlm_weight": 0.25,
         "itm_weight": 3.0, "reduction": "mean", "same_picture": False, "distil": 0.1, "match_score": "logit",
         "random_negatives": 0.5, "epochs": 3, "cell_weights": "raw", "nms": 0.5, "frozen": True,
     }  # fmt: skip
-    model = made(bench, **asked)
+    model = made(inputs, **asked)
     assert (len(model.locator.adaptors), model.locator.filter.top, model.locator.filter.threshold) == (
         2,
         5,
@@ -164,13 +149,14 @@ def test_parameters_reach_the_model(bench):
     assert model.form == {"same_picture": False, "distil": 0.1, "reduction": "mean"}
     assert (model.match_score, model.random_steps, len(model.queue.image)) == ("logit", 15, 64)
     assert not any(p.requires_grad for p in model.locator.proposals.parameters())
-    assert made(bench, levels=0, reg_weight=0.5).weights["reg"] == 0  # there is nothing to regress to
+    assert made(inputs, levels=0, reg_weight=0.5).weights["reg"] == 0  # there is nothing to regress to
 
 
-def test_encoders_are_trained_once_for_all_runs_of_a_seed(bench, data, cache, capsys):
-    s, folder = given(encoder_epochs=1), cache / "shared"
-    before, model = (build(bench, s, steps_per_epoch=10) for _ in range(2))
-    train_encoders(model, bench, data, s, folder)
+def test_encoders_are_trained_once_for_all_runs_of_a_seed(inputs, cache, capsys):
+    folder = cache / "shared"
+    s = given(encoder_epochs=1, cache=str(folder))
+    before, model = slan_model(s, inputs), slan_begun(s, inputs, cache, echo=print)
+    after = torch.rand(3)  # what a run draws next
     assert "epoch 1/1" in capsys.readouterr().out
     assert not same(model, before)
     alike = {
@@ -179,38 +165,42 @@ def test_encoders_are_trained_once_for_all_runs_of_a_seed(bench, data, cache, ca
     assert alike == {"encoders": False, "locator": True, "head": True}  # and none of what comes later
 
     s = s.replace(levels=1, threshold=0.1)  # another locator, the same encoders
-    other = build(bench, s, steps_per_epoch=10)
-    train_encoders(other, bench, data, s, folder)
+    other = slan_begun(s, inputs, cache, echo=print)
+    assert torch.equal(torch.rand(3), after), "it goes on as the run that has trained them"
     assert "epoch" not in capsys.readouterr().out
     assert same(other.encoders, model.encoders)
-    assert by_contrast(other, bench) == by_contrast(model, bench)
-    assert len(list(folder.glob("slan_encoders-scenes-*[0-9a-f]"))) == 1
+    assert validation(other, inputs.splits["val"]) == validation(model, inputs.splits["val"])
+    assert len(list(folder.glob("slan_encoders-*[0-9a-f]"))) == 1
 
-    s = s.replace(seed=1)  # another seed, its own
-    train_encoders(build(bench, s, steps_per_epoch=10), bench, data, s, folder, echo=None)
-    assert len(list(folder.glob("slan_encoders-scenes-*[0-9a-f]"))) == 2
+    slan_begun(s.replace(seed=1), inputs, cache)  # another seed, its own
+    assert len(list(folder.glob("slan_encoders-*[0-9a-f]"))) == 2
 
 
-def test_without_epochs_the_encoders_stay_as_they_are(bench, data, cache):
-    s = given(encoder_epochs=0)
-    model = build(bench, s, steps_per_epoch=10)
-    train_encoders(model, bench, data, s, cache / "none")
-    assert same(model, build(bench, s, steps_per_epoch=10))
+def test_encoders_belong_to_their_captions_and_maps(inputs):
+    s = given()
+    key = slan_key(s, inputs)
+    assert set(key["data"]) == set(key["maps"]) == {"train", "val", "test"}
+    assert slan_key(s.replace(width=32), inputs) != key
+    assert slan_key(s.replace(top=3), inputs) == key
+
+
+def test_without_epochs_the_encoders_stay_as_they_are(inputs, cache):
+    s = given(encoder_epochs=0, cache=str(cache / "none"))
+    assert same(slan_begun(s, inputs, cache), slan_model(s, inputs))
     assert not (cache / "none").exists()
 
 
-def test_a_detector_fits_the_runs_proposals(bench, cache):
-    s = given(detector="boxes")
-    weights = detector_file(bench, s, cache)
-    assert weights == detector_file(bench, s, cache)  # made once
-    model, before = (build(bench, s, steps_per_epoch=10) for _ in range(2))
-    load_proposals(model.locator.proposals, weights, decoder=model.locator.decoder)
+def test_a_detector_fits_the_runs_proposals(inputs, cache):
+    s = given(detector="boxes", encoder_epochs=0, cache=str(cache / "detectors"))
+    model, before = slan_begun(s, inputs, cache), slan_model(s, inputs)
+    assert same(model, slan_begun(s, inputs, cache))
+    assert len(list((cache / "detectors").glob("detector-*[0-9a-f]"))) == 1  # made once
     assert not same(model.locator.proposals, before.locator.proposals)
     assert same(model.encoders, before.encoders)
 
 
-def test_val_is_ranked_by_the_contrast(bench):
-    found = by_contrast(made(bench), bench)
+def test_val_is_ranked_by_the_contrast(inputs):
+    found = validation(made(inputs), inputs.splits["val"])
     assert set(found) == {"i2t_r1", "t2i_r1", "rsum"}
     assert 0 <= found["t2i_r1"] <= 100
     assert 0 < found["rsum"] <= 600

@@ -21,7 +21,8 @@ data_root: str = "data"  # folder that holds the datasets' folders
 scale: str = "tiny"  # tiny takes the preset photos on photos: tiny | paper
 reading: str = None  # readings of the paper; literal at scale paper: default | literal
 seed: int = 0  # random seed of initialisation, sampling order, dropout and masks
-out: str = "papermill_runs/slan_train"  # folder of the run
+out: str = ""  # folder of the run; empty: papermill_runs/<method>/<dataset>.<scale>.<digest of the run>
+resume: str = ""  # what to do with the folder's earlier run: empty | fresh | replace
 smoke: bool = False  # run everything in seconds; the numbers mean nothing
 cache: str = "data/cache"  # folder of the backbones and maps that runs share
 version: str = "iccv"  # sets proposals, scaling and token: iccv | arxiv
@@ -125,25 +126,36 @@ s
 import json
 import time
 
+import pandas as pd
 import torch
 
+from finematch.data import digests, load
 from finematch.data.pairs import to_pixels
 from finematch.data.shards import ShardPairs
+from finematch.data.splits import data_folder, open_records, open_splits, reported_split, selection
+from finematch.encoders import BertTower, Cells, small_bert
+from finematch.evaluation.embedding import embed as embedded, validation
 from finematch.evaluation.grounding import grounding
+from finematch.evaluation.phrases import annotated_phrases, located_phrases
 from finematch.evaluation.reranking import reranked_retrieval
 from finematch.evaluation.retrieval import retrieval
-from finematch.tables import write_metrics
-from finematch.models.slan.locator import load_proposals
-from finematch.models.slan.objective import pair_scorer, world
-from finematch.models.slan.run import (
-    build,
-    by_contrast,
-    detector_file,
-    plan,
-    train_encoders,
+from finematch.features import inputs
+from finematch.files import file_digest
+from finematch.models.configs import LocatorConfig, SLANConfig
+from finematch.models.slan.detector import train_detector
+from finematch.models.slan.locator import CachedStages, SelfLocator, Stages, Towers, load_proposals
+from finematch.models.slan.objective import SLAN, Words, pair_scorer, world
+from finematch.models.slan.start import train_encoders
+from finematch.runs import begin
+from finematch.training import (
+    Plan,
+    accelerator,
+    fit,
+    join_processes,
+    leave_to_first,
+    seed_everything,
+    to_device,
 )
-from finematch.training import check_writable, fit, join_processes, leave_to_first, to_device
-from finematch.workbench import accelerator, embed as embedded, located_phrases, open_bench
 
 join_processes()
 if s.zero_shot and not s.pretrained:
@@ -152,59 +164,88 @@ if s.zero_shot and not s.pretrained:
     )
 if "size" in s.given and s.scale == "tiny":
     raise ValueError(
-        f"size = {s.size}: at scale tiny the maps are those of pictures of one size; leave it unset"
+        f"size = {s.size}: at scale tiny the maps are those of images of one size; leave it unset"
     )
+if s.shards and s.scale == "tiny":
+    raise ValueError("shards hold images, and this scale reads cached maps: use scale='paper'")
 if s.threads:
     torch.set_num_threads(s.threads)
-folder = root() / s.out
-check_writable(folder, room=10_000_000)
 
 # %% [markdown]
-# ## The data
+# ## The data and the features
 #
-# At scale `tiny` the picture encoder is frozen and its maps are made once: on scenes it is a network that has read which words the train captions
+# At scale `tiny` the image encoder is frozen and its maps are made once: on scenes it is a network that has read which words the train captions
 # hold, on photos a MobileNetV2 trained on ImageNet. Neither was told where anything is. At scale `paper` pixels come in and the encoder is trained.
 
 # %%
-bench = open_bench(
-    dataset=s.dataset, data_root=root() / s.data_root, cache=root() / s.cache, scale=s.scale, backbone="maps", text="bert",
-    width=s.width, depth=s.text_depth, heads=s.text_heads, size=s.size, stages=s.maps, vision=s.vision,
-    vision_weights=s.vision_weights, text_weights=s.text_weights, smoke=s.smoke,
-)  # fmt: skip
-train, val, side = (bench.splits[name] for name in ("train", "val", bench.reported))
-data = train.pairs()
-if s.shards:  # `data.shards.write_shards` makes them; an epoch has every picture of every set once
-    if bench.maps:
-        raise ValueError("shards hold pictures, and this scale reads cached maps: use scale='paper'")
-    sets = dict(part.split(":", 1) for part in s.shards.split(","))
-    data = ShardPairs(
-        {name: root() / where for name, where in sets.items()},
-        to_pixels(s.size, (0.0,) * 3, (1.0,) * 3),
-        bench.tokenizer,
-    )
+cache = root() / s.cache
+data_root = data_folder(s.dataset, root() / s.data_root, cache, smoke=s.smoke)
+records = open_records(s.dataset, data_root, smoke=s.smoke)
+if s.scale == "paper":
+    images = inputs.pixel_images(records, s.size)
+else:
+    network = inputs.frozen_network(s.dataset, data_root, cache, told="captions", vision=s.vision, weights=s.vision_weights,
+                                    smoke=s.smoke)  # fmt: skip
+    images = inputs.map_images(records, network, cache, stages=s.maps)
+tokenizer = inputs.open_tokenizer(s.dataset, data_root, scale=s.scale, weights=s.text_weights)
+splits, reported = (
+    open_splits(records, images, inputs.caption_tokens(records, tokenizer)),
+    reported_split(records),
+)
+train, val, test = splits["train"], splits["val"], splits[reported]
+pd.DataFrame(
+    {name: {"images": len(part.records), "captions": len(part.captions)} for name, part in splits.items()}
+)
+
+# %% [markdown]
+# Pretraining reads shards of several caption sets in place of the dataset's train split; an epoch has every image of every set once.
+
+# %%
+data, steps_per_epoch = train.pairs(), len(train.captions) // s.batch_size
+shards = {
+    name: root() / where for name, where in (part.split(":", 1) for part in s.shards.split(",") if part)
+}
+if shards:  # `data.shards.write_shards` makes them
+    data = ShardPairs(shards, to_pixels(s.size, (0.0,) * 3, (1.0,) * 3), tokenizer)
+    steps_per_epoch = data.steps(s.batch_size, world())
     print(*data.mixture(), sep="\n")
-steps_per_epoch = data.steps(s.batch_size, world()) if s.shards else len(data) // s.batch_size
-{name: f"{len(part.records)} pictures, {len(part.captions)} captions" for name, part in bench.splits.items()}
 
 # %% [markdown]
 # ## A detector
 #
 # Table 6 begins with proposals that were "loaded from COCO detection" and the appendix's Table 9 goes on from them. On scenes a detector is trained for it:
-# the same proposal network, on the true boxes of the train split. All other runs never see a box.
+# the same proposal network, on the ground-truth boxes of the train split. All other runs never see a box.
 
 # %%
 weights = root() / s.detector if s.detector else None
 if s.detector == "boxes":
-    weights = detector_file(bench, s, root() / s.cache)
+    boxes = {name: load(f"{s.dataset}_coco", data_root, name) for name in ("train", "val")}
+    weights = train_detector(cache, {name: images[name] for name in boxes}, boxes, LocatorConfig.of(s))
     print(json.loads((weights.parent / "recall.json").read_text()))
 
 # %% [markdown]
-# ## The model
+# ## The towers and the model
 #
-# The lesson takes it apart; here `slan.run.build` puts it together with the random weights of the seed.
+# Two encoders (3.1), the self-locator (3.2) and the objective (3.3), with the random weights of the seed. The lesson takes them apart.
 
 # %%
-model = build(bench, s, steps_per_epoch=steps_per_epoch).to(accelerator())
+seed_everything(s.seed)
+if s.scale == "paper":  # no classifier, which nothing would train; a ViT for images of any size
+    options = {"num_classes": 0} | ({"dynamic_img_size": True} if s.vision.startswith("vit_") else {})
+    cells = Cells(s.vision or "resnet50", weights=s.vision_weights, options=options)
+    # a plain ViT's blocks are no stages: their maps are all of one size, and only the last is V
+    plain = len({stage["reduction"] for stage in cells.net.feature_info}) == 1
+    text = BertTower(s.text_weights or "bert-base-uncased")
+    towers = Towers(Stages(cells, (-1,) if plain else s.stages), text, s.width)
+else:
+    text = BertTower(small_bert(len(tokenizer), width=s.width, depth=s.text_depth, heads=s.text_heads))
+    towers = Towers(CachedStages(images["train"].channels), text, s.width)
+scales = s.scales if len(towers.channels) == 1 else ()
+locator = SelfLocator(towers.channels, LocatorConfig.of(s, scales=scales))
+model = SLAN(
+    towers, locator, SLANConfig.of(s, reg_weight=s.reg_weight if s.levels else 0.0), words=Words.of(tokenizer),
+    random_steps=round(s.random_negatives * s.epochs * steps_per_epoch),
+).to(accelerator())  # fmt: skip
 if weights:
     load_proposals(model.locator.proposals, weights, decoder=model.locator.decoder)
 if s.pretrained:
@@ -215,15 +256,33 @@ parameters = sum(q.numel() for q in model.parameters() if q.requires_grad)
 print(f"{parameters / 1e6:.2f} M parameters to train, {steps_per_epoch} steps an epoch")
 
 # %% [markdown]
+# ## The run
+#
+# A run is its settings, its data and its features together: their digest is its identity, and its folder carries a part of it. What another run left
+# in the folder is refused. The annotated phrases belong to the data: the boxes are measured on them.
+
+# %%
+annotated = annotated_phrases(s.dataset, data_root, reported)
+made_of = {name: digests(part) for name, part in (records | {"annotated": annotated}).items()}
+run = begin("slan", s, data=made_of | {"shards": {name: file_digest(where / "index.json") for name, where in shards.items()}}, features=inputs.origin(images),
+            out=s.out, resume=s.resume)  # fmt: skip
+run.folder
+
+# %% [markdown]
 # ## The encoders
 #
-# The paper's BERT comes trained, its vision encoder begins with random weights ("all random initialized") and meets 14 million pictures twenty times. A
+# The paper's BERT comes trained, its vision encoder begins with random weights ("all random initialized") and meets 14 million images twenty times. A
 # small run has no such time: where `encoder_epochs` is above 0, the contrast trains the text tower and the projection of the frozen maps first,
 # without a locator. Runs of one seed share this: it stands in the cache.
 
 # %%
-if not s.pretrained:
-    train_encoders(model, bench, data, s, root() / s.cache)
+schedule = {name: getattr(s, name) for name in ("batch_size", "lr", "weight_decay", "schedule", "warmup", "clip_norm", "precision",
+                                                "workers", "checkpoint_steps", "seed")}  # fmt: skip
+if s.encoder_epochs and not s.pretrained:
+    key = {"shape": [s.width, s.text_depth, s.text_heads, s.embed], "maps": inputs.origin(images),
+           "data": {name: digests(part) for name, part in records.items()}}  # fmt: skip
+    train_encoders(model, data, Plan(epochs=s.encoder_epochs, **schedule), cache, key,
+                   evaluate=lambda m: validation(m, val), select=selection(records))  # fmt: skip
 
 
 # %% [markdown]
@@ -247,8 +306,8 @@ def grounded() -> dict[str, float]:
         return at.boxes, at.cosine, at.valid
 
     model.eval()
-    for level, phrases in enumerate(located_phrases(bench, side, locate)):
-        one = grounding(phrases, split=f"{s.dataset} {bench.reported}")
+    for level, phrases in enumerate(located_phrases(test, annotated, tokenizer, locate)):
+        one = grounding(phrases, split=f"{s.dataset} {reported}")
         found |= {f"level{level}_{name}": value for name, value in one.items() if "/" not in name}
     return found
 
@@ -268,7 +327,8 @@ LOOK = ("pointing", "chance_pointing", "r1", "chance_r1", "upper_bound", "centre
 
 # %%
 summary = {"best_epoch": 0, "seconds": 0.0} if s.zero_shot else fit(
-    model, data, plan(s, epochs=s.epochs, seed=s.seed), folder, evaluate=lambda m: by_contrast(m, bench), select=bench.select,
+    model, data, Plan(epochs=s.epochs, **schedule), run.folder, identity=run.digest, evaluate=lambda m: validation(m, val),
+    select=selection(records),
 )  # fmt: skip
 leave_to_first()  # of several processes (torchrun); else nothing
 
@@ -280,13 +340,13 @@ leave_to_first()  # of several processes (torchrun); else nothing
 
 # %%
 started = time.monotonic()
-image, text = embedded(model, side)
-contrast = retrieval(image, text, side.image_of, split=f"{s.dataset} {bench.reported}")
+image, text = embedded(model, test)
+contrast = retrieval(image, text, test.image_of, split=f"{s.dataset} {reported}")
 metrics = {f"itc_{name}": contrast[name] for name in ("i2t_r1", "t2i_r1", "rsum")}
 if s.itm_weight:
-    scorer = pair_scorer(model, side.pictures.batch, side.texts.batch, block=256)
-    metrics |= reranked_retrieval(image, text, side.image_of, scorer, k=s.rerank, score=s.rank_score,
-                                  split=f"{s.dataset} {bench.reported}", progress=s.scale == "paper")  # fmt: skip
+    scorer = pair_scorer(model, test.images.batch, test.texts.batch, block=256)
+    metrics |= reranked_retrieval(image, text, test.image_of, scorer, k=s.rerank, score=s.rank_score,
+                                  split=f"{s.dataset} {reported}", progress=s.scale == "paper")  # fmt: skip
     seconds = time.monotonic() - started
     print(f"{metrics['pairs']:,} pairs in {seconds:.1f} s: {metrics['pairs'] / seconds:,.0f} a second")
 else:
@@ -298,4 +358,4 @@ metrics
 
 # %%
 metrics |= {"best_epoch": summary["best_epoch"]}
-write_metrics(folder, s.as_dict() | bench.facts, metrics, seconds=summary["seconds"])
+run.finish(metrics, seconds=summary["seconds"], facts={"reported_split": reported})

@@ -27,7 +27,7 @@
 # as measured. Nobody ever told the model where anything is.
 
 # %% tags=["parameters"]
-run: str = "papermill_runs/slan_train"  # folder of the run; a grid's row joins the figures' names
+run: str = "latest"  # folder of the run, or latest; a grid's row joins the figures' names
 example: int = 0  # number of the picture (of the reported split) that the figures begin with
 pictures: int = 3  # pictures a figure
 top: int = 5  # retrieved pictures a sentence
@@ -41,7 +41,7 @@ figures: str = "figures"  # folder of the figures; those that show photos go to 
 smoke: bool = False  # few steps again, and `.smoke.` in the figures' names
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import Settings, declared, parameters, root
+from finematch.config import parameters, root
 
 p = parameters(
     globals(), example=(0, 10**7), pictures=(1, 6), top=(2, 10), replay=(0, 10**6), seed=(-1, 2**31)
@@ -52,7 +52,6 @@ import itertools
 import json
 import math
 import time
-from inspect import signature
 
 import numpy as np
 import pandas as pd
@@ -66,21 +65,21 @@ from torch import Tensor
 from finematch import figures as draw
 from finematch.boxes import convert, iou
 from finematch.data import load
-from finematch.data.record import DataError
 from finematch.scenes.generator import attributes
 from finematch.scenes.language import solutions
 from finematch.evaluation.correspondence import inside, on_span, pieces
 from finematch.evaluation.grounding import GroundedPhrase
 from finematch.evaluation.retrieval import retrieval
-from finematch.tables import to_markdown, write_metrics
-from finematch.models.slan.locator import load_proposals
+from finematch.runs import open_run, write_metrics
+from finematch.tables import to_markdown
 from finematch.models.slan.objective import SLAN, pair_scorer
-from finematch.models.slan.run import build, detector_file, plan, train_encoders
+from finematch.rebuild import slan_begun, slan_plan
 from finematch.text import tokenise
 from finematch.training import (
-    EpochBatches, device_name, load_best, make_optimizer, make_schedule, to_device,
+    EpochBatches, accelerator, device_name, make_optimizer, make_schedule, to_device,
 )  # fmt: skip
-from finematch.workbench import accelerator, embed, located_phrases, open_bench
+from finematch.evaluation.embedding import embed
+from finematch.evaluation.phrases import annotated_phrases, located_phrases
 
 draw.style()
 started = time.monotonic()
@@ -100,53 +99,27 @@ def show(frame: pd.DataFrame, digits: int = 1) -> None:
 # what was trained before (encoders, a detector) stands in the cache.
 
 # %%
-metrics_file = root() / p.run / "metrics.json"
-if not all(metrics_file.with_name(file).is_file() for file in ("metrics.json", "best.safetensors")):
-    command = f"papermill notebooks/slan/2_train.ipynb run.ipynb -p out {p.run}"
-    problem = "has not finished, was never started, or lost its best.safetensors"
-    raise DataError(metrics_file, "the run", problem, f"Run first: {command}")
-of_run, run_metrics, run_device = (
-    json.loads(metrics_file.read_text(encoding="utf-8"))[key] for key in ("parameters", "metrics", "device")
-)
+run = open_run(p.run, method="slan", smoke=p.smoke) if p.run == "latest" else open_run(p.run)
+of_run = run.parameters
 for key in ("dataset", "scale", "seed"):
     if getattr(p, key) not in ("", -1, of_run[key]):
         raise ValueError(f"{key} = {getattr(p, key)!r}, but {p.run} was trained with {of_run[key]!r}")
-given = {key: str(root() / of_run[key]) for key in ("vision_weights", "text_weights")
-         if of_run[key] and (root() / of_run[key]).exists()}  # fmt: skip
-given |= {"data_root": root() / (p.data_root or of_run["data_root"]), "cache": root() / of_run["cache"]}
-s = Settings("slan", {name: value for name, value in of_run.items() if name in declared("slan")})
-asked = {key: of_run[key] for key in signature(open_bench).parameters if key in of_run}
-shape = {"depth": s.text_depth, "heads": s.text_heads, "size": s.size, "stages": s.maps}
-bench = open_bench(**(asked | shape | given), backbone="maps", text="bert")
-side = bench.splits[bench.reported]
-changed = {k: (of_run[k], now) for k, now in bench.facts.items() if of_run.get(k, now) != now}
-if changed:  # what the cache holds was made anew since: these weights do not fit its maps
-    raise DataError(metrics_file, "the run", f"was trained on other maps: {changed}", "Run 2_train again")
-
-
-def built() -> SLAN:
-    """The run's model, with the random weights of its seed."""
-    return build(bench, s, steps_per_epoch=len(train) // s.batch_size)
+if p.data_root:
+    of_run["data_root"] = p.data_root
+data, s = run.data, run.settings
+split, tokenizer = data.splits[data.reported], data.tokenizer
 
 
 def begun() -> SLAN:
     """The run's model before its first step with the locator: a detector's proposals, a pretrained run, trained encoders."""
-    weights = root() / s.detector
-    if s.detector == "boxes":
-        weights = detector_file(bench, s, root() / s.cache)
-    model = built()
-    if s.detector:
-        load_proposals(model.locator.proposals, weights, decoder=model.locator.decoder)
-    if s.pretrained:
-        model.load_pretrained(root() / s.pretrained)
-    else:
-        train_encoders(model, bench, train, s, root() / s.cache, echo=None)
-    return model.to(device).eval()
+    return slan_begun(s, data, root()).to(device).eval()
 
 
-train = bench.splits["train"].pairs()
-fresh, model = begun(), built().to(device).eval()
-load_best(model, metrics_file.with_name("best.safetensors"))
+train, annotated = (
+    data.splits["train"].pairs(),
+    annotated_phrases(s.dataset, data.data_root, data.reported, echo=None),
+)
+fresh, model = begun(), run.model.to(device)
 known_start = (
     s.scale == "tiny" or not s.vision or bool(s.vision_weights)
 )  # else its network was drawn before the seed was set
@@ -156,11 +129,11 @@ if not known_start:
     )
 
 L, scenes = s.levels, s.dataset.startswith("scenes")
-row = metrics_file.parent.name.split(".")[2:-1]  # of a grid's run: dataset.scale.row.s0
+row = run.folder.name.split(".")[2:-1]  # of a grid's run: dataset.scale.row.s0
 name = ".".join(["slan_regions", s.dataset, *row, *(["smoke"] if p.smoke or s.smoke else [])])
-label = f"{s.dataset} {bench.reported}"
-print(f"{label}: {len(side.records)} pictures, {len(side.captions)} captions; {s.count} proposals a picture, at most "
-      f"{s.top or 'all'} pass the filter, {L} levels; epoch {run_metrics['best_epoch']} of {s.epochs}")  # fmt: skip
+label = f"{s.dataset} {data.reported}"
+print(f"{label}: {len(split.records)} pictures, {len(split.captions)} captions; {s.count} proposals a picture, at most "
+      f"{s.top or 'all'} pass the filter, {L} levels; epoch {run.metrics['best_epoch']} of {s.epochs}")  # fmt: skip
 
 
 def keep(figure: plt.Figure, number: int, *, pictures: bool = True) -> None:
@@ -177,13 +150,13 @@ def keep(figure: plt.Figure, number: int, *, pictures: bool = True) -> None:
 # Are these the weights that the numbers came from? The contrast ranks the split again, and must give the numbers of the run.
 
 # %%
-image, text = embed(model, side)
-again = retrieval(image, text, side.image_of)
+image, text = embed(model, split)
+again = retrieval(image, text, split.image_of)
 for key in ("i2t_r1", "t2i_r1", "rsum"):
-    assert abs(again[key] - run_metrics[f"itc_{key}"]) < 1.0, (key, again[key], run_metrics[f"itc_{key}"])
-chance = 100 / len(side.records)
+    assert abs(again[key] - run.metrics[f"itc_{key}"]) < 1.0, (key, again[key], run.metrics[f"itc_{key}"])
+chance = 100 / len(split.records)
 print(
-    f"text to image R@1 {again['t2i_r1']:.1f} % by the contrast, {run_metrics['t2i_r1']:.1f} % re-ranked (chance {chance:.1f} %)"
+    f"text to image R@1 {again['t2i_r1']:.1f} % by the contrast, {run.metrics['t2i_r1']:.1f} % re-ranked (chance {chance:.1f} %)"
 )
 if again["t2i_r5"] < 10 * chance:
     print("NOTE: this run has hardly learned anything; read what follows as the work of a random model.")
@@ -218,12 +191,13 @@ def grounded(of: SLAN) -> list[list[GroundedPhrase]]:
         return at.boxes, at.cosine, at.valid
 
     return [
-        [one for one in level if len(one.boxes)] for level in located_phrases(bench, side, locate, echo=None)
+        [one for one in level if len(one.boxes)]
+        for level in located_phrases(split, annotated, tokenizer, locate)
     ]
 
 
 def outcome(one: GroundedPhrase) -> dict[str, float]:
-    """Of one phrase at one level: how its best region lies, beside what it stands beside."""
+    """Of one phrase at one level: how its best region lies, beside what it stands besplit."""
     true, size = torch.tensor(one.boxes), torch.tensor([*one.size] * 2)
     middle = torch.tensor([0.25, 0.25, 0.75, 0.75]) * size
     boxes, best = torch.cat([one.regions, middle[None]]), int(one.scores.argmax())  # the last is the centre
@@ -252,7 +226,7 @@ trained, untrained = grounded(model), grounded(fresh)
 here, before = outcomes(trained), outcomes(untrained)
 for when, tables in (("after", here), ("before", before if known_start else [])):
     for level, one in enumerate(tables):
-        was = run_metrics[f"grounding_level{level}_pointing_{when}"]
+        was = run.metrics[f"grounding_level{level}_pointing_{when}"]
         assert abs(one["pointing"].mean() - was) < 1.0, (when, level, one["pointing"].mean(), was)
 
 
@@ -284,8 +258,8 @@ def claim(question: str, gain, rows, unit: str = "") -> float:
 
 linked, asked, metrics = {}, [], {}
 if here:
-    row_of = {record.image_id: row for row, record in enumerate(side.records)}
-    linked = {row_of[one.image_id]: one for one in load(f"{s.dataset}_entities", bench.data_root, bench.reported)
+    row_of = {record.image_id: row for row, record in enumerate(split.records)}
+    linked = {row_of[one.image_id]: one for one in load(f"{s.dataset}_entities", data.data_root, data.reported)
               if one.image_id in row_of}  # fmt: skip
     asked = [(i, one) for i, record in linked.items() for c in sorted({one.caption for one in record.phrases})
              for one in record.phrases if one.caption == c and one.boxes]  # fmt: skip
@@ -317,7 +291,7 @@ STOP = {"", "a", "an", "the", "of", "with", "and", "in", "on", "at", "to", "is",
 
 def spoken(i: int) -> tuple[str, ...]:
     """The captions of picture i."""
-    return linked[i].captions if i in linked else side.records[i].captions
+    return linked[i].captions if i in linked else split.records[i].captions
 
 
 def phrases_of(i: int, c: int) -> list:
@@ -332,7 +306,7 @@ def truth_of(i: int, phrase) -> Tensor:
 
 def words_of(i: int, c: int) -> list[int]:
     """Numbers of three words of a caption: those in linked phrases if it has any; fewer if there are no three."""
-    cut, phrases = pieces(spoken(i)[c], bench.tokenizer), phrases_of(i, c)
+    cut, phrases = pieces(spoken(i)[c], tokenizer), phrases_of(i, c)
     named = [
         cut.word_of[k] for k, (low, high) in enumerate(cut.offsets)
         if high and cut.words[cut.word_of[k]].strip(".,").lower() not in STOP
@@ -352,13 +326,13 @@ def two_captions(i: int) -> list[int]:
     return full[:1] + others[:1]
 
 
-pool = [i for i in range(len(side.records)) if len(two_captions(i)) == 2 and (i in linked or not linked)]
+pool = [i for i in range(len(split.records)) if len(two_captions(i)) == 2 and (i in linked or not linked)]
 chosen = [i for i in pool if i >= p.example][: p.pictures]
 if not chosen:
     raise ValueError(
         f"example = {p.example}: the last picture of {label} with two captions to show is {max(pool, default=None)}"
     )
-side.records[chosen[0]].open()  # published maps may come without pictures: DataError says so
+split.records[chosen[0]].open()  # published maps may come without pictures: DataError says so
 print(f"pictures {', '.join(map(str, chosen))} of {label}")
 
 
@@ -366,7 +340,7 @@ print(f"pictures {', '.join(map(str, chosen))} of {label}")
 def look(of: SLAN, i: int, caption: str) -> tuple[Tensor, Tensor, Tensor]:
     """Of picture i and a sentence: regions "l t 4" in fractions of the picture, their cosine with each token "l t n",
     and the saliency " t" with which they passed the filter."""
-    at = located(of, side.pictures.batch([i]), tokenise([caption], bench.tokenizer, max_length=32).batch([0]))
+    at = located(of, split.images.batch([i]), tokenise([caption], tokenizer, max_length=32).batch([0]))
     real = at.valid[0]
     return at.boxes[:, 0, real].cpu(), at.cosine[:, 0, real].cpu(), at.scores[0, real].cpu()
 
@@ -397,9 +371,9 @@ grid = figure.add_gridspec(4, len(chosen), height_ratios=[0.24, 1, 0.24, 1], hsp
 for column, i in enumerate(chosen):
     for row, c in enumerate(two_captions(i)):
         caption = spoken(i)[c]
-        cut, seen = pieces(caption, bench.tokenizer), look(model, i, caption)
+        cut, seen = pieces(caption, tokenizer), look(model, i, caption)
         ax = figure.add_subplot(grid[2 * row + 1, column])
-        draw.show_picture(ax, side.records[i].open())
+        draw.show_picture(ax, split.records[i].open())
         said, said_of = [word.replace("$", r"\$") for word in cut.words], []
         for k, word in enumerate(words_of(i, c)):
             tokens = torch.tensor(cut.word_of) == word
@@ -513,7 +487,7 @@ else:
 def phrase_of(i: int) -> tuple[str, str, Tensor, Tensor | None]:
     """The caption, the words of its first linked phrase (or its first word of three), their tokens, and the true boxes."""
     c = two_captions(i)[0]
-    caption, cut = spoken(i)[c], pieces(spoken(i)[c], bench.tokenizer)
+    caption, cut = spoken(i)[c], pieces(spoken(i)[c], tokenizer)
     for one in phrases_of(i, c):
         if (tokens := on_span(cut.offsets, one.start, one.end)).any():  # a long caption is cut off
             return caption, caption[one.start : one.end], tokens, truth_of(i, one)
@@ -525,7 +499,7 @@ def regions(
     ax: plt.Axes, i: int, boxes: Tensor, best: int | None = None, truth: Tensor | None = None
 ) -> None:
     """Regions "t 4" on picture i, thin; one of them thick, and what is true dashed."""
-    draw.show_picture(ax, side.records[i].open())
+    draw.show_picture(ax, split.records[i].open())
     others = [k for k in range(len(boxes)) if k != best]
     outlined(ax, boxes[others], draw.INK, width=0.6, edge=0.5)
     if truth is not None:
@@ -658,7 +632,7 @@ def snapshot(of: SLAN, at: float) -> None:
 snapshot(fresh, 0.0)
 if steps:
     again_from = begun().train()  # made anew: the dice, too, stand as they stood before the first step
-    schedule = plan(s, epochs=s.epochs, seed=s.seed)
+    schedule = slan_plan(s)
     trainable = [w for w in again_from.parameters() if w.requires_grad]
     optimizer = make_optimizer(trainable, schedule)
     scheduler = make_schedule(optimizer, schedule, total)
@@ -675,15 +649,15 @@ if steps:
         losses.append(float(terms["loss"].detach()))
         if step in marks:
             snapshot(again_from, step / total)
-snapshot(model, run_metrics["best_epoch"] / s.epochs)
+snapshot(model, run.metrics["best_epoch"] / s.epochs)
 
-log = metrics_file.with_name("log.jsonl")
+log = run.folder / "log.jsonl"
 if len(losses) >= an_epoch and log.is_file():
     logged = json.loads(log.read_text(encoding="utf-8").splitlines()[0])["loss"]
     print(
         f"mean loss of the first epoch: {np.mean(losses[:an_epoch]):.4f} here, {logged:.4f} in the run's log"
     )
-    if device_name() == run_device:  # between numbers of threads rounding differs, and it grows
+    if device_name() == run.content["device"]:  # between numbers of threads rounding differs, and it grows
         assert abs(np.mean(losses[:an_epoch]) / logged - 1) < 0.05
 
 # %%
@@ -731,8 +705,8 @@ if here:
 @torch.no_grad()
 def proposed(rows: list[int]) -> tuple[Tensor, Tensor]:
     """All proposals "b q 4" of pictures, in fractions, and which are real."""
-    maps = model.encoders.towers.vision(list(to_device(side.pictures.batch(rows), device).values()) if bench.maps
-                                        else side.pictures.batch(rows)["pixels"].to(device))  # fmt: skip
+    maps = model.encoders.towers.vision(list(to_device(split.images.batch(rows), device).values()) if s.scale == "tiny"
+                                        else split.images.batch(rows)["pixels"].to(device))  # fmt: skip
     found = model.locator.proposals(model.locator.decoder(maps))
     return found.boxes.cpu(), found.valid.cpu()
 
@@ -756,7 +730,7 @@ for line, i in zip(axes, chosen, strict=True):
         *(f"level {k}" for k in range(1, L + 1)),
     ]
     for ax, these, title in zip(line, [boxes[valid], *kept_boxes], titles, strict=True):
-        draw.show_picture(ax, side.records[i].open())
+        draw.show_picture(ax, split.records[i].open())
         widths = 0.3 + 1.2 * strength if title != titles[0] else torch.full((len(these),), 0.6)
         for k in torch.argsort(widths).tolist():
             outlined(ax, these[k], draw.PALETTE[0], width=float(widths[k]), edge=0.3)
@@ -814,21 +788,21 @@ if linked:
 # %%
 meanings, truths = [], []
 if scenes:
-    truths = attributes(side.records[0].image.parents[1], bench.reported)[: len(side.records)]
+    truths = attributes(split.records[0].image.parents[1], data.reported)[: len(split.records)]
     meanings = [meaning for truth in truths for meaning in truth["captions"]]
-    assert [meaning["text"] for meaning in meanings] == side.captions
-first = {i: int(np.flatnonzero(side.image_of == i)[0]) for i in chosen}
+    assert [meaning["text"] for meaning in meanings] == split.captions
+first = {i: int(np.flatnonzero(split.image_of == i)[0]) for i in chosen}
 methods = ["contrast", f"best {s.rerank} re-ranked"] if s.itm_weight else ["contrast"]
 figure, axes = plt.subplots(len(methods) * len(chosen), p.top + 2, figsize=(1.2 * (p.top + 3), 1.6 * len(methods) * len(chosen)),
                             width_ratios=[1.9] + [1] * (p.top + 1), squeeze=False)  # fmt: skip
-ranks, rerank = {method: [] for method in methods}, min(s.rerank, len(side.records))
+ranks, rerank = {method: [] for method in methods}, min(s.rerank, len(split.records))
 for n, i in enumerate(chosen):
     k = first[i]
     cosine = image @ text[k]
     scores = {"contrast": cosine.numpy()}
     if s.itm_weight:
         best = cosine.topk(rerank).indices.sort().values
-        odds = pair_scorer(model, side.pictures.batch, side.texts.batch)(best, torch.full_like(best, k))
+        odds = pair_scorer(model, split.images.batch, split.texts.batch)(best, torch.full_like(best, k))
         odds = odds + cosine[best] if s.rank_score == "itm+itc" else odds
         below = (
             cosine - cosine.max() + odds.min() - 1
@@ -836,7 +810,7 @@ for n, i in enumerate(chosen):
         scores[methods[1]] = below.index_copy(0, best, odds).numpy()
     for line, method in zip(axes[len(methods) * n :], methods, strict=False):
         found_at = draw.retrieval_strip(
-            line, side.captions[k], lambda j: side.records[j].open(), scores[method], i,
+            line, split.captions[k], lambda j: split.records[j].open(), scores[method], i,
             note=lambda j, i=i, k=k: "also true" if meanings and j != i and solutions(truths[j], meanings[k]) else "",
         )  # fmt: skip
         line[0].set_title(method, fontsize=8, color="#57606a")
@@ -848,12 +822,12 @@ keep(figure, 6)
 plt.show()
 of_split = {"contrast": "itc_t2i_r1", methods[-1]: "t2i_r1"}
 for method in methods:
-    print(f"{method}: own picture at {', '.join(map(str, ranks[method]))} of {len(side.records)}; over the split R@1 "
-          f"{run_metrics[of_split[method] if s.itm_weight else 'itc_t2i_r1']:.1f} % (chance {chance:.1f} %)")  # fmt: skip
+    print(f"{method}: own picture at {', '.join(map(str, ranks[method]))} of {len(split.records)}; over the split R@1 "
+          f"{run.metrics[of_split[method] if s.itm_weight else 'itc_t2i_r1']:.1f} % (chance {chance:.1f} %)")  # fmt: skip
 
 # %%
-metrics |= {key: run_metrics[key] for key in ("itc_t2i_r1", "t2i_r1")}
-protocol = f"{label}: {len(side.records)} pictures, {len(asked)} phrases linked to boxes, from {p.run}"
+metrics |= {key: run.metrics[key] for key in ("itc_t2i_r1", "t2i_r1")}
+protocol = f"{label}: {len(split.records)} pictures, {len(asked)} phrases linked to boxes, from {p.run}"
 write_metrics(
     root() / p.out,
     p.as_dict(),

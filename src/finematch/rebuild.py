@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from finematch.checkpoints import load_best
-from finematch.config import Settings, declared, root
+from finematch.config import Settings, root
+from finematch.data import digests, load
 from finematch.data.pairs import RegionSource
 from finematch.data.splits import Split, data_folder, open_records, open_splits, reported_split, selection
 from finematch.encoders import (
@@ -27,6 +28,7 @@ from finematch.encoders import (
     small_bert,
     text_tower,
 )
+from finematch.evaluation.embedding import validation
 from finematch.evaluation.reopen_gallery import RunData, reopen_gallery
 from finematch.features.backbones import Backbone
 from finematch.features.inputs import (
@@ -39,6 +41,7 @@ from finematch.features.inputs import (
     minilm_folder,
     open_clip,
     open_tokenizer,
+    origin,
     pixel_images,
     published_regions,
     region_images,
@@ -47,9 +50,11 @@ from finematch.models.configs import FELGAConfig, HSLMConfig, LocatorConfig, MVA
 from finematch.models.felga import FELGA
 from finematch.models.hslm import HSLM
 from finematch.models.mvam import MVAM
-from finematch.models.slan.locator import CachedStages, SelfLocator, Stages, Towers
+from finematch.models.slan.detector import train_detector
+from finematch.models.slan.locator import CachedStages, SelfLocator, Stages, Towers, load_proposals
 from finematch.models.slan.objective import SLAN, Words
-from finematch.training import accelerator
+from finematch.models.slan.start import train_encoders
+from finematch.training import Plan, accelerator, seed_everything
 
 
 def rebuild(run) -> tuple[Any, nn.Module]:
@@ -58,9 +63,7 @@ def rebuild(run) -> tuple[Any, nn.Module]:
     Raises:
         ValueError: For an ensemble, which is several models.
     """
-    known = declared(run.method)
-    given = {name: value for name, value in run.parameters.items() if name in known}
-    return METHODS[run.method](Settings(run.method, given), run.folder, root())
+    return METHODS[run.method](run.settings, run.folder, root())
 
 
 def _mvam(s: Settings, folder: Path, base: Path) -> tuple[Inputs, nn.Module]:
@@ -95,11 +98,7 @@ def _felga(s: Settings, folder: Path, base: Path) -> tuple[RunData, nn.Module]:
 
 def _slan(s: Settings, folder: Path, base: Path) -> tuple[Inputs, nn.Module]:
     data = map_inputs(s, base)
-    towers = Towers(*map_towers(s, data), s.width)
-    scales = s.scales if len(towers.channels) == 1 else ()
-    locator = SelfLocator(towers.channels, LocatorConfig.of(s, scales=scales))
-    config = SLANConfig.of(s, reg_weight=s.reg_weight if s.levels else 0.0)
-    model = SLAN(towers, locator, config, words=Words.of(data.tokenizer))
+    model = slan_model(s, data)
     load_best(model, folder / "best.safetensors")
     return data, model.to(accelerator()).eval()
 
@@ -204,3 +203,61 @@ def map_towers(s, inputs: Inputs) -> tuple[nn.Module, nn.Module]:
         return Stages(cells, (-1,) if plain else s.stages), BertTower(s.text_weights or "bert-base-uncased")
     text = small_bert(len(inputs.tokenizer), width=s.width, depth=s.text_depth, heads=s.text_heads)
     return CachedStages(inputs.splits["train"].images.channels), BertTower(text)
+
+
+def slan_model(s, inputs: Inputs, *, steps_per_epoch: int | None = None) -> SLAN:
+    """SLAN with the random weights of its seed: towers (3.1), self-locator (3.2) and objective (3.3).
+
+    Args:
+        steps_per_epoch: by which `random_negatives`, a share of the run, becomes a number of steps; without it that of
+            the dataset's own pairs.
+    """
+    seed_everything(s.seed)
+    image, text = map_towers(s, inputs)
+    encoders = Towers(image, text, s.width)
+    scales = s.scales if len(encoders.channels) == 1 else ()
+    locator = SelfLocator(encoders.channels, LocatorConfig.of(s, scales=scales))
+    steps = (
+        len(inputs.splits["train"].captions) // s.batch_size if steps_per_epoch is None else steps_per_epoch
+    )
+    return SLAN(
+        encoders, locator, SLANConfig.of(s, reg_weight=s.reg_weight if s.levels else 0.0),
+        words=Words.of(inputs.tokenizer), random_steps=round(s.random_negatives * s.epochs * steps),
+    )  # fmt: skip
+
+
+def slan_plan(s, *, epochs: int | None = None) -> Plan:
+    """How a run of SLAN trains, or, with other `epochs`, its encoders before."""
+    shared = ("batch_size", "lr", "weight_decay", "schedule", "warmup", "clip_norm", "precision", "workers",
+              "checkpoint_steps", "seed")  # fmt: skip
+    return Plan(epochs=s.epochs if epochs is None else epochs, **{name: getattr(s, name) for name in shared})
+
+
+def slan_begun(s, inputs: Inputs, base: Path, *, echo=None) -> SLAN:
+    """The model of a run before its first step with the locator: a detector's proposals, a pretrained run's weights, or
+    encoders that the contrast has trained."""
+    cache, weights = base / s.cache, base / s.detector
+    if s.detector == "boxes":
+        boxes = {name: load(f"{s.dataset}_coco", inputs.data_root, name) for name in ("train", "val")}
+        maps = {name: inputs.splits[name].images for name in boxes}
+        weights = train_detector(cache, maps, boxes, LocatorConfig.of(s))
+    model = slan_model(s, inputs)
+    if s.detector:
+        load_proposals(model.locator.proposals, weights, decoder=model.locator.decoder)
+    if s.pretrained:
+        model.load_pretrained(base / s.pretrained)
+    elif s.encoder_epochs:
+        train_encoders(
+            model, inputs.splits["train"].pairs(), slan_plan(s, epochs=s.encoder_epochs), cache, slan_key(s, inputs),
+            evaluate=lambda m: validation(m, inputs.splits["val"]), select=inputs.select, echo=echo,
+        )  # fmt: skip
+    return model
+
+
+def slan_key(s, inputs: Inputs) -> dict:
+    """What trained encoders depend on beside their plan: their shape, the captions, the maps."""
+    return {
+        "shape": [s.width, s.text_depth, s.text_heads, s.embed],
+        "data": {name: digests(split.records) for name, split in inputs.splits.items()},
+        "maps": origin({name: split.images for name, split in inputs.splits.items()}),
+    }

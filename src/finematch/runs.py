@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from finematch.config import root
+from finematch.config import Settings, declared, root
 from finematch.files import DataError, digest, file_digest, write_json
 from finematch.hold import hold
 
@@ -68,6 +68,14 @@ class Run:
     @property
     def digest(self) -> str:
         return digest(self.identity) if self.identity else ""
+
+    @property
+    def settings(self) -> Settings:
+        """The parameters as the settings of the method's training page; what an older run lacks is filled in."""
+        known = declared(self.method)
+        return Settings(
+            self.method, {name: value for name, value in self.parameters.items() if name in known}
+        )
 
     @property
     def seed(self) -> int:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from finematch.data.splits import Split
+from finematch.evaluation.retrieval import retrieval
 from finematch.training import to_device
 
 
@@ -43,3 +44,9 @@ def embed(
     model.train(training)
     back = torch.from_numpy(np.argsort(order, kind="stable"))
     return torch.cat(images).cpu(), torch.cat(texts).cpu()[back]
+
+
+def validation(model: nn.Module, split: Split) -> dict[str, float]:
+    """R@1 both ways and rsum of a split, every image against every caption: by these an epoch is chosen."""
+    found = retrieval(*embed(model, split), split.image_of)
+    return {name: found[name] for name in ("i2t_r1", "t2i_r1", "rsum")}

@@ -190,7 +190,7 @@ def untaught(model: Detector, data: MapBoxes) -> dict[str, dict[str, float]]:
             for name, boxes in (("random anchors", anchors[drawn]), ("grid", grid))}  # fmt: skip
 
 
-def detector(
+def train_detector(
     out: str | Path,
     maps: Mapping[str, MapSource],
     records: Mapping[str, list[Record]],

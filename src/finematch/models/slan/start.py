@@ -1,0 +1,57 @@
+"""What stands before the first step of a small run: encoders that the contrast (Eq. 5-6) alone has trained.
+
+The paper's BERT comes trained, and its vision encoder meets 14 million images twenty times. A small run has no such
+time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from finematch.checkpoints import random_states, restore_random_states, write_atomically
+from finematch.data.pairs import Pairs
+from finematch.files import cached
+from finematch.models.slan.objective import SLAN, Unimodal, world
+from finematch.training import Plan, by_one_process, fit, load_best
+
+
+def train_encoders(
+    model: SLAN,
+    pairs: Pairs,
+    plan: Plan,
+    cache: str | Path,
+    key: Mapping,
+    *,
+    evaluate: Callable[[Unimodal], dict[str, float]],
+    select: str = "rsum",
+    echo: Callable[[str], None] | None = print,
+) -> None:
+    """Train the encoders of `model` by the contrast alone, in place.
+
+    Runs that differ in the locator alone share them: they stand in `cache`, with the random states after them, so that
+    a run goes on as if it had trained them itself.
+
+    Args:
+        key: what the encoders depend on beside the plan and the form of the contrast: their shape, the data, the
+            features.
+        evaluate, select: as of `training.fit`.
+
+    Raises:
+        TrainingError: In several processes, if they are not there (`training.by_one_process`).
+    """
+    made_of = {"plan": asdict(replace(plan, workers=0, checkpoint_steps=0)), "form": model.form, **key}
+
+    def make(folder: Path) -> None:
+        by_one_process("what the cache lacks, encoders that the contrast has trained,")
+        fit(Unimodal(model), pairs, plan, folder, evaluate=evaluate, select=select, echo=echo)
+        write_atomically(folder / "random.pt", lambda path: torch.save(random_states(), path))
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+    folder = cached(cache, "slan_encoders", made_of, make)
+    load_best(Unimodal(model), folder / "best.safetensors")
+    if world() == 1:  # several processes have states of their own
+        restore_random_states(torch.load(folder / "random.pt", weights_only=True))
