@@ -35,7 +35,7 @@ TABLE = f"figures/{GRID}.{NAME}"
 PAPERMILL = f"{sys.executable} -m papermill --no-progress-bar --log-output"
 
 TRAIN = Path("notebooks", METHOD, "2_train.ipynb")
-RESUME = f"-p resume {'fresh' if config.get('force') else 'replace'}" if '"resume: ' in TRAIN.read_text() else ""
+RESUME = f"-p resume {'fresh' if config.get('force') else 'replace'}"
 
 try:
     TABLE_OF = grid(GRID, DATASET, folder="grids")

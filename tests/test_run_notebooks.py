@@ -57,10 +57,13 @@ def folder(tmp_path_factory):
     return shared
 
 
-def run_notebook(name, page, given, processes=1):
-    """By papermill, as a person would; the executed page is `page`.ipynb, of several processes `page`.0.ipynb ..."""
+def run_notebook(name, page, given, processes=1, cwd=ROOT, refused=False):
+    """By papermill, as a person would; the executed page is `page`.ipynb, of several processes `page`.0.ipynb ...
+
+    Returns what papermill wrote to stderr. `refused`: the page is expected to fail.
+    """
     ending = ".$RANK.ipynb" if processes > 1 else ".ipynb"
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", str(ROOT),
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", str(cwd),
                str(NOTEBOOKS / f"{name}.ipynb"), f"{page}{ending}"]  # fmt: skip
     for key, value in given.items():
         command += ["-p", key, str(value)]
@@ -80,7 +83,8 @@ def run_notebook(name, page, given, processes=1):
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
         if "Address already in use" not in ran.stderr:  # two kernels that start at once may be given one port
             break
-    assert ran.returncode == 0, ran.stderr[-4000:]
+    assert (ran.returncode != 0) == refused, ran.stderr[-4000:]
+    return ran.stderr
 
 
 def executed(name, folder):
@@ -118,6 +122,33 @@ def test_it_runs(name, folder):
     if "/4_" in name:
         pictures = name.replace("/4", "")  # mvam_attention, felga_retrieval
         assert len(list((folder / "figures").glob(f"{pictures}.*.png"))) >= 4
+
+
+def test_a_folder_never_mixes_two_runs(folder, tmp_path):
+    """Other parameters in the `out` of a finished run: refused, or trained anew, never the old numbers renamed."""
+    executed("mvam/2_train", folder)  # fills the cache
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "pyproject.toml").touch()
+
+    def train(page, refused=False, **given):
+        given |= {"smoke": True, "cache": folder / "cache"}
+        return run_notebook("mvam/2_train", tmp_path / page, given, cwd=tmp_path, refused=refused)
+
+    train("one")
+    (one,) = (tmp_path / "papermill_runs" / "mvam").glob("scenes.smoke.*/metrics.json")
+    train("other", tau=0.5)
+    (other,) = set(one.parents[1].glob("scenes.smoke.*/metrics.json")) - {one}
+    first, second = one.read_text(), json.loads(other.read_text())
+    assert json.loads(first)["metrics"] != second["metrics"] and second["parameters"]["tau"] == 0.5
+
+    message = train("refused", refused=True, tau=0.5, out=one.parent)
+    assert f"tau was {json.loads(first)['parameters']['tau']}, is 0.5" in message
+    assert "give another `out`" in message and "resume='fresh'" in message
+    assert one.read_text() == first
+
+    train("fresh", tau=0.5, out=one.parent, resume="fresh")
+    again = json.loads(one.read_text())
+    assert (again["metrics"], again["identity"]) == (second["metrics"], second["identity"])
 
 
 @pytest.fixture
