@@ -139,11 +139,13 @@ def test_a_folder_never_mixes_two_runs(folder, tmp_path):
     train("other", tau=0.5)
     (other,) = set(one.parents[1].glob("scenes.smoke.*/metrics.json")) - {one}
     first, second = one.read_text(), json.loads(other.read_text())
-    assert json.loads(first)["metrics"] != second["metrics"] and second["parameters"]["tau"] == 0.5
+    assert second["parameters"]["tau"] == 0.5
+    assert second["metrics"] != json.loads(first)["metrics"]
 
     message = train("refused", refused=True, tau=0.5, out=one.parent)
     assert f"tau was {json.loads(first)['parameters']['tau']}, is 0.5" in message
-    assert "give another `out`" in message and "resume='fresh'" in message
+    assert "give another `out`" in message
+    assert "resume='fresh'" in message
     assert one.read_text() == first
 
     train("fresh", tau=0.5, out=one.parent, resume="fresh")

@@ -31,7 +31,7 @@ def other_value(one, value):
         return "1.0, 0.5, 0.25" if value != (1.0, 0.5, 0.25) else "1.0, 0.5, 0.5"
     if one.kind is str:
         return value + "x"
-    low, high = one.rule or (0, 10**6)
+    low, high = one.range or (0, 10**6)
     middle = type(value)(low + (high - low) / 2)
     return next(
         new
@@ -128,11 +128,11 @@ def test_settings_say_what_differs_from_the_preset():
     ("given", "message"),
     [
         ({"veiws": 8}, "unknown parameter 'veiws': did you mean 'views'"),
-        ({"epochs": 0}, r"'epochs' must lie in \[1, 1000\], not 0"),
+        ({"epochs": 0}, r"epochs = 0: must lie in \[1, 1000\]"),
         ({"epochs": 2.5}, "'epochs' must be int"),
-        ({"projection": "splitt"}, "'projection' must be .*did you mean 'split'"),
+        ({"projection": "splitt"}, "projection is 'splitt'; use .*did you mean 'split'"),
         ({"seed": None}, "'seed' must be int, not NoneType"),
-        ({"reading": "litteral"}, "'reading' must be 'default' or 'literal'"),
+        ({"reading": "litteral"}, "reading is 'litteral'; use 'default' or 'literal'"),
     ],
 )
 def test_wrong_settings_are_refused(given, message):

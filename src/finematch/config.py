@@ -30,14 +30,14 @@ import importlib
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-Rule = tuple | set | frozenset
+Rule = tuple | set
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -64,6 +64,98 @@ class ParameterError(ValueError):
     """A parameter that was refused. The message names it, what was declared and the closest match."""
 
 
+@dataclass(frozen=True)
+class Declared:
+    """One parameter: of a page, of the file of a method's presets, or a field of its model's config.
+
+    Attributes:
+        presets: by preset, what fills it in. literal: what fills it in where the reading is literal.
+        range: closed, of a number. choices: in the order of their declaration.
+        register: number of the reading in the table of the method's lesson.
+        path: it may name a file or a folder.
+        unset: None is accepted, and is the page's default.
+    """
+
+    name: str
+    kind: type
+    default: Any = None
+    presets: Mapping[str, Any] = field(default_factory=dict)
+    range: tuple = ()
+    choices: tuple = ()
+    help: str = ""
+    register: str = ""
+    literal: Any = None
+    path: bool = False
+    unset: bool = False
+
+    @property
+    def page_default(self) -> Any:
+        """What stands in the parameters cell: None for everything that a preset or a config fills in."""
+        return None if self.unset else self.default
+
+    @property
+    def line(self) -> str:
+        """The line of the parameters cell, with its generated comment."""
+        kind = "str" if self.kind is tuple else self.kind.__name__
+        default = self.page_default
+        written = f'"{default}"' if isinstance(default, str) else repr(default)
+        return f"{self.name}: {kind} = {written}  # {self.comment}"
+
+    @property
+    def comment(self) -> str:
+        """Help, choices or range, what the presets give, the reading's number in its register."""
+        choices = "" if self.kind is bool else " | ".join(map(_said, self.choices))
+        parts = [self.help + (f": {choices}" if choices else "")]
+        of_preset = list(dict.fromkeys(map(_said, self.presets.values())))
+        if len(of_preset) > 1:
+            parts.append(", ".join(f"{name} {_said(value)}" for name, value in self.presets.items()))
+        elif self.unset and (of_preset or self.default is not None):
+            parts.append(f"default {of_preset[0] if of_preset else _said(self.default)}")
+        if self.literal is not None and self.literal != self.presets.get("paper", self.default):
+            parts.append(f"literal {_said(self.literal)}")
+        return "; ".join(parts) + (f" ({self.register})" if self.register else "")
+
+    def accept(self, value: Any) -> Any:
+        """The value, of its type, within its range and one of its choices.
+
+        Of all conversions only two are made, both to a float: an int, and a string that spells a number.
+
+        Raises:
+            ParameterError: It is none of this.
+        """
+        name, kind = self.name, self.kind
+        if value is None and self.unset:
+            return None
+        if kind is tuple:
+            return _numbers(name, value)
+        if kind is float:
+            if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+                value = float(value)
+            elif type(value) is int:
+                value = float(value) if abs(value) <= 2**1023 else math.inf
+        if self.choices and value not in self.choices:
+            listed = _words(map(repr, self.choices))
+            raise ParameterError(f"{name} is {value!r}; use {listed}{_closest(value, self.choices)}")
+        if type(value) is not kind:
+            hint = ""
+            if kind is str and isinstance(value, (int, float)):
+                hint = f" (papermill's -r {name} VALUE passes it as it is written)"
+            raise ParameterError(
+                f"{name!r} must be {kind.__name__}, not {type(value).__name__} {value!r}{hint}"
+            )
+        if kind is float and not math.isfinite(value):
+            raise ParameterError(f"{name!r} must be finite, not {value}")
+        if self.range and not self.range[0] <= value <= self.range[1]:
+            raise ParameterError(f"{name} = {value}: must lie in [{self.range[0]}, {self.range[1]}]")
+        return value
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value) or "empty"
+
+
 class Params:
     """The accepted parameters: frozen, read as attributes.
 
@@ -71,58 +163,49 @@ class Params:
     `p.replace(views=8)` gives a changed copy held to the same types and rules.
     """
 
-    __slots__ = ("_rules", "_types", "_values")
+    __slots__ = ("_known", "_values")
 
-    def __init__(self, values: Mapping[str, Any], types: Mapping[str, type], rules: Mapping[str, Rule]):
-        """Checks `values` against `types` and `rules`; raises ParameterError listing everything wrong."""
-        problems = [_unknown(name, types) for name in values if name not in types]
-        problems += [f"{name!r} is declared but has no value" for name in types if name not in values]
-        accepted = {}
-        for name in types:
-            if name in values:
-                try:
-                    accepted[name] = _accept(name, values[name], types[name], rules.get(name))
-                except ParameterError as error:
-                    problems.append(str(error))
-        if problems:
-            raise ParameterError("\n".join([*problems, f"Declared parameters: {_listing(types)}"]))
-        for slot, content in zip(self.__slots__, (dict(rules), dict(types), accepted), strict=True):
+    def __init__(self, values: Mapping[str, Any], known: Mapping[str, Declared]):
+        """Checks `values` against `known`; raises ParameterError listing everything wrong."""
+        missing = [f"{name!r} is declared but has no value" for name in known if name not in values]
+        self._set(_known=known, _values=_accepted(values, known, missing))
+
+    def _set(self, **slots: Any) -> None:
+        for slot, content in slots.items():
             object.__setattr__(self, slot, content)
 
     def as_dict(self) -> dict[str, Any]:
-        """All parameters by name, as plain scalars (ready for JSON)."""
+        """All of them by name, as plain values (ready for JSON)."""
         return dict(self._values)
 
     def replace(self, **changes: Any) -> Params:
         """A copy with `changes`; raises ParameterError as `parameters` does."""
-        return Params({**self._values, **changes}, self._types, self._rules)
+        return Params({**self._values, **changes}, self._known)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # an unset slot while copying or unpickling, or a protocol IPython looks for
             raise AttributeError(name)
         if name not in self._values:
-            raise AttributeError(
-                f"{_unknown(name, self._types)}\nDeclared parameters: {_listing(self._types)}"
-            )
+            raise AttributeError(_unknown(name, self._values))
         return self._values[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"parameters are frozen: use p.replace({name}=...) for a changed copy")
+        raise AttributeError(f"parameters are frozen: use .replace({name}=...) for a changed copy")
 
     def __delattr__(self, name: str) -> None:
         self.__setattr__(name, None)
 
     def __dir__(self) -> Iterable[str]:
-        return ["as_dict", "replace", *self._values]
+        return [*object.__dir__(self), *self._values]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Params) and self._values == other._values
+        return type(other) is type(self) and self._values == other._values
 
     def __hash__(self) -> int:
         return hash(tuple(self._values.items()))
 
     def __reduce__(self):
-        return Params, (self._values, self._types, self._rules)
+        return Params, (self._values, self._known)
 
     def __repr__(self) -> str:
         return "Params(" + ", ".join(f"{name}={value!r}" for name, value in self._values.items()) + ")"
@@ -140,16 +223,23 @@ def parameters(namespace: dict[str, Any], /, **rules: Rule) -> Params:
     kernel: at that moment they can only be misspelt parameters. When the cell is run again, variables that
     the reader has made meanwhile, annotated or not, are left alone.
 
-    Of all conversions only two are made, both to a float parameter: an int, and a string that spells a number
-    (YAML 1.1 reads `1e-4` as a string).
-
     Raises:
         ParameterError: unknown names, wrong types, values that are out of range, not finite or no choice.
     """
-    declared = namespace.get(_DECLARED) or _declaration(namespace)
-    for name, rule in rules.items():
-        _check_rule(name, rule, declared)
-    values = {name: namespace[name] for name in declared if name in namespace}
+    kinds = _declaration(namespace)
+    for name in rules:
+        if name not in kinds:
+            raise ParameterError(
+                f"a rule for an {_unknown(name, kinds)}\nDeclared parameters: {_listing(kinds)} "
+                "(after declaring another one, restart the kernel)"
+            )
+    known = {name: _ruled(name, kind, rules.get(name)) for name, kind in kinds.items()}
+    return _take(namespace, kinds, lambda values: Params(values, known))
+
+
+def _take(namespace: dict[str, Any], kinds: Mapping[str, type], check: Callable[[dict], Params]) -> Params:
+    """What `check` makes of the page's values; the page's declaration and values are remembered in its namespace."""
+    values = {name: namespace[name] for name in kinds if name in namespace}
     if _DECLARED not in namespace:
         values |= {
             name: value
@@ -158,8 +248,8 @@ def parameters(namespace: dict[str, Any], /, **rules: Rule) -> Params:
         }
     else:  # what the page has bound to a parameter's name since, an import say, is no parameter
         values |= {n: was for n, was in namespace[_ACCEPTED].items() if not isinstance(values.get(n), _PLAIN)}
-    accepted = Params(values, declared, rules)
-    namespace[_DECLARED], namespace[_ACCEPTED] = declared, accepted.as_dict()
+    accepted = check(values)
+    namespace[_DECLARED], namespace[_ACCEPTED] = kinds, values
     return accepted
 
 
@@ -183,7 +273,9 @@ def root(start: str | Path = ".") -> Path:
 
 
 def _declaration(namespace: Mapping[str, Any]) -> dict[str, type]:
-    """Declared names and types from the namespace's annotations."""
+    """Declared names and types from the namespace's annotations, those of the first call where there was one."""
+    if _DECLARED in namespace:
+        return namespace[_DECLARED]
     declared = {}
     for name, kind in namespace.get("__annotations__", {}).items():
         if name.startswith("_"):
@@ -199,52 +291,30 @@ def _declaration(namespace: Mapping[str, Any]) -> dict[str, type]:
     return declared
 
 
-def _check_rule(name: str, rule: Rule, declared: Mapping[str, type]) -> None:
-    """Refuses a rule that could never be applied."""
-    if name not in declared:
-        raise ParameterError(
-            f"a rule for an {_unknown(name, declared)}\nDeclared parameters: {_listing(declared)} "
-            "(after declaring another one, restart the kernel)"
-        )
-    bare = _without_none(rule)
-    if isinstance(bare, (set, frozenset)) and (bare or rule):
-        return
-    if isinstance(bare, tuple) and len(bare) == 2 and declared[name] in (int, float) and bare[0] <= bare[1]:
-        return
+def _ruled(name: str, kind: type, rule: Rule | None) -> Declared:
+    """A parameter with the rule that a page gives; refuses a rule that could never be applied."""
+    bare, unset = [one for one in rule or () if one is not None], None in (rule or ())
+    if rule is None or (unset and not bare):
+        return Declared(name, kind, unset=unset)
+    if isinstance(rule, set) and bare:
+        return Declared(name, kind, choices=_sorted(bare), unset=unset)
+    if isinstance(rule, tuple) and len(bare) == 2 and kind in (int, float) and bare[0] <= bare[1]:
+        return Declared(name, kind, range=tuple(bare), unset=unset)
     raise ParameterError(f"the rule {name}={rule!r} is neither (low, high) for a number nor a set of choices")
 
 
-def _accept(name: str, value: Any, kind: type, rule: Rule | None) -> Any:
-    """The value as `kind`, within `rule`; raises ParameterError naming `name`."""
-    if rule and None in rule:
-        if value is None:
-            return None
-        rule = _without_none(rule) or None
-    if kind is tuple:
-        return _numbers(name, value)
-    if kind is float:
-        if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
-            value = float(value)
-        elif type(value) is int:
-            value = float(value) if abs(value) <= 2**1023 else math.inf
-    if type(value) is not kind:
-        hint = ""
-        if kind is str and isinstance(value, (int, float)):
-            hint = f" (papermill's -r {name} VALUE passes it as it is written)"
-        raise ParameterError(f"{name!r} must be {kind.__name__}, not {type(value).__name__} {value!r}{hint}")
-    if kind is float and not math.isfinite(value):
-        raise ParameterError(f"{name!r} must be finite, not {value}")
-    if isinstance(rule, tuple) and not rule[0] <= value <= rule[1]:
-        raise ParameterError(f"{name!r} must lie in [{rule[0]}, {rule[1]}], not {value}")
-    if isinstance(rule, (set, frozenset)) and value not in rule:
-        choices = sorted(rule, key=lambda choice: (type(choice).__name__, choice))
-        listed, near = _words(map(repr, choices)), _closest(value, choices)
-        raise ParameterError(f"{name!r} must be {listed}, not {value!r}{near}")
-    return value
-
-
-def _without_none(rule: Rule) -> Rule:
-    return type(rule)(one for one in rule if one is not None)
+def _accepted(values: Mapping[str, Any], known: Mapping[str, Declared], problems: Iterable[str] = ()) -> dict:
+    """The values, accepted, in the order of `known`; ParameterError with all that is wrong, `problems` among it."""
+    problems, accepted = [*(_unknown(name, known) for name in values if name not in known), *problems], {}
+    for name in (name for name in known if name in values):
+        try:
+            accepted[name] = known[name].accept(values[name])
+        except ParameterError as error:
+            problems.append(str(error))
+    if problems:
+        kinds = {name: str if one.kind is tuple else one.kind for name, one in known.items()}
+        raise ParameterError("\n".join([*problems, f"Declared parameters: {_listing(kinds)}"]))
+    return accepted
 
 
 def _numbers(name: str, value: Any) -> tuple:
@@ -281,6 +351,10 @@ def _words(items: Iterable[str]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
+def _sorted(choices: Iterable[Any]) -> tuple:
+    return tuple(sorted(choices, key=lambda choice: (type(choice).__name__, choice)))
+
+
 # ------------------------------------------------------------------------------ settings of a model
 def setting(
     default: Any,
@@ -296,9 +370,9 @@ def setting(
     Args:
         register, literal, says: of a setting that is a reading of the paper as well, see `switch`.
     """
-    rule = frozenset(rule) if isinstance(rule, set) else rule
-    about = {"rule": rule, "help": help, "register": register, "literal": literal, "says": says}
-    return field(default=default, metadata=about)
+    choices = {"choices": _sorted(rule)} if isinstance(rule, set) else {"range": rule or ()}
+    about = {"help": help, "register": register, "literal": literal}
+    return field(default=default, metadata={"declared": choices | about, "says": says})
 
 
 def switch(register: str, *choices: Any, literal: Any = None, says: str = "", help: str = "") -> Any:
@@ -309,9 +383,9 @@ def switch(register: str, *choices: Any, literal: Any = None, says: str = "", he
         literal: the reading that is the paper's text; None where that is the default.
         says: what the paper says.
     """
-    rule = None if set(choices) == {True, False} else frozenset(choices)
-    about = {"rule": rule, "help": help, "register": register, "says": says, "choices": choices}
-    return field(default=choices[0], metadata=about | {"literal": choices[0] if literal is None else literal})
+    literal = choices[0] if literal is None else literal
+    about = {"choices": choices, "help": help, "register": register, "literal": literal}
+    return field(default=choices[0], metadata={"declared": about, "says": says})
 
 
 @dataclass(frozen=True)
@@ -319,13 +393,12 @@ class Config:
     """Settings of a model, checked when it is made.
 
     Raises:
-        ValueError: a wrong type, a value out of range or no choice; the message names all three.
+        ParameterError: a wrong type, a value out of range or no choice; the message names all three.
     """
 
     def __post_init__(self):
-        for one in fields(self):
-            value = _field_value(one, getattr(self, one.name))
-            object.__setattr__(self, one.name, value)
+        for name, one in self.declared().items():
+            object.__setattr__(self, name, one.accept(getattr(self, name)))
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | Settings, **changes: Any) -> Any:
@@ -334,111 +407,32 @@ class Config:
         return cls(**({one.name: known[one.name] for one in fields(cls) if one.name in known} | changes))
 
     @classmethod
+    def declared(cls) -> dict[str, Declared]:
+        """Its fields by name."""
+        kinds = {**_TYPES, "tuple": tuple}
+        return {
+            one.name: Declared(one.name, kinds[one.type], one.default, **one.metadata["declared"])
+            for one in fields(cls)
+        }
+
+    @classmethod
     def literal(cls) -> dict[str, Any]:
         """The value of each reading that is the paper's text."""
-        return {
-            one.name: one.metadata["literal"]
-            for one in fields(cls)
-            if one.metadata.get("literal") is not None
-        }
+        return {name: one.literal for name, one in cls.declared().items() if one.literal is not None}
 
     @classmethod
     def readings(cls) -> list[tuple[str, str, tuple, Any, Any, str]]:
         """All readings: register, argument, choices (or the range), default, literal value, what the paper says."""
         rows = []
-        for one in fields(cls):
-            about = one.metadata
-            if about.get("register"):
-                choices = about.get("choices") or tuple(map(_kind(one), about["rule"] or ()))
-                literal = one.default if about["literal"] is None else about["literal"]
-                rows.append((about["register"], one.name, choices, one.default, literal, about["says"]))
+        for field_, one in zip(fields(cls), cls.declared().values(), strict=True):
+            if one.register:
+                choices = one.choices or tuple(map(one.kind, one.range))
+                literal = one.default if one.literal is None else one.literal
+                rows.append((one.register, one.name, choices, one.default, literal, field_.metadata["says"]))
         return rows
 
 
-def _field_value(one: Any, value: Any) -> Any:
-    """The value of a dataclass field, of its type and within its rule."""
-    name, kind, rule = one.name, _kind(one), one.metadata.get("rule")
-    if isinstance(rule, (set, frozenset)) and value not in rule:
-        raise ValueError(
-            f"{name} is {value!r}; use {_words(map(repr, one.metadata.get('choices') or _sorted(rule)))}"
-        )
-    if kind is float and isinstance(value, (int, float)) and type(value) is not bool:
-        value = float(value)
-    if kind is tuple:
-        return _numbers(name, value)
-    if type(value) is not kind:
-        raise ValueError(f"{name} is {value!r}; use {'a' if kind is not int else 'an'} {kind.__name__}")
-    if isinstance(rule, tuple) and not rule[0] <= value <= rule[1]:
-        raise ValueError(f"{name} = {value}: must lie in [{rule[0]}, {rule[1]}]")
-    return value
-
-
-def _kind(one: Any) -> type:
-    kinds = {**_TYPES, "tuple": tuple}
-    return kinds[one.type if isinstance(one.type, str) else one.type.__name__]
-
-
-def _sorted(rule: Iterable[Any]) -> list[Any]:
-    return sorted(rule, key=lambda choice: (type(choice).__name__, choice))
-
-
 # ------------------------------------------------------------------------------ settings of a run
-@dataclass(frozen=True)
-class Declared:
-    """One parameter of a training page, from the file of its presets or from a field of its model's config."""
-
-    name: str
-    kind: type
-    default: Any = None
-    presets: Mapping[str, Any] = field(default_factory=dict)
-    rule: Rule | None = None
-    help: str = ""
-    register: str = ""
-    literal: Any = None
-    choices: tuple = ()
-    path: bool = False
-    of_config: bool = False
-
-    @property
-    def page_default(self) -> Any:
-        """What stands in the parameters cell: None for everything that a preset or a config fills in."""
-        return None if self.presets or self.of_config else self.default
-
-    @property
-    def line(self) -> str:
-        """The line of the parameters cell, with its generated comment."""
-        kind = "str" if self.kind is tuple else self.kind.__name__
-        default = self.page_default
-        written = f'"{default}"' if isinstance(default, str) else repr(default)
-        return f"{self.name}: {kind} = {written}  # {self.comment}"
-
-    @property
-    def comment(self) -> str:
-        """Help, choices or range, what the presets give, the reading's number in its register."""
-        choices = "" if self.kind is bool else " | ".join(map(_said, self.choices))
-        parts = [self.help + (f": {choices}" if choices else "")]
-        of_preset = list(dict.fromkeys(map(_said, self.presets.values())))
-        if len(of_preset) > 1:
-            parts.append(", ".join(f"{name} {_said(value)}" for name, value in self.presets.items()))
-        elif of_preset or self.of_config:
-            parts.append(f"default {of_preset[0] if of_preset else _said(self.default)}")
-        if self.literal is not None and self.literal != self.presets.get("paper", self.default):
-            parts.append(f"literal {_said(self.literal)}")
-        return "; ".join(parts) + (f" ({self.register})" if self.register else "")
-
-    def accept(self, value: Any) -> Any:
-        """The value, of its type and within its rule; ParameterError if it is neither."""
-        if value is None and self.page_default is None:
-            return None
-        return _accept(self.name, value, self.kind, self.rule)
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return ", ".join(map(str, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value) or "empty"
-
-
 @cache
 def _file(method: str) -> dict[str, Any]:
     path = PRESETS / f"{method}.toml"
@@ -451,25 +445,14 @@ def _file(method: str) -> dict[str, Any]:
 @cache
 def declared(method: str) -> dict[str, Declared]:
     """Every parameter of the method's training page by name."""
-    file, found = _file(method), {}
-    for name, one in file["settings"].items():
-        found[name] = _from_toml(name, one)
+    file = _file(method)
+    found = {name: _from_toml(name, one) for name, one in file["settings"].items()}
     for where in file.get("configs", ()):
-        module, _, name = where.partition(":")
-        for one in fields(getattr(importlib.import_module(module), name)):
-            about, presets = one.metadata, found[one.name].presets if one.name in found else {}
-            found[one.name] = Declared(
-                one.name, _kind(one), one.default, presets, about.get("rule"), about.get("help", ""),
-                about.get("register", ""), about.get("literal"), _choices(about), of_config=True,
-            )  # fmt: skip
+        module, _, config = where.partition(":")
+        for name, one in getattr(importlib.import_module(module), config).declared().items():
+            presets = found[name].presets if name in found else {}
+            found[name] = replace(one, presets=presets, unset=True)
     return found
-
-
-def _choices(about: Mapping[str, Any]) -> tuple:
-    """The choices of a field in the order of their declaration (those of a set sorted)."""
-    return about.get("choices") or tuple(
-        _sorted(about["rule"]) if isinstance(about.get("rule"), frozenset) else ()
-    )
 
 
 def preset(method: str, column: str) -> dict[str, Any]:
@@ -478,18 +461,14 @@ def preset(method: str, column: str) -> dict[str, Any]:
 
 
 def _from_toml(name: str, one: Mapping[str, Any]) -> Declared:
-    presets = {scale: one[scale] for scale in ("tiny", "photos", "paper") if scale in one}
-    presets = {scale: tuple(value) if isinstance(value, list) else value for scale, value in presets.items()}
+    one = {key: tuple(value) if isinstance(value, list) else value for key, value in one.items()}
+    presets = {scale: one.pop(scale) for scale in ("tiny", "photos", "paper") if scale in one}
     default = one.get("default")
     sample = default if default is not None else next(iter(presets.values()), "")
-    rule = tuple(one["range"]) if "range" in one else frozenset(one["choices"]) if "choices" in one else None
-    return Declared(
-        name, type(sample), default, presets, rule, one.get("help", ""), one.get("register", ""), one.get("literal"),
-        tuple(one.get("choices", ())), one.get("path", False),
-    )  # fmt: skip
+    return Declared(name, type(sample), presets=presets, unset=bool(presets) or default is None, **one)
 
 
-class Settings:
+class Settings(Params):
     """All settings of a run, resolved: frozen, read as attributes.
 
     Attributes:
@@ -499,30 +478,17 @@ class Settings:
         changed: what differs from the preset, with the preset's value.
     """
 
-    __slots__ = ("_values", "given", "method", "numerics", "preset")
+    __slots__ = ("given", "method", "numerics", "preset")
 
     def __init__(self, method: str, given: Mapping[str, Any]):
         """Checks and resolves `given`; raises ParameterError listing everything wrong."""
-        known, problems, accepted = declared(method), [], {}
-        for name, value in given.items():
-            try:
-                if name not in known:
-                    raise ParameterError(_unknown(name, known))
-                accepted[name] = known[name].accept(value)
-            except ParameterError as error:
-                problems.append(str(error))
-        if problems:
-            raise ParameterError("\n".join([*problems, f"Declared parameters: {_listing_of(known)}"]))
-        given = {name: value for name, value in accepted.items() if value != known[name].page_default
-                 or type(value) is not type(known[name].page_default)}  # fmt: skip
+        known = declared(method)
+        accepted = _accepted(given, known)
+        given = {name: accepted[name] for name in given if accepted[name] != known[name].page_default
+                 or type(accepted[name]) is not type(known[name].page_default)}  # fmt: skip
         values, preset = _resolved(method, given)
-        content = {"method": method, "given": given, "preset": preset, "numerics": _file(method)["numerics"]}
-        for slot, one in (content | {"_values": values}).items():
-            object.__setattr__(self, slot, one)
-
-    def as_dict(self) -> dict[str, Any]:
-        """All settings by name, ready for JSON."""
-        return dict(self._values)
+        self._set(_known=known, _values=values, method=method, given=given, preset=preset,
+                  numerics=_file(method)["numerics"])  # fmt: skip
 
     def replace(self, **changes: Any) -> Settings:
         """The settings of the same parameters with `changes`; None makes one unset again."""
@@ -541,27 +507,7 @@ class Settings:
 
     def paths(self) -> dict[str, str]:
         """The parameters that may name a file or a folder (or a model of a hub), without those that are empty."""
-        known = declared(self.method)
-        return {name: value for name, value in self._values.items() if known[name].path and value}
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        if name not in self._values:
-            raise AttributeError(_unknown(name, self._values))
-        return self._values[name]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"settings are frozen: use s.replace({name}=...) for a changed copy")
-
-    def __dir__(self) -> Iterable[str]:
-        return [*object.__dir__(self), *self._values]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Settings) and (self.method, self._values) == (other.method, other._values)
-
-    def __hash__(self) -> int:
-        return hash((self.method, *map(str, self._values.items())))
+        return {name: value for name, value in self._values.items() if self._known[name].path and value}
 
     def __reduce__(self):
         return Settings, (self.method, self.given)
@@ -578,11 +524,11 @@ class Settings:
         return "\n".join([self._head(), *lines])
 
     def _repr_html_(self) -> str:
-        changed, known = self.changed, declared(self.method)
+        changed = self.changed
         rows = "".join(
             f"<tr><td>{'*' if name in changed else ''}</td><td>{name}</td><td>{html.escape(repr(value))}</td>"
             f"<td>{html.escape(repr(changed[name])) if name in changed else ''}</td>"
-            f"<td style='text-align:left'>{html.escape(known[name].help)}</td></tr>"
+            f"<td style='text-align:left'>{html.escape(self._known[name].help)}</td></tr>"
             for name, value in self._values.items()
         )
         head = "<tr><th></th><th>setting</th><th>value</th><th>preset's</th><th>meaning</th></tr>"
@@ -629,22 +575,10 @@ def settings(namespace: dict[str, Any], method: str) -> Settings:
     Raises:
         ParameterError: as `parameters`; or the page declares other parameters than the file and the configs do.
     """
-    known, page = declared(method), namespace.get(_DECLARED) or _declaration(namespace)
+    known, page = declared(method), _declaration(namespace)
     if page.keys() != known.keys():
         missing, extra = sorted(known.keys() - page.keys()), sorted(page.keys() - known.keys())
         raise ParameterError(
             f"the page and presets/{method}.toml disagree: the page lacks {missing}, has besides {extra}"
         )
-    rules = {name: _page_rule(one) for name, one in known.items()}
-    p = parameters(namespace, **{name: rule for name, rule in rules.items() if rule})
-    return Settings(method, p.as_dict())
-
-
-def _page_rule(one: Declared) -> Rule | None:
-    if one.page_default is not None:
-        return one.rule
-    return type(one.rule)([*one.rule, None]) if one.rule else {None}
-
-
-def _listing_of(known: Mapping[str, Declared]) -> str:
-    return _listing({name: str if one.kind is tuple else one.kind for name, one in known.items()})
+    return _take(namespace, page, lambda values: Settings(method, values))
