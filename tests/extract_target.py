@@ -4,15 +4,17 @@
 it is, and waits a moment to be killed.
 """
 
+import json
 import sys
 import time
 from pathlib import Path
 
 from finematch.data.record import Record
+from finematch.features import regions
 from finematch.features.backbones import timm_backbone
 from finematch.features.regions import extract
 
-BLOCK = 3
+regions.BLOCK = 3
 
 
 def records(folder: Path) -> list[Record]:
@@ -22,18 +24,18 @@ def records(folder: Path) -> list[Record]:
 def run(pictures: Path, folder: Path, echo=None):
     backbone = timm_backbone("test_resnet", size=64)
     return extract(records(pictures), backbone, folder, "train", kind="regions", regions=12,
-                   proposals="selective_search", block=BLOCK, echo=echo)  # fmt: skip
+                   proposals="selective_search", echo=echo)  # fmt: skip
 
 
 if __name__ == "__main__":
-    from finematch.data.precomp import RegionsWriter
+    from finematch.features import blockwise
 
-    write = RegionsWriter.write
+    write_text = blockwise.write_text
 
-    def slowly(self, *block):
-        write(self, *block)
-        print("block", self.done, flush=True)
+    def slowly(path, text):
+        write_text(path, text)
+        print("block", json.loads(text)["done"], flush=True)
         time.sleep(0.5)
 
-    RegionsWriter.write = slowly
+    blockwise.write_text = slowly
     run(Path(sys.argv[1]), Path(sys.argv[2]))

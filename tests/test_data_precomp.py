@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from formats import five, precomp
 
-from finematch.data import DataError, Record, RegionsWriter, finished, load_regions
+from finematch.data import DataError, Record, load_regions
+from finematch.data.precomp import write_layout
+from finematch.features.blockwise import write_rows
 
 META = {"backbone": "tiny", "weights": "abc", "proposals": "grid"}
 
@@ -180,26 +182,26 @@ def test_two_gigabytes_are_not_read(tmp_path, split, pictures):
     assert int(grown) < 100e6
 
 
-def write(folder, n: int, *, start: int = 0, stop: int | None = None, meta: dict = META) -> RegionsWriter:
-    writer = RegionsWriter(folder, "train", n, 3, 4, meta, "float32", ids=[f"p{k}" for k in range(n)])
-    assert writer.done == start
-    arrays = blocks(n)
-    for first in range(start, n if stop is None else stop, 2):
-        writer.write(*(array[first : first + 2] for array in arrays))
-    return writer
+def write(folder, n: int, *, stop: int = 100, block: int = 2, counts: list[int] | None = None) -> None:
+    """A split written in blocks; KeyboardInterrupt where item `stop` would be made."""
+    arrays = dict(zip(("ims", "boxes", "sizes"), blocks(n), strict=True))
+
+    def make(items: range) -> dict[str, np.ndarray]:
+        if stop in items:
+            raise KeyboardInterrupt
+        return {f"train_{name}": array[items.start : items.stop] for name, array in arrays.items()}
+
+    folder.mkdir(exist_ok=True)
+    write_rows(folder, np.arange(n + 1), make, [f"p{k}" for k in range(n)], block=block)
+    write_layout(folder, "train", records(n, counts), META)
 
 
 def test_written_and_read_back(tmp_path):
-    ids = [f"p{k}" for k in range(6)]
-    assert not finished(tmp_path, "train", META)
-    write(tmp_path, 6).finish(records(6, [5, 1, 2, 3, 4, 7]))
-    assert finished(tmp_path, "train", META, ids)
-    assert not finished(tmp_path, "train", {**META, "weights": "other"})
-    assert not finished(tmp_path, "train", META, ids[::-1])
+    write(tmp_path, 6, counts=[5, 1, 2, 3, 4, 7])
     got = load_regions(tmp_path, "train")
     for found, expected in zip((got.features, got.boxes, got.sizes), blocks(6), strict=True):
         np.testing.assert_array_equal(found, expected)
-    assert got.ids == ids
+    assert got.ids == [f"p{k}" for k in range(6)]
     assert got.captions[:6] == [
         "0 caption 0",
         "0 caption 1",
@@ -219,7 +221,7 @@ def test_written_and_read_back(tmp_path):
 
 
 def test_five_captions_each_is_plain_scan_layout(tmp_path):
-    write(tmp_path, 4).finish(records(4))
+    write(tmp_path, 4)
     (tmp_path / "train_meta.json").unlink()
     assert load_regions(tmp_path, "train").image_of.tolist() == [k for k in range(4) for _ in range(5)]
 
@@ -227,73 +229,58 @@ def test_five_captions_each_is_plain_scan_layout(tmp_path):
 def test_a_killed_writer_goes_on_where_it_was(tmp_path):
     script = """
 import os, signal, sys
+from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_data_precomp import write
-write(sys.argv[1], 6, stop=4)
-os.kill(os.getpid(), signal.SIGKILL)
+try:
+    write(Path(sys.argv[1]), 6, stop=4)
+except KeyboardInterrupt:
+    os.kill(os.getpid(), signal.SIGKILL)
 """
     killed = subprocess.run([sys.executable, "-c", script, tmp_path, Path(__file__).parent])
     assert killed.returncode == -9
-    assert not finished(tmp_path, "train", META)
-    with pytest.raises(DataError, match="split train: its extraction did not finish"):
+    with pytest.raises(DataError, match="cannot be read"):
         load_regions(tmp_path, "train")
-    write(tmp_path, 6, start=4).finish(records(6))
+    write(tmp_path, 6, stop=3)  # the first four are not made again
     np.testing.assert_array_equal(load_regions(tmp_path, "train").features, blocks(6)[0])
 
 
-def test_a_writer_of_other_features_starts_over(tmp_path):
-    write(tmp_path, 6, stop=4)
-    write(tmp_path, 6, start=0, stop=2, meta={**META, "backbone": "other"})
-    write(tmp_path, 6, start=0, stop=2)
-    other = RegionsWriter(tmp_path, "train", 6, 3, 4, META, "float32", ids=list("abcdef"))
-    assert other.done == 0
-
-
-def test_an_older_finished_split_stays_until_the_new_one_is_whole(tmp_path):
-    write(tmp_path, 4).finish(records(4))
-    new = write(tmp_path, 6, meta={**META, "weights": "new"})
-    assert finished(tmp_path, "train", META)
-    assert len(load_regions(tmp_path, "train")) == 4
-    new.finish(records(6))
-    assert finished(tmp_path, "train", {**META, "weights": "new"})
-    assert len(load_regions(tmp_path, "train")) == 6
+@pytest.mark.parametrize("gone", ["progress.json", "train_boxes.npy"])
+def test_without_its_note_or_an_array_a_writer_starts_over(tmp_path, gone):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, 6, stop=4)
+    (tmp_path / gone).unlink()
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, 6, stop=0)
+    write(tmp_path, 6)
+    np.testing.assert_array_equal(load_regions(tmp_path, "train").boxes, blocks(6)[1])
 
 
 def test_values_that_are_not_finite_name_the_picture(tmp_path):
-    writer = RegionsWriter(tmp_path, "train", 4, 3, 4, META, "float16", ids=list("abcd"))
-    array, boxes, sizes = blocks(2)
-    writer.write(array, boxes, sizes)
-    for bad in (np.nan, 1e5):
-        wrong = array.copy()
-        wrong[1, 2, 0] = bad
-        with pytest.raises(DataError, match=r"train_ims\.npy: image d: a value is not finite in float16"):
-            writer.write(wrong, boxes, sizes)
-    boxes[0, 0, 0] = np.inf
-    with pytest.raises(DataError, match=r"train_boxes\.npy: image c: "):
-        writer.write(array, boxes, sizes)
-    assert writer.done == 2
+    array, boxes, sizes = blocks(4)
+    for name, place, bad, dtype in (
+        ("ims", 3, np.nan, "float16"),
+        ("ims", 3, 1e5, "float16"),
+        ("boxes", 2, np.inf, "float32"),
+    ):
+        wrong = {"ims": array.copy(), "boxes": boxes.copy(), "sizes": sizes}
+        wrong[name][place, 2, 0] = bad
 
+        def make(items: range, wrong=wrong) -> dict[str, np.ndarray]:
+            part = {f"train_{k}": v[items.start : items.stop] for k, v in wrong.items()}
+            return part | {"train_ims": part["train_ims"].astype(np.float16)}
 
-def test_finishing_early_or_with_other_pictures(tmp_path):
-    with pytest.raises(DataError, match="4 of 6 images written"):
-        write(tmp_path, 6, stop=4).finish(records(6))
-    with pytest.raises(DataError, match="same images in the same order"):
-        write(tmp_path, 6, start=4).finish(records(6)[::-1])
-    with pytest.raises(DataError, match="5 ids for 6 images"):
-        RegionsWriter(tmp_path, "train", 6, 3, 4, META, ids=list("abcde"))
-    with pytest.raises(DataError, match="image 8 of 6"):
-        write(tmp_path, 6, start=6).write(*blocks(2))
-
-
-def test_a_folder_that_cannot_be_written_fails_at_once(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match=r"file.features: split train: cannot be written"):
-        RegionsWriter(tmp_path / "file" / "features", "train", 1, 3, 4, META, ids=["a"])
+        said = []
+        with pytest.raises(
+            DataError, match=rf"train_{name}\.npy: item '{'abcd'[place]}': .* not finite in {dtype}"
+        ):
+            write_rows(tmp_path, np.arange(5), make, "abcd", block=2, echo=said.append)
+        assert json.loads((tmp_path / "progress.json").read_text())["done"] == 2
 
 
 def test_a_disk_that_is_too_small_fails_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    RegionsWriter(tmp_path, "train", 10, 3, 4, META, ids=list("abcdefghij"))
-    with pytest.raises(DataError, match="split train: needs 8,000 bytes, 1,000 are free"):
-        RegionsWriter(tmp_path, "train", 100, 3, 4, META, ids=[str(k) for k in range(100)])
-    assert not list(tmp_path.glob("train_ims.npy"))
+    write(tmp_path / "a", 10)
+    with pytest.raises(DataError, match="needs 4,800 bytes, 1,000 are free"):
+        write(tmp_path / "b", 100)
+    assert not list((tmp_path / "b").glob("train_ims.npy"))

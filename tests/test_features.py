@@ -126,10 +126,10 @@ def test_the_cell_whose_box_holds_a_patch_answers_it(tmp_path, name, size):
             array[y1:y2, x1:x2] = np.random.default_rng(0).integers(0, 256, (y2 - y1, x2 - x1, 3))
         Image.fromarray(array).save(tmp_path / f"{i}.png")
         records.append(Record(str(i), "train", ("x",), image=tmp_path / f"{i}.png"))
-    made = regions.extract(records, net, tmp_path / name, "train", dtype="float32", echo=None)
+    made = regions.extract(records, net, tmp_path / name, "train", echo=None)
     assert made.features.shape[:2] == (7, rows * cols)
     for i, (row, col) in enumerate(places, start=1):
-        change = np.abs(made.features[i] - made.features[0]).sum(-1)
+        change = np.abs(made.features[i].astype(np.float32) - made.features[0]).sum(-1)
         x1, y1, x2, y2 = made.boxes[i, change.argmax()]
         centre = ((col + 0.5) * width / cols, (row + 0.5) * height / rows)
         assert x1 < centre[0] < x2, (row, col)
@@ -148,9 +148,10 @@ def test_cells_boxes_tile_each_picture(pictures, tmp_path, backbone):
     assert made.captions[:2] == ["caption of p0", "caption of p1"]
 
 
-def test_cells_equal_the_networks_own_map(pictures, tmp_path, backbone):
+def test_cells_equal_the_networks_own_map(pictures, tmp_path, backbone, monkeypatch):
+    monkeypatch.setattr(regions, "BLOCK", 4)
     records = extract_target.records(pictures)
-    made = regions.extract(records, backbone, tmp_path, "train", block=4, echo=None)
+    made = regions.extract(records, backbone, tmp_path, "train", echo=None)
     assert made.features.dtype == np.float16
     one = backbone([records[5].open()])[0].flatten(1).T
     np.testing.assert_allclose(made.features[5], one.numpy(), rtol=2e-3, atol=2e-3)
@@ -298,7 +299,7 @@ def test_finished_features_are_reused_and_others_made_again(pictures, tmp_path, 
 
     assert [extract()[0] for _ in range(2)] == ["made", "reused"]
     other = backbones.Backbone(backbone.net, backbone.size, {**backbone.key, "weights": "others"})
-    for change in ({"backbone": other}, {"dtype": "float32"}, {"records": records[:4]},
+    for change in ({"backbone": other}, {"records": records[:4]},
                    {"records": [replace(r, captions=("another",)) for r in records]},
                    {"kind": "regions", "regions": 3, "proposals": "grid"},
                    {"kind": "regions", "regions": 4, "proposals": "grid"}):  # fmt: skip
@@ -306,12 +307,13 @@ def test_finished_features_are_reused_and_others_made_again(pictures, tmp_path, 
         assert what == "made", change
         assert extract(**dict(change))[0] == "reused"
         assert len(made) == len(change.get("records", records))
-        assert made.features.dtype == change.get("dtype", "float16")
+        assert made.features.dtype == np.float16
         assert made.features.shape[1] == change.get("regions", 9)
 
 
 @pytest.mark.parametrize("damage", ["text", "cut", "gone"])
-def test_a_picture_that_cannot_be_read_is_named(tmp_path, backbone, damage):
+def test_a_picture_that_cannot_be_read_is_named(tmp_path, backbone, damage, monkeypatch):
+    monkeypatch.setattr(regions, "BLOCK", 2)
     for i in range(5):
         noise((64, 48), i).save(tmp_path / f"p{i}.png")
     bad = tmp_path / "p3.png"
@@ -322,10 +324,10 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, backbone, damage):
         bad.write_bytes(b"no picture" if damage == "text" else bad.read_bytes()[:90])
         records = extract_target.records(tmp_path)
     with pytest.raises(DataError, match=r"p3\.png"):
-        regions.extract(records, backbone, tmp_path / "out", "train", block=2, echo=None)
+        regions.extract(records, backbone, tmp_path / "out", "train", echo=None)
     assert not any(entry.whole for entry in entries(tmp_path / "out"))  # nothing half is taken for whole
     noise((64, 48), 3).save(bad)
-    assert len(regions.extract(records, backbone, tmp_path / "out", "train", block=2, echo=None)) == 5
+    assert len(regions.extract(records, backbone, tmp_path / "out", "train", echo=None)) == 5
 
 
 def test_other_pictures_of_the_same_names_have_features_of_their_own(tmp_path, backbone):
@@ -374,7 +376,7 @@ def test_features_have_their_space_before_they_are_written(tmp_path, backbone, p
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-        with pytest.raises(DataError, match=r"ims\.npy\.part: array .*cannot be written .*Free space"):
+        with pytest.raises(DataError, match=r"ims\.npy: array .*cannot be written .*Free space"):
             regions.extract(extract_target.records(pictures), backbone, tmp_path, "train", echo=None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -165,8 +165,9 @@ def expected_boxes(boxes: np.ndarray, size, min_side: float, top: int) -> list[l
 
 
 @pytest.mark.parametrize("method", ["grid", "selective_search"])
-def test_proposals_are_the_first_large_ones(records, tmp_path, method):
-    made = P.extract_proposals(records, method, tmp_path, "train", top=4, min_side=12, block=2, echo=None)
+def test_proposals_are_the_first_large_ones(records, tmp_path, method, monkeypatch):
+    monkeypatch.setattr(P, "BLOCK", 2)
+    made = P.extract_proposals(records, method, tmp_path, "train", top=4, min_side=12, echo=None)
     assert made.boxes.shape == (5, 4, 4)
     assert made.boxes.dtype == made.scores.dtype == np.float32
     assert made.sizes.tolist() == [list(s) for s in SIZES]
@@ -211,7 +212,9 @@ def test_a_small_box_takes_no_place(tmp_path, records):
     assert (whole.boxes[0, 0] == [0, 0, 7.9, 40]).mean() >= 0.75
 
 
-def test_proposals_are_made_once_and_resumed(records, tmp_path):
+def test_proposals_are_made_once_and_resumed(records, tmp_path, monkeypatch):
+    monkeypatch.setattr(P, "BLOCK", 2)
+
     class Stopping:
         key = {"proposals": "stopping"}  # noqa: RUF012
 
@@ -225,9 +228,9 @@ def test_proposals_are_made_once_and_resumed(records, tmp_path):
             return np.array([[0, 0, *image.size]], np.float32), np.ones(1, np.float32)
 
     with pytest.raises(KeyboardInterrupt):
-        P.extract_proposals(records, Stopping(4), tmp_path / "a", "train", block=2, echo=None)
+        P.extract_proposals(records, Stopping(4), tmp_path / "a", "train", echo=None)
     rest, said = Stopping(9), []
-    made = P.extract_proposals(records, rest, tmp_path / "a", "train", block=2, echo=said.append)
+    made = P.extract_proposals(records, rest, tmp_path / "a", "train", echo=said.append)
     assert rest.asked == 1
     assert said == ["train: 5 of 5 pictures (stopping)"]
     again = Stopping(0)
@@ -602,8 +605,9 @@ def test_a_toy_is_a_model():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_picture_fragments_are_their_boxes_embedded(records, grid, vlp, tmp_path, dtype):
-    made = G.picture_fragments(records, grid, vlp["clip"], tmp_path, "train", block=2, dtype=dtype, echo=None)
+def test_picture_fragments_are_their_boxes_embedded(records, grid, vlp, tmp_path, dtype, monkeypatch):
+    monkeypatch.setitem(G.BLOCK, "crops", 2)
+    made = G.picture_fragments(records, grid, vlp["clip"], tmp_path, "train", dtype=dtype, echo=None)
     assert len(made) == 5
     assert made.features.shape == (grid.mask.sum(), 16)
     assert made.features.dtype == dtype
@@ -662,18 +666,18 @@ def test_other_models_boxes_and_types_have_files_of_their_own(records, grid, tmp
         close(made.features[made.index[0, made.mask[0]]].astype(np.float32), own, 1e-3)
 
 
-def test_broken_off_features_are_resumed_to_the_same_bytes(records, grid, tmp_path):
+def test_broken_off_features_are_resumed_to_the_same_bytes(records, grid, tmp_path, monkeypatch):
+    monkeypatch.setitem(G.BLOCK, "crops", 1)
     counts = grid.mask.sum(1)
     with pytest.raises(KeyboardInterrupt):
-        G.picture_fragments(
-            records, grid, Toy(stop=counts[:3].sum()), tmp_path / "a", "train", block=1, echo=None
-        )
+        G.picture_fragments(records, grid, Toy(stop=counts[:3].sum()), tmp_path / "a", "train", echo=None)
     assert not any(entry.whole for entry in entries(tmp_path / "a"))  # nothing half is taken for whole
     rest, said = Toy(), []
-    G.picture_fragments(records, grid, rest, tmp_path / "a", "train", block=1, echo=said.append)
+    G.picture_fragments(records, grid, rest, tmp_path / "a", "train", echo=said.append)
     assert rest.crops == counts[3:].sum()
     assert said == ["train: 5 of 5 pictures embedded"]
-    G.picture_fragments(records, grid, Toy(), tmp_path / "b", "train", block=3, echo=None)
+    monkeypatch.setitem(G.BLOCK, "crops", 3)
+    G.picture_fragments(records, grid, Toy(), tmp_path / "b", "train", echo=None)
     same_bytes(tmp_path / "a", tmp_path / "b")
 
 
@@ -699,12 +703,13 @@ def test_damaged_features_are_named(records, grid, tmp_path):
         G.picture_fragments(records, grid, Toy(), tmp_path, "train", echo=None)
 
 
-def test_a_broken_off_start_is_no_start(records, grid, tmp_path):
+def test_a_broken_off_start_is_no_start(records, grid, tmp_path, monkeypatch):
     """Stopped before the first block was done, or with its note gone: it begins again."""
+    monkeypatch.setitem(G.BLOCK, "crops", 1)
     with pytest.raises(KeyboardInterrupt):
         G.picture_fragments(records, grid, Toy(stop=0), tmp_path, "train", echo=None)
     with pytest.raises(KeyboardInterrupt):
-        G.picture_fragments(records, grid, Toy(stop=10), tmp_path, "train", block=1, echo=None)
+        G.picture_fragments(records, grid, Toy(stop=10), tmp_path, "train", echo=None)
     (note,) = tmp_path.glob("*.part/progress.json")
     note.unlink()
     model = Toy()
@@ -740,7 +745,9 @@ def test_all_queries_of_a_crop_are_kept_where_asked(records, grid, vlp, tmp_path
         G.picture_fragments(records, grid, Toy(), tmp_path, "train", queries=True)
 
 
-def test_broken_off_queries_are_resumed_to_the_same_bytes(records, grid, vlp, tmp_path):
+def test_broken_off_queries_are_resumed_to_the_same_bytes(records, grid, vlp, tmp_path, monkeypatch):
+    monkeypatch.setitem(G.BLOCK, "crops", 1)
+
     class Stopping:
         key = vlp["blip2"].key
         embed_crops, embed_texts = vlp["blip2"].embed_crops, vlp["blip2"].embed_texts
@@ -757,7 +764,7 @@ def test_broken_off_queries_are_resumed_to_the_same_bytes(records, grid, vlp, tm
     for folder, stops in (("a", (2, 9)), ("b", (9,))):
         for stop in stops:
             model = Stopping(stop)
-            options = {"queries": True, "block": 1, "echo": None}
+            options = {"queries": True, "echo": None}
             try:
                 G.picture_fragments(records, grid, model, tmp_path / folder, "train", **options)
             except KeyboardInterrupt:
@@ -794,7 +801,7 @@ def test_pictures_without_any_proposal_are_refused(records, tmp_path):
 @pytest.mark.parametrize(
     ("bad", "dtype"), [(float("nan"), "float32"), (1e6, "float16"), (float("inf"), "float16")]
 )
-def test_a_feature_that_is_not_finite_is_named(records, grid, tmp_path, bad, dtype):
+def test_a_feature_that_is_not_finite_is_named(records, grid, tmp_path, bad, dtype, monkeypatch):
     class Broken(Toy):
         def embed_crops(self, pictures, boxes):
             rows = super().embed_crops(pictures, boxes)
@@ -803,8 +810,9 @@ def test_a_feature_that_is_not_finite_is_named(records, grid, tmp_path, bad, dty
             return rows
 
     for block in (1, 3, 9):
-        folder, options = tmp_path / str(block), {"block": block, "dtype": dtype, "echo": None}
-        with pytest.raises(DataError, match=rf"item 'p3': a feature is not finite in {dtype}"):
+        monkeypatch.setitem(G.BLOCK, "crops", block)
+        folder, options = tmp_path / str(block), {"dtype": dtype, "echo": None}
+        with pytest.raises(DataError, match=rf"item 'p3': a value is not finite in {dtype}"):
             G.picture_fragments(records, grid, Broken(), folder, "train", **options)
 
 
@@ -830,9 +838,10 @@ def test_a_disk_that_is_full_or_closed_is_said_at_once(records, grid, tmp_path, 
 KEYWORDS = [[("dog", 0.9), ("red", 0.5)], [], [("ball", 0.7), ("dog", 0.2), ("man", 0.1)], [("red", 0.3)]]
 
 
-def test_text_fragments_are_their_keywords_embedded_once(tmp_path, vlp):
+def test_text_fragments_are_their_keywords_embedded_once(tmp_path, vlp, monkeypatch):
+    monkeypatch.setitem(G.BLOCK, "texts", 2)
     model = Toy()
-    made = G.text_fragments(KEYWORDS, model, tmp_path, "train", block=2, dtype="float32", echo=None)
+    made = G.text_fragments(KEYWORDS, model, tmp_path, "train", dtype="float32", echo=None)
     assert model.texts == made.texts == ["ball", "dog", "man", "red"]
     assert made.mask.tolist() == [[True, True, False], [False] * 3, [True] * 3, [True, False, False]]
     assert [[made.texts[i] for i in row[kept]] for row, kept in zip(made.index, made.mask, strict=True)] == [

@@ -10,7 +10,7 @@ from pathlib import Path
 from finematch.data.coco import categories, load_coco
 from finematch.data.entities import load_entities
 from finematch.data.karpathy import load_karpathy
-from finematch.data.precomp import Regions, RegionsWriter, finished, load_regions
+from finematch.data.precomp import Regions, load_regions
 from finematch.data.record import Box, DataError, Object, Phrase, Record, digests, open_rgb
 from finematch.data.visual_genome import load_visual_genome
 
@@ -21,11 +21,9 @@ __all__ = [
     "Phrase",
     "Record",
     "Regions",
-    "RegionsWriter",
     "categories",
     "dataset_help",
     "digests",
-    "finished",
     "load",
     "load_coco",
     "load_entities",

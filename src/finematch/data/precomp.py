@@ -4,7 +4,7 @@ Lee et al., ECCV 2018. A split is `<split>_ims.npy` (rows, r, d), `<split>_caps.
 `<split>_ids.txt`. Published train files store a picture once and have five captions a row; published dev and
 test files store it five times, a row for every caption. The release has no boxes. Files made here store a
 picture once and add `<split>_boxes.npy` (n, r, 4; xyxy pixels), `<split>_sizes.npy` (n, 2; width, height) and
-`<split>_meta.json` (see `RegionsWriter`).
+`<split>_meta.json` (see `write_layout`).
 
 COCO's train file is 31 GiB: nothing here reads a feature array as a whole. Axes: n images, c captions,
 r regions, d width.
@@ -12,19 +12,21 @@ r regions, d width.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int, Num
 
 from finematch.data.checks import clean_caption, read_json, read_text, reading
-from finematch.data.precomp_writer import RegionsWriter, finished
 from finematch.data.record import DataError, Record
-
-__all__ = ["Regions", "RegionsWriter", "finished", "load_regions"]
+from finematch.files import write_text
 
 SAMPLE = 16  # pictures whose five rows are compared
 BYTES_LITERAL = re.compile(r"""b(['"]).*\1""")
@@ -72,14 +74,12 @@ def load_regions(folder: str | Path, split: str, *, max_captions_total: int | No
             on 1,000 pictures, not 1,014 (and on 1,000 of COCO's 5,000); give 5000 to do the same.
 
     Raises:
-        DataError: a missing or malformed file, an extraction that did not finish, files of different
-            lengths, an empty caption or one written as `b'...'`, five rows of a picture that differ.
+        DataError: a missing or malformed file, files of different lengths, an empty caption or one written as
+            `b'...'`, five rows of a picture that differ.
     """
     folder = Path(folder)
     images, caption_file = folder / f"{split}_ims.npy", folder / f"{split}_caps.txt"
     meta_file = folder / f"{split}_meta.json"
-    if (folder / f"{split}_progress.json").exists() and not meta_file.exists():
-        raise DataError(folder, f"split {split}", "its extraction did not finish", "Run the extraction again")
     meta = read_json(meta_file) if meta_file.exists() else {}
     features, captions = _open(images), _read_captions(caption_file)
     if features.ndim != 3 or features.dtype.kind != "f" or not len(features):
@@ -117,6 +117,28 @@ def load_regions(folder: str | Path, split: str, *, max_captions_total: int | No
         features, ids = features[:images_kept], ids[:images_kept]
         boxes, sizes = (None if a is None else a[:images_kept] for a in (boxes, sizes))
     return Regions(split, features, captions[:kept], image_of[:kept], ids, boxes, sizes, meta)
+
+
+def write_layout(folder: Path, split: str, records: Sequence[Record], meta: dict) -> None:
+    """Write the captions, ids and meta file of a split whose arrays are in place, in the order of their rows.
+
+    Args:
+        meta: what made the features (backbone, its weights, proposals, ...), JSON values.
+    """
+    features = np.load(folder / f"{split}_ims.npy", mmap_mode="r")
+    ids, counts = [r.image_id for r in records], [len(r.captions) for r in records]
+    lines = [" ".join(caption.split()) for record in records for caption in record.captions]
+    for name, texts in (("caps", lines), ("ids", ids)):
+        write_text(folder / f"{split}_{name}.txt", "".join(f"{text}\n" for text in texts))
+    key = {
+        "meta": meta,
+        "ids": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
+        "shape": list(features.shape),
+        "dtype": features.dtype.name,
+    }
+    stated = {"captions_per_image": counts[0] if len(set(counts)) == 1 else counts, "key": key}
+    content = {**meta, **stated, "finematch": version("finematch")}
+    write_text(folder / f"{split}_meta.json", json.dumps(content, indent=1))
 
 
 def _open(path: Path) -> np.ndarray:

@@ -29,8 +29,9 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from finematch.data.record import DataError, Record, digests
 from finematch.encoders import open_vision_language
 from finematch.features.backbones import Backbone, fingerprint, open_backbone
+from finematch.features.blockwise import write_rows
 from finematch.features.proposals import Proposals
-from finematch.files import cached, digest, new_array, write_text
+from finematch.files import cached, digest, write_text
 from finematch.text import KeywordMethod, Keywords
 
 # What FELGA's three models are on the hub: its CLIP is ViT-B/32 (512-d), and none was fine-tuned on COCO. BLIP's
@@ -40,6 +41,8 @@ PUBLISHED = {
     "blip": "Salesforce/blip-itm-base-flickr",
     "blip2": "Salesforce/blip2-itm-vit-g",
 }
+
+BLOCK = {"crops": 32, "texts": 256}  # pictures, or texts, whose rows are made and written at once
 
 Echo = Callable[[str], None] | None
 
@@ -333,7 +336,6 @@ def picture_fragments(
     split: str,
     *,
     queries: bool = False,
-    block: int = 32,
     dtype: str = "float16",
     echo: Echo = print,
 ) -> Fragments:
@@ -342,7 +344,6 @@ def picture_fragments(
     Args:
         queries: keep all the vectors that the model has of a crop, "u q d", in files of their own: the best of them is
             BLIP-2's own score, for its baseline rows (register F16). Otherwise a crop is one vector, see `embed_crops`.
-        block: pictures at a time.
 
     Raises:
         DataError: For pictures that are not those of the proposals, one that cannot be read, or a feature that is not
@@ -372,8 +373,8 @@ def picture_fragments(
         "boxes": proposals.key,
         **({"queries": True} if queries else {}),
     }
-    rows = cached_rows(cache, "crops", key, start, make, names=proposals.ids, block=block,
-                       dtype=dtype, echo=_prefixed(echo, split, "pictures"))  # fmt: skip
+    say = _progress(echo, split, len(records), "pictures")
+    rows = cached_rows(cache, "crops", key, start, make, names=proposals.ids, dtype=dtype, echo=say)
     index = np.where(proposals.mask, start[:-1, None] + np.cumsum(proposals.mask, 1) - 1, 0)
     return Fragments(rows, index, proposals.mask, meta={**key, "proposals": proposals.meta})
 
@@ -399,16 +400,12 @@ def text_fragments(
     cache: str | Path,
     split: str,
     *,
-    block: int = 256,
     dtype: str = "float16",
     echo: Echo = print,
 ) -> Fragments:
     """Features of every text's keywords (Eq. 2), or of other words, with or without scores; each word is embedded once.
 
     Words go in as they are, without a prompt around them (register F21).
-
-    Args:
-        block: words at a time.
 
     Raises:
         DataError: If there is no word at all, or a feature that is not finite.
@@ -422,8 +419,8 @@ def text_fragments(
         index[i, : len(mine)], mask[i, : len(mine)] = [number[w] for w in mine], True
     key = {**model.key, "texts": digest(distinct)}
     rows = cached_rows(cache, "texts", key, np.arange(len(distinct) + 1),
-                       lambda items: model.embed_texts([distinct[i] for i in items]), names=distinct,
-                       block=block, dtype=dtype, echo=_prefixed(echo, split, "texts"))  # fmt: skip
+                       lambda items: model.embed_texts([distinct[i] for i in items]), names=distinct, dtype=dtype,
+                       echo=_progress(echo, split, len(distinct), "texts"))  # fmt: skip
     return Fragments(rows, index, mask, distinct, key)
 
 
@@ -443,63 +440,35 @@ def cached_rows(
     make: Callable[[range], Tensor],
     *,
     names: Sequence[str],
-    block: int,
-    dtype: str = "float16",
-    echo: Callable[[int, int], None] | None = None,
+    dtype: str,
+    echo: Callable[[int], None] | None,
 ) -> np.ndarray:
     """Rows of many items, memory-mapped; item i has the rows `start[i]` to `start[i + 1]`.
 
-    They are found in the cache, among entries called `name`, by `key`, by `start` and by the type. While the file grows
-    it is flushed after every block, beside a note of how many items are done; made again with the same arguments it
-    goes on from there.
+    They are found in the cache, among entries called `name`, by `key`, by `start` and by the type; see `write_rows`.
 
     Args:
         make: the rows of a range of items; it is not asked for items that have none.
         names: of the items, for errors.
-        echo: told how many items of how many are done, every 32 blocks and at the end.
+        echo: told how many items are done.
 
     Raises:
         DataError: If there is no row, if the cache cannot be written or lacks space, for rows that were damaged since,
             or for a value that is not finite in `dtype`; the item is named.
     """
-    kind, n = np.dtype(dtype), len(start) - 1
+    kind = np.dtype(dtype)
     if not start[-1]:
         raise DataError(cache, name, "there is nothing to embed", "Check the proposals or the keywords")
 
-    def values_of(items: range) -> np.ndarray:
-        with np.errstate(over="ignore"):
-            values = make(items).float().cpu().numpy().astype(kind)
-        finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
-        if not finite.all():
-            bad = int(np.searchsorted(start, start[items.start] + np.argmin(finite), side="right")) - 1
-            raise DataError(
-                cache, f"item {names[bad]!r}", f"a feature is not finite in {kind.name}",
-                "Check the model's weights",
-            )  # fmt: skip
-        return values
+    def values_of(items: range) -> dict[str, np.ndarray]:
+        return {"rows": make(items).float().cpu().numpy().astype(kind)}
 
     def fill(folder: Path) -> None:
-        path, note = folder / "rows.npy", folder / "progress.json"
-        done = json.loads(note.read_text())["done"] if path.exists() and note.exists() else 0
-        rows = np.lib.format.open_memmap(path, "r+") if done else None
-        while done < n:
-            stop = min(done + block, n)
-            if start[stop] > start[done]:
-                values = values_of(range(done, stop))
-                if rows is None:
-                    rows = new_array(path, kind, (int(start[-1]), *values.shape[1:]))
-                rows[start[done] : start[stop]] = values
-                rows.flush()
-            done = stop
-            if rows is not None:
-                write_text(note, json.dumps({"done": done}))
-            if echo and (done == n or (done // block) % 32 == 0):
-                echo(done, n)
-        note.unlink()
+        write_rows(folder, start, values_of, names, block=BLOCK[name], echo=echo)
 
     folder = cached(cache, name, {**key, "start": digest(start.tolist()), "dtype": kind.name}, fill)
     return np.load(folder / "rows.npy", mmap_mode="r")
 
 
-def _prefixed(echo: Echo, split: str, what: str) -> Callable[[int, int], None] | None:
-    return (lambda done, n: echo(f"{split}: {done} of {n} {what} embedded")) if echo else None
+def _progress(echo: Echo, split: str, n: int, what: str) -> Callable[[int], None] | None:
+    return (lambda done: echo(f"{split}: {done} of {n} {what} embedded")) if echo else None

@@ -12,7 +12,7 @@ import ctypes
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -22,10 +22,11 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 
 from finematch.boxes import clip, iou, multi_scale_grid
-from finematch.data.precomp import RegionsWriter
 from finematch.data.record import DataError, Object, Record, digests
+from finematch.features.blockwise import write_rows
 from finematch.files import cached
 
+BLOCK = 32  # pictures that are searched before their boxes are written
 SURPLUS = 4  # times as many boxes are asked for, so that small ones can go
 
 
@@ -142,7 +143,6 @@ def extract_proposals(
     *,
     top: int = 10,
     min_side: float | int = 8,
-    block: int = 32,
     echo: Callable[[str], None] | None = print,
 ) -> Proposals:
     """The `top` best boxes of every picture; finished work is read back, broken off work resumed.
@@ -176,15 +176,16 @@ def extract_proposals(
             cache, f"split {split}", "there are no pictures to search", "Check the dataset's split"
         )
 
+    def search_block(items: range) -> dict[str, np.ndarray]:
+        scores, boxes, sizes = _best(method, [records[i] for i in items], top, min_side)
+        return {"all_ims": scores, "all_boxes": boxes, "all_sizes": sizes}
+
+    def say(done: int) -> None:
+        if echo:
+            echo(f"{split}: {done} of {len(records)} pictures ({meta['proposals']})")
+
     def make(folder: Path) -> None:
-        # regions of one number, their score: SCAN's layout, whose writer resumes and finishes as a whole
-        writer = RegionsWriter(folder, "all", len(records), top, 1, meta, "float32", ids=ids)
-        while writer.done < len(records):
-            part = records[writer.done : writer.done + block]
-            writer.write(*_best(method, part, top, min_side))
-            if echo and (writer.done == len(records) or (writer.done // block) % 32 == 0):
-                echo(f"{split}: {writer.done} of {len(records)} pictures ({meta['proposals']})")
-        writer.finish([replace(record, captions=()) for record in records])
+        write_rows(folder, np.arange(len(records) + 1), search_block, ids, block=BLOCK, echo=say)
 
     folder = cached(cache, "proposals", {**meta, "images": digests(records).get("images", "")}, make)
     boxes, scores, sizes = (np.load(folder / f"all_{a}.npy") for a in ("boxes", "ims", "sizes"))

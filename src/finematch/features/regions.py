@@ -20,13 +20,15 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from finematch.boxes import grid_boxes
-from finematch.data.precomp import Regions, RegionsWriter, load_regions
+from finematch.data.precomp import Regions, load_regions, write_layout
 from finematch.data.record import DataError, Record, digests
 from finematch.features.backbones import Backbone, fingerprint
+from finematch.features.blockwise import write_rows
 from finematch.features.proposals import propose
 from finematch.files import cached
 
 FILES = "all"  # what SCAN's layout calls the split in files that are a folder of their own
+BLOCK = 32  # pictures whose features are made and written at once
 
 
 def extract(
@@ -38,8 +40,6 @@ def extract(
     kind: str = "cells",
     regions: int = 36,
     proposals: str = "auto",
-    block: int = 32,
-    dtype: str = "float16",
     echo: Callable[[str], None] | None = print,
 ) -> Regions:
     """Features of every picture, read back memory-mapped; finished work is reused, broken off work resumed.
@@ -72,8 +72,8 @@ def extract(
         **{k: found[k] for k in ("images", "captions") if k in found},
     }
 
-    def block_of(part: list[Record]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        pictures = [record.open() for record in part]
+    def block_of(items: range) -> dict[str, np.ndarray]:
+        pictures = [records[i].open() for i in items]
         maps, sizes = backbone(pictures), np.array([p.size for p in pictures], np.int32)
         if search is None:
             features = maps.flatten(2).transpose(1, 2)
@@ -81,20 +81,23 @@ def extract(
         else:
             boxes = np.stack([search(p, regions) for p in pictures])
             features = pool_regions(maps, torch.from_numpy(boxes), torch.from_numpy(sizes))
-        return features.cpu().numpy(), boxes, sizes
+        arrays = {
+            "ims": features.cpu().numpy().astype(np.float16),
+            "boxes": boxes.astype(np.float32),
+            "sizes": sizes,
+        }
+        return {f"{FILES}_{name}": array for name, array in arrays.items()}
+
+    def say(done: int) -> None:
+        if echo:
+            echo(f"{split}: {done} of {len(records)} pictures ({method})")
 
     def make(folder: Path) -> None:
-        maps = backbone([records[0].open()])  # the first picture tells the shape
-        r, d = maps.shape[2] * maps.shape[3] if search is None else regions, maps.shape[1]
-        writer = RegionsWriter(folder, FILES, len(records), r, d, {**meta, "content": content}, dtype,
-                               ids=[record.image_id for record in records])  # fmt: skip
-        while writer.done < len(records):
-            writer.write(*block_of(records[writer.done : writer.done + block]))
-            if echo and (writer.done == len(records) or (writer.done // block) % 32 == 0):
-                echo(f"{split}: {writer.done} of {len(records)} pictures ({method})")
-        writer.finish(records)
+        ids = [record.image_id for record in records]
+        write_rows(folder, np.arange(len(records) + 1), block_of, ids, block=BLOCK, echo=say)
+        write_layout(folder, FILES, records, {**meta, "content": content})
 
-    folder = cached(cache, kind, {**meta, "content": content, "dtype": np.dtype(dtype).name}, make)
+    folder = cached(cache, kind, {**meta, "content": content, "dtype": "float16"}, make)
     return replace(load_regions(folder, FILES), split=split)
 
 

@@ -1,0 +1,69 @@
+"""Rows of many items, made block by block into arrays on disk; work that was broken off goes on from its last block.
+
+Axes: `n` items, `r` rows of a block.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from finematch.files import DataError, new_array, write_text
+
+
+def write_rows(
+    folder: Path,
+    start: Int[np.ndarray, "_"],
+    make: Callable[[range], Mapping[str, np.ndarray]],
+    names: Sequence[str],
+    *,
+    block: int,
+    echo: Callable[[int], None] | None = None,
+) -> None:
+    """Write `<name>.npy` for each array that `make` returns; item i has the rows `start[i]` to `start[i + 1]`.
+
+    After every block the arrays are flushed, and `progress.json` says how many items are done. Called again in the same
+    folder, it goes on from there: it is meant for the folder that `files.cached` gives.
+
+    Args:
+        folder: its name belongs to these items and settings alone.
+        make: the rows "r ..." of a range of items by name, in the type that they are kept in; it is not asked for items
+            that have none.
+        names: of the items, for errors.
+        block: items at a time.
+        echo: told how many items are done, every 32 blocks and at the end.
+
+    Raises:
+        DataError: For a value that is not finite, or a disk without room.
+    """
+    n, note = len(start) - 1, folder / "progress.json"
+    state = json.loads(note.read_text()) if note.exists() else {}
+    paths = [folder / f"{name}.npy" for name in state.get("arrays", ())]
+    resumes = bool(paths) and all(path.exists() for path in paths)
+    done = state["done"] if resumes else 0
+    arrays = {path.stem: np.lib.format.open_memmap(path, "r+") for path in paths} if resumes else {}
+    while done < n:
+        stop = min(done + block, n)
+        if start[stop] > start[done]:
+            with np.errstate(over="ignore"):  # infinities are found below
+                made = make(range(done, stop))
+            for name, values in made.items():
+                path = folder / f"{name}.npy"
+                finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+                if not finite.all():
+                    bad = int(np.searchsorted(start, start[done] + np.argmin(finite), side="right")) - 1
+                    raise DataError(path, f"item {names[bad]!r}", f"a value is not finite in {values.dtype}",
+                                    "Check the item and the model's weights")  # fmt: skip
+                if name not in arrays:
+                    arrays[name] = new_array(path, values.dtype, (int(start[-1]), *values.shape[1:]))
+                arrays[name][start[done] : start[stop]] = values
+                arrays[name].flush()
+        done = stop
+        write_text(note, json.dumps({"done": done, "arrays": list(arrays)}))
+        if echo and (done == n or (done // block) % 32 == 0):
+            echo(done)
+    note.unlink()
