@@ -18,7 +18,9 @@ from finematch.features.attribute_net import AttributeNet, BoxLabels, attribute_
 from finematch.features.backbones import fingerprint
 from finematch.scenes.generator import attributes, generate
 from finematch.scenes.language import TABLES
+from finematch.training import Plan
 
+NETWORK = {"name": "test_resnet", "stage": 1, "echo": None}
 CLASSES = {name: list(values) for name, values in TABLES.items()}
 
 
@@ -36,8 +38,18 @@ def sides(tmp_path_factory) -> dict:
 
 
 def train(out: Path, sides: dict, **options):
-    options = {"name": "test_resnet", "stage": 1, "epochs": 4, "echo": None, **options}
-    return attribute_backbone(out, sides["train"], sides["val"], CLASSES, **options)
+    plan = Plan(
+        **{
+            "epochs": 4,
+            "batch_size": 32,
+            "lr": 2e-3,
+            "weight_decay": 0.02,
+            "warmup": 0.1,
+            "seed": 0,
+            **options,
+        }
+    )
+    return attribute_backbone(out, sides["train"], sides["val"], CLASSES, plan, **NETWORK)
 
 
 def log(out: Path) -> list[dict]:
@@ -84,8 +96,7 @@ def test_other_labels_or_pictures_train_another_network(run, sides, tmp_path):
     backbone, _ = run
     records, labels = sides["train"]
     other = [[{**thing, "colour": "red"} for thing in row] for row in labels]
-    asked = attribute_backbone(tmp_path, (records, other), sides["val"], CLASSES,
-                               name="test_resnet", stage=1, epochs=1, echo=None)  # fmt: skip
+    asked = train(tmp_path, {**sides, "train": (records, other)}, epochs=1)
     same = train(tmp_path, sides, epochs=1)
     assert len(list(tmp_path.glob("attribute_net-*"))) == 2
     assert asked.key["weights"] != same.key["weights"] != backbone.key["weights"]

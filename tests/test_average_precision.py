@@ -17,10 +17,12 @@ from finematch.evaluation.average_precision import (
     READINGS,
     RELEVANCE,
     SYNONYMS,
+    assignment_protocol,
     average_precision,
     average_precision_blocks,
     category_relevance,
     description_assignment,
+    discovery_protocol,
     expected_random,
     lexical_relevance,
     object_discovery,
@@ -461,14 +463,12 @@ def test_object_discovery_of_records():
     crowded = [*RECORDS, record([Object(BIG, "dog", crowd=True)], name="3")]
     # best scores for cat: 0.9, 0.8, 0.1, 0.0; for dog: 0.2, 0.1, 0.9, 0.3
     fragments = torch.tensor([[[0.9, 0.2]], [[0.8, 0.1]], [[0.1, 0.9]], [[0.0, 0.3]]])
-    result = object_discovery(
-        classes, fragments, None, crowded, ["cat", "dog"], split="x val", per_class=True
-    )
+    result = object_discovery(classes, fragments, None, crowded, ["cat", "dog"])
     assert result["map/cat"] == pytest.approx(100 * (1 + 2 / 3) / 2)
     assert result["map/dog"] == pytest.approx(100)  # pictures 2, 3, 0 of 4
     assert result["map"] == result["map_macro"] == pytest.approx((100 * 5 / 6 + 100) / 2)
     assert result["prevalence"] == pytest.approx(100 * (2 / 4 + 3 / 4) / 2)
-    assert result["protocol"].startswith(
+    assert discovery_protocol(result, split="x val").startswith(
         "x val: object discovery, 2 class names x 4 pictures, boxes of crowds count, average precision without"
     )
     fewer = object_discovery(classes, fragments, None, crowded, ["cat", "dog"], crowd=False)
@@ -490,16 +490,16 @@ def test_description_assignment_of_records():
         return description_assignment(boxes, keywords, None, RECORDS, names, **options)
 
     # category: texts 0 and 2 for either class
-    result = of(split="x val")
+    result = of()
     aps = [(1 + 2 / 3) / 2, (1 / 2 + 2 / 3) / 2, 1]
     assert result["map"] == pytest.approx(100 * sum(aps) / 3)
     assert result["map_macro"] == pytest.approx(100 * ((aps[0] + aps[2]) / 2 + aps[1]) / 2)
-    assert result["protocol"].startswith(
+    assert assignment_protocol(result, "category", split="x val").startswith(
         "x val: description assignment, 3 boxes of at least 1 pixel(s) x 3 texts, a text is relevant if its "
         "picture has an object of the box's class, average precision without"
     )
     # lexical: "cat" in texts 0 and 2, "dog" in text 0 alone, which the dog of picture 2 ranks last
-    result = of(relevance="lexical", per_class=True)
+    result = of(relevance="lexical")
     assert (result["map/cat"], result["map/dog"]) == pytest.approx((100 * (5 / 6 + 1) / 2, 100 / 3))
     assert of(relevance="lexical", synonyms={"dog": ("nothing",)})["map"] != result["map"]
     # instance: texts 0, 2, 2
@@ -510,8 +510,8 @@ def test_description_assignment_of_records():
 
     with pytest.raises(ValueError, match="category, lexical, instance"):
         of(relevance="class")
-    with pytest.raises(ValueError, match="3 boxes for 4 queries"):
-        of(minimum=0)
+    with pytest.raises(ValueError, match="2 boxes for 3 queries"):
+        description_assignment(boxes[:2], keywords, None, RECORDS, names)
     with pytest.raises(ValueError, match="2 keywords for 3 records"):
         description_assignment(boxes, keywords[:2], None, RECORDS, names)
 

@@ -15,6 +15,7 @@ from finematch.encoders import Cells
 from finematch.features.word_net import PictureWords, WordNet, caption_backbone, log_mean_exp, picture_words
 from finematch.scenes.generator import TOKENIZER
 from finematch.text import tokenise, word_level
+from finematch.training import Plan
 
 
 def test_a_picture_holds_a_word_where_a_cell_does():
@@ -83,12 +84,13 @@ def test_it_learns_which_pictures_are_red_from_captions_alone(tmp_path):
         return records, tokenise([r.captions[0] for r in records], tokenizer)
 
     train, val = side(48, "train"), side(16, "val")
-    net = caption_backbone(tmp_path / "run", train, val, len(tokenizer), epochs=6, batch_size=8, echo=None)
+    plan = Plan(epochs=6, batch_size=8, lr=2e-3, weight_decay=0.02, warmup=0.1)
+    net = caption_backbone(tmp_path / "run", train, val, len(tokenizer), plan, echo=None)
     assert net.key["trained_on"] == "words of the train captions"
     assert not any(p.requires_grad for p in net.net.parameters())
     maps = net([r.open() for r in val[0]]).flatten(2).amax(2)
     kind = torch.arange(16) % 2
     centre = torch.stack([maps[kind == k].mean(0) for k in (0, 1)])
     assert ((torch.cdist(maps, centre).argmin(1)) == kind).all()
-    again = caption_backbone(tmp_path / "run", train, val, len(tokenizer), epochs=6, batch_size=8, echo=None)
+    again = caption_backbone(tmp_path / "run", train, val, len(tokenizer), plan, echo=None)
     assert again.key == net.key, "a finished run is opened, not repeated"

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from finematch.evaluation import reranking
 from finematch.evaluation.reranking import reranked_retrieval
 from finematch.evaluation.retrieval import retrieval, retrieval_from_scores
 
@@ -63,7 +64,9 @@ def check(result, expected):
 @pytest.mark.parametrize("k", [1, 2, 5, 11, 1000])
 @pytest.mark.parametrize("score", ["itm", "itm+itc"])
 @pytest.mark.parametrize("ties", [False, True])
-def test_equals_a_naive_loop(k, score, ties):
+def test_equals_a_naive_loop(k, score, ties, monkeypatch):
+    monkeypatch.setattr(reranking, "PAIRS", 17)
+    monkeypatch.setattr(reranking, "BLOCK", 5)
     rng = np.random.default_rng(0)
     for seed in range(4):
         b = 12
@@ -73,7 +76,7 @@ def test_equals_a_naive_loop(k, score, ties):
         g = torch.Generator().manual_seed(seed)
         head = torch.randint(0, 9, (b, c), generator=g).float() if ties else torch.randn(b, c, generator=g)
         head[torch.from_numpy(image_of), torch.arange(c)] += 1.5 if not ties else 2
-        found = reranked_retrieval(image, text, image_of, lookup(head), k=k, score=score, pairs=17, block=5)
+        found = reranked_retrieval(image, text, image_of, lookup(head), k=k, score=score)
         # in single precision, as the library adds
         expected = naive((image @ text.T).numpy(), head.numpy(), image_of, k, score=score)
         check(found, expected)
@@ -137,15 +140,14 @@ def test_a_head_that_agrees_with_itc_changes_nothing():
     assert expected["t2i_meanr"] > 2
 
 
-def test_blocks_and_order_change_nothing():
+def test_blocks_and_order_change_nothing(monkeypatch):
     image, text, image_of, head = planted(31, 4)
     expected = reranked_retrieval(image, text, image_of, lookup(head), k=6)
     for block, pairs in ((1, 1), (4, 10), (31, 10_000), (7, 333)):
         seen = []
-        assert (
-            reranked_retrieval(image, text, image_of, lookup(head, seen), k=6, block=block, pairs=pairs)
-            == expected
-        )
+        monkeypatch.setattr(reranking, "PAIRS", pairs)
+        monkeypatch.setattr(reranking, "BLOCK", block)
+        assert reranked_retrieval(image, text, image_of, lookup(head, seen), k=6) == expected
         assert max(len(i) for i, _ in seen) <= pairs
         flat = [pair for i, j in seen for pair in zip(i, j, strict=True)]
         assert len(set(flat)) == len(flat) == expected["pairs"] < 31 * 124
@@ -156,7 +158,7 @@ def test_blocks_and_order_change_nothing():
     assert found == expected
 
 
-def test_equal_captions_tie_exactly():
+def test_equal_captions_tie_exactly(monkeypatch):
     """COCO has captions twice: their embeddings are equal, so are the scores, and the tie costs."""
     image, text, image_of, head = planted(40, 3, d=100)
     text, head = text.clone(), head.clone()
@@ -164,7 +166,8 @@ def test_equal_captions_tie_exactly():
         text[119 - j], head[:, 119 - j] = text[j], head[:, j]
     for k in (1, 3, 9, 40, 120):
         for block in (1, 7, 40):
-            found = reranked_retrieval(image, text, image_of, lookup(head), k=k, block=block)
+            monkeypatch.setattr(reranking, "BLOCK", block)
+            found = reranked_retrieval(image, text, image_of, lookup(head), k=k)
             itc = (image.double() @ text.double().T).numpy()  # equal columns are equal here
             check(found, naive(itc, head.numpy(), image_of.numpy(), k))
     assert found["ties_i2t"] > 10
@@ -192,26 +195,18 @@ def test_constant_scores_are_worth_nothing():
     assert (found["ties_i2t"], found["ties_t2i"]) == (20, 100)
 
 
-def test_folds_are_ranked_apart():
+def test_the_protocol_says_what_was_done():
     image, text, image_of, head = planted(30, 2)
-    seen = []
-    found = reranked_retrieval(image, text, image_of, lookup(head, seen), k=4, folds=3, split="x")
-    parts = [reranked_retrieval(image[s : s + 10], text[2 * s : 2 * s + 20], np.arange(10).repeat(2),
-                                lookup(head[s : s + 10, 2 * s : 2 * s + 20]), k=4) for s in (0, 10, 20)]  # fmt: skip
-    for name in NAMES:
-        assert found[name] == pytest.approx(np.mean([p[name] for p in parts]))
-    assert found["pairs"] == sum(p["pairs"] for p in parts)
-    assert all(i // 10 == j // 20 for a, b in seen for i, j in zip(a, b, strict=True))
+    found = reranked_retrieval(image, text, image_of, lookup(head), k=4, split="x")
     assert found["protocol"].startswith("x: 30 images x 60 captions")
-    assert found["protocol"].endswith("mean over 3 contiguous folds of 10 images")
+    assert found["protocol"].endswith("1 fold")
 
 
 def test_what_is_refused():
     image, text, image_of, head = planted(6, 2)
     ask = lookup(head)
     for options, said in [
-        ({"score": "itc"}, "score is 'itc'"), ({"k": 0}, "k, pairs"), ({"pairs": 0}, "at least 1"),
-        ({"block": 0}, "at least 1"), ({"folds": 4}, "4 folds do not divide 6"),
+        ({"score": "itc"}, "score is 'itc'"), ({"k": 0}, "k is at least 1, got 0"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=said):
             reranked_retrieval(image, text, image_of, ask, **options)
@@ -243,7 +238,8 @@ def test_memory_is_that_of_a_block(monkeypatch):
         return out
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
-    reranked_retrieval(image, text, image_of, lookup(head), k=5, block=8)
+    monkeypatch.setattr(reranking, "BLOCK", 8)
+    reranked_retrieval(image, text, image_of, lookup(head), k=5)
     assert len(largest) == 2 * (7 + 7)  # both directions, twice
     assert max(largest) <= 32 * 256
 

@@ -389,7 +389,7 @@ def test_it_trains_on_the_maps_of_a_frozen_network(tmp_path, monkeypatch):
     monkeypatch.setattr(splits, "SMOKE", {"train": 64, "val": 20, "test": 20})
     data_root = splits.data_folder("scenes", tmp_path / "data", tmp_path / "cache", smoke=True)
     records = splits.open_records("scenes", data_root, smoke=True)
-    network = frozen_network("scenes", data_root, tmp_path / "cache", told="captions", smoke=True, echo=None)
+    network = frozen_network("scenes", data_root, tmp_path / "cache", told="captions", smoke=True)
     maps = map_images(records, network, tmp_path / "cache", echo=None)
     boxes = {s: load("scenes_coco", data_root, s) for s in ("train", "val")}
     path = taught(tmp_path, {s: maps[s] for s in boxes}, boxes, epochs=1, echo=None)

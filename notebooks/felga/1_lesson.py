@@ -1301,7 +1301,7 @@ query_vectors = torch.tensor([[1, 0], [0, 1], [0.6, 0.8], [0, -1]])
 pictures_of = torch.tensor([[[0.96, 0.28], [0.6, 0.8]], [[0.8, 0.6], [0, 0]], [[0.8, 0.6], [0.28, 0.96]],
                             [[0.6, 0.8], [0, 0]], [[0.28, 0.96], [0, 0]]])  # fmt: skip
 has = torch.tensor([[True, True], [True, False], [True, True], [True, False], [True, False]])
-scored = metric.object_discovery(query_vectors, pictures_of, has, gallery, CLASSES, per_class=True)
+scored = metric.object_discovery(query_vectors, pictures_of, has, gallery, CLASSES)
 assert close(
     [scored[f"map/{c}"] for c in CLASSES[:3]], [100 * (1 + 2 / 3 + 3 / 5) / 3, 50, 100 * (1 / 4 + 2 / 5) / 2]
 )

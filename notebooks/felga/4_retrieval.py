@@ -172,8 +172,8 @@ shows = category_relevance(records, categories)
 chance = 100 * expected_random(shows.sum(1).clamp(min=1), len(records))
 rows = {"pictures": shows.sum(1).tolist(), "random order": chance.tolist()}
 for when, side in sides.items():
-    discovered = object_discovery(side["classes"], *side["pictures"], records, categories, per_class=True)
-    assigned = description_assignment(side["boxes"], *side["texts"], records, categories, per_class=True)
+    discovered = object_discovery(side["classes"], *side["pictures"], records, categories)
+    assigned = description_assignment(side["boxes"], *side["texts"], records, categories)
     for task, found in (("discovery", discovered), ("assignment", assigned)):
         assert abs(found["map"] - again[when][f"{task}_map"]) < 0.1
         rows[f"{task}, {when}"] = [found.get(f"map/{c}", np.nan) for c in categories]

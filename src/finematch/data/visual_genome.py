@@ -24,7 +24,7 @@ from finematch.data.checks import (
     require_pictures,
     require_unique,
 )
-from finematch.data.record import DataError, Phrase, Record
+from finematch.data.record import Box, DataError, Phrase, Record
 
 logger = logging.getLogger(__name__)
 
@@ -69,21 +69,12 @@ def load_visual_genome(
         if key not in known:
             raise DataError(regions, name, f"is not in {images}", "Use both files of one release")
         file, size = known[key]
-        with reading(regions, name):
-            described = list(entry["regions"])
         captions, phrases = [], []
-        for number, region in enumerate(described):
-            if len(captions) == max_captions:
-                break
-            with reading(regions, f"{name}, region number {number}"):
-                which = f"{name}, region {region.get('region_id', region.get('id'))}"
-                x, y = float(region["x"]), float(region["y"])
-                box = (x, y, x + float(region["width"]), y + float(region["height"]))
-                said = region["phrase"]
+        for caption, which, box in _regions(entry, regions, name):
             try:
-                caption = clean_caption(said, regions, which)
+                caption = clean_caption(caption, regions, which)
             except DataError as error:
-                if invalid == "raise" or not isinstance(said, str):
+                if invalid == "raise" or not isinstance(caption, str):
                     raise
                 empty.append(error.record)
                 continue
@@ -92,6 +83,8 @@ def load_visual_genome(
                     Phrase(len(captions), 0, len(caption), (box,), "region", which.rsplit(" ", 1)[-1])
                 )
             captions.append(caption)
+            if len(captions) == max_captions:
+                break
         if not captions:
             if invalid == "raise":
                 raise DataError(regions, name, "has no described region", "Remove the entry")
@@ -128,6 +121,19 @@ def _pictures(path: str | Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
             raise DataError(path, f"image {key}", "is listed more than once", "Remove the repetition")
         seen.add(key)
         yield key, f"image {key}", entry
+
+
+def _regions(entry: dict[str, Any], path: str | Path, name: str) -> Iterator[tuple[Any, str, Box]]:
+    """What a picture's regions say, how messages name them, and their boxes."""
+    with reading(path, name):
+        described = list(entry["regions"])
+    for number, region in enumerate(described):
+        with reading(path, f"{name}, region number {number}"):
+            which = f"{name}, region {region.get('region_id', region.get('id'))}"
+            x, y = float(region["x"]), float(region["y"])
+            box = (x, y, x + float(region["width"]), y + float(region["height"]))
+            said = region["phrase"]
+        yield said, which, box
 
 
 def _file_and_size(entry: dict[str, Any], path: str | Path, name: str) -> tuple[Path, tuple[int, int]]:

@@ -167,13 +167,10 @@ def object_discovery(
     categories: Sequence[str],
     *,
     crowd: bool = True,
-    per_class: bool = False,
-    split: str = "",
-    block: int | None = None,
 ) -> dict:
     """Task 1: find the pictures that show a class. Row k of `classes` is category k, row g a record.
 
-    Args and returns as `average_precision`; `crowd` as `category_relevance`; `per_class` adds `map/<name>`.
+    Args and returns as `average_precision`, with `map/<name>` of each class; `crowd` as `category_relevance`.
     """
     _same("classes", len(classes), "categories", len(categories))
     _same("fragments", len(fragments), "records", len(records))
@@ -183,10 +180,9 @@ def object_discovery(
         mask,
         category_relevance(records, categories, crowd=crowd),
         torch.arange(len(categories)),
-        names=categories if per_class else None,
-        block=block,
+        names=categories,
     )
-    return result | {"protocol": discovery_protocol(result, split, crowd=crowd)}
+    return result | {"protocol": discovery_protocol(result, crowd=crowd)}
 
 
 def description_assignment(
@@ -198,21 +194,17 @@ def description_assignment(
     *,
     relevance: str = "category",
     crowd: bool = True,
-    minimum: float | int = 1.0,
     synonyms: Mapping[str, Sequence[str]] = SYNONYMS,
-    per_class: bool = False,
-    split: str = "",
-    block: int | None = None,
 ) -> dict:
     """Task 2: find the texts that belong to a box. Row q of `boxes` is query q of `query_boxes`, row g a record.
 
-    Args and returns as `average_precision`; `relevance` one of RELEVANCE, `lexical` looking at a record's
-    captions joined; `crowd` as `category_relevance`; `minimum` as `query_boxes`.
+    Args and returns as `average_precision`, with `map/<name>` of each class; `relevance` one of RELEVANCE, `lexical`
+    looking at a record's captions joined; `crowd` as `category_relevance`.
 
     Raises:
         ValueError: also for another number of boxes than queries.
     """
-    queries = query_boxes(records, categories, minimum=minimum)
+    queries = query_boxes(records, categories)
     _same("boxes", len(boxes), "queries (see query_boxes)", len(queries))
     _same("keywords", len(keywords), "records", len(records))
     result = average_precision(
@@ -221,10 +213,9 @@ def description_assignment(
         mask,
         relevant_texts(relevance, records, categories, queries, crowd=crowd, synonyms=synonyms),
         torch.tensor([query.category for query in queries]),
-        names=categories if per_class else None,
-        block=block,
+        names=categories,
     )
-    return result | {"protocol": assignment_protocol(result, split, relevance, minimum=minimum)}
+    return result | {"protocol": assignment_protocol(result, relevance)}
 
 
 def relevant_texts(
@@ -251,7 +242,7 @@ def relevant_texts(
     return torch.tensor([query.picture for query in queries])
 
 
-def discovery_protocol(result: dict, split: str, *, crowd: bool = True, scores: str = "") -> str:
+def discovery_protocol(result: dict, *, crowd: bool = True, split: str = "", scores: str = "") -> str:
     """How the numbers of object discovery came about; `scores` says more about the scores."""
     return (
         f"{split + ': ' if split else ''}object discovery, {result['queries']} class names x "
@@ -260,14 +251,11 @@ def discovery_protocol(result: dict, split: str, *, crowd: bool = True, scores: 
     )
 
 
-def assignment_protocol(
-    result: dict, split: str, relevance: str, *, minimum: float | int = 1.0, scores: str = ""
-) -> str:
+def assignment_protocol(result: dict, relevance: str, *, split: str = "", scores: str = "") -> str:
     """How the numbers of description assignment came about; `scores` says more about the scores."""
     return (
         f"{split + ': ' if split else ''}description assignment, {result['queries']} boxes of at least "
-        f"{minimum:g} pixel(s) x {result['gallery']} texts, {RELEVANCE[relevance]}, {scores}"
-        + _ending(result)
+        f"1 pixel(s) x {result['gallery']} texts, {RELEVANCE[relevance]}, {scores}" + _ending(result)
     )
 
 

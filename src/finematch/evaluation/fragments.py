@@ -96,7 +96,9 @@ def tasks(gallery: Gallery, embed_regions: Embed, embed_words: Embed) -> dict:
     result = average_precision_blocks(
         lambda rows: of_class[rows], n, category_relevance(records, names), torch.arange(len(names))
     )
-    found = {"discovery": result | {"protocol": discovery_protocol(result, gallery.name, scores=scores)}}
+    found = {
+        "discovery": result | {"protocol": discovery_protocol(result, split=gallery.name, scores=scores)}
+    }
 
     queries, boxes = query_boxes(records, names), gallery.boxes.index[gallery.boxes.mask]
     if len(queries) != len(boxes):
@@ -114,7 +116,7 @@ def tasks(gallery: Gallery, embed_regions: Embed, embed_words: Embed) -> dict:
         result = average_precision_blocks(
             score, n, relevant, torch.tensor([query.category for query in queries])
         )
-        protocol = assignment_protocol(result, gallery.name, relevance, scores=scores)
+        protocol = assignment_protocol(result, relevance, split=gallery.name, scores=scores)
         task = "assignment" + ("" if relevance == "category" else f"_{relevance}")
         found[task] = result | {"protocol": protocol}
     kept = {

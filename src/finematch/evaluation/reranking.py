@@ -9,7 +9,7 @@ public evaluators put a constant there, which ties most of the gallery: a median
   a hit, a tie counts against the model and is reported, NaN is refused.
 * A tie in ITC at the edge of the top `k` counts against the model too: of equal candidates the wrong ones are taken
   first, in the order of their images. A query that loses a candidate so is reported among the ties.
-* A pair that both directions want is scored once. Pairs are asked for picture by picture, `pairs` at a time. ITC is
+* A pair that both directions want is scored once. Pairs are asked for picture by picture, `PAIRS` at a time. ITC is
   computed in blocks of queries, of one shape, so that equal embeddings tie exactly. Memory holds one block of it, and
   of every pair wanted two numbers.
 
@@ -27,8 +27,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from finematch.evaluation.retrieval import BLOCK, _Counts, _layout, _metrics, _pad, full_precision
+from finematch.evaluation.retrieval import _Counts, _layout, _metrics, _pad, full_precision
 
+BLOCK = 500  # images of a block of ITC, as queries; captions are as many as fill a block of the same size
+PAIRS = 4096  # that `score_pairs` is given at a time
 SCORES = ("itm", "itm+itc")
 
 
@@ -40,10 +42,7 @@ def reranked_retrieval(
     *,
     k: int = 128,
     score: str = "itm",
-    pairs: int = 4096,
-    block: int = BLOCK,
     split: str = "",
-    folds: int = 1,
     progress: bool = False,
 ) -> dict:
     """Retrieval metrics, both ways, with the best `k` of each query re-ranked by a matching head.
@@ -57,25 +56,20 @@ def reranked_retrieval(
         k: candidates of a query that are re-ranked (ALBEF: 128 on Flickr30k, 256 on COCO). With the whole gallery
             the ranking is the matching head's alone.
         score: `itm`, or `itm+itc`.
-        pairs: how many pairs `score_pairs` is given at a time.
-        block: images a block of ITC, as queries; captions are as many as fill a block of the same size. Results do
-            not change with it.
-        split, folds: as `retrieval` (a fold is ranked apart, candidates included).
+        split: as `retrieval`.
         progress: show a bar over the pairs.
 
     Returns:
         What `retrieval` returns, and `pairs`, the number of pairs that were scored. The protocol names `k` and `score`.
 
     Raises:
-        ValueError: as `retrieval`; for a matching score that is not finite (the pair is named), another `score`, a `k`,
-            `pairs` or `block` below 1, or scores of the wrong shape.
+        ValueError: as `retrieval`; for a matching score that is not finite (the pair is named), another `score`, a `k`
+            below 1, or scores of the wrong shape.
     """
     if score not in SCORES:
         raise ValueError(f"score is {score!r}; use {' or '.join(map(repr, SCORES))}")
-    if min(k, pairs, block, folds) < 1:
-        raise ValueError(
-            f"k, pairs, block and folds must be at least 1, got {k}, {pairs}, {block} and {folds}"
-        )
+    if k < 1:
+        raise ValueError(f"k is at least 1, got {k}")
     for name, rows in (("image", image), ("text", text)):
         bad = (~torch.isfinite(rows).all(1)).nonzero()
         if len(bad):
@@ -84,42 +78,29 @@ def reranked_retrieval(
             )
     layout = _layout(image_of, len(image), len(text), image.device)
     b, c = len(image), len(text)
-    if b % folds:
-        raise ValueError(f"{folds} folds do not divide {b} images")
-    parts, scored = [], 0
+    pictures, captions = torch.arange(b, device=image.device), layout.order
     with torch.no_grad(), full_precision(image.device):
-        for fold in range(folds):
-            low, high = fold * b // folds, (fold + 1) * b // folds
-            inside = slice(layout.start[low], layout.start[high])
-            captions, owner = layout.order[inside], layout.owner[inside]
-            pictures = torch.arange(low, high, device=image.device)
-            i, j = image[low:high].float(), text[captions].float()
-            captions_a_block = max(1, block * len(captions) // len(pictures))
-            i2t = _Direction(i, j, pictures, owner, captions, block, False)
-            t2i = _Direction(j, i, owner, pictures, captions, captions_a_block, True)
-            chosen = [[d.choose(itc, own, k) for itc, own in d.blocks()] for d in (i2t, t2i)]
-            wanted = torch.cat([d.keys(rows, c) for d, found in zip((i2t, t2i), chosen, strict=True)
-                                for rows in d.numbered(found)]).unique()  # fmt: skip
-            scores = _score(score_pairs, wanted, c, pairs, progress)
-            scored += len(wanted)
-            counts = [
-                d.count(found, wanted, scores, c, score) for d, found in zip((i2t, t2i), chosen, strict=True)
-            ]
-            part = _metrics(*(found for found, _ in counts))
-            for name, (_, tied) in zip(("i2t", "t2i"), counts, strict=True):
-                part[f"ties_{name}"] = int(tied.sum())
-            parts.append(part)
-    result = {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
-    for name in ("ties_i2t", "ties_t2i"):
-        result[name] = int(sum(part[name] for part in parts))
-    cut = "1 fold" if folds == 1 else f"mean over {folds} contiguous folds of {b // folds} images"
+        i, j = image.float(), text[captions].float()
+        captions_a_block = max(1, BLOCK * c // b)
+        i2t = _Direction(i, j, pictures, layout.owner, captions, BLOCK, False)
+        t2i = _Direction(j, i, layout.owner, pictures, captions, captions_a_block, True)
+        chosen = [[d.choose(itc, own, k) for itc, own in d.blocks()] for d in (i2t, t2i)]
+        wanted = torch.cat([d.keys(rows, c) for d, found in zip((i2t, t2i), chosen, strict=True)
+                            for rows in d.numbered(found)]).unique()  # fmt: skip
+        scores = _score(score_pairs, wanted, c, progress)
+        counts = [
+            d.count(found, wanted, scores, c, score) for d, found in zip((i2t, t2i), chosen, strict=True)
+        ]
+    result = _metrics(*(found for found, _ in counts))
+    for name, (_, tied) in zip(("i2t", "t2i"), counts, strict=True):
+        result[f"ties_{name}"] = int(tied.sum())
     return result | {
         "images": b,
         "captions": c,
-        "pairs": scored,
+        "pairs": len(wanted),
         "protocol": f"{split + ': ' if split else ''}{b} images x {c} captions, image-to-text counts any of the "
         f"picture's captions, best {k} by ITC re-ranked by {score}, the others below in ITC's order, ties against the "
-        f"model, {cut}",
+        "model, 1 fold",
     }
 
 
@@ -220,12 +201,11 @@ def _score(
     score_pairs: Callable[[Tensor, Tensor], Tensor],
     wanted: Int[Tensor, " p"],
     c: int,
-    pairs: int,
     progress: bool,
 ) -> Float[Tensor, " p"]:
     scores = torch.empty(len(wanted))
-    for start in tqdm(range(0, len(wanted), pairs), "re-ranking", disable=not progress):
-        i, j = wanted[start : start + pairs] // c, wanted[start : start + pairs] % c
+    for start in tqdm(range(0, len(wanted), PAIRS), "re-ranking", disable=not progress):
+        i, j = wanted[start : start + PAIRS] // c, wanted[start : start + PAIRS] % c
         found = score_pairs(i, j)
         if tuple(found.shape) != tuple(i.shape):
             raise ValueError(f"score_pairs returned shape {tuple(found.shape)} for {len(i)} pairs")
@@ -236,5 +216,5 @@ def _score(
                 f"the matching score of image {int(i[at])} and caption {int(j[at])} is {float(found[at])}: "
                 "scores must be finite"
             )
-        scores[start : start + pairs] = found.float().cpu()
+        scores[start : start + PAIRS] = found.float().cpu()
     return scores

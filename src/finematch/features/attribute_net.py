@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from finematch.data.record import Record, digests
 from finematch.encoders import Cells
-from finematch.features.backbones import Backbone, taught_backbone
+from finematch.features.backbones import Backbone, taught_backbone, whole_batches
 from finematch.features.regions import pool_regions
 from finematch.files import digest
 from finematch.training import Plan, fit, seed_everything
@@ -88,12 +88,10 @@ def attribute_backbone(
     train: tuple[list[Record], list[list[dict]]],
     val: tuple[list[Record], list[list[dict]]],
     classes: dict[str, list[str]],
+    plan: Plan,
     *,
     name: str = "resnet18",
     stage: int = 2,
-    size: int = 64,
-    epochs: int = 6,
-    seed: int = 0,
     echo: Callable[[str], None] | None = print,
 ) -> Backbone:
     """Train `AttributeNet` on labelled boxes of the *train* split and return its network, frozen.
@@ -103,44 +101,25 @@ def attribute_backbone(
             value for every name in `classes`. Val chooses the epoch, by the mean accuracy of the attributes.
         cache: a finished network is found there by the pictures, labels and settings, a broken off one resumed.
     """
-    plan = Plan(epochs=epochs, batch_size=32, lr=2e-3, weight_decay=0.02, warmup=0.1, seed=seed)
+
+    def teach(folder: Path) -> Cells:
+        seed_everything(plan.seed)
+        cells = Cells(name, stage=stage, mean=0.5, sd=0.25)
+        model = AttributeNet(cells, {k: len(v) for k, v in classes.items()})
+        data, held = BoxLabels(*train, classes, jitter=True), BoxLabels(*val, classes, jitter=False)
+
+        def evaluate(m: nn.Module) -> dict[str, float]:
+            right: dict[str, int] = dict.fromkeys(classes, 0)
+            for batch in whole_batches(held, next(m.parameters()).device):
+                for attribute, logits in m.logits(batch).items():
+                    right[attribute] += int((logits.argmax(-1) == batch[attribute][batch["real"]]).sum())
+            accuracy = {f"val_{k}": v / int(held.real.sum()) for k, v in right.items()}
+            return {**accuracy, "accuracy": sum(accuracy.values()) / len(accuracy)}
+
+        fit(model, data, plan, folder, evaluate=evaluate, select="accuracy", echo=echo)
+        return cells
+
     data = [[digests(records)["images"], digest(labels)] for records, labels in (train, val)]
-    return taught_backbone(
-        cache,
-        "attribute_net",
-        {"plan": asdict(plan), "data": data, "classes": classes},
-        lambda folder: _trained(folder, train, val, classes, name, stage, plan, echo).cells,
-        name,
-        stage=stage,
-        size=size,
-        trained_on="attributes of the train split",
-    )
-
-
-def _trained(out, train, val, classes, name, stage, plan, echo) -> AttributeNet:
-    seed_everything(plan.seed)
-    model = AttributeNet(Cells(name, stage=stage, mean=0.5, sd=0.25), {k: len(v) for k, v in classes.items()})
-    held = BoxLabels(*val, classes, jitter=False)
-
-    def evaluate(m: nn.Module) -> dict[str, float]:
-        device = next(m.parameters()).device
-        right: dict[str, int] = dict.fromkeys(classes, 0)
-        for i in range(0, len(held), 100):
-            batch = {
-                k: v.to(device) for k, v in held.__getitems__(list(range(i, min(i + 100, len(held))))).items()
-            }
-            for attribute, logits in m.logits(batch).items():
-                right[attribute] += int((logits.argmax(-1) == batch[attribute][batch["real"]]).sum())
-        accuracy = {f"val_{k}": v / int(held.real.sum()) for k, v in right.items()}
-        return {**accuracy, "accuracy": sum(accuracy.values()) / len(accuracy)}
-
-    fit(
-        model,
-        BoxLabels(*train, classes, jitter=True),
-        plan,
-        out,
-        evaluate=evaluate,
-        select="accuracy",
-        echo=echo,
-    )
-    return model
+    key = {"plan": asdict(plan), "data": data, "classes": classes, "backbone": name, "stage": stage}
+    size, said = train[0][0].open().width, "attributes of the train split"
+    return taught_backbone(cache, "attribute_net", key, teach, size=size, trained_on=said)

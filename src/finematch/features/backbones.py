@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,16 +74,14 @@ def taught_backbone(
     kind: str,
     key: dict,
     teach: Callable[[Path], Cells],
-    name: str,
     *,
-    stage: int,
     size: int,
     trained_on: str,
 ) -> Backbone:
     """A network that was trained here, frozen, for pictures with values about 0.5; made by `teach` if not cached.
 
     Args:
-        kind, key: of the cache's entry, see `files.cached`.
+        kind, key: of the cache's entry, see `files.cached`. `backbone` and `stage` in the key name the network.
         teach: trains in the folder that it is given, and goes on there if it was broken off.
 
     Raises:
@@ -98,13 +96,19 @@ def taught_backbone(
         for name in ("checkpoint.pt", "best.safetensors"):  # the log stays
             (folder / name).unlink(missing_ok=True)
 
-    whole = {**key, "backbone": name, "stage": stage}
-    kept = cached(cache, kind, whole, make) / "cells.safetensors"
+    kept, name, stage = cached(cache, kind, key, make) / "cells.safetensors", key["backbone"], key["stage"]
     net = Cells(name, stage=stage, mean=0.5, sd=0.25)
     net.load_state_dict(load_file(kept))
     net.eval().requires_grad_(False)
     return Backbone(net, size, {"backbone": name, "weights": fingerprint(net), "size": size, "stage": stage,
                                 "trained_on": trained_on}, kept.parent)  # fmt: skip
+
+
+def whole_batches(data, device: torch.device, size: int = 100) -> Iterator[dict[str, Tensor]]:
+    """All of a data set in its order, `size` items a batch, on a device."""
+    for i in range(0, len(data), size):
+        batch = data.__getitems__(list(range(i, min(i + size, len(data)))))
+        yield {k: v.to(device) for k, v in batch.items()}
 
 
 def fingerprint(net: torch.nn.Module) -> str:

@@ -42,7 +42,7 @@ from finematch.files import file_digest
 from finematch.scenes.generator import TOKENIZER, attributes
 from finematch.scenes.language import TABLES
 from finematch.text import Ragged, tokenise, word_level, wordpiece
-from finematch.training import accelerator
+from finematch.training import Plan, accelerator
 
 Records = dict[str, list[Record]]
 Echo = Callable[[str], None] | None
@@ -70,7 +70,6 @@ def frozen_network(
     vision: str = "",
     weights: str = "",
     smoke: bool = False,
-    echo: Echo = print,
 ) -> Backbone:
     """The frozen network that looks at the images of a dataset, on the accelerator.
 
@@ -89,14 +88,14 @@ def frozen_network(
         net = timm_backbone(vision or "vit_base_patch16_224", weights=weights or ("" if vision else "hub"))
     elif dataset.startswith("scenes"):
         teach = {"attributes": _attribute_network, "captions": _caption_network}[told]
-        net = teach(data_root, cache, smoke, echo)
+        net = teach(data_root, cache, smoke)
     else:
         net = mobilenet(_mobilenet_file(data_root, weights))
     net.net.to(accelerator())
     return net
 
 
-def _attribute_network(data_root: str | Path, cache: str | Path, smoke: bool, echo: Echo) -> Backbone:
+def _attribute_network(data_root: str | Path, cache: str | Path, smoke: bool) -> Backbone:
     classes = {name: list(values) for name, values in TABLES.items()}
     labelled = {}
     for split in ("train", "val"):
@@ -105,16 +104,18 @@ def _attribute_network(data_root: str | Path, cache: str | Path, smoke: bool, ec
         }
         records = load("scenes", data_root, split)
         labelled[split] = (records, [truth[r.image_id] for r in records])
-    return attribute_backbone(
-        cache, labelled["train"], labelled["val"], classes, epochs=1 if smoke else 6, echo=echo
-    )
+    return attribute_backbone(cache, labelled["train"], labelled["val"], classes, _plan(1 if smoke else 6))
 
 
-def _caption_network(data_root: str | Path, cache: str | Path, smoke: bool, echo: Echo) -> Backbone:
-    tokenizer, epochs = word_level(TOKENIZER), 1 if smoke else 12
+def _caption_network(data_root: str | Path, cache: str | Path, smoke: bool) -> Backbone:
+    tokenizer = word_level(TOKENIZER)
     records = {split: load("scenes", data_root, split) for split in ("train", "val")}
     read = {s: (r, tokenise([c for _, c in pairs(r)], tokenizer, max_length=64)) for s, r in records.items()}
-    return caption_backbone(cache, read["train"], read["val"], len(tokenizer), epochs=epochs, echo=echo)
+    return caption_backbone(cache, read["train"], read["val"], len(tokenizer), _plan(1 if smoke else 12))
+
+
+def _plan(epochs: int) -> Plan:
+    return Plan(epochs=epochs, batch_size=32, lr=2e-3, weight_decay=0.02, warmup=0.1, seed=0)
 
 
 def _mobilenet_file(data_root: str | Path, weights: str) -> Path:

@@ -245,7 +245,7 @@ def open_small_clip(
         raise DataError(sets.data_root, dataset, "has no val to choose the epoch of a small CLIP by",
                         "Name a published model (vlp=...)")  # fmt: skip
     config = small_clip_config(dataset, smoke=smoke, **changes)
-    backbone = frozen_network(dataset, sets.data_root, cache, told="captions", smoke=smoke, echo=echo)
+    backbone = frozen_network(dataset, sets.data_root, cache, told="captions", smoke=smoke)
     tokenizer = open_tokenizer(dataset, sets.data_root)
     return train_small_clip(sets.train, sets.val, backbone, tokenizer, cache, config, echo=echo)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from finematch.data.record import Record, digests, pairs
 from finematch.encoders import Cells
-from finematch.features.backbones import Backbone, taught_backbone
+from finematch.features.backbones import Backbone, taught_backbone, whole_batches
 from finematch.files import digest
 from finematch.text import Ragged
 from finematch.training import Plan, fit, seed_everything
@@ -86,13 +86,8 @@ def caption_backbone(
     train: tuple[list[Record], Ragged],
     val: tuple[list[Record], Ragged],
     vocabulary: int,
+    plan: Plan,
     *,
-    name: str = "resnet18",
-    stage: int = 2,
-    epochs: int = 12,
-    batch_size: int = 32,
-    lr: float = 2e-3,
-    seed: int = 0,
     echo: Callable[[str], None] | None = print,
 ) -> Backbone:
     """Train `WordNet` on the captions of the *train* split and return its network, frozen.
@@ -102,38 +97,29 @@ def caption_backbone(
         train, val: records and their tokenised captions. Val chooses the epoch, by its loss.
         vocabulary: number of word ids.
     """
-    plan = Plan(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=0.02, warmup=0.1, seed=seed)
-    data = [[digests(records)["images"], digest([captions.ids.tolist(), captions.start.tolist()])]
-            for records, captions in (train, val)]  # fmt: skip
-    return taught_backbone(
-        cache,
-        "word_net",
-        {"plan": asdict(plan), "data": data, "vocabulary": vocabulary},
-        lambda folder: _trained(folder, train, val, vocabulary, name, stage, plan, echo).cells,
-        name,
-        stage=stage,
-        size=train[0][0].open().width,
-        trained_on="words of the train captions",
-    )
 
-
-def _trained(out, train, val, vocabulary, name, stage, plan, echo) -> WordNet:
-    seed_everything(plan.seed)
-
-    def side(records: list[Record], captions: Ragged) -> PictureWords:
+    def words_of(records: list[Record], captions: Ragged) -> PictureWords:
         arrays = [np.asarray(r.open()) for r in records]
         pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
         return PictureWords(pixels, picture_words(records, captions, vocabulary))
 
-    data, held = side(*train), side(*val)
-    model = WordNet(Cells(name, stage=stage, mean=0.5, sd=0.25), data.words.float().mean(0))
+    def teach(folder: Path) -> Cells:
+        seed_everything(plan.seed)
+        data, held = words_of(*train), words_of(*val)
+        cells = Cells("resnet18", stage=2, mean=0.5, sd=0.25)
 
-    def evaluate(m: nn.Module) -> dict[str, float]:
-        device, total = next(m.parameters()).device, 0.0
-        for i in range(0, len(held), 100):
-            batch = held.__getitems__(list(range(i, min(i + 100, len(held)))))
-            total += float(m({k: v.to(device) for k, v in batch.items()})["loss"]) * len(batch["pixels"])
-        return {"val_loss": total / len(held), "val_gain": -total / len(held)}
+        def evaluate(m: nn.Module) -> dict[str, float]:
+            total = 0.0
+            for batch in whole_batches(held, next(m.parameters()).device):
+                total += float(m(batch)["loss"]) * len(batch["pixels"])
+            return {"val_loss": total / len(held), "val_gain": -total / len(held)}
 
-    fit(model, data, plan, out, evaluate=evaluate, select="val_gain", echo=echo)
-    return model
+        model = WordNet(cells, data.words.float().mean(0))
+        fit(model, data, plan, folder, evaluate=evaluate, select="val_gain", echo=echo)
+        return cells
+
+    data = [[digests(records)["images"], digest([captions.ids.tolist(), captions.start.tolist()])]
+            for records, captions in (train, val)]  # fmt: skip
+    key = {"plan": asdict(plan), "data": data, "vocabulary": vocabulary, "backbone": "resnet18", "stage": 2}
+    size, said = train[0][0].open().width, "words of the train captions"
+    return taught_backbone(cache, "word_net", key, teach, size=size, trained_on=said)
