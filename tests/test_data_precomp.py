@@ -16,6 +16,7 @@ from formats import five, precomp
 from finematch.data import DataError, Record, load_regions
 from finematch.data.precomp import write_layout
 from finematch.features.blockwise import write_rows
+from finematch.features.inputs import first_images
 
 META = {"backbone": "tiny", "weights": "abc", "proposals": "grid"}
 
@@ -78,13 +79,11 @@ def test_dev_cut_to_the_first_captions(tmp_path):
         tmp_path, "dev", np.repeat(features(4), 5, axis=0), captions(4), list("aabbccddeeffgghhiijj")
     )
     np.save(folder / "dev_sizes.npy", np.repeat(np.arange(8).reshape(4, 2), 5, axis=0))
-    got = load_regions(folder, "dev", max_captions_total=15)
+    whole = load_regions(folder, "dev")
+    got = first_images(whole, 3)
     assert (len(got.captions), len(got.features), len(got.ids), len(got.image_of)) == (15, 3, 3, 15)
     assert got.sizes.tolist() == [[0, 1], [2, 3], [4, 5]]
-    assert len(load_regions(folder, "dev", max_captions_total=5000).captions) == 20
-    for cut in (0, 13):
-        with pytest.raises(DataError, match=rf"dev_caps\.txt: caption {cut}: the cut falls"):
-            load_regions(folder, "dev", max_captions_total=cut)
+    assert len(whole.captions) == len(first_images(whole, 1000).captions) == 20
 
 
 def test_other_counts_of_captions_are_stated(tmp_path):

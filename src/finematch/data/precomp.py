@@ -58,7 +58,7 @@ class Regions:
         return [Record(name, self.split, tuple(texts), size=size) for name, texts, size in rows]
 
 
-def load_regions(folder: str | Path, split: str, *, max_captions_total: int | None = None) -> Regions:
+def load_regions(folder: str | Path, split: str) -> Regions:
     """Open one split; reads captions and a sample of rows, maps the rest.
 
     Which picture a caption belongs to is taken from `<split>_image_of.npy` (c,) if there is one, else from
@@ -69,9 +69,6 @@ def load_regions(folder: str | Path, split: str, *, max_captions_total: int | No
     Args:
         folder: holds the files of the split.
         split: `train`, `dev`, `test`, `testall`, or a name of one's own.
-        max_captions_total: keep only the first so many captions and their pictures. SCAN's code cuts the
-            5,070 captions of Flickr30k's dev split to 5,000, so papers that build on it select their model
-            on 1,000 pictures, not 1,014 (and on 1,000 of COCO's 5,000); give 5000 to do the same.
 
     Raises:
         DataError: a missing or malformed file, files of different lengths, an empty caption or one written as
@@ -103,20 +100,7 @@ def load_regions(folder: str | Path, split: str, *, max_captions_total: int | No
 
     boxes, sizes = beside("boxes"), beside("sizes")
     ids = _ids(folder / f"{split}_ids.txt", len(features), stride, image_of)
-    features, kept = features[::stride], len(captions)
-    if max_captions_total is not None and max_captions_total < kept:
-        kept = max_captions_total
-        images_kept = int(image_of[:kept].max(initial=-1)) + 1
-        if kept < 1 or (image_of[kept:] < images_kept).any():
-            raise DataError(
-                caption_file,
-                f"caption {kept}",
-                "the cut falls between captions of one picture",
-                "Choose max_captions_total at the end of a picture",
-            )
-        features, ids = features[:images_kept], ids[:images_kept]
-        boxes, sizes = (None if a is None else a[:images_kept] for a in (boxes, sizes))
-    return Regions(split, features, captions[:kept], image_of[:kept], ids, boxes, sizes, meta)
+    return Regions(split, features[::stride], captions, image_of, ids, boxes, sizes, meta)
 
 
 def write_layout(folder: Path, split: str, records: Sequence[Record], meta: dict) -> None:

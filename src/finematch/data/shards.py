@@ -108,41 +108,44 @@ def write_shards(
     }
     order = list(records)
     random.Random(seed).shuffle(order)
-    count = -(-len(order) // samples_per_shard)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
-            finished, shards = _resumable(folder, key)
-            known = {shard["file"]: shard for shard in shards}
-            for number in range(count):
-                start = len(order) * number // count
-                mine = order[start : len(order) * (number + 1) // count]
-                path, pictures = folder / f"{number:06d}.tar", _content(mine)
-                if path.name in known and known[path.name]["pictures"] != pictures:
-                    raise DataError(path, "the shard", "is of other pictures of the same names",
-                                    "Choose another folder, or remove this one")  # fmt: skip
-                if path.name in known or finished:  # a shard without a sound record is not in the index
-                    continue
-                samples = _samples_of(mine, start, broken)
-                shards.append({**_write_tar(path, samples), "pictures": pictures})
-                write_text(folder / PROGRESS, json.dumps({"key": key, "shards": shards}))
-                if echo:
-                    echo(
-                        f"{path.name}: {len(samples)} of {len(mine)} samples, {number + 1} of {count} shards"
-                    )
-            if not any(shard["samples"] for shard in shards):
-                raise DataError(
-                    folder, "the records", "all are broken", "The log says what is wrong with each"
-                )
-            if not finished:
-                kept = [shard for shard in shards if shard["samples"]]
-                write_text(folder / INDEX, json.dumps({"key": key, "shards": kept}))
-                (folder / PROGRESS).unlink()
+            _write_missing(folder, order, key, echo)
     except OSError as error:
         raise DataError(
             folder, "the shards", f"cannot be written ({error})", "Free space or choose another folder"
         ) from error
     return [shard.path for shard in read_index(folder)]
+
+
+def _write_missing(
+    folder: Path, order: Sequence[Record], key: dict, echo: Callable[[str], None] | None
+) -> None:
+    """Write the shards that an earlier writer of the same key has not, and the index."""
+    finished, shards = _resumable(folder, key)
+    known = {shard["file"]: shard for shard in shards}
+    count = -(-len(order) // key["samples_per_shard"])
+    for number in range(count):
+        start = len(order) * number // count
+        mine = order[start : len(order) * (number + 1) // count]
+        path, pictures = folder / f"{number:06d}.tar", _content(mine)
+        if path.name in known and known[path.name]["pictures"] != pictures:
+            raise DataError(path, "the shard", "is of other pictures of the same names",
+                            "Choose another folder, or remove this one")  # fmt: skip
+        if path.name in known or finished:  # a shard without a sound record is not in the index
+            continue
+        samples = _samples_of(mine, start, key["broken"])
+        shards.append({**_write_tar(path, samples), "pictures": pictures})
+        write_text(folder / PROGRESS, json.dumps({"key": key, "shards": shards}))
+        if echo:
+            echo(f"{path.name}: {len(samples)} of {len(mine)} samples, {number + 1} of {count} shards")
+    if not any(shard["samples"] for shard in shards):
+        raise DataError(folder, "the records", "all are broken", "The log says what is wrong with each")
+    if not finished:
+        kept = [shard for shard in shards if shard["samples"]]
+        write_text(folder / INDEX, json.dumps({"key": key, "shards": kept}))
+        (folder / PROGRESS).unlink()
 
 
 def _content(records: Sequence[Record]) -> str:
