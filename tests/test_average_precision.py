@@ -446,7 +446,6 @@ RECORDS = [
 
 def test_queries_and_relevance_of_records():
     assert query_boxes(RECORDS, ["cat", "dog"]) == [(0, 0, 0), (2, 0, 1), (2, 1, 0)]
-    assert len(query_boxes(RECORDS, ["cat", "dog"], minimum=0)) == 4
     assert category_relevance(RECORDS, ["dog", "cat"]).tolist() == [[True, False, True], [True, False, True]]
     thin = [record([Object(BIG, "dog", crowd=True)])]
     assert category_relevance(thin, ["dog"]).tolist() == [[True]]

@@ -75,10 +75,8 @@ class QueryBox(NamedTuple):
     category: int
 
 
-def query_boxes(
-    records: Sequence[Record], categories: Sequence[str], *, minimum: float | int = 1.0
-) -> list[QueryBox]:
-    """The queries of description assignment, in order: boxes that are no crowd, `minimum` pixels or larger.
+def query_boxes(records: Sequence[Record], categories: Sequence[str]) -> list[QueryBox]:
+    """The queries of description assignment, in order: boxes that are no crowd, with sides of a pixel or more.
 
     Raises:
         ValueError: as `category_relevance`.
@@ -88,7 +86,7 @@ def query_boxes(
     for i, record in enumerate(records):
         for j, thing in enumerate(record.objects):
             x1, y1, x2, y2 = thing.box
-            if not thing.crowd and min(x2 - x1, y2 - y1) >= minimum:
+            if not thing.crowd and min(x2 - x1, y2 - y1) >= 1:
                 found.append(QueryBox(i, j, _category(index, thing.category, record)))
     return found
 
