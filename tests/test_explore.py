@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,7 +70,8 @@ def run_of(book, monkeypatch):
         seed_everything(1)
         with monkeypatch.context() as patched:
             patched.setattr(rebuild, "load_best", lambda model, path: None)
-            _, model = rebuild.METHODS[method](s, folder, book)
+            run = SimpleNamespace(method=method, settings=s, folder=folder, parameters=s.as_dict())
+            _, model = rebuild.rebuild(run)
         folder.mkdir(parents=True, exist_ok=True)
         save_weights(model, folder / "best.safetensors")
         write_metrics(folder, s.as_dict(), {"rsum": 1.0}, seconds=1, protocol="smoke")
@@ -154,7 +156,7 @@ def test_a_run_says_that_its_data_are_others_now(book, monkeypatch):
 
     monkeypatch.chdir(book)
     s = Settings("mvam", {"smoke": True, "views": 2})
-    opened = rebuild.region_inputs(s, book)
+    opened = rebuild.open_inputs(s, book)
     run = runs.begin(
         "mvam", s, data={name: data.digests(split.records) for name, split in opened.splits.items()},
         features=inputs.origin({name: split.images for name, split in opened.splits.items()}),

@@ -17,12 +17,12 @@ from transformers import (
     BlipImageProcessor,
 )
 
+from finematch.config import Settings, declared
 from finematch.data.fragment_sets import open_fragment_sets
 from finematch.data.record import DataError
 from finematch.evaluation import fragments as B
 from finematch.evaluation.average_precision import lexical_relevance
 from finematch.evaluation.grounding import GroundedPhrase, grounding
-from finematch.evaluation.reopen_gallery import RunData, reopen_gallery
 from finematch.features.fragments import (
     Fragments,
     document,
@@ -35,6 +35,7 @@ from finematch.features.fragments import (
 from finematch.features.proposals import extract_proposals
 from finematch.features.small_clip import open_small_clip
 from finematch.models.felga import FragmentPairs
+from finematch.rebuild import RunData, open_gallery
 from finematch.scenes.generator import CATEGORIES, TOKENIZER
 from finematch.text import keyword_method, word_level
 
@@ -64,7 +65,12 @@ def reopen(scenes, cache, vlp):
         "proposals": "grid", "keywords": "words", "keyword_model": "", "regions": 6, "words": 4, "features": "fenet",
         "crop_score": "max", "report": "test", "smoke": False,
     }  # fmt: skip
-    return lambda **options: reopen_gallery(was | options, "/")
+
+    def reopen(**options):
+        given = {name: value for name, value in (was | options).items() if name in declared("felga")}
+        return open_gallery(Settings("felga", given), Path("/"), was | options)
+
+    return reopen
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def bert(tmp_path_factory) -> Path:
 
 
 SETTINGS = {
-    "dataset": "scenes", "data_root": "data", "cache": "cache", "scale": "tiny", "smoke": False, "backbone": "grid",
+    "method": "mvam", "dataset": "scenes", "data_root": "data", "cache": "cache", "scale": "tiny", "smoke": False, "backbone": "grid",
     "text": "gru", "width": 16, "depth": 1, "input_dropout": 0.0, "vision": "", "vision_weights": "",
     "text_weights": "", "clip_weights": "", "proposals": "auto", "regions": 36,
 }  # fmt: skip
@@ -74,7 +74,7 @@ SETTINGS = {
 def opened(root: Path, **options) -> SimpleNamespace:
     """Inputs of a run with these settings, and `towers()`, which makes a new pair."""
     s = SimpleNamespace(**SETTINGS | options)
-    inputs = rebuild.region_inputs(s, root)
+    inputs = rebuild.open_inputs(s, root)
     return SimpleNamespace(**vars(inputs), select=inputs.select, towers=lambda: rebuild.towers(s, inputs))
 
 
@@ -84,9 +84,9 @@ def scenes(root: Path, **options) -> SimpleNamespace:
 
 def scene_maps(root: Path, **options) -> SimpleNamespace:
     """As `scenes`, of a run that reads feature maps, or pixels at scale `paper`."""
-    shape = {"maps": 3, "size": 64, "text_depth": 1, "text_heads": 4, "stages": (2, 3, 4)}
+    shape = {"method": "slan", "maps": 3, "size": 64, "text_depth": 1, "text_heads": 4, "stages": (2, 3, 4)}
     s = SimpleNamespace(**SETTINGS | shape | {"smoke": True} | options)
-    inputs = rebuild.map_inputs(s, root)
+    inputs = rebuild.open_inputs(s, root)
     return SimpleNamespace(**vars(inputs), select=inputs.select, towers=lambda: rebuild.map_towers(s, inputs))
 
 

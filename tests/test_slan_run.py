@@ -11,7 +11,7 @@ from finematch.evaluation.embedding import validation
 from finematch.models.configs import LocatorConfig
 from finematch.models.slan.locator import SelfLocator
 from finematch.models.slan.objective import Queue
-from finematch.rebuild import map_inputs, slan_begun, slan_key, slan_model, slan_plan
+from finematch.rebuild import open_inputs, slan_begun, slan_key, slan_model, slan_plan
 
 SOURCE = NOTEBOOKS / "slan" / "2_train.py"
 SMALL = {"smoke": True, "threads": 1}
@@ -36,7 +36,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inputs(cache):
-    return map_inputs(given(cache=str(cache)), cache)
+    return open_inputs(given(cache=str(cache)), cache)
 
 
 @pytest.mark.parametrize("vision", BATCHES)

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from finematch.config import root
 from finematch.data.record import DataError, Record, open_rgb
 from finematch.features import inputs
 from finematch.text import tokenise
@@ -133,17 +132,11 @@ def _felga(run, record: Record, sentences: list[str], folder: str) -> list[Match
 
     A sentence in which no keyword is found is its own keyword.
     """
-    from finematch.evaluation.reopen_gallery import reopen_networks
     from finematch.features.fragments import picture_fragments, text_fragments
-    from finematch.features.proposals import extract_proposals
     from finematch.models.felga import affinity, global_affinity
 
-    model, p = run.model, run.parameters
-    if "networks" not in vars(run):
-        run.networks = reopen_networks(p, root())
-    networks = run.networks
-    proposals = extract_proposals([record], networks.detector, folder, "new", top=p["regions"],
-                                  min_side=5 if p["dataset"] == "scenes" else 8, echo=None)  # fmt: skip
+    model, networks = run.model, run.data.networks
+    proposals = networks.propose([record], cache=folder, split="new", echo=None)
     words = [[word for word, _ in networks.keywords_of(s)] or [s] for s in sentences]
     regions, region_mask = picture_fragments(
         [record], proposals, networks.vlp, folder, "new", echo=None

@@ -6,8 +6,9 @@ metrics that a run left.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import nn
 from finematch.checkpoints import load_best
 from finematch.config import Settings, root
 from finematch.data import digests, load
+from finematch.data.fragment_sets import FragmentSets, open_fragment_sets
 from finematch.data.pairs import RegionSource
+from finematch.data.record import DataError
 from finematch.data.splits import Split, data_folder, open_records, open_splits, reported_split, selection
 from finematch.encoders import (
     BertTower,
@@ -29,8 +32,20 @@ from finematch.encoders import (
     text_tower,
 )
 from finematch.evaluation.embedding import validation
-from finematch.evaluation.reopen_gallery import RunData, reopen_gallery
+from finematch.evaluation.fragments import AnnotatedPhrases, Gallery
 from finematch.features.backbones import Backbone
+from finematch.features.detreg import open_proposals
+from finematch.features.fragments import (
+    VLP,
+    document,
+    extract_keywords,
+    open_vlp,
+    picture_fragments,
+    provenance,
+    text_fragments,
+    whole_pictures,
+    whole_texts,
+)
 from finematch.features.inputs import (
     caption_states,
     caption_tokens,
@@ -46,6 +61,8 @@ from finematch.features.inputs import (
     published_regions,
     region_images,
 )
+from finematch.features.proposals import Proposals, extract_proposals, given
+from finematch.features.small_clip import open_small_clip
 from finematch.models.configs import FELGAConfig, HSLMConfig, LocatorConfig, MVAMConfig, SLANConfig
 from finematch.models.felga import FELGA
 from finematch.models.hslm import HSLM
@@ -54,6 +71,7 @@ from finematch.models.slan.detector import train_detector
 from finematch.models.slan.locator import CachedStages, SelfLocator, Stages, Towers, load_proposals
 from finematch.models.slan.objective import SLAN, Words
 from finematch.models.slan.start import train_encoders
+from finematch.text import KeywordMethod, keyword_method
 from finematch.training import Plan, accelerator, seed_everything
 
 
@@ -61,49 +79,33 @@ def rebuild(run) -> tuple[Any, nn.Module]:
     """Data and model of a finished `runs.Run`; the model has the weights of its best epoch and is in eval mode.
 
     Raises:
-        ValueError: For an ensemble, which is several models.
+        ValueError: For an ensemble, which is several models, or a baseline without a model.
     """
-    return METHODS[run.method](run.settings, run.folder, root())
-
-
-def _mvam(s: Settings, folder: Path, base: Path) -> tuple[Inputs, nn.Module]:
-    if s.ensemble > 1:
-        raise ValueError(
-            f"{folder} holds an ensemble of {s.ensemble} models: open its members' runs one by one"
-        )
-    data = region_inputs(s, base)
-    model = MVAM(*towers(s, data), MVAMConfig.of(s))
-    two = folder / "stage2" / "best.safetensors"  # of a given CLIP, trained in two stages
-    load_best(model, two if two.is_file() else folder / "best.safetensors")
+    s, weights = run.settings, run.folder / "best.safetensors"
+    if run.method == "mvam":
+        if s.ensemble > 1:
+            raise ValueError(
+                f"{run.folder} holds an ensemble of {s.ensemble} models: open its members' runs one by one"
+            )
+        data = open_inputs(s, root())
+        model = MVAM(*towers(s, data), MVAMConfig.of(s))
+        two = run.folder / "stage2" / "best.safetensors"  # of a given CLIP, trained in two stages
+        weights = two if two.is_file() else weights
+    elif run.method == "hslm":
+        data = open_inputs(s, root())
+        model = HSLM(data.splits["train"].images.width, len(data.tokenizer), HSLMConfig.of(s))
+    elif run.method == "felga":
+        if s.features != "fenet":
+            raise ValueError(
+                f"{run.folder} is a baseline without FENet (features={s.features}): it has no model"
+            )
+        data = open_gallery(s, root(), run.parameters)
+        model = FELGA(data.width, FELGAConfig.of(s))
+    else:
+        data = open_inputs(s, root())
+        model = slan_model(s, data)
+    load_best(model, weights)
     return data, model.to(accelerator()).eval()
-
-
-def _hslm(s: Settings, folder: Path, base: Path) -> tuple[Inputs, nn.Module]:
-    data = region_inputs(s, base)
-    model = HSLM(data.splits["train"].images.width, len(data.tokenizer), HSLMConfig.of(s))
-    load_best(model, folder / "best.safetensors")
-    return data, model.to(accelerator()).eval()
-
-
-def _felga(s: Settings, folder: Path, base: Path) -> tuple[RunData, nn.Module]:
-    if s.features != "fenet":
-        raise ValueError(f"{folder} is a baseline without FENet (features={s.features}): it has no model")
-    # with what the page found out about its networks, which must still be the same
-    was = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["parameters"]
-    data = reopen_gallery(was | s.as_dict(), base)
-    model = FELGA(data.width, FELGAConfig.of(s))
-    load_best(model, folder / "best.safetensors")
-    return data, model.to(accelerator()).eval()
-
-
-def _slan(s: Settings, folder: Path, base: Path) -> tuple[Inputs, nn.Module]:
-    data = map_inputs(s, base)
-    model = slan_model(s, data)
-    load_best(model, folder / "best.safetensors")
-    return data, model.to(accelerator()).eval()
-
-
-METHODS = {"mvam": _mvam, "hslm": _hslm, "felga": _felga, "slan": _slan}
 
 
 @dataclass
@@ -125,23 +127,32 @@ class Inputs:
         return selection(self.splits)
 
 
-def region_inputs(s, root: Path) -> Inputs:
-    """Records, region features and texts of a run of MVAM or HSLM with the settings `s`."""
-    backbone, kind = ("regions", "gru") if s.method == "hslm" else (s.backbone, s.text)
+def open_inputs(s, root: Path) -> Inputs:
+    """Records, image features (or pixels) and texts of a run of MVAM, HSLM or SLAN with the settings `s`."""
+    backbone, kind = {"hslm": ("regions", "gru"), "slan": ("maps", "bert")}.get(s.method) or (
+        s.backbone,
+        s.text,
+    )
     check_together(backbone, kind)
     cache = root / s.cache
     data_root = data_folder(s.dataset, root / s.data_root, cache, smoke=s.smoke)
-    network = clip = processor = None
-    if backbone == "clip":
-        records = open_records(s.dataset, data_root, smoke=s.smoke)
-        clip, tokenizer, processor = open_clip(s.dataset, data_root, weights=s.clip_weights, scale=s.scale)
-        images = clip_images(records, clip, processor)
-    elif backbone == "regions" and s.scale == "paper":
+    network = clip = processor = tokenizer = None
+    if published := backbone == "regions" and s.scale == "paper":
         arrays = published_regions(s.dataset, data_root, smoke=s.smoke)
         records = {split: a.records() for split, a in arrays.items()}
         images = {split: RegionSource(a) for split, a in arrays.items()}
     else:
         records = open_records(s.dataset, data_root, smoke=s.smoke)
+    if backbone == "clip":
+        clip, tokenizer, processor = open_clip(s.dataset, data_root, weights=s.clip_weights, scale=s.scale)
+        images = clip_images(records, clip, processor)
+    elif backbone == "maps" and s.scale == "paper":
+        images = pixel_images(records, s.size)
+    elif backbone == "maps":
+        network = frozen_network(s.dataset, data_root, cache, told="captions", vision=s.vision,
+                                 weights=s.vision_weights, smoke=s.smoke)  # fmt: skip
+        images = map_images(records, network, cache, stages=s.maps)
+    elif not published:
         network = frozen_network(s.dataset, data_root, cache, scale=s.scale, vision=s.vision, weights=s.vision_weights,
                                  smoke=s.smoke)  # fmt: skip
         of = "cells" if backbone == "grid" else "regions"
@@ -149,8 +160,7 @@ def region_inputs(s, root: Path) -> Inputs:
     if kind == "minilm":
         texts, tokenizer = caption_states(records, s.text_weights or minilm_folder(), cache)
     else:
-        if kind != "clip":
-            tokenizer = open_tokenizer(s.dataset, data_root, scale=s.scale, weights=s.text_weights)
+        tokenizer = tokenizer or open_tokenizer(s.dataset, data_root, scale=s.scale, weights=s.text_weights)
         texts = caption_tokens(records, tokenizer)
     splits = open_splits(records, images, texts)
     return Inputs(splits, reported_split(records), data_root, tokenizer, network, clip, processor)
@@ -170,22 +180,6 @@ def towers(s, inputs: Inputs) -> tuple[nn.Module, nn.Module]:
     weights = (s.text_weights or "bert-base-uncased") if s.scale == "paper" else ""
     return vision, text_tower(s.text, size, width=s.width, depth=s.depth, weights=weights,
                               input_dropout=s.input_dropout)  # fmt: skip
-
-
-def map_inputs(s, root: Path) -> Inputs:
-    """Records, feature maps (pixels at scale `paper`) and token ids of a run of SLAN with the settings `s`."""
-    cache = root / s.cache
-    data_root = data_folder(s.dataset, root / s.data_root, cache, smoke=s.smoke)
-    records, network = open_records(s.dataset, data_root, smoke=s.smoke), None
-    if s.scale == "paper":
-        images = pixel_images(records, s.size)
-    else:
-        network = frozen_network(s.dataset, data_root, cache, told="captions", vision=s.vision,
-                                 weights=s.vision_weights, smoke=s.smoke)  # fmt: skip
-        images = map_images(records, network, cache, stages=s.maps)
-    tokenizer = open_tokenizer(s.dataset, data_root, scale=s.scale, weights=s.text_weights)
-    splits = open_splits(records, images, caption_tokens(records, tokenizer))
-    return Inputs(splits, reported_split(records), data_root, tokenizer, network)
 
 
 def map_towers(s, inputs: Inputs) -> tuple[nn.Module, nn.Module]:
@@ -261,3 +255,102 @@ def slan_key(s, inputs: Inputs) -> dict:
         "data": {name: digests(split.records) for name, split in inputs.splits.items()},
         "maps": origin({name: split.images for name, split in inputs.splits.items()}),
     }
+
+
+# ------------------------------------------------------------------------------------------- FELGA
+@dataclass
+class Networks:
+    """The frozen networks of a run of FELGA, and its cache; `propose` calls `extract_proposals` with its detector."""
+
+    vlp: VLP
+    propose: Callable[..., Proposals]
+    keywords_of: KeywordMethod
+    cache: Path
+
+
+@dataclass
+class RunData:
+    """What a run of FELGA was measured on; `proposals` are those of the gallery's images."""
+
+    sets: FragmentSets
+    networks: Networks
+    proposals: Proposals
+    gallery: Gallery
+    annotated: AnnotatedPhrases | None
+
+    @property
+    def width(self) -> int:
+        """Of the frozen features."""
+        return self.gallery.classes.features.shape[-1]
+
+
+def felga_networks(s: Settings, root: Path, sets: FragmentSets) -> Networks:
+    """The frozen networks of a run of FELGA with the settings `s`; the small CLIP is trained where it is not cached."""
+    # a name of a file or folder is a path below the workbook's folder; any other name stays as it is
+    named = {"vlp": s.vlp, "proposals": s.proposals, "keyword_model": s.keyword_model}
+    files = {
+        k: str(root / value) if value and (root / value).exists() else value for k, value in named.items()
+    }
+    cache = root / s.cache / (s.dataset + ("-smoke" if s.smoke else ""))
+    name = files["vlp"] or "clip"
+    if not files["vlp"] and s.scale == "tiny":
+        name = open_small_clip(sets, s.dataset, cache, smoke=s.smoke, echo=None)
+    detector = open_proposals(files["proposals"], scale=s.scale, device=accelerator())
+    minilm = (files["keyword_model"] or minilm_folder()) if s.keywords == "keybert" else ""
+    texts = [document(record) for record in sets.train]
+    keywords_of = keyword_method(s.keywords, model=minilm, train=texts, top=s.words)
+    propose = partial(extract_proposals, method=detector, cache=cache / "proposals", top=s.regions,
+                      min_side=5 if s.dataset == "scenes" else 8)  # fmt: skip
+    return Networks(open_vlp(name).to(accelerator()), propose, keywords_of, cache)
+
+
+def open_gallery(s: Settings, root: Path, was: dict) -> RunData:
+    """The gallery that a run of FELGA was measured on; what its cache lacks is made again.
+
+    Args:
+        was: parameters of the run's metrics.json, among them what made its features (`provenance`).
+
+    Raises:
+        DataError: If networks or methods are not those that the run used: its weights do not fit their features.
+    """
+    sets = open_fragment_sets(s.dataset, root / s.data_root, root / s.cache, report=s.report, smoke=s.smoke)
+    networks, split = felga_networks(s, root, sets), s.report
+    vlp, rows, texts = (
+        networks.vlp,
+        networks.cache / "fragments",
+        [document(record) for record in sets.gallery],
+    )
+    several = s.features != "fenet" and s.crop_score == "max" and vlp.queries > 1
+    crops = partial(picture_fragments, model=vlp, cache=rows, queries=several)
+    words = partial(text_fragments, model=vlp, cache=rows)
+
+    proposals = boxes = networks.propose(sets.gallery, split=split)
+    now = provenance(vlp, proposals, networks.keywords_of)
+    if changed := {name: (was[name], value) for name, value in now.items() if was.get(name, value) != value}:
+        raise DataError(networks.cache, "the fragments", f"are not those of the run (was, is): {changed}",
+                        "Run 2_train again, or give the cache that it was trained with")  # fmt: skip
+    if s.features == "whole":
+        regions = whole_pictures(sets.gallery, vlp, rows, f"{split}_whole", queries=several)
+        keywords = whole_texts(texts, vlp, rows, f"{split}_whole")
+    else:
+        regions = crops(sets.gallery, boxes, split=split)
+        keywords = words(
+            extract_keywords(texts, networks.keywords_of, networks.cache / "keywords", split),
+            split=f"{split}_keywords",
+        )
+    gallery = Gallery(
+        sets.gallery, sets.categories, regions=regions, keywords=keywords,
+        boxes=crops(sets.gallery, given(sets.gallery), split=f"{split}_objects"),
+        classes=words([[name] for name in sets.categories], split="classes"),
+        synonyms=sets.synonyms, name=sets.name,
+    )  # fmt: skip
+    if not sets.annotated or s.features == "whole":
+        return RunData(sets, networks, proposals, gallery, None)
+    if [r.image for r in sets.annotated] != [r.image for r in sets.gallery]:
+        boxes = networks.propose(sets.annotated, split="annotated")
+        regions = crops(sets.annotated, boxes, split="annotated")
+    phrases = [[r.captions[a.caption][a.start : a.end] for a in r.phrases] for r in sets.annotated]
+    annotated = AnnotatedPhrases(
+        sets.annotated, boxes, regions, words(phrases, split="phrases"), sets.annotated_name
+    )
+    return RunData(sets, networks, proposals, gallery, annotated)
