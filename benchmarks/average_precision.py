@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from finematch.evaluation.average_precision import BLOCK, SCORES, TILE, average_precision
 from finematch.files import write_json
-from finematch.tables import git_commit, versions
+from finematch.runs import git_commit, versions
 from finematch.training import device_name
 
 CLASSES = 80

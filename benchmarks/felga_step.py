@@ -42,7 +42,7 @@ from finematch.config import preset
 from finematch.files import write_json
 from finematch.models.configs import FELGAConfig
 from finematch.models.felga import FELGA, FragmentPairs
-from finematch.tables import git_commit, versions
+from finematch.runs import git_commit, versions
 from finematch.training import Plan, device_name, make_optimizer
 
 PAIRS = 256

@@ -36,7 +36,7 @@ from hslm_naive import naive_scores
 
 from finematch.files import write_json
 from finematch.models.hslm import HSLM, Caption, Picture, score
-from finematch.tables import git_commit, versions
+from finematch.runs import git_commit, versions
 from finematch.training import device_name
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -41,7 +41,7 @@ from finematch.encoders import BertTower, Tokens, TokenTransformer, small_bert
 from finematch.files import write_json
 from finematch.models.configs import MVAMConfig
 from finematch.models.mvam import MVAM, TokenPooling, ViewAttention
-from finematch.tables import git_commit, versions
+from finematch.runs import git_commit, versions
 from finematch.training import Plan, device_name, make_optimizer
 
 VIEWS = 16

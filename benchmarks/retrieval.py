@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from finematch.evaluation.retrieval import BLOCK, retrieval, retrieval_from_scores
 from finematch.files import write_json
-from finematch.tables import git_commit, versions
+from finematch.runs import git_commit, versions
 from finematch.training import device_name
 
 CAPTIONS = 5

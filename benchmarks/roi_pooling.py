@@ -47,7 +47,7 @@ from finematch.boxes import (
     summed_area,
 )
 from finematch.files import write_json
-from finematch.tables import git_commit, versions
+from finematch.runs import git_commit, versions
 from finematch.training import device_name
 
 SIDES = (0.25, 0.5, 1, 4, 16)  # cells, of the boxes whose errors are measured

@@ -60,7 +60,8 @@ from finematch.models.slan.locator import (
     Towers,
 )
 from finematch.models.slan.objective import SLAN, Words
-from finematch.tables import git_commit, published, versions
+from finematch.runs import git_commit, versions
+from finematch.tables import published
 from finematch.training import device_name
 
 SIZE, TOKENS, GOAL, CLOSE = 384, 30, 1.5, 0.05

@@ -67,7 +67,7 @@ from finematch.evaluation.correspondence import pieces
 from finematch.evaluation.retrieval import retrieval
 from finematch.models.configs import MVAMConfig
 from finematch.models.mvam import MVAM
-from finematch.tables import write_metrics
+from finematch.runs import write_metrics
 from finematch.text import tokenise, word_level
 from finematch.training import Plan, fit, seed_everything
 from finematch.data.splits import SMOKE, Split

@@ -28,7 +28,8 @@ import json
 import pandas as pd
 from IPython.display import Markdown, display
 
-from finematch import tables as T
+from finematch import grids, tables as T
+from finematch.runs import measured
 
 label = "smoke" if p.smoke else p.scale
 METRICS = ["i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "rsum"]
@@ -45,7 +46,7 @@ datasets, sections = p.dataset.split(","), {}
 tables = [path for name in datasets for path in sorted((root() / p.figures).glob(f"*.{name}.{label}.md"))]
 for path in tables:
     grid, name = path.name.split(".")[:2]
-    title = f"{T.grid(grid).method.upper()}: {T.grid(grid).title} ({name}, grid `{grid}`)"
+    title = f"{grids.grid(grid).method.upper()}: {grids.grid(grid).title} ({name}, grid `{grid}`)"
     sections[title] = path.read_text(encoding="utf-8").strip()
     display(Markdown(f"### {title}\n\n{sections[title]}"))
 if not tables:
@@ -67,7 +68,7 @@ for path in (path.with_suffix(".claims.csv") for path in tables):
     if path.exists():
         grid, name = path.name.split(".")[:2]
         verdicts = pd.read_csv(path, keep_default_na=True)
-        every.append(verdicts.assign(grid=grid, dataset=name, method=T.grid(grid).method))
+        every.append(verdicts.assign(grid=grid, dataset=name, method=grids.grid(grid).method))
 claims = (
     pd.concat(every, ignore_index=True) if every else pd.DataFrame(columns=["method", "dataset", "verdict"])
 )
@@ -87,7 +88,7 @@ lines = []
 for (method, name), part in claims.groupby(["method", "dataset"], sort=False):
     main = part[
         [
-            metric in T.grid(grid).headline[:1]
+            metric in grids.grid(grid).headline[:1]
             for grid, metric in zip(part["grid"], part["metric"], strict=True)
         ]
     ]
@@ -117,7 +118,7 @@ Markdown(decided)
 def runs_of(name: str) -> pd.DataFrame:
     """All runs of a dataset, with the method and the row of each."""
     files = sorted((root() / p.out).glob(f"*/{name}.{label}.*.s[0-9]*/metrics.json"))
-    runs = T.measured(files)
+    runs = measured(files)
     if len(runs):
         runs["method"] = [f.parent.parent.name for f in files]
         runs["run"] = [f.parent.name.rsplit(".", 2)[1] for f in files]

@@ -29,8 +29,8 @@ from finematch.evaluation.average_precision import (
     plural,
     query_boxes,
 )
+from finematch.runs import write_metrics
 from finematch.scenes.language import SHAPES
-from finematch.tables import write_metrics
 
 
 def naive(scores, relevant):

@@ -21,7 +21,6 @@ from finematch.files import (
     entries,
     file_digest,
     file_digests,
-    is_cached,
     new_array,
     write_atomically,
     write_json,
@@ -190,6 +189,10 @@ def test_a_damaged_memory_is_no_obstacle(tmp_path, memory, settled):
 
 
 # ------------------------------------------------------------------------------------------- the cache
+def is_cached(root, kind, key):
+    return any((one.kind, one.key, one.whole) == (kind, key, True) for one in entries(root))
+
+
 def test_what_is_cached_is_made_once(tmp_path):
     made = []
     root = tmp_path / "cache"

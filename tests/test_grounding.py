@@ -12,8 +12,8 @@ from finematch.boxes import iou, multi_scale_grid
 from finematch.data.entities import load_entities
 from finematch.evaluation.correspondence import on_span, pieces
 from finematch.evaluation.grounding import READINGS, GroundedPhrase, grounding, phrase_scores
+from finematch.runs import write_metrics
 from finematch.scenes.generator import TOKENIZER
-from finematch.tables import write_metrics
 from finematch.text import word_level
 
 SIZE = (100, 80)

@@ -65,9 +65,9 @@ def bert(tmp_path_factory) -> Path:
 
 
 SETTINGS = {
-    "method": "mvam", "dataset": "scenes", "data_root": "data", "cache": "cache", "scale": "tiny", "smoke": False, "backbone": "grid",
-    "text": "gru", "width": 16, "depth": 1, "input_dropout": 0.0, "vision": "", "vision_weights": "",
-    "text_weights": "", "clip_weights": "", "proposals": "auto", "regions": 36,
+    "method": "mvam", "dataset": "scenes", "data_root": "data", "cache": "cache", "scale": "tiny", "smoke": False,
+    "backbone": "grid", "text": "gru", "width": 16, "depth": 1, "input_dropout": 0.0, "vision": "",
+    "vision_weights": "", "text_weights": "", "clip_weights": "", "proposals": "auto", "regions": 36,
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from finematch.boxes import iou
+from finematch.checkpoints import TrainingError
 from finematch.data import load, splits
 from finematch.data.pairs import MapSource
 from finematch.data.precomp import Regions
@@ -22,7 +23,7 @@ from finematch.features.inputs import frozen_network, map_images
 from finematch.models.configs import LocatorConfig
 from finematch.models.slan.detector import PLAN, Detector, MapBoxes, recall, train_detector, untaught
 from finematch.models.slan.locator import SelfLocator, cut, decode, load_proposals
-from finematch.training import Plan, TrainingError, fit, seed_everything
+from finematch.training import Plan, fit, seed_everything
 
 CHANNELS = (3, 4, 5)
 SIDES = (4, 2, 1)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from finematch.checkpoints import unique_state
 from finematch.config import Settings
 from finematch.losses import contrastive
 from finematch.models.configs import LocatorConfig, SLANConfig
@@ -39,7 +40,7 @@ from finematch.models.slan.objective import (
     mlm,
     pair_scorer,
 )
-from finematch.training import Plan, fit, seed_everything, unique_state
+from finematch.training import Plan, fit, seed_everything
 
 WORDS = Words(size=20, mask=3, special=(0, 1, 2, 3, 4))  # pad, cls, sep, mask, unk
 

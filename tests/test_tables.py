@@ -12,18 +12,15 @@ import torch
 from scipy import stats
 
 from finematch.files import DataError
+from finematch.runs import FIELDS, git_commit, measured, write_metrics
 from finematch.tables import (
-    FIELDS,
     chance_note,
-    git_commit,
     judge,
-    measured,
     published,
     replace_block,
     summary,
     table,
     to_markdown,
-    write_metrics,
 )
 
 RECALLS = ["i2t@1", "i2t@5", "i2t@10", "t2i@1", "t2i@5", "t2i@10"]

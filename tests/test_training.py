@@ -16,19 +16,26 @@ import torch
 import training_target as target
 from safetensors.torch import save_file
 
-from finematch.checkpoints import load_best, read_checkpoint, read_weights, save_weights, state_digest
+from finematch.checkpoints import (
+    TrainingError,
+    check_writable,
+    load_best,
+    read_checkpoint,
+    read_weights,
+    save_weights,
+    state_digest,
+    unique_state,
+)
+from finematch.files import DataError
 from finematch.hold import Busy, hold
 from finematch.training import (
     EpochBatches,
     Plan,
-    TrainingError,
     by_one_process,
-    check_writable,
     fit,
     make_optimizer,
     make_schedule,
     seed_everything,
-    unique_state,
 )
 
 SCRIPT = Path(target.__file__)
@@ -477,7 +484,7 @@ def test_a_disk_that_fills_up_keeps_the_old_checkpoint(tmp_path):
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
-        with pytest.raises(TrainingError, match=r"best\.safetensors cannot be written"):
+        with pytest.raises(DataError, match=r"best\.safetensors: the file: cannot be written"):
             save_weights(target.Toy(), tmp_path / "best.safetensors")
         with pytest.raises(TrainingError, match="cannot hold this run"):
             fit(target.Toy(), target.Data(), target.plan(epochs=1), tmp_path, echo=None)

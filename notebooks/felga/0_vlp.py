@@ -67,14 +67,16 @@ from IPython.display import Markdown, display
 from transformers import AutoModel, AutoTokenizer
 
 from finematch import figures as draw
+from finematch.checkpoints import check_writable
 from finematch.data.fragment_sets import open_fragment_sets
 from finematch.data.record import pairs
 from finematch.evaluation.average_precision import query_boxes
 from finematch.evaluation.retrieval import retrieval
 from finematch.features.fragments import open_vlp
 from finematch.features.small_clip import SmallCLIPConfig, open_small_clip, small_clip_config
-from finematch.tables import to_markdown, write_metrics
-from finematch.training import accelerator, check_writable
+from finematch.runs import write_metrics
+from finematch.tables import to_markdown
+from finematch.training import accelerator
 
 if p.threads:
     torch.set_num_threads(p.threads)

@@ -38,9 +38,9 @@ p = parameters(globals(), scale={"tiny", "paper"}, seed=(0, 2**31))
 from IPython.display import Markdown, display
 
 from finematch import figures as F
-from finematch import tables as T
+from finematch import grids, tables as T
 
-table = T.grid(p.grid, p.dataset)
+table = grids.grid(p.grid, p.dataset)
 label = "smoke" if p.smoke else p.scale
 stem = root() / p.figures / f"{p.grid}.{p.dataset}.{label}"
 runs = T.runs_of(table, p.dataset, label, root() / p.out)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from finematch import files
+from finematch.files import write_atomically
 
 START_OVER = "Two ways on: give the run another `out`, or start over with resume='fresh' (or remove the file)"
 
@@ -273,23 +273,6 @@ def load_best(model: nn.Module, path: str | Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------- the disk
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`files.write_atomically` for what a run leaves in its `out`.
-
-    Raises:
-        TrainingError: If the file cannot be written; what stood there before still does.
-    """
-    try:
-        files.write_atomically(path, write)
-    except (files.DataError, RuntimeError, SafetensorError) as error:  # torch, safetensors: a full disk
-        with contextlib.suppress(OSError):
-            path.with_name(f"{path.name}.part").unlink(missing_ok=True)
-        cause = error.__cause__ if isinstance(error, files.DataError) else error
-        raise TrainingError(
-            f"{path} cannot be written: {cause}. Free space, or give another `out`"
-        ) from error
-
-
 def room_for(model: nn.Module, out: Path) -> int:
     """Bytes that a run may still need in `out`: two checkpoints and two weights files, old and new beside each other.
 

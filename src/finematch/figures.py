@@ -66,7 +66,7 @@ def save(figure: Figure, path: str | Path) -> Path:
 
     Raises:
         ValueError: For another suffix.
-        TrainingError: If it cannot be written.
+        DataError: If it cannot be written.
     """
     path = Path(path)
     kind = path.suffix.lstrip(".")
@@ -76,7 +76,6 @@ def save(figure: Figure, path: str | Path) -> Path:
     content = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "finematch"}):
         figure.savefig(content, format=kind, metadata=metadata, bbox_inches="tight", pad_inches=0.08)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda part: part.write_bytes(content.getvalue()))
     return path
 

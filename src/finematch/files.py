@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 ENTRY = "entry.json"
 THREADS = 8  # that read files at once: on a network disk the waiting is shared
@@ -57,7 +58,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     The folder is made if absent. Who may read the folder may read the file.
 
     Raises:
-        DataError: If it cannot be written; what stood there before still does.
+        DataError: If it cannot be written; what stood there before still does, and nothing is left beside it.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
@@ -68,7 +69,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
             os.fsync(file.fileno())
         _share(part)
         os.replace(part, path)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch, safetensors: of a full disk
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise DataError(
             path, "the file", f"cannot be written ({error})", "Free space, or choose another folder"
         ) from error
@@ -272,11 +275,6 @@ def cached(root: str | Path, kind: str, key: Mapping[str, Any], make: Callable[[
             ) from error
     _verify(folder, kind, key)
     return folder
-
-
-def is_cached(root: str | Path, kind: str, key: Mapping[str, Any]) -> bool:
-    """Whether the cache has what `key` names, so that `cached` would make nothing."""
-    return _folder(root, kind, key).is_dir()
 
 
 def entries(root: str | Path) -> list[Entry]:

@@ -315,11 +315,8 @@ def open_gallery(s: Settings, root: Path, was: dict) -> RunData:
     """
     sets = open_fragment_sets(s.dataset, root / s.data_root, root / s.cache, report=s.report, smoke=s.smoke)
     networks, split = felga_networks(s, root, sets), s.report
-    vlp, rows, texts = (
-        networks.vlp,
-        networks.cache / "fragments",
-        [document(record) for record in sets.gallery],
-    )
+    vlp, rows = networks.vlp, networks.cache / "fragments"
+    texts = [document(record) for record in sets.gallery]
     several = s.features != "fenet" and s.crop_score == "max" and vlp.queries > 1
     crops = partial(picture_fragments, model=vlp, cache=rows, queries=several)
     words = partial(text_fragments, model=vlp, cache=rows)

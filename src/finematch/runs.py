@@ -19,7 +19,6 @@ import os
 import platform
 import subprocess
 import time
-import tomllib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from finematch.files import DataError, digest, file_digest, write_json
 from finematch.hold import hold
 
 FIELDS = ("parameters", "metrics", "protocol", "seconds", "peak_memory_bytes", "device", "versions", "commit")
+PACKAGE = Path(__file__).parent
 PACKAGES = ("torch", "transformers", "timm", "numpy", "finematch")
 # what a run leaves in its folder and in those of its stages and members
 LEFT = ("checkpoint*.pt", "checkpoint*.pt.next", "*.part", "best.safetensors", "log.jsonl", "metrics.json",
@@ -326,7 +326,7 @@ def open_run(folder: str | Path = "latest", *, method: str | None = None, **filt
     return run
 
 
-def latest(method: str | None = None, *, runs: str | Path | None = None, **filters) -> Path:
+def latest(method: str | None = None, **filters) -> Path:
     """Folder of the newest finished run that has its weights, of `method` and with these parameters.
 
     Smoke runs, whose weights mean nothing, are passed over unless `smoke=True` is asked for.
@@ -334,15 +334,13 @@ def latest(method: str | None = None, *, runs: str | Path | None = None, **filte
     Raises:
         DataError: If there is none.
     """
-    folder = Path(runs) if runs else root() / "papermill_runs"
-    found = []
+    folder, found = root() / "papermill_runs", []
     for file in folder.rglob("metrics.json"):
-        weights = file.parent.glob("**/best.safetensors")
-        if method not in (None, file.parent.parent.name) and method != _method_in(file):
-            continue
-        if next(weights, None) is None:
+        if next(file.parent.glob("**/best.safetensors"), None) is None:
             continue
         content = _read_metrics(file)
+        if method not in (None, file.parent.parent.name, content.get("identity", {}).get("method")):
+            continue
         parameters = content["parameters"]
         if parameters.get("smoke") and "smoke" not in filters:
             continue
@@ -357,45 +355,29 @@ def latest(method: str | None = None, *, runs: str | Path | None = None, **filte
     return max(found)[-1]
 
 
-def _method_in(file: Path) -> str:
-    return _read_metrics(file).get("identity", {}).get("method", "")
-
-
-def status_of(content: Mapping, *, data: Mapping | None = None) -> str:
-    """`current`, or `legacy: ` and why: of the content of a metrics file.
-
-    Args:
-        data: digests of the data as they are now, to compare with those of the run.
-    """
+def status_of(content: Mapping) -> str:
+    """`current`, or `legacy: ` and why: of the content of a metrics file."""
     identity, commit = content.get("identity"), str(content["commit"]).removesuffix("-dirty")
     if not identity:
         return "legacy: it does not say which data and features it used"
     if (known := _commits()) and commit != "unknown" and commit not in known:
         return f"legacy: its commit {commit[:8]} is in no history here"
-    if (now := numerics(identity["method"])) not in (None, identity["numerics"]):
+    if (now := numerics(identity["method"])) != identity["numerics"]:
         return f"legacy: its arithmetic is version {identity['numerics']}, now {now}"
-    if data is not None and _plain(data) != identity["data"]:
-        return f"legacy: the data are others: {differences(identity['data'], _plain(data))}"
     return "current"
 
 
-def numerics(method: str) -> int | None:
-    """The version of a method's arithmetic; None for an unknown method."""
-    file = Path(__file__).with_name("presets") / f"{method}.toml"
-    return tomllib.loads(file.read_text(encoding="utf-8"))["numerics"] if file.is_file() else None
+def numerics(method: str) -> int:
+    """The version of a method's arithmetic."""
+    return Settings(method, {}).numerics
 
 
 @cache
 def _commits() -> frozenset[str]:
     """All commits of the checkout that holds this package; none outside one, or in a shallow clone."""
-
-    def git(*arguments: str) -> list[str]:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-
     try:
-        return frozenset() if git("rev-parse", "--is-shallow-repository") == ["true"] else frozenset(
-            git("rev-list", "--all", "HEAD"))  # fmt: skip
+        shallow = _git(PACKAGE, "rev-parse", "--is-shallow-repository") == "true"
+        return frozenset() if shallow else frozenset(_git(PACKAGE, "rev-list", "--all", "HEAD").split())
     except (OSError, subprocess.CalledProcessError):
         return frozenset()
 
@@ -425,7 +407,6 @@ def write_metrics(
     *,
     seconds: float | int,
     protocol: str | None = None,
-    peak_memory_bytes: int | None = None,
     identity: Mapping | None = None,
     weights: Mapping | None = None,
 ) -> Path:
@@ -437,7 +418,6 @@ def write_metrics(
         metrics: name to number; a `protocol` among them is used as `protocol`.
         seconds: wall time of the run.
         protocol: how the numbers were made (split, folds, gallery size, tie policy).
-        peak_memory_bytes: default: this process's peak so far, the GPU's where there is one.
         identity, weights: of a run, see `begin` and `weights_digests`; left out where there are none.
 
     Raises:
@@ -456,7 +436,7 @@ def write_metrics(
         "metrics": metrics,
         "protocol": protocol,
         "seconds": round(float(seconds), 3),
-        "peak_memory_bytes": int(peak_memory() if peak_memory_bytes is None else peak_memory_bytes),
+        "peak_memory_bytes": peak_memory(),
         "device": device_name(),
         "versions": versions(),
         "commit": git_commit(),
@@ -479,22 +459,21 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_commit(folder: str | Path | None = None) -> str:
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def git_commit(folder: Path = PACKAGE) -> str:
     """Commit of the checkout that holds `folder` (default: this package), "unknown" outside one.
 
     "-dirty" is added if sources or notebooks differ from the commit; results (figures, runs) do not count.
     """
-    folder = Path(__file__).parent if folder is None else Path(folder)
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
     try:
-        if not git("ls-files", "."):  # an environment that happens to lie inside another repository
+        if not _git(folder, "ls-files", "."):  # an environment that happens to lie inside another repository
             return "unknown"
-        commit = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--", ":/src", ":/notebooks", ":/pyproject.toml")
+        commit = _git(folder, "rev-parse", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--", ":/src", ":/notebooks", ":/pyproject.toml")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("-dirty" if changed else "")
@@ -516,14 +495,11 @@ def _flat(values: Mapping, path: Path, part: str) -> dict:
     return result
 
 
-def measured(
-    runs: str | Path | Iterable[str | Path], *, data: Mapping[str, Mapping] | None = None
-) -> pd.DataFrame:
+def measured(runs: str | Path | Iterable[str | Path]) -> pd.DataFrame:
     """One row per metrics file: its parameters, its metrics, and what made it.
 
     Args:
         runs: a folder (every `metrics.json` below it), a glob pattern, or the files themselves.
-        data: by dataset, the digests of the data as they are now; runs on others are legacy.
 
     Returns:
         Columns: parameters and metrics under their names; `run_protocol`, `run_seconds`,
@@ -550,7 +526,7 @@ def measured(
                 },
                 **{f"version_{name}": value for name, value in content["versions"].items()},
                 "run_file": str(file),
-                "run_status": status_of(content, data=(data or {}).get(parameters.get("dataset"))),
+                "run_status": status_of(content),
                 "run_digest": content.get("digest", ""),
             }
         )

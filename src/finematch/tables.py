@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from finematch.files import DataError, write_atomically, write_text
+from finematch.config import OUTSIDE_IDENTITY
+from finematch.files import DataError, write_text
 from finematch.grids import Grid, metrics_files, mismatches
-from finematch.grids import grid as grid
-from finematch.runs import FIELDS, git_commit, measured, versions, write_metrics  # noqa: F401 (pages)
+from finematch.runs import measured
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 
@@ -44,9 +44,7 @@ def published(paper: str, table: str | int | None = None, *, path: str | Path = 
     return frame.reset_index(drop=True)
 
 
-def summary(
-    frame: pd.DataFrame, by: Sequence[str], metrics: Sequence[str], *, seed: str = "seed"
-) -> pd.DataFrame:
+def summary(frame: pd.DataFrame, by: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
     """Mean, standard deviation (`n - 1`; blank for one run) and number of runs over seeds.
 
     Returns:
@@ -60,11 +58,11 @@ def summary(
     columns = [*by, *metrics, *(f"{metric} sd" for metric in metrics), "n"]
     if frame.empty:
         return pd.DataFrame(columns=columns)
-    if unknown := [name for name in (*by, *metrics, seed) if name not in frame]:
+    if unknown := [name for name in (*by, *metrics, "seed") if name not in frame]:
         raise ValueError(f"no column {', '.join(unknown)}; there are {', '.join(map(str, frame.columns))}")
-    for key, group in frame.groupby([*by, seed], sort=False, dropna=False):
+    for key, group in frame.groupby([*by, "seed"], sort=False, dropna=False):
         if len(group) > 1:
-            same = ", ".join(f"{name}={value}" for name, value in zip([*by, seed], key, strict=True))
+            same = ", ".join(f"{name}={value}" for name, value in zip([*by, "seed"], key, strict=True))
             differ = [
                 name
                 for name in frame
@@ -175,7 +173,7 @@ def replace_block(path: str | Path, name: str, markdown: str) -> bool:
     head, rest = text.split(begin)
     new = f"{head}{begin}\n{markdown.strip()}\n{end}{rest.split(end)[1]}"
     if new != text:
-        write_atomically(path, lambda part: part.write_bytes(new.encode()))
+        write_text(path, new)
     return new != text
 
 
@@ -184,8 +182,8 @@ LEVEL = 0.95  # of the two-sided interval
 # Parameters that set which data is read and in which order; two rows that share them and their seeds see the
 # same batches, so that their runs are compared in pairs.
 ORDER = ("dataset", "scale", "smoke", "data", "epochs", "encoder_epochs", "batch_size", "report", "shards")
-# Parameters that cannot change a number: runs that differ in nothing else are one condition.
-OUTSIDE = ("seed", "out", "cache", "data_root", "threads", "workers", "resume", "checkpoint_steps")
+# Runs that differ in nothing else are one condition.
+OUTSIDE = ("seed", *OUTSIDE_IDENTITY)
 
 
 def judge(
@@ -194,8 +192,6 @@ def judge(
     metric: str,
     *,
     higher_is_better: bool = True,
-    level: float = LEVEL,
-    seed: str = "seed",
 ) -> dict:
     """Is A above B on `metric`, over seeds? By Student's two-sided t interval on the difference of means.
 
@@ -219,10 +215,9 @@ def judge(
               "n_a": len(frame_a), "n_b": len(frame_b), "note": ""}  # fmt: skip
     frames = [frame_a, frame_b] if higher_is_better else [frame_b, frame_a]
     for frame in frames:
-        if len(frame) and frame[seed].duplicated().any():
-            raise ValueError(
-                f"seed {frame[seed][frame[seed].duplicated()].iloc[0]} occurs twice: narrow the selection"
-            )
+        twice = frame["seed"][frame["seed"].duplicated()] if len(frame) else []
+        if len(twice):
+            raise ValueError(f"seed {twice.iloc[0]} occurs twice: narrow the selection")
         if len(frame) and (metric not in frame or frame[metric].isna().any()):
             raise ValueError(f"a run has no {metric}")
     if len(frame_a) and len(frame_b) and _one_condition(frame_a, frame_b):
@@ -231,13 +226,13 @@ def judge(
            for name, frame in (("the first", frame_a), ("the second", frame_b)) if len(frame) < 2]  # fmt: skip
     if few:
         return result | {"note": f"{' and '.join(few)}; an interval needs two seeds"}
-    a, b = (frame.set_index(seed)[metric].astype(float).sort_index() for frame in frames)
-    if _same_batches(*frames, seed):
+    a, b = (frame.set_index("seed")[metric].astype(float).sort_index() for frame in frames)
+    if _same_batches(*frames):
         test, found = "paired", stats.ttest_rel(a, b) if (a - b).std() > 0 else None
     else:
         test, found = "Welch", stats.ttest_ind(a, b, equal_var=False) if a.std() or b.std() else None
     difference = float(a.mean() - b.mean())
-    lower, upper = (difference, difference) if found is None else map(float, found.confidence_interval(level))
+    lower, upper = (difference, difference) if found is None else map(float, found.confidence_interval(LEVEL))
     result |= {"difference": difference, "lower": lower, "upper": upper, "test": test}
     if found is None and difference == 0:
         result["note"] = "the numbers are the same in every seed"
@@ -252,14 +247,14 @@ def _one_condition(a: pd.DataFrame, b: pd.DataFrame) -> bool:
     return bool(set(a["run_conditions"]) & set(b["run_conditions"]))
 
 
-def _same_batches(a: pd.DataFrame, b: pd.DataFrame, seed: str) -> bool:
+def _same_batches(a: pd.DataFrame, b: pd.DataFrame) -> bool:
     """Whether the runs of one seed saw the same data in the same order in both frames."""
-    if set(a[seed]) != set(b[seed]):
+    if set(a["seed"]) != set(b["seed"]):
         return False
     shared = [name for name in (*ORDER, "run_data") if name in a or name in b]
     if any(name not in a or name not in b for name in shared):
         return False
-    a, b = (frame.set_index(seed)[shared].sort_index().astype(str) for frame in (a, b))
+    a, b = (frame.set_index("seed")[shared].sort_index().astype(str) for frame in (a, b))
     return a.equals(b)
 
 

@@ -33,16 +33,9 @@ from finematch.checkpoints import (
     load_best,
     room_for,
     save_weights,
-    unique_state,
-    write_atomically,
 )
+from finematch.files import write_text
 from finematch.hold import hold
-
-__all__ = [
-    "EpochBatches", "Plan", "TrainingError", "by_one_process", "check_writable", "device_name", "fit", "join_processes",
-    "leave_to_first", "load_best", "make_optimizer", "make_schedule", "peak_memory", "save_weights", "seed_everything",
-    "to_device", "unique_state", "whole", "write_atomically",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -444,8 +437,7 @@ def make_schedule(optimizer, plan: Plan, steps: int) -> torch.optim.lr_scheduler
 
 def rewrite_log(path: Path, history: list[dict]) -> None:
     """`log.jsonl`, a line an epoch, exactly the epochs that count (a killed run's surplus is dropped)."""
-    text = "".join(json.dumps(line) + "\n" for line in history)
-    write_atomically(path, lambda part: part.write_text(text))
+    write_text(path, "".join(json.dumps(line) + "\n" for line in history))
 
 
 def describe(line: dict, epochs: int) -> str:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from finematch.checkpoints import random_states, restore_random_states, write_atomically
+from finematch.checkpoints import load_best, random_states, restore_random_states
 from finematch.data.pairs import Pairs
-from finematch.files import cached
+from finematch.files import cached, write_atomically
 from finematch.models.slan.objective import SLAN, Unimodal, world
-from finematch.training import Plan, by_one_process, fit, load_best
+from finematch.training import Plan, by_one_process, fit
 
 
 def train_encoders(
