@@ -117,7 +117,7 @@ BEFORE, AFTER = "frozen features", "FELGA"
 EMBEDDERS = {BEFORE: (frozen, frozen), AFTER: (model.encode_regions, model.encode_words)}
 
 scenes = of_run["dataset"].startswith("scenes")
-sets, proposals, gallery, annotated = data
+sets, proposals, gallery, annotated = data.sets, data.proposals, data.gallery, data.annotated
 records, categories, keywords = gallery.records, gallery.categories, gallery.keywords
 name = f"felga_retrieval.{of_run['dataset']}" + (".smoke" if p.smoke or of_run["smoke"] else "")
 print(f"{sets.name}: {len(records)} pictures, {len(categories)} classes; labels {of_run['labels']}, "
