@@ -195,11 +195,18 @@ def test_constant_scores_are_worth_nothing():
     assert (found["ties_i2t"], found["ties_t2i"]) == (20, 100)
 
 
-def test_the_protocol_says_what_was_done():
+def test_folds_are_ranked_apart():
     image, text, image_of, head = planted(30, 2)
-    found = reranked_retrieval(image, text, image_of, lookup(head), k=4, split="x")
+    seen = []
+    found = reranked_retrieval(image, text, image_of, lookup(head, seen), k=4, folds=3, split="x")
+    parts = [reranked_retrieval(image[s : s + 10], text[2 * s : 2 * s + 20], np.arange(10).repeat(2),
+                                lookup(head[s : s + 10, 2 * s : 2 * s + 20]), k=4) for s in (0, 10, 20)]  # fmt: skip
+    for name in NAMES:
+        assert found[name] == pytest.approx(np.mean([p[name] for p in parts]))
+    assert found["pairs"] == sum(p["pairs"] for p in parts)
+    assert all(i // 10 == j // 20 for a, b in seen for i, j in zip(a, b, strict=True))
     assert found["protocol"].startswith("x: 30 images x 60 captions")
-    assert found["protocol"].endswith("1 fold")
+    assert found["protocol"].endswith("mean over 3 contiguous folds of 10 images")
 
 
 def test_what_is_refused():
@@ -207,6 +214,7 @@ def test_what_is_refused():
     ask = lookup(head)
     for options, said in [
         ({"score": "itc"}, "score is 'itc'"), ({"k": 0}, "k is at least 1, got 0"),
+        ({"folds": 4}, "4 folds do not divide 6"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=said):
             reranked_retrieval(image, text, image_of, ask, **options)

@@ -19,6 +19,7 @@ Axes: `b` images, `c` captions, `d` width, `p` pairs; of one direction, `q` quer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +44,7 @@ def reranked_retrieval(
     k: int = 128,
     score: str = "itm",
     split: str = "",
+    folds: int = 1,
     progress: bool = False,
 ) -> dict:
     """Retrieval metrics, both ways, with the best `k` of each query re-ranked by a matching head.
@@ -56,7 +58,7 @@ def reranked_retrieval(
         k: candidates of a query that are re-ranked (ALBEF: 128 on Flickr30k, 256 on COCO). With the whole gallery
             the ranking is the matching head's alone.
         score: `itm`, or `itm+itc`.
-        split: as `retrieval`.
+        split, folds: as `retrieval` (a fold is ranked apart, candidates included).
         progress: show a bar over the pairs.
 
     Returns:
@@ -78,30 +80,45 @@ def reranked_retrieval(
             )
     layout = _layout(image_of, len(image), len(text), image.device)
     b, c = len(image), len(text)
-    pictures, captions = torch.arange(b, device=image.device), layout.order
+    if folds < 1 or b % folds:
+        raise ValueError(f"{folds} folds do not divide {b} images")
+    bounds, scored = [fold * b // folds for fold in range(folds + 1)], 0
+    parts = []
     with torch.no_grad(), full_precision(image.device):
-        i, j = image.float(), text[captions].float()
-        captions_a_block = max(1, BLOCK * c // b)
-        i2t = _Direction(i, j, pictures, layout.owner, captions, BLOCK, False)
-        t2i = _Direction(j, i, layout.owner, pictures, captions, captions_a_block, True)
-        chosen = [[d.choose(itc, own, k) for itc, own in d.blocks()] for d in (i2t, t2i)]
-        wanted = torch.cat([d.keys(rows, c) for d, found in zip((i2t, t2i), chosen, strict=True)
-                            for rows in d.numbered(found)]).unique()  # fmt: skip
-        scores = _score(score_pairs, wanted, c, progress)
-        counts = [
-            d.count(found, wanted, scores, c, score) for d, found in zip((i2t, t2i), chosen, strict=True)
-        ]
-    result = _metrics(*(found for found, _ in counts))
-    for name, (_, tied) in zip(("i2t", "t2i"), counts, strict=True):
-        result[f"ties_{name}"] = int(tied.sum())
-    return result | {
+        for low, high in pairwise(bounds):
+            inside = slice(layout.start[low], layout.start[high])
+            captions, owner = layout.order[inside], layout.owner[inside]
+            pictures = torch.arange(low, high, device=image.device)
+            i, j = image[low:high].float(), text[captions].float()
+            captions_a_block = max(1, BLOCK * len(captions) // len(pictures))
+            i2t = _Direction(i, j, pictures, owner, captions, BLOCK, False)
+            t2i = _Direction(j, i, owner, pictures, captions, captions_a_block, True)
+            chosen = [[d.choose(itc, own, k) for itc, own in d.blocks()] for d in (i2t, t2i)]
+            wanted = torch.cat([d.keys(rows, c) for d, found in zip((i2t, t2i), chosen, strict=True)
+                                for rows in d.numbered(found)]).unique()  # fmt: skip
+            scores = _score(score_pairs, wanted, c, progress)
+            scored += len(wanted)
+            counts = [
+                d.count(found, wanted, scores, c, score) for d, found in zip((i2t, t2i), chosen, strict=True)
+            ]
+            ties = {
+                f"ties_{way}": int(tied.sum()) for way, (_, tied) in zip(("i2t", "t2i"), counts, strict=True)
+            }
+            parts.append(_metrics(*(found for found, _ in counts)) | ties)
+    return _mean_of_folds(parts) | {
         "images": b,
         "captions": c,
-        "pairs": len(wanted),
+        "pairs": scored,
         "protocol": f"{split + ': ' if split else ''}{b} images x {c} captions, image-to-text counts any of the "
         f"picture's captions, best {k} by ITC re-ranked by {score}, the others below in ITC's order, ties against the "
-        "model, 1 fold",
+        f"model, {'1 fold' if folds == 1 else f'mean over {folds} contiguous folds of {b // folds} images'}",
     }
+
+
+def _mean_of_folds(parts: list[dict]) -> dict:
+    """The mean of every metric, and the sum of the ties."""
+    means = {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+    return means | {name: sum(part[name] for part in parts) for name in ("ties_i2t", "ties_t2i")}
 
 
 class _Rows(NamedTuple):
