@@ -22,7 +22,7 @@ DATA = {"train": {"images": "1" * 64, "captions": "2" * 64}, "val": {"captions":
 
 def page(**changes):
     """The settings of a page, with the four things that `begin` asks of them."""
-    values = {"dataset": "scenes", "scale": "tiny", "smoke": False, "seed": 0, "tau": 0.07, "layers": (1, 2),
+    values = {"dataset": "toy", "scale": "tiny", "smoke": False, "seed": 0, "tau": 0.07, "layers": (1, 2),
               "text_weights": "", "threads": 0, "out": None, **changes}  # fmt: skip
     return SimpleNamespace(
         numerics=1,
@@ -74,9 +74,9 @@ def test_an_identity_is_what_numbers_depend_on(book):
 
 def test_a_page_run_again_with_other_parameters_has_a_folder_of_its_own(book):
     one, other, smoke = (trained(out=None, **changes) for changes in ({}, {"tau": 0.5}, {"smoke": True}))
-    assert one.folder == book / "papermill_runs/mvam" / f"scenes.tiny.{one.digest[:8]}"
+    assert one.folder == book / "papermill_runs/mvam" / f"toy.tiny.{one.digest[:8]}"
     assert other.folder != one.folder
-    assert smoke.folder.name == f"scenes.smoke.{smoke.digest[:8]}"
+    assert smoke.folder.name == f"toy.smoke.{smoke.digest[:8]}"
     assert trained(out=None).folder == one.folder
 
 
@@ -188,6 +188,11 @@ def test_a_run_says_when_code_or_data_are_others_now(book, monkeypatch):
     monkeypatch.setattr(runs, "_commits", lambda: frozenset({"1" * 40}))
     assert status_of({**content, "commit": "1" * 40 + "-dirty"}) == "current"
     assert "is in no history here" in status_of({**content, "commit": "2" * 40})
+    on_scenes = {**content, "commit": "1" * 40, "parameters": {**content["parameters"], "dataset": "scenes"}}
+    assert "its scenes are not those that are drawn now: train.captions" in status_of(on_scenes)
+    stated = json.loads((Path(runs.__file__).parent / "scenes" / "digests.json").read_text())["digests"]
+    drawn = {"train": stated["scenes train"], "annotated": stated["scenes_entities test"]}
+    assert status_of({**on_scenes, "identity": {**content["identity"], "data": drawn}}) == "current"
     monkeypatch.setattr(runs, "_commits", frozenset)
     monkeypatch.setattr(runs, "numerics", lambda method: 2)
     with pytest.warns(UserWarning, match="its arithmetic is version 1, now 2"):

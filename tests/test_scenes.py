@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer
 
+from finematch.data import digests as digests_of_parts
 from finematch.data import load
 from finematch.data.coco import categories, load_coco
 from finematch.data.entities import load_entities
@@ -497,3 +498,15 @@ def test_difficulty_refuses_files_that_disagree(tmp_path):
     path.write_text(json.dumps(data))
     with pytest.raises(DataError, match="differ from attributes"):
         difficulty(out, "test")
+
+
+def test_the_stated_digests_are_those_of_the_set_that_is_drawn(tmp_path):
+    """Tables tell by them whether a run used the embedded set as it is drawn now."""
+    stated = json.loads(Path(scenes_module.__file__).with_name("digests.json").read_text())
+    assert stated["version"] == scenes_module.VERSION, "another version: compute digests.json again"
+    generate(tmp_path / "scenes")
+    for name, parts in stated["digests"].items():
+        dataset, split = name.split()
+        found = digests_of_parts(load(dataset, tmp_path, split))
+        found.pop("images")  # the bytes of the files depend on Pillow's release as well
+        assert found == parts, name

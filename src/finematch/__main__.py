@@ -40,11 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
 def _stale(options: argparse.Namespace) -> int:
     """Prints one metrics file per line, relative to the workbook's folder, as Snakemake names it."""
     from finematch.config import root
-    from finematch.grids import grid, stale
+    from finematch.grids import grid, metrics_files, stale
 
     for name in options.grid:
-        for file in stale(grid(name, options.dataset), options.dataset, options.scale):
+        one = grid(name, options.dataset)
+        found = stale(one, options.dataset, options.scale)
+        for file in found:
             print(file.relative_to(root()))
+        of = len(metrics_files(one, options.dataset, options.scale))
+        print(f"{name}: {len(found)} of {of} runs are of other parameters than their rows", file=sys.stderr)
     return 0
 
 
@@ -53,7 +57,7 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="these entries alone, by the names of their folders"
     )
-    parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="its folder (%(default)s)")
+    parser.add_argument("--cache", type=Path, help="its folder (the workbook's data/cache)")
     parser.add_argument("--kind", help="entries of one kind alone, as `list` prints it: regions, crops, ...")
     parser.set_defaults(run=_cache)
 
@@ -62,6 +66,10 @@ def _cache(options: argparse.Namespace) -> int:
     """Prints one line per entry: size, kind, folder; the last line says how many there are, and their size."""
     from finematch.files import clear, entries
 
+    if options.cache is None:
+        from finematch.config import root
+
+        options.cache = root() / "data" / "cache"
     if options.action == "clear":
         found, done = clear(options.cache, kind=options.kind, only=options.names), "removed, "
     else:

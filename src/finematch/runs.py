@@ -112,6 +112,11 @@ class Run:
     def _rebuilt(self) -> tuple:
         from finematch.rebuild import rebuild
 
+        if next(self.folder.rglob("best.safetensors"), None) is None:  # before anything is made for it
+            raise DataError(
+                self.folder, "the run", "has no weights here (git keeps the metrics alone)",
+                "Run its method's 2_train with the parameters of its metrics.json",
+            )  # fmt: skip
         data, model = rebuild(self)
         if changed := self._changed(data):
             self.status = f"legacy: {changed}"
@@ -334,7 +339,7 @@ def latest(method: str | None = None, **filters) -> Path:
     Raises:
         DataError: If there is none.
     """
-    folder, found = root() / "papermill_runs", []
+    folder, found, smoke = root() / "papermill_runs", [], 0
     for file in folder.rglob("metrics.json"):
         if next(file.parent.glob("**/best.safetensors"), None) is None:
             continue
@@ -343,14 +348,16 @@ def latest(method: str | None = None, **filters) -> Path:
             continue
         parameters = content["parameters"]
         if parameters.get("smoke") and "smoke" not in filters:
+            smoke += 1
             continue
         if all(parameters.get(name) == value for name, value in filters.items()):
             found.append((content.get("finished", ""), file.stat().st_mtime, file.parent))
     if not found:
         asked = ", ".join(f"{name}={value!r}" for name, value in filters.items())
         raise DataError(
-            folder, f"the latest run of {method or 'any method'}{' with ' + asked if asked else ''}", "is not there",
-            "Run the method's 2_train first",
+            folder, f"the latest run of {method or 'any method'}{' with ' + asked if asked else ''}",
+            "is not there (committed runs have metrics, no weights)",
+            f"Run the method's 2_train first{f', or open one of {smoke} smoke runs with smoke=True' if smoke else ''}",
         )  # fmt: skip
     return max(found)[-1]
 
@@ -364,7 +371,26 @@ def status_of(content: Mapping) -> str:
         return f"legacy: its commit {commit[:8]} is in no history here"
     if (now := numerics(identity["method"])) != identity["numerics"]:
         return f"legacy: its arithmetic is version {identity['numerics']}, now {now}"
+    p = content["parameters"]
+    if p["dataset"] == "scenes" and not p["smoke"] and (parts := _unknown_scenes(identity["data"])):
+        return f"legacy: its scenes are not those that are drawn now: {', '.join(parts)}"
     return "current"
+
+
+def _unknown_scenes(data: Mapping) -> list[str]:
+    """The parts of a run's data that the embedded set, as it is drawn now, does not have.
+
+    Bytes of the image files are not compared: they depend on the release of Pillow as well.
+    """
+    known = {digest for parts in _scenes()["digests"].values() for digest in parts.values()}
+    return [f"{split}.{part}" for split, parts in data.items() for part, digest in parts.items()
+            if part != "images" and digest not in known]  # fmt: skip
+
+
+@cache
+def _scenes() -> dict:
+    """The digests of every part of every split of the embedded set, as each of its three loaders gives them."""
+    return json.loads(Path(__file__).with_name("scenes").joinpath("digests.json").read_text(encoding="utf-8"))
 
 
 def numerics(method: str) -> int:
