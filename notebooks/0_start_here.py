@@ -7,14 +7,13 @@
 #
 # * **You are learning.** Read a lesson, change a parameter, run it again. Every claim that can be checked is
 #   followed by an assert.
-# * **You do research.** One line reruns a table of a paper, over seeds, and prints what came out beside what
-#   was printed. Every number says which data, which protocol and which commit made it.
+# * **You do research.** One line reruns a table of a paper, over seeds, and prints the measured numbers next
+#   to the published ones. Every number says which data, which protocol and which commit made it.
 # * **You have pictures and captions of your own.** The training notebooks read the formats of the field
 #   (Karpathy's JSON, COCO, Flickr30k Entities, region features) and run headless with other parameters.
 #
 # This page takes about a minute on one core and needs nothing but the embedded set, which the project draws
-# itself. It shows that set, says what is hard about it, trains a very small MVAM and looks at what it looks
-# at. **Expected**: the small model finds the right one of 500 pictures for about 25 % of the captions; chance
+# itself. It shows that set, says what is hard about it, trains a very small MVAM and shows where it attends. **Expected**: the small model finds the right one of 500 pictures for about 25 % of the captions; chance
 # is 0.2 %. Full models and their numbers come later; this is the idea, not a result.
 
 # %% tags=["parameters"]
@@ -224,13 +223,13 @@ if not p.smoke:
 # %% [markdown]
 # ## One picture, five captions, four views
 #
-# Above, what each view takes in of the first test picture: lit is much weight, grey is none. Below, what the
-# *same* view takes in of each of its five captions: dark is much weight. On the left, the rank that the
+# Above, what each view attends to in the first test picture. Bright: high weight; grey: zero. Below, what the
+# *same* view attends to in each of its five captions. Dark: high weight. On the left, the rank that the
 # picture has among all test pictures for that caption. [CLS] and [SEP] open and close every caption, [IMG] is
 # a token for the picture as a whole; a view may rest on them too.
 #
 # The maps do not depend on the caption. That is what a *two-stream* model is: pictures and captions meet only
-# in the last step, a dot product, so that a million pictures can be stored as vectors before anyone asks.
+# in the last step, a dot product, so that a million pictures can be stored as vectors before a query arrives.
 
 # %%
 with torch.no_grad():
@@ -278,8 +277,8 @@ keep(figure, 4)
 # | `1_data` | the data sets, the records, where region features come from | minutes |
 # | `mvam/1_lesson`, `hslm/1_lesson`, `felga/1_lesson`, `slan/1_lesson` | each method from its formulas, worked by hand | 1 to 3 minutes |
 # | `<method>/2_train` | one training run: a row of the paper's tables | minutes |
-# | `<method>/3_ablations` | the paper's tables, our numbers beside its own, each claim judged | seconds, from finished runs |
-# | `mvam/4_attention`, `hslm/4_attention`, `felga/4_retrieval`, `slan/4_regions` | what a trained run looks at | minutes, from a finished run |
+# | `<method>/3_ablations` | the paper's tables, measured beside published, each claim judged | seconds, from finished runs |
+# | `mvam/4_attention`, `hslm/4_attention`, `felga/4_retrieval`, `slan/4_regions` | where a trained run attends | minutes, from a finished run |
 # | `9_scorecard` | every table and every claim of all four methods | seconds, from finished runs |
 #
 # Learning? Take `mvam/1_lesson`. Reproducing? `make grid GRID=mvam_views` reruns a table, and `mvam/3_ablations` draws it. Your own photos? `1_data` and

@@ -62,6 +62,14 @@ def test_links_and_pictures_exist(page):
             assert any((ROOT / f"{name}{ending}").exists() for ending in ("", ".py", ".csv")), name
 
 
+def test_numbers_of_the_readme_are_those_of_the_results():
+    results = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    numbers = re.findall(r"\d+\.\d+ ± \d+\.\d+", README)
+    assert numbers
+    for number in numbers:
+        assert f" {number} " in results, number
+
+
 def test_every_page_of_the_map_exists():
     named = {name for name in re.findall(r"^\| `([\w<>/*]+)` \|", README, re.M) if "_" in name}
     for name in named:
@@ -88,4 +96,5 @@ def test_the_snippet_runs(tmp_path, monkeypatch, capsys):
     assert re.fullmatch(r"-?\d\.\d{3}  .+", first)
     assert first.endswith(namespace["sentences"][0])
     assert re.fullmatch(r"-?\d\.\d{3}  two green stars below a purple ring", second)
+    assert namespace["view"] is namespace["matches"][0].looks[0]
     assert re.fullmatch(r"view 1 looks most at the box \[(\d+\.\d, ){3}\d+\.\d\]", view)

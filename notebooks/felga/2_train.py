@@ -8,55 +8,57 @@
 # | scale | data | cost of one run |
 # |---|---|---|
 # | `smoke` | 160 images | seconds (once half a minute more, for the small CLIP and the keywords); the numbers mean nothing |
-# | `tiny`, scenes | 4,000 images of 64 px, 10 proposals and 10 keywords each | a minute or two on one core; fragments are made once for all runs |
-# | `tiny`, flickr8k | 6,000 photos to train on, COCO images to report on | three minutes on one core; before the first run an hour for selective search, keywords and features |
+# | `tiny`, scenes | 4,000 images of 64 px, 10 proposals and 10 keywords each | training 35 to 42 s on one thread (FELGA of `felga_variants`); fragments are made once for all runs |
+# | `tiny`, flickr8k | 6,000 photos to train on, COCO images to report on | training 507 to 946 s on one thread (FELGA of `felga_variants`); before the first run an hour for selective search, keywords and features |
 # | `paper` | COCO 2017 or 2014 (`dataset` coco, coco2014), DETReg's proposals, CLIP, BLIP or BLIP-2; FENet of 21 M parameters, 50 epochs | a GPU; the paper: one V100 |
 #
-# **Expected** on scenes, test: trained rows above the frozen features in object discovery; which labels are best, and what global alignment adds, the
-# README's generated table tells. The run writes `metrics.json` last: that file, not this page, is the proof that it succeeded.
+# **Expected** on scenes, test: the numbers of [RESULTS.md](../../RESULTS.md), section "FELGA: Labels of FENet, on CLIP", row FELGA: above the frozen
+# fragments in object discovery, below them in description assignment. The run writes `metrics.json` last: that file, not this page, is the proof that it succeeded.
+#
+# A number in brackets behind a parameter, such as (F1), is the number of a reading, listed in `1_lesson`: a place where the paper can be read in several ways.
 
 # %% tags=["parameters"]
 dataset: str = "scenes"  # flickr8k reports on COCO: scenes | flickr8k | coco | coco2014
 data_root: str = "data"  # folder that holds the datasets' folders
-scale: str = "tiny"  # tiny takes the preset photos on photos: tiny | paper
+scale: str = "tiny"  # tiny or paper; on photo data sets tiny uses the preset `photos`
 reading: str = None  # readings of the paper; literal at scale paper: default | literal
 seed: int = 0  # random seed; rows without training do not depend on it
 out: str = ""  # folder of the run; empty: papermill_runs/<method>/<dataset>.<scale>.<digest of the run>
-resume: str = ""  # what to do with the folder's earlier run: empty | fresh | replace
+resume: str = ""  # empty: continue the same run, refuse another; fresh: start over; replace: only if it differs
 smoke: bool = False  # run everything in seconds; the numbers mean nothing
 cache: str = "data/cache"  # folder of the models, proposals, keywords and features that runs share
 report: str = "test"  # reported split; val is for choosing settings on scenes: test | val
-features: str = "fenet"  # the first two are frozen: whole | proposals | fenet
+features: str = "fenet"  # features of fragments: whole and proposals are frozen, fenet is trained
 labels: str = None  # pseudo-labels (Eq. 3, 4, 6): dense | dynamic | sparse; default dynamic
-alignment: str = None  # Eq. 10, Eq. 12, Eq. 13: both | global | local; default both
+alignment: str = None  # losses: local (Eq. 10), global (Eq. 12) or both (Eq. 13); default both
 label_features: str = None  # features that Eq. 4-6 compare: frozen | online; default frozen (F9)
-fenet: str = None  # FENets of both modalities: shared | separate; default shared (F12)
-input_scale: str = None  # length of what FENet takes: rms | unit | raw; default rms (F13)
-loss: str = None  # sums in Eq. 10 and 12: anchor | batch | pair; default anchor; literal batch (F1)
-literal_scale: bool = None  # outer sums of Eq. 10 and 12, for batch alone; default False (F1)
-hinge: bool = None  # hinge of the lifted structured loss; default False (F2)
-tau: float = None  # temperature; default 1 (F4)
-empty: str = None  # rows without positives or negatives: skip | keep; default skip (F5)
+fenet: str = None  # one FENet for both modalities, or one each: shared | separate; default shared (F12)
+input_scale: str = None  # length of the vectors that FENet takes: rms | unit | raw; default rms (F13)
+loss: str = None  # over what Eq. 10 and 12 sum: anchor | batch | pair; default anchor; literal batch (F1)
+literal_scale: bool = None  # keep the outer sums of Eq. 10 and 12, for loss=batch alone; default False (F1)
+hinge: bool = None  # use the hinge of the lifted structured loss; default False (F2)
+tau: float = None  # temperature of the losses; default 1 (F4)
+empty: str = None  # fragments without positives or negatives: skip | keep; default skip (F5)
 lambda1: float = None  # margin of Eq. 10; no gradient without hinge; default 0.5
 lambda2: float = None  # margin of Eq. 12; no gradient without hinge; default 0.5
 lambda3: float = None  # weight of the global loss in Eq. 13; default 0.2
 same_keyword_positives: bool = None  # the same keyword in other texts is a positive; default False (F10)
-vlp: str = ""  # frozen model: clip, blip, blip2, hub name or folder; empty: the scale's
+vlp: str = ""  # frozen model: clip, blip, blip2, hub name or folder; empty: a small CLIP at tiny, clip at paper
 proposals: str = "auto"  # auto, selective_search, grid or a DETReg checkpoint
 keywords: str = "keybert"  # how keywords are found: keybert | words
-keyword_model: str = ""  # of KeyBERT: hub name or folder; empty: the packaged MiniLM
+keyword_model: str = ""  # model of KeyBERT: hub name or folder; empty: the packaged MiniLM
 regions: int = None  # proposals per image; default 10
 words: int = None  # keywords per text; default 10
-crop_score: str = "max"  # of BLIP-2's vectors of a crop: max | mean (F16)
-hidden_dim: int = None  # of FENet; tiny 256, photos 1024, paper 4096
-out_dim: int = None  # of the embeddings; tiny 128, photos 256, paper 512
-dropout: float = None  # in FENet; default 0.2
+crop_score: str = "max"  # how the scores of BLIP-2's vectors of a crop are joined: max | mean (F16)
+hidden_dim: int = None  # hidden width of FENet; tiny 256, photos 1024, paper 4096
+out_dim: int = None  # width of the embeddings; tiny 128, photos 256, paper 512
+dropout: float = None  # dropout in FENet; default 0.2
 epochs: int = None  # passes over the training pairs; tiny 12, photos 8, paper 50
 milestone: float = None  # epoch of the step to a tenth of lr; tiny 10, photos 6, paper 40
 batch_size: int = None  # pairs per step; default 8
 lr: float = None  # learning rate; default 0.1
-momentum: float = None  # of SGD; default 0.9
-weight_decay: float = None  # of SGD; default 0.0005
+momentum: float = None  # momentum of SGD; default 0.9
+weight_decay: float = None  # weight decay of SGD; default 0.0005
 precision: str = None  # mixed precision: no | bf16 | fp16; default no
 threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number
 
@@ -190,8 +192,8 @@ facts
 # %% [markdown]
 # ## The run
 #
-# A run is its settings, its data and its features together: their digest is its identity, and its folder carries a part of it. What another run left
-# in the folder is refused.
+# A run is its settings, its data and its features together: their digest is its identity, and its folder carries a part of it. A folder that
+# holds a run with other settings, data or features is refused.
 
 # %%
 made = {"train_regions": train_regions, "train_keywords": train_keywords, "regions": gallery.regions, "keywords": gallery.keywords,

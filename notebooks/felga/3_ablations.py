@@ -21,8 +21,8 @@
 # The paper does not define "relevant". By category, which is the table's column, a text is relevant if its image has an object of the box's class;
 # by named class it must name the class; or only the box's own text is relevant. The second table has all three.
 #
-# **Cost** seconds. `make grid GRID=felga_variants` makes the runs and ends with this page. Rows that have not been run stay empty. What a grid is, and how
-# to add one, says `docs/adding_a_table.md`: this page knows no grid by name.
+# **Cost** seconds. `make grid GRID=felga_variants` makes the runs and ends with this page. Rows that have not been run stay empty. `docs/adding_a_table.md`
+# explains grids; this page works for any grid of the method.
 #
 # Our numbers come from other data than the paper's (`scenes`, or Flickr8k photos), so the columns are not to be subtracted from each other. What can be
 # compared is the order of the rows.
@@ -69,7 +69,7 @@ also = T.also(table, runs)
 Markdown(T.to_markdown(also) if len(also) else "Nothing else is measured here.")
 
 # %% [markdown]
-# Open diamonds are the paper's numbers, on its own data: compare their order, not their height. Small dots are single seeds.
+# Open diamonds are the paper's numbers, on its own data: compare their order, not their absolute values. Small dots are single seeds.
 
 # %%
 with F.style():
@@ -93,8 +93,8 @@ Markdown(T.to_markdown(found, digits=1) if len(found) else "No run here has anno
 #
 # Each claim compares two rows over seeds by Student's t interval on the difference (two-sided, 95 %): paired where both rows share seeds, data and the
 # order of the training pairs, Welch's otherwise; the column `test` says which. The claim *holds* where the interval lies above zero, it is
-# *contradicted* where the interval lies below, *undecided* where it contains zero, and *not run* where a row has fewer than two seeds. Three
-# seeds make a weak test, so *undecided* is no evidence against a claim. `printed difference` is the same difference in the paper's own table.
+# *contradicted* where the interval lies below, *undecided* where it contains zero, and *not run* where a row has no run or only
+# one seed: one seed has no spread, so there is no interval. Three seeds make a weak test, so *undecided* is no evidence against a claim. `printed difference` is the same difference in the paper's own table.
 
 # %%
 verdicts = T.verdicts(table, runs)

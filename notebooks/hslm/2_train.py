@@ -7,21 +7,24 @@
 # | scale | data | cost of one run |
 # |---|---|---|
 # | `smoke` | 160 pictures | seconds; the numbers mean nothing |
-# | `tiny`, scenes | 4,000 pictures of 64 px, 20 regions | 2 to 4 minutes on one core, after 3 minutes for the backbone and regions that all runs share |
-# | `tiny`, flickr8k | 6,000 photos, 36 regions of a frozen MobileNetV2 | 10 (global rows) to 20 minutes (whole model) on one core, after half an hour of selective search |
+# | `tiny`, scenes | 4,000 images of 64 px, 20 regions | training 188 to 505 s on one thread (row 12 of `hslm_modules`), after 3 minutes for the backbone and regions that all runs share |
+# | `tiny`, flickr8k | 6,000 photos, 36 regions of a frozen MobileNetV2 | training 255 to 296 s (row 1, global) or 737 to 862 s (row 12, the whole model) on one thread, after half an hour of selective search |
 # | `paper` | Flickr30k or COCO, 36 published regions, batch 128, 40 epochs | a GPU of 11 GB (the paper: one RTX 2080 Ti) |
 #
-# **Expected** on scenes, test: the rows with local alignment far above those without, as in the paper; the numbers stand in the README's
-# generated table. The run writes `metrics.json` last: that file, not this page, is the proof that it succeeded.
+# **Expected** on scenes, test: the numbers of [RESULTS.md](../../RESULTS.md), section "HSLM: Modules", row 12. Row 8 (local alignment) is far above row 4
+# (global alignment alone), as in the paper; most other rows have one seed and are not judged. The run writes `metrics.json` last: that file, not this page, is the
+# proof that it succeeded.
+#
+# A number in brackets behind a parameter, such as (H1), is the number of a reading, listed in `1_lesson`: a place where the paper can be read in several ways.
 
 # %% tags=["parameters"]
 dataset: str = "scenes"  # scenes, flickr8k, flickr30k or coco_karpathy
 data_root: str = "data"  # folder that holds the datasets' folders
-scale: str = "tiny"  # tiny takes the preset photos on photos: tiny | paper
+scale: str = "tiny"  # tiny or paper; on photo data sets tiny uses the preset `photos`
 reading: str = None  # readings of the paper; literal at scale paper: default | literal
 seed: int = 0  # random seed of initialisation, sampling order and dropout
 out: str = ""  # folder of the run; empty: papermill_runs/<method>/<dataset>.<scale>.<digest of the run>
-resume: str = ""  # what to do with the folder's earlier run: empty | fresh | replace
+resume: str = ""  # empty: continue the same run, refuse another; fresh: start over; replace: only if it differs
 smoke: bool = False  # run everything in seconds; the numbers mean nothing
 cache: str = "data/cache"  # folder of the backbones and features that runs share
 mgcn: bool = None  # graph convolution of regions and of words; default True
@@ -30,31 +33,31 @@ cross_attn: bool = None  # words guide the regions; default True
 glob: bool = None  # global alignment; default True
 loc: bool = None  # local alignment; default True
 depth: int = None  # layers of the graph convolution; 0 is the identity; default 4
-self_attention: str = None  # relations of Eq. 6: word | channel | softmax; default word (H1)
-self_residual: bool = None  # add E to Eq. 6; default False (H2)
-relation: str = None  # normalisation of A: nodes | raw | softmax; default nodes; literal raw (H4)
-graph_norm: str = None  # after W_r: none | layer | batch; tiny layer, photos layer, paper none (H5)
-normalise_graph: bool = None  # unit regions after the graph; default False (H9)
-cross: str = None  # reading of Eq. 15: attend | gate; default attend (H10)
-gate_pool: str = None  # of the scores, for gate: mean | max; default mean (H10)
+self_attention: str = None  # how Eq. 6 relates the words: word | channel | softmax; default word (H1)
+self_residual: bool = None  # residual connection in Eq. 6; default False (H2)
+relation: str = None  # normalisation of A (Eq. 7-8): nodes | raw | softmax; default nodes; literal raw (H4)
+graph_norm: str = None  # normalisation after W_r: none | layer | batch; tiny layer, photos layer, paper none (H5)
+normalise_graph: bool = None  # scale regions to unit length after the graph; default False (H9)
+cross: str = None  # how words and regions meet in Eq. 15: attend | gate; default attend (H10)
+gate_pool: str = None  # how a region's gate pools the words' scores, for gate: mean | max; default mean (H10)
 cross_scale: float = None  # factor inside the sigmoid of Eq. 16; tiny 10, photos 10, paper 1 (H10)
-context_norm: bool = None  # unit contexts; default True; literal False (H11)
-node_gate: str = None  # gates of Eq. 21: scalar | element; default scalar (H16)
-node_weights: str = None  # sum of the gates: raw | l1; default raw (H16)
-loss_score: str = None  # what Eq. 23 compares: sigmoid | logit; default sigmoid; literal logit (H17)
+context_norm: bool = None  # scale the contexts of Eq. 15 to unit length; default True; literal False (H11)
+node_gate: str = None  # shape of the gates of Eq. 21: scalar | element; default scalar (H16)
+node_weights: str = None  # normalisation of the gates of Eq. 21: raw | l1; default raw (H16)
+loss_score: str = None  # score that the loss compares (Eq. 23): sigmoid | logit; default sigmoid; literal logit (H17)
 include_special: bool = None  # [CLS] and [SEP] count as words; default True (H24)
-margin: float = None  # beta of Eq. 23; default 0.2
-negatives: str = None  # negatives of Eq. 23: hardest | mean | random; default hardest
-rivals: int = None  # random rivals; 0 is the batch; tiny 0, photos 4, paper 0 (H26)
+margin: float = None  # margin of the loss, beta of Eq. 23; default 0.2
+negatives: str = None  # negatives of the loss (Eq. 23): hardest | mean | random; default hardest
+rivals: int = None  # hardest of so many random negatives; 0: of the whole batch; tiny 0, photos 4, paper 0 (H26)
 warmup_epochs: float = None  # first epochs with random negatives; tiny 2, photos 1, paper 0 (H26)
-dropout: float = None  # of the word embeddings; tiny 0, photos 0.2, paper 0
+dropout: float = None  # dropout of the word embeddings; tiny 0, photos 0.2, paper 0
 vision: str = ""  # a timm name in place of the scale's backbone
-vision_weights: str = ""  # its safetensors file, or hub
+vision_weights: str = ""  # safetensors file of the network `vision`, or hub
 text_weights: str = ""  # folder or hub name whose WordPiece vocabulary is used
 proposals: str = "auto"  # what proposes the regions: auto | selective_search | grid
 regions: int = None  # proposals per image; tiny 20, photos 36, paper 36
-width: int = None  # d_1, the joint space; tiny 64, photos 128, paper 1024
-embed: int = None  # d_2, the word embeddings; tiny 64, photos 128, paper 300
+width: int = None  # d_1, width of the joint space; tiny 64, photos 128, paper 1024
+embed: int = None  # d_2, width of the word embeddings; tiny 64, photos 128, paper 300
 sim: int = None  # width of a similarity vector; tiny 32, photos 32, paper 256
 epochs: int = None  # passes over the training pairs; tiny 4, photos 5, paper 40
 batch_size: int = None  # pairs per step; tiny 64, photos 64, paper 128
@@ -63,7 +66,7 @@ decay_every: int = None  # epochs between steps to a tenth of lr; tiny 3, photos
 clip_norm: float = None  # largest norm of the gradient; 0 is none; default 2
 precision: str = None  # mixed precision: no | bf16 | fp16; default no
 val_pictures: int = None  # val images that rank an epoch; 0 is all; tiny 200, photos 200, paper 0
-score_precision: str = "fp32"  # heavy products of the final ranking: fp32 | bf16
+score_precision: str = "fp32"  # precision of the matrix products of the final ranking: fp32 | bf16
 threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number
 
 # %% jupyter={"source_hidden": true}
@@ -97,8 +100,16 @@ if s.threads:
 # %% [markdown]
 # ## The data and the features
 #
+# The default run, scale `tiny` on scenes:
+#
+# | data | features | image tower | text tower | model |
+# |---|---|---|---|---|
+# | 4,000 / 500 / 500 images of 64 px, 5 captions each | 20 regions of selective search, frozen ResNet-18 | linear layer, graph of 4 layers, width 64 | word embeddings of width 64, self-attention, graph of 4 layers, bidirectional GRU of width 64 | cross attention, local and global alignment; similarity vectors of width 32 |
+#
 # Regions are extracted once and shared by all runs: the published detector's arrays at scale `paper`; elsewhere proposals, with the pooled
-# features of a frozen network. Captions are token ids.
+# features of a frozen network. On scenes this network was trained on the ground-truth boxes of the train split and their attributes: shape, colour, size and
+# texture (`told="attributes"`). It stands in for bottom-up attention, a detector that was trained on labelled boxes; the matcher itself sees only captions.
+# Captions are token ids.
 
 # %%
 cache = root() / s.cache
@@ -110,7 +121,13 @@ if s.scale == "paper":
 else:
     records = open_records(s.dataset, data_root, smoke=s.smoke)
     network = inputs.frozen_network(
-        s.dataset, data_root, cache, vision=s.vision, weights=s.vision_weights, smoke=s.smoke
+        s.dataset,
+        data_root,
+        cache,
+        told="attributes",
+        vision=s.vision,
+        weights=s.vision_weights,
+        smoke=s.smoke,
     )
     images = inputs.region_images(records, network, cache, regions=s.regions, proposals=s.proposals)
 tokenizer = inputs.open_tokenizer(s.dataset, data_root, scale=s.scale, weights=s.text_weights)
@@ -140,8 +157,8 @@ print(
 # %% [markdown]
 # ## The run
 #
-# A run is its settings, its data and its features together: their digest is its identity, and its folder carries a part of it. What another run left
-# in the folder is refused. The annotated phrases belong to the data: the alignment is measured on them.
+# A run is its settings, its data and its features together: their digest is its identity, and its folder carries a part of it. A folder that
+# holds a run with other settings, data or features is refused. The annotated phrases belong to the data: the alignment is measured on them.
 
 # %%
 annotated = annotated_phrases(s.dataset, data_root, reported)

@@ -7,55 +7,58 @@
 # | scale | data | cost of one run |
 # |---|---|---|
 # | `smoke` | 160 pictures | seconds; the numbers mean nothing |
-# | `tiny`, scenes | 4,000 pictures of 64 px | 1 to 2 minutes on one core, after 3 minutes for the backbone that all runs share |
-# | `tiny`, flickr8k | 6,000 photos, frozen MobileNetV2 | about 7 minutes on one core, after 4 minutes of extraction |
+# | `tiny`, scenes | 4,000 images of 64 px | training 132 to 237 s on one thread (row 16 of `mvam_views`), after 3 minutes for the backbone that all runs share |
+# | `tiny`, flickr8k | 6,000 photos, frozen MobileNetV2 | training 447 to 525 s on one thread (MiniLM +MVAM of `mvam_photos`), after 4 minutes of extraction |
 # | `paper` | COCO or Flickr30k, batch 1024, 20 epochs | 8 GPUs |
 #
-# **Expected** on scenes, test: t2i R@1 well above a bag of words with the true labels at hand; the exact numbers stand in the
-# README's generated table. The run writes `metrics.json` last: that file, not this page, is the proof that it succeeded.
+# **Expected** on scenes, test: the R@1 of [RESULTS.md](../../RESULTS.md), section "MVAM: Number of views", row 16. In text-to-image R@1 the model beats a bag
+# of words that is given the true labels; in image-to-text R@1 it does not (`0_start_here` measures that baseline). The run writes `metrics.json` last: that
+# file, not this page, is the proof that it succeeded.
+#
+# A number in brackets behind a parameter, such as (M1), is the number of a reading, listed in `1_lesson`: a place where the paper can be read in several ways.
 
 # %% tags=["parameters"]
 dataset: str = "scenes"  # scenes, flickr8k, flickr30k or coco_karpathy
 data_root: str = "data"  # folder that holds the datasets' folders
-scale: str = "tiny"  # tiny takes the preset photos on photos: tiny | paper
+scale: str = "tiny"  # tiny or paper; on photo data sets tiny uses the preset `photos`
 reading: str = None  # readings of the paper; literal at scale paper: default | literal
 seed: int = 0  # random seed of initialisation, sampling order and dropout
 out: str = ""  # folder of the run; empty: papermill_runs/<method>/<dataset>.<scale>.<digest of the run>
-resume: str = ""  # what to do with the folder's earlier run: empty | fresh | replace
+resume: str = ""  # empty: continue the same run, refuse another; fresh: start over; replace: only if it differs
 smoke: bool = False  # run everything in seconds; the numbers mean nothing
 cache: str = "data/cache"  # folder of the backbones, features and text states that runs share
 backbone: str = None  # image features: grid | regions | clip; tiny regions, photos grid, paper regions
 text: str = "bert"  # text tower: bert | gru | minilm | clip
-pooling: str = None  # what makes one vector of the tokens: attention | cls | mean | mvam; default mvam
+pooling: str = None  # how token states are pooled into one vector: attention | cls | mean | mvam; default mvam
 views: int = None  # number of view codes; default 16
-total_dim: int = None  # width of the vector; tiny 512, photos 512, paper 1024
-projection: str = None  # the layer before the views: split | shared | full; default split (M1)
+total_dim: int = None  # width of the image vector and of the caption vector; tiny 512, photos 512, paper 1024
+projection: str = None  # linear layer before the views: split | shared | full; default split (M1)
 view_dim: int = None  # width of a view where projection is shared; default 64
-scoring: str = None  # code times token: dot | scaled | tanh; default dot (M2)
-include_special: bool = None  # attend to [IMG], [CLS] and [SEP]; default True (M3)
+scoring: str = None  # score of a code and a token (Eq. 7): dot | scaled | tanh; default dot (M2)
+include_special: bool = None  # views may attend to [IMG], [CLS] and [SEP]; default True (M3)
 diversity: str = None  # diversity loss (Eq. 10, Eq. 11): base | none | sqrt; default base
-diversity_weight: float = None  # lambda of Eq. 13; tiny 0.01, photos 0.01, paper 10
+diversity_weight: float = None  # weight of the diversity loss, lambda of Eq. 13; tiny 0.01, photos 0.01, paper 10
 diversity_power: int = None  # power of the norm of Eq. 10-11: 2 | 1; default 2 (M4)
-diversity_reduce: str = None  # diversity loss over the batch: mean | sum; default mean (M4)
-normalise: str = None  # unit length: after | per_view; default after (M6)
-reduction: str = None  # the two directions of Eq. 6: mean | sum; default mean (M5)
+diversity_reduce: str = None  # reduction of the diversity loss over the batch: mean | sum; default mean (M4)
+normalise: str = None  # where vectors are scaled to unit length: after | per_view; default after (M6)
+reduction: str = None  # how Eq. 6 joins its two directions: mean | sum; default mean (M5)
 same_picture_positives: bool = None  # other captions of the same image are positives; default False (M11)
 tau: float = None  # initial temperature, learnable; default 0.07 (M7)
 ensemble: int = 1  # number of independent models; 16 is the control of Table 3
 vision: str = ""  # a timm name in place of the scale's backbone
-vision_weights: str = ""  # its safetensors file, or hub
+vision_weights: str = ""  # safetensors file of the network `vision`, or hub
 text_weights: str = ""  # folder or hub name of the text model
 clip_weights: str = ""  # folder or hub name of a CLIP; empty trains a small one from scratch
 proposals: str = "auto"  # what proposes the regions: auto | selective_search | grid
 regions: int = None  # proposals per image; tiny 20, photos 36, paper 36
-width: int = None  # of the Transformers from scratch; tiny 128, photos 256, paper 768
-depth: int = None  # of the Transformers from scratch; tiny 1, photos 0, paper 12
-input_dropout: float = None  # of channels of frozen features; tiny 0, photos 0.3, paper 0
+width: int = None  # width of the Transformers trained from scratch; tiny 128, photos 256, paper 768
+depth: int = None  # layers of the Transformers trained from scratch; tiny 1, photos 0, paper 12
+input_dropout: float = None  # dropout of channels of frozen features; tiny 0, photos 0.3, paper 0
 epochs: int = None  # passes over the training pairs; tiny 4, photos 5, paper 20
 batch_size: int = None  # pairs per step; tiny 128, photos 128, paper 1024
 lr: float = None  # learning rate (stage 2); tiny 0.001, photos 0.001, paper 0.0001
 stage1_lr: float = None  # learning rate of stage 1, with clip_weights; default 0.001
-weight_decay: float = None  # of AdamW; tiny 0.05, photos 0.05, paper 0.01
+weight_decay: float = None  # weight decay of AdamW; tiny 0.05, photos 0.05, paper 0.01
 warmup: float = None  # share of the steps with a rising learning rate; default 0.1
 precision: str = None  # mixed precision: no | bf16 | fp16; tiny no, photos bf16, paper no
 workers: int = 0  # processes that read the data beside the training process
@@ -93,8 +96,16 @@ started = time.monotonic()
 # %% [markdown]
 # ## The data and the features
 #
+# The default run, scale `tiny` on scenes:
+#
+# | data | features | image tower | text tower | model |
+# |---|---|---|---|---|
+# | 4,000 / 500 / 500 images of 64 px, 5 captions each | 20 regions of selective search, frozen ResNet-18 | Transformer, 1 layer, width 128 | BERT from scratch, 1 layer, width 128 | MVAM, 16 views, vectors of width 512 |
+#
 # At scale `tiny` a frozen network looks at every image once, at 20 proposals or at its grid cells; the features stay in the cache, where all runs find
-# them. At scale `paper` the regions are the published arrays of a detector, which carry captions of their own. A CLIP reads pixels.
+# them. On scenes this network was trained on the ground-truth boxes of the train split and their attributes: shape, colour, size and texture
+# (`told="attributes"`). It stands in for bottom-up attention, a detector that was trained on labelled boxes; the matcher itself sees only captions. At scale `paper`
+# the regions are the published arrays of a detector, which carry captions of their own. A CLIP reads pixels.
 
 # %%
 cache = root() / s.cache
@@ -113,8 +124,9 @@ elif s.backbone == "regions" and s.scale == "paper":
 else:
     records = open_records(s.dataset, data_root, smoke=s.smoke)
     network = inputs.frozen_network(
-        s.dataset, data_root, cache, scale=s.scale, vision=s.vision, weights=s.vision_weights, smoke=s.smoke
-    )
+        s.dataset, data_root, cache, told="attributes", scale=s.scale, vision=s.vision, weights=s.vision_weights,
+        smoke=s.smoke,
+    )  # fmt: skip
     kind = "cells" if s.backbone == "grid" else "regions"
     images = inputs.region_images(
         records, network, cache, kind=kind, regions=s.regions, proposals=s.proposals
@@ -138,7 +150,7 @@ pd.DataFrame(
 # %% [markdown]
 # ## The towers and the model
 #
-# Two towers give token states; MVAM is what stands on them (Eq. 7 to 9 on each side). An ensemble of N (Table 3) is N independent models with N
+# Two towers give token states; MVAM pools their token states (Eq. 7 to 9, for images and for captions). An ensemble of N (Table 3) is N independent models with N
 # seeds, each with 1/N of the width and one view. Everything else is one model.
 
 
@@ -169,8 +181,8 @@ print(f"{sum(q.numel() for q in model.parameters()) / 1e6:.2f} M parameters, "
 # %% [markdown]
 # ## The run
 #
-# A run is its settings, its data and its features together: their digest is its identity, and its folder carries a part of it. What another run left
-# in the folder is refused.
+# A run is its settings, its data and its features together: their digest is its identity, and its folder carries a part of it. A folder that
+# holds a run with other settings, data or features is refused.
 
 # %%
 run = begin(
@@ -184,7 +196,7 @@ run.folder
 # ## Training
 #
 # The epoch with the best rsum on *val* is kept. Where val itself is reported (a dataset without a test split here), the last epoch is kept
-# instead: a number that chose its own epoch would flatter.
+# instead: selecting the epoch on the reported split would be optimistic.
 #
 # > "For MVAM-CLIP, we train it in 2 stages: firstly training view codes with the fixed CLIP model [...], and secondly fine-tuning all parameters"
 #

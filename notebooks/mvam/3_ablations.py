@@ -13,8 +13,8 @@
 # | `mvam_photos` | none | real photos, frozen MobileNetV2 cells: pooling and text encoder (a frozen MiniLM, or a GRU from scratch) |
 # | `mvam_lambda` | none | our question: how much diversity loss do encoders tolerate that are trained from scratch? |
 #
-# **Cost** seconds. `make grid GRID=mvam_views` makes the runs and ends with this page. Rows that have not been run stay empty. What a grid is, and how
-# to add one, says `docs/adding_a_table.md`: this page knows no grid by name.
+# **Cost** seconds. `make grid GRID=mvam_views` makes the runs and ends with this page. Rows that have not been run stay empty. `docs/adding_a_table.md`
+# explains grids; this page works for any grid of the method.
 #
 # Our numbers come from other data than the paper's (`scenes`, or Flickr8k photos), so the columns are not to be subtracted from each other. What can be
 # compared is the order of the rows.
@@ -61,7 +61,7 @@ also = T.also(table, runs)
 Markdown(T.to_markdown(also) if len(also) else "Nothing else is measured here.")
 
 # %% [markdown]
-# Open diamonds are the paper's numbers, on its own data: compare their order, not their height. Small dots are single seeds.
+# Open diamonds are the paper's numbers, on its own data: compare their order, not their absolute values. Small dots are single seeds.
 
 # %%
 with F.style():
@@ -83,8 +83,8 @@ Markdown(T.to_markdown(found, digits=1) if len(found) else "No run here has anno
 #
 # Each claim compares two rows over seeds by Student's t interval on the difference (two-sided, 95 %): paired where both rows share seeds, data and the
 # order of the training pairs, Welch's otherwise; the column `test` says which. The claim *holds* where the interval lies above zero, it is
-# *contradicted* where the interval lies below, *undecided* where it contains zero, and *not run* where a row has fewer than two seeds. Three
-# seeds make a weak test, so *undecided* is no evidence against a claim. `printed difference` is the same difference in the paper's own table.
+# *contradicted* where the interval lies below, *undecided* where it contains zero, and *not run* where a row has no run or only
+# one seed: one seed has no spread, so there is no interval. Three seeds make a weak test, so *undecided* is no evidence against a claim. `printed difference` is the same difference in the paper's own table.
 
 # %%
 verdicts = T.verdicts(table, runs)

@@ -20,8 +20,8 @@
 # pretraining on 14M images. Ours are not pretrained either, so Table 6 is the one to compare with. Table 8 stands at the end of this page: its
 # parameters and FLOPs are counted, nothing is trained.
 #
-# **Cost** seconds. `make grid GRID=slan_adaptors` makes the runs and ends with this page. Rows that have not been run stay empty. What a grid is, and how
-# to add one, says `docs/adding_a_table.md`: this page knows no grid by name.
+# **Cost** seconds. `make grid GRID=slan_adaptors` makes the runs and ends with this page. Rows that have not been run stay empty. `docs/adding_a_table.md`
+# explains grids; this page works for any grid of the method.
 #
 # Our numbers come from other data than the paper's (`scenes`, or Flickr8k photos), so the columns are not to be subtracted from each other. What can be
 # compared is the order of the rows.
@@ -68,7 +68,7 @@ also = T.also(table, runs)
 Markdown(T.to_markdown(also) if len(also) else "Nothing else is measured here.")
 
 # %% [markdown]
-# Open diamonds are the paper's numbers, on its own data: compare their order, not their height. Small dots are single seeds.
+# Open diamonds are the paper's numbers, on its own data: compare their order, not their absolute values. Small dots are single seeds.
 
 # %%
 with F.style():
@@ -106,8 +106,8 @@ if (
 #
 # Each claim compares two rows over seeds by Student's t interval on the difference (two-sided, 95 %): paired where both rows share seeds, data and the
 # order of the training pairs, Welch's otherwise; the column `test` says which. The claim *holds* where the interval lies above zero, it is
-# *contradicted* where the interval lies below, *undecided* where it contains zero, and *not run* where a row has fewer than two seeds. Three
-# seeds make a weak test, so *undecided* is no evidence against a claim. `printed difference` is the same difference in the paper's own table.
+# *contradicted* where the interval lies below, *undecided* where it contains zero, and *not run* where a row has no run or only
+# one seed: one seed has no spread, so there is no interval. Three seeds make a weak test, so *undecided* is no evidence against a claim. `printed difference` is the same difference in the paper's own table.
 
 # %%
 verdicts = T.verdicts(table, runs)

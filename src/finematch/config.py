@@ -103,8 +103,10 @@ class Declared:
 
     @property
     def comment(self) -> str:
-        """Help, choices or range, what the presets give, the reading's number in its register."""
-        choices = "" if self.kind is bool else " | ".join(map(_said, self.choices))
+        """Help, choices unless it names them all, what the presets give, the reading's number in its register."""
+        listed = [] if self.kind is bool else [_said(choice) for choice in self.choices]
+        named = all(re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", self.help) for choice in listed)
+        choices = "" if named else " | ".join(listed)
         parts = [self.help + (f": {choices}" if choices else "")]
         of_preset = list(dict.fromkeys(map(_said, self.presets.values())))
         if len(of_preset) > 1:

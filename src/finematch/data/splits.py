@@ -52,7 +52,7 @@ def open_records(dataset: str, data_root: str | Path, *, smoke: bool = False) ->
 def reported_split(records: Mapping) -> str:
     """The split whose numbers a run reports: test, or val where the dataset has no test split here.
 
-    A run that reports val keeps its last epoch: a number that chose its own epoch would flatter (`selection`).
+    A run that reports val keeps its last epoch: selecting the epoch on it would be optimistic (`selection`).
     """
     return "test" if "test" in records else "val"
 

@@ -16,14 +16,14 @@ class MVAMConfig(Config):
     """Settings of `models.mvam.MVAM`."""
 
     pooling: str = setting(
-        "mvam", {"cls", "mean", "attention", "mvam"}, "what makes one vector of the tokens"
+        "mvam", {"cls", "mean", "attention", "mvam"}, "how token states are pooled into one vector"
     )
     views: int = setting(16, (1, 256), "number of view codes")
-    total_dim: int = setting(1024, (1, 65536), "width of the vector")
+    total_dim: int = setting(1024, (1, 65536), "width of the image vector and of the caption vector")
     projection: str = switch(
         "M1", "split", "shared", "full",
         says="width of C lost; +Attn projects to 1024 before attention",
-        help="the layer before the views",
+        help="linear layer before the views",
     )  # fmt: skip
     view_dim: int = setting(64, (1, 4096), "width of a view where projection is shared")
     scoring: str = switch(
@@ -32,14 +32,14 @@ class MVAMConfig(Config):
         "scaled",
         "tanh",
         says="'codes as queries', as in Poly-encoders",
-        help="code times token",
+        help="score of a code and a token (Eq. 7)",
     )
     include_special: bool = switch(
         "M3", True, False, says="does not say whether [IMG], [CLS], [SEP] are attended",
-        help="attend to [IMG], [CLS] and [SEP]",
+        help="views may attend to [IMG], [CLS] and [SEP]",
     )  # fmt: skip
     diversity: str = setting("base", {"base", "sqrt", "none"}, "diversity loss (Eq. 10, Eq. 11)")
-    diversity_weight: float = setting(10.0, (0, 1e6), "lambda of Eq. 13")
+    diversity_weight: float = setting(10.0, (0, 1e6), "weight of the diversity loss, lambda of Eq. 13")
     diversity_power: int = switch(
         "M4",
         2,
@@ -48,17 +48,21 @@ class MVAMConfig(Config):
         help="power of the norm of Eq. 10-11",
     )
     diversity_reduce: str = switch(
-        "M4", "mean", "sum", says="batch reduction not given", help="diversity loss over the batch"
+        "M4",
+        "mean",
+        "sum",
+        says="batch reduction not given",
+        help="reduction of the diversity loss over the batch",
     )
     reduction: str = switch(
-        "M5", "mean", "sum", says="Eq. 6 lost; CLIP halves the sum", help="the two directions of Eq. 6"
+        "M5", "mean", "sum", says="Eq. 6 lost; CLIP halves the sum", help="how Eq. 6 joins its two directions"
     )
     normalise: str = switch(
         "M6",
         "after",
         "per_view",
         says="'concatenated for matching'",
-        help="unit length",
+        help="where vectors are scaled to unit length",
     )
     tau: float = setting(
         0.07,
@@ -84,48 +88,54 @@ class HSLMConfig(Config):
     cross_attn: bool = setting(True, None, "words guide the regions")
     glob: bool = setting(True, None, "global alignment")
     loc: bool = setting(True, None, "local alignment")
-    width: int = setting(1024, (1, 8192), "d_1, the joint space")
-    embed: int = setting(300, (1, 8192), "d_2, the word embeddings")
+    width: int = setting(1024, (1, 8192), "d_1, width of the joint space")
+    embed: int = setting(300, (1, 8192), "d_2, width of the word embeddings")
     sim: int = setting(256, (1, 8192), "width of a similarity vector")
     depth: int = setting(4, (0, 48), "layers of the graph convolution; 0 is the identity")
     self_attention: str = switch(
         "H1", "word", "channel", "softmax",
         says="Eq. 6 multiplies three matrices that do not conform; the text filters words",
-        help="relations of Eq. 6")
-    self_residual: bool = switch("H2", False, True, says="Eq. 6 has no residual", help="add E to Eq. 6")
+        help="how Eq. 6 relates the words")
+    self_residual: bool = switch("H2", False, True, says="Eq. 6 has no residual", help="residual connection in Eq. 6")
     relation: str = switch(
         "H4", "nodes", "raw", "softmax", literal="raw",
-        says="Eq. 7-8 do not normalise A; the cited VSRN divides by the nodes", help="normalisation of A")
+        says="Eq. 7-8 do not normalise A; the cited VSRN divides by the nodes", help="normalisation of A (Eq. 7-8)")
     graph_norm: str = switch(
         "H5", "none", "layer", "batch", says="no normalisation in Eq. 8-9; VSRN's code has one of the batch",
-        help="after W_r")
+        help="normalisation after W_r")
     normalise_graph: bool = switch(
-        "H9", False, True, says="does not say where vectors are made unit", help="unit regions after the graph")
+        "H9", False, True, says="does not say where vectors are made unit",
+        help="scale regions to unit length after the graph")
     cross: str = switch(
-        "H10", "attend", "gate", says="Eq. 15-16 call a product of M x d and N x d a dot product; scores for each pair",
-        help="reading of Eq. 15")
+        "H10", "attend", "gate",
+        says="Eq. 15-16 call a product of M x d and N x d a dot product; scores for each pair",
+        help="how words and regions meet in Eq. 15")
     gate_pool: str = switch(
-        "H10", "mean", "max", says="how a region's gate gathers the words' scores", help="of the scores, for gate")
+        "H10", "mean", "max", says="how a region's gate gathers the words' scores",
+        help="how a region's gate pools the words' scores, for gate")
     cross_scale: float = setting(
         1.0, (0, 1e6), "factor inside the sigmoid of Eq. 16", register="H10", literal=1.0,
         says="Eq. 16 has no temperature")
     context_norm: bool = switch(
-        "H11", True, False, literal=False, says="the weights of Eq. 15 do not sum to one", help="unit contexts")
+        "H11", True, False, literal=False, says="the weights of Eq. 15 do not sum to one",
+        help="scale the contexts of Eq. 15 to unit length")
     node_gate: str = switch(
-        "H16", "scalar", "element", says="Eq. 21 calls it a dot product", help="gates of Eq. 21")
+        "H16", "scalar", "element", says="Eq. 21 calls it a dot product", help="shape of the gates of Eq. 21")
     node_weights: str = switch(
-        "H16", "raw", "l1", says="SGRAF, on which 3.5 builds, makes the gates sum to one", help="sum of the gates")
+        "H16", "raw", "l1", says="SGRAF, on which 3.5 builds, makes the gates sum to one",
+        help="normalisation of the gates of Eq. 21")
     loss_score: str = switch(
         "H17", "sigmoid", "logit", literal="logit",
-        says="Eq. 22 ends with FC; SGRAF adds a sigmoid. The logit ranks", help="what Eq. 23 compares")
+        says="Eq. 22 ends with FC; SGRAF adds a sigmoid. The logit ranks",
+        help="score that the loss compares (Eq. 23)")
     include_special: bool = switch(
         "H24", True, False, says="whether <start> and <end> count as words", help="[CLS] and [SEP] count as words")
-    margin: float = setting(0.2, (1e-6, 100), "beta of Eq. 23")
-    negatives: str = setting("hardest", {"hardest", "mean", "random"}, "negatives of Eq. 23")
+    margin: float = setting(0.2, (1e-6, 100), "margin of the loss, beta of Eq. 23")
+    negatives: str = setting("hardest", {"hardest", "mean", "random"}, "negatives of the loss (Eq. 23)")
     rivals: int = setting(
-        0, (0, 65536), "random rivals; 0 is the batch", register="H26", literal=0,
+        0, (0, 65536), "hardest of so many random negatives; 0: of the whole batch", register="H26", literal=0,
         says="hard negatives in each mini-batch")
-    dropout: float = setting(0.0, (0, 0.95), "of the word embeddings")
+    dropout: float = setting(0.0, (0, 0.95), "dropout of the word embeddings")
 
     @property
     def layers(self) -> int:
@@ -138,33 +148,35 @@ class FELGAConfig(Config):
     """Settings of `models.felga.FELGA`."""
 
     labels: str = setting("dynamic", {"dense", "sparse", "dynamic"}, "pseudo-labels (Eq. 3, 4, 6)")
-    alignment: str = setting("both", {"local", "global", "both"}, "Eq. 10, Eq. 12, Eq. 13")
+    alignment: str = setting(
+        "both", {"local", "global", "both"}, "losses: local (Eq. 10), global (Eq. 12) or both (Eq. 13)")
     label_features: str = switch(
         "F9", "frozen", "online", says="Eq. 4-6 compare f, not f-hat; yet 'dynamically construct'",
         help="features that Eq. 4-6 compare")
     fenet: str = switch(
-        "F12", "shared", "separate", says="Eq. 8 has one symbol for both modalities", help="FENets of both modalities")
-    hidden_dim: int = setting(4096, (1, 65536), "of FENet")
-    out_dim: int = setting(512, (1, 65536), "of the embeddings")
-    dropout: float = setting(0.2, (0, 0.95), "in FENet")
+        "F12", "shared", "separate", says="Eq. 8 has one symbol for both modalities",
+        help="one FENet for both modalities, or one each")
+    hidden_dim: int = setting(4096, (1, 65536), "hidden width of FENet")
+    out_dim: int = setting(512, (1, 65536), "width of the embeddings")
+    dropout: float = setting(0.2, (0, 0.95), "dropout in FENet")
     input_scale: str = switch(
         "F13", "rms", "unit", "raw", says="does not say how long the vectors are that FENet takes",
-        help="length of what FENet takes")
+        help="length of the vectors that FENet takes")
     loss: str = switch(
         "F1", "anchor", "batch", "pair", literal="batch", says="the sums inside Eq. 10 and 12 have no free index",
-        help="sums in Eq. 10 and 12")
+        help="over what Eq. 10 and 12 sum")
     literal_scale: bool = switch(
         "F1", False, True,
         says="the outer sums of Eq. 10 and 12, under which nothing depends on i, j; training at lr 0.1 then diverges",
-        help="outer sums of Eq. 10 and 12, for batch alone")
+        help="keep the outer sums of Eq. 10 and 12, for loss=batch alone")
     hinge: bool = switch(
         "F2", False, True, says="'inspired by the Lifted Structured Loss', which has one",
-        help="hinge of the lifted structured loss")
+        help="use the hinge of the lifted structured loss")
     tau: float = setting(
-        1.0, (1e-6, 1000), "temperature", register="F4", literal=1.0, says="e^d without a temperature")
+        1.0, (1e-6, 1000), "temperature of the losses", register="F4", literal=1.0, says="e^d without a temperature")
     empty: str = switch(
         "F5", "skip", "keep", says="does not say what a row without positives adds",
-        help="rows without positives or negatives")
+        help="fragments without positives or negatives")
     lambda1: float = setting(0.5, (-100, 100), "margin of Eq. 10; no gradient without hinge")
     lambda2: float = setting(0.5, (-100, 100), "margin of Eq. 12; no gradient without hinge")
     lambda3: float = setting(0.2, (0, 1000), "weight of the global loss in Eq. 13")
@@ -177,116 +189,129 @@ class FELGAConfig(Config):
 class LocatorConfig(Config):
     """Settings of `models.slan.locator.SelfLocator` (SLAN 3.2). `width` is the objective's as well."""
 
-    width: int = setting(768, (1, 4096), "D, of all tokens")
-    levels: int = setting(3, (0, 12), "adaptors L")
+    width: int = setting(768, (1, 4096), "width D of all tokens")
+    levels: int = setting(3, (0, 12), "number of region adaptors, L")
     decoder_levels: int = setting(3, (1, 12), "maps of the vision decoder, which the proposals read")
     pyramid: int = setting(256, (1, 4096), "channels of the decoder's maps")
-    scales: tuple = setting((), None, "of a plain ViT's pyramid, coarse to fine; empty: 1/2, 1, 2 ...")
+    scales: tuple = setting((), None, "scales of a plain ViT's pyramid, coarse to fine; empty: 1/2, 1, 2 ...")
     source: str = switch(
         "A.3", "decoder", "encoder", says="arXiv, Table 10: where the maps of all levels come from",
-        help="maps of all levels")
+        help="source of the feature maps of all levels")
     proposals: str = switch(
-        "S28", "rpn", "queries", says="ICCV: region proposal network; arXiv: DETR", help="unset: the version's")
+        "S28", "rpn", "queries", says="ICCV: region proposal network; arXiv: DETR",
+        help="source of the region proposals")
     count: int = setting(100, (1, 10000), "proposals per image")
     anchor: float = setting(8.0, (0.01, 1000), "side of an anchor, in cells of its map")
-    anchor_offset: float = setting(0.5, (0, 1), "place of an anchor in its cell; 0: torchvision's")
+    anchor_offset: float = setting(0.5, (0, 1), "place of an anchor in its cell; 0: as in torchvision")
     nms: float = setting(
-        0.0, (0, 0.99), "IoU of suppression, 0 is none", register="S16", literal=0.0,
+        0.0, (0, 0.99), "IoU of non-maximum suppression; 0: none", register="S16", literal=0.0,
         says="nothing about suppression of proposals that no label trained")
-    query_depth: int = setting(6, (1, 48), "layers of the queries' transformer")
-    query_heads: int = setting(8, (1, 64), "its heads")
+    query_depth: int = setting(6, (1, 48), "layers of the query Transformer")
+    query_heads: int = setting(8, (1, 64), "attention heads of the query Transformer")
     frozen: bool = setting(False, None, "the proposals are not trained (Table 6, row 1)")
-    top: int = setting(10, (0, 1000), "T of the filter, 0 keeps all")
-    threshold: float = setting(0.5, (0, 0.999), "h of the filter")
+    top: int = setting(10, (0, 1000), "regions that the filter keeps, T; 0 keeps all")
+    threshold: float = setting(0.5, (0, 0.999), "lowest score that the filter keeps, h")
     score_norm: str = switch(
         "S17", "max", "minmax", "sigmoid", says="arXiv: 'with the maximum value 1'; ICCV: in [0, 1]",
-        help="saliency")
+        help="normalisation of the filter's scores")
     filter_text: bool = switch(
         "S19", False, True, says="the filter is conditioned on texts (abstract), not so in Algorithm 1",
         help="the filter reads the text")
-    weighting: bool = setting(True, None, "saliency weights the region embeddings")
+    weighting: bool = setting(True, None, "the filter's scores weight the region embeddings")
     first: str = switch(
-        "S10", "encoder", "decoder", says="E^G_1 from V (3.2), from F_i in Algorithm 1", help="origin of E^G_1")
-    heads: int = setting(8, (1, 64), "of the adaptors' attention")
-    dropout: float = setting(0.0, (0, 0.95), "of the adaptors' attention")
+        "S10", "encoder", "decoder", says="E^G_1 from V (3.2), from F_i in Algorithm 1",
+        help="source of the first level's E^G_1")
+    heads: int = setting(8, (1, 64), "attention heads of the adaptors")
+    dropout: float = setting(0.0, (0, 0.95), "dropout of the adaptors' attention")
     attn: str = switch(
         "S1", "transformer", "literal", literal="literal",
-        says="names multi-head attention; Eq. 1 is one head without projections", help="attention of Eq. 1")
+        says="names multi-head attention; Eq. 1 is one head without projections",
+        help="form of the attention of Eq. 1")
     region_update: str = switch(
         "S2", "residual", "overwrite", "reweight", literal="overwrite",
-        says="Algorithm 1 overwrites (line 9) what line 5 made", help="line 9")
+        says="Algorithm 1 overwrites (line 9) what line 5 made", help="Alg. 1, line 9")
     axes: str = switch(
         "S3", "image", "paper", literal="paper", says="Eq. 2 moves x by the cell's row and y by its column",
-        help="axes of Eq. 2")
+        help="order of the axes in Eq. 2")
     unit: str = switch(
-        "S5", "N/K", "N", literal="N", says="Eq. 2 multiplies by the whole neighbourhood's size; cells stand N/K apart",
-        help="unit of Eq. 2")
+        "S5", "N/K", "N", literal="N",
+        says="Eq. 2 multiplies by the whole neighbourhood's size; cells stand N/K apart",
+        help="unit of the shifts of Eq. 2")
     extent: str = switch(
         "S6", "map", "region", says="H_i and W_i: those of the map (Table 1), or of each region",
-        help="H and W of a neighbourhood")
+        help="what gives a neighbourhood its H and W")
     k: int = setting(
         3, (1, 15), "cells of a neighbourhood per side; odd", register="S7", literal=3,
         says="gives K in an example only")
-    ratios: tuple = setting((), None, "r of each level; empty: 1, 1/2, 1/4 ...")
+    ratios: tuple = setting((), None, "ratio r of each level, with commas; empty: 1, 1/2, 1/4 ...")
     cell_weights: str = switch(
-        "S8", "softmax", "raw", "relu", literal="raw", says="a weighted summation whose weights M_j are not normalised",
-        help="weights M of Eq. 2")
+        "S8", "softmax", "raw", "relu", literal="raw",
+        says="a weighted summation whose weights M_j are not normalised",
+        help="normalisation of M in Eq. 2")
     cell_tau: float = setting(0.07, (1e-6, 100), "temperature of the softmax of M")
     outside: str = switch(
         "S8", "mean", "keep", says="nothing about cells of a neighbourhood that lie outside the picture",
-        help="cells outside the image")
+        help="treatment of cells outside the image")
     include_special: bool = switch(
         "S9", False, True, says="all word embeddings; whether [CLS] and [SEP] are words",
         help="[CLS] and [SEP] count as words")
     scaling: str = switch(
         "S11", "rank", "query", "level", "predicted", says="p_w, p_h belong to regions, which differ by picture",
-        help="owner of p; unset: the version's")
-    smallest: float = setting(1 / 32, (1e-6, 0.5), "least side of a box")
+        help="what scaling factors p_w, p_h belong to")
+    smallest: float = setting(1 / 32, (1e-6, 0.5), "smallest side of a box, as a share of the image's")
     box_grad: bool = switch(
         "S12", True, False, says="nothing; the usual RoIAlign gives boxes no gradient",
         help="gradients reach the boxes")
     roi: str = switch(
-        "-", "align", "table", says="RoIAlign, then average pooling; the table is the exact mean", help="RoI pooling")
-    samples: int = setting(14, (1, 64), "of RoIAlign, per side")
+        "-", "align", "table", says="RoIAlign, then average pooling; the table is the exact mean",
+        help="implementation of RoI pooling")
+    samples: int = setting(14, (1, 64), "sampling points of RoIAlign per side")
     embed_norm: str = switch(
-        "-", "layer", "none", literal="none", says="no normalisation of region embeddings", help="of region embeddings")
+        "-", "layer", "none", literal="none", says="no normalisation of region embeddings",
+        help="normalisation of the region embeddings")
     target: str = switch(
         "S28", "mean", "weighted", says="Eq. 3 is the mean; arXiv's text has a 'weighted summation'",
-        help="target of Eq. 3")
+        help="regression target of Eq. 3")
     detach_target: bool = switch(
         "S13", True, False, says="the mean of the updated regions is 'taken as ground truth'",
         help="the target of Eq. 3 is held fixed")
     reg_reduction: str = switch(
         "S14", "sum", "mean", says="summation for all regions; weights l1_weight, giou_weight not given",
-        help="Eq. 3 over regions")
-    l1_weight: float = setting(1.0, (0, 100), "of Eq. 3")
-    giou_weight: float = setting(1.0, (0, 100), "of Eq. 3")
+        help="reduction of Eq. 3 over regions")
+    l1_weight: float = setting(1.0, (0, 100), "weight of the L1 term of Eq. 3")
+    giou_weight: float = setting(1.0, (0, 100), "weight of the GIoU term of Eq. 3")
     token: str = switch(
         "S20", "map", "regions", says="T_v is the mean of V (ICCV) or of the region embeddings (arXiv)",
-        help="T_v of the contrast; unset: the version's")
+        help="image token T_v of the contrast")
     fused: str = switch(
         "S20", "regions", "map", says="T_v of the last level (Algorithm 1), or of V (3.2, ICCV)",
-        help="T_v of matching")
+        help="image token T_v of the matching head")
 
 
 @dataclass(frozen=True)
 class SLANConfig(Config):
     """Settings of `models.slan.objective.SLAN` (3.3). A term of weight 0 is not computed, and its head is not made."""
 
-    width: int = setting(768, (1, 4096), "D, of all tokens")
-    itc_weight: float = setting(1.0, (0, 100), "contrast", register="S37", literal=1.0, says="Eq. 8-9 have no weights")
-    itm_weight: float = setting(1.0, (0, 100), "matching", register="S37", literal=1.0, says="Eq. 8-9 have no weights")
+    width: int = setting(768, (1, 4096), "width D of all tokens")
+    itc_weight: float = setting(
+        1.0, (0, 100), "weight of the contrast", register="S37", literal=1.0,
+        says="Eq. 8-9 have no weights")
+    itm_weight: float = setting(
+        1.0, (0, 100), "weight of matching", register="S37", literal=1.0,
+        says="Eq. 8-9 have no weights")
     mlm_weight: float = setting(
-        1.0, (0, 100), "masked words", register="S37", literal=1.0, says="Eq. 8-9 have no weights")
-    reg_weight: float = setting(1.0, (0, 100), "Eq. 3", register="S37", literal=1.0, says="Eq. 8-9 have no weights")
+        1.0, (0, 100), "weight of masked words", register="S37", literal=1.0, says="Eq. 8-9 have no weights")
+    reg_weight: float = setting(
+        1.0, (0, 100), "weight of Eq. 3", register="S37", literal=1.0,
+        says="Eq. 8-9 have no weights")
     embed: int = setting(
-        256, (0, 65536), "width of the contrast, 0: the tokens'", register="S37",
+        256, (0, 65536), "width of the contrast's vectors; 0: that of the tokens", register="S37",
         says="a dot product of D-d tokens; ALBEF projects them to 256")
     queue: int = setting(
-        65536, (0, 2**20), "pairs of the queues, 0: the batch alone", register="S21",
+        65536, (0, 2**20), "pairs in the contrast's queues; 0: the batch alone", register="S21",
         says="'two queues', of no stated size")
     momentum: float = setting(
-        0.995, (0, 0.99999), "of the momentum encoders, 0: none", register="S21",
+        0.995, (0, 0.99999), "decay of the momentum encoders; 0: none", register="S21",
         says="does not name momentum encoders; ALBEF has them")
     distil: float = setting(
         0.0, (0, 0.99), "share of momentum distillation", register="S22", literal=0.0,
@@ -296,19 +321,21 @@ class SLANConfig(Config):
         says="one positive a pair; ALBEF counts same-picture ones when it fine-tunes",
         help="captions of one image are all positives")
     reduction: str = switch(
-        "S22", "sum", "mean", says="Eq. 6 sums the directions; ALBEF averages them", help="directions of Eq. 6")
+        "S22", "sum", "mean", says="Eq. 6 sums the directions; ALBEF averages them",
+        help="how Eq. 6 joins its two directions")
     tau: float = setting(
-        0.07, (0.001, 0.5), "initial temperature", register="S21", literal=0.07, says="'a temperature parameter'")
+        0.07, (0.001, 0.5), "initial temperature of the contrast", register="S21", literal=0.07,
+        says="'a temperature parameter'")
     learnable_tau: bool = setting(True, None, "the temperature is trained")
     mask_share: float = setting(0.15, (0.001, 0.999), "share of the words that are masked")
     mlm: str = switch(
         "S25", "positions", "pooled", literal="pooled",
-        says="p_mask(T_v, T_t): two vectors cannot tell positions apart", help="states that predict words")
+        says="p_mask(T_v, T_t): two vectors cannot tell positions apart", help="states that predict masked words")
     mlm_picture: bool = switch(
         "S25", True, False, says="whether T_v joins the word's own state", help="T_v joins the masked word's state")
     match_score: str = switch(
         "4.1", "odds", "logit", says="not how pairs are ranked; ALBEF takes the logit of 'matched' alone",
-        help="score of a pair")
+        help="how the matching head scores a pair")
 
     @property
     def weights(self) -> dict[str, float]:

@@ -58,7 +58,7 @@ class TokenPooling(nn.Module):
 
 # ------------------------------------------------------------------------- 3.3 multi-view attention
 class ViewAttention(nn.Module):
-    """Eq. 7-9: `v` learnable view codes ask the projected states; their answers are concatenated.
+    """Eq. 7-9: `v` learnable view codes are queries on the projected states; the weighted sums are concatenated.
 
         A = softmax_n(C K^T)        Eq. 7     "v k, b n v k -> b v n"
         r_v = sum_n A[v, n] K[n]    Eq. 8     "b v n, b n v k -> b v k"
