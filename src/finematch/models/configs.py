@@ -16,7 +16,7 @@ class MVAMConfig(Config):
     """Settings of `models.mvam.MVAM`."""
 
     pooling: str = setting(
-        "mvam", {"cls", "mean", "attention", "mvam"}, "how token states are pooled into one vector"
+        "mvam", {"cls", "mean", "attention", "mvam"}, "how token states are pooled to one vector"
     )
     views: int = setting(16, (1, 256), "number of view codes")
     total_dim: int = setting(1024, (1, 65536), "width of the image vector and of the caption vector")
@@ -39,7 +39,7 @@ class MVAMConfig(Config):
         help="views may attend to [IMG], [CLS] and [SEP]",
     )  # fmt: skip
     diversity: str = setting("base", {"base", "sqrt", "none"}, "diversity loss (Eq. 10, Eq. 11)")
-    diversity_weight: float = setting(10.0, (0, 1e6), "weight of the diversity loss, lambda of Eq. 13")
+    diversity_weight: float = setting(10.0, (0, 1e6), "weight lambda of the diversity loss")
     diversity_power: int = switch(
         "M4",
         2,
@@ -102,7 +102,7 @@ class HSLMConfig(Config):
         says="Eq. 7-8 do not normalise A; the cited VSRN divides by the nodes", help="normalisation of A (Eq. 7-8)")
     graph_norm: str = switch(
         "H5", "none", "layer", "batch", says="no normalisation in Eq. 8-9; VSRN's code has one of the batch",
-        help="normalisation after W_r")
+        help="norm after W_r")
     normalise_graph: bool = switch(
         "H9", False, True, says="does not say where vectors are made unit",
         help="scale regions to unit length after the graph")
@@ -127,13 +127,13 @@ class HSLMConfig(Config):
     loss_score: str = switch(
         "H17", "sigmoid", "logit", literal="logit",
         says="Eq. 22 ends with FC; SGRAF adds a sigmoid. The logit ranks",
-        help="score that the loss compares (Eq. 23)")
+        help="score in the loss (Eq. 23)")
     include_special: bool = switch(
         "H24", True, False, says="whether <start> and <end> count as words", help="[CLS] and [SEP] count as words")
     margin: float = setting(0.2, (1e-6, 100), "margin of the loss, beta of Eq. 23")
     negatives: str = setting("hardest", {"hardest", "mean", "random"}, "negatives of the loss (Eq. 23)")
     rivals: int = setting(
-        0, (0, 65536), "hardest of so many random negatives; 0: of the whole batch", register="H26", literal=0,
+        0, (0, 65536), "hardest of so many random negatives; 0: of the batch", register="H26", literal=0,
         says="hard negatives in each mini-batch")
     dropout: float = setting(0.0, (0, 0.95), "dropout of the word embeddings")
 
@@ -168,7 +168,7 @@ class FELGAConfig(Config):
     literal_scale: bool = switch(
         "F1", False, True,
         says="the outer sums of Eq. 10 and 12, under which nothing depends on i, j; training at lr 0.1 then diverges",
-        help="keep the outer sums of Eq. 10 and 12, for loss=batch alone")
+        help="keep the outer sums of Eq. 10 and 12, for batch alone")
     hinge: bool = switch(
         "F2", False, True, says="'inspired by the Lifted Structured Loss', which has one",
         help="use the hinge of the lifted structured loss")
@@ -226,10 +226,10 @@ class LocatorConfig(Config):
     attn: str = switch(
         "S1", "transformer", "literal", literal="literal",
         says="names multi-head attention; Eq. 1 is one head without projections",
-        help="form of the attention of Eq. 1")
+        help="attention of Eq. 1")
     region_update: str = switch(
         "S2", "residual", "overwrite", "reweight", literal="overwrite",
-        says="Algorithm 1 overwrites (line 9) what line 5 made", help="Alg. 1, line 9")
+        says="Algorithm 1 overwrites (line 9) what line 5 made", help="Alg. 1")
     axes: str = switch(
         "S3", "image", "paper", literal="paper", says="Eq. 2 moves x by the cell's row and y by its column",
         help="order of the axes in Eq. 2")
@@ -247,7 +247,7 @@ class LocatorConfig(Config):
     cell_weights: str = switch(
         "S8", "softmax", "raw", "relu", literal="raw",
         says="a weighted summation whose weights M_j are not normalised",
-        help="normalisation of M in Eq. 2")
+        help="normalises M of Eq. 2")
     cell_tau: float = setting(0.07, (1e-6, 100), "temperature of the softmax of M")
     outside: str = switch(
         "S8", "mean", "keep", says="nothing about cells of a neighbourhood that lie outside the picture",
@@ -257,7 +257,7 @@ class LocatorConfig(Config):
         help="[CLS] and [SEP] count as words")
     scaling: str = switch(
         "S11", "rank", "query", "level", "predicted", says="p_w, p_h belong to regions, which differ by picture",
-        help="what scaling factors p_w, p_h belong to")
+        help="what factors p_w, p_h belong to")
     smallest: float = setting(1 / 32, (1e-6, 0.5), "smallest side of a box, as a share of the image's")
     box_grad: bool = switch(
         "S12", True, False, says="nothing; the usual RoIAlign gives boxes no gradient",
@@ -268,7 +268,7 @@ class LocatorConfig(Config):
     samples: int = setting(14, (1, 64), "sampling points of RoIAlign per side")
     embed_norm: str = switch(
         "-", "layer", "none", literal="none", says="no normalisation of region embeddings",
-        help="normalisation of the region embeddings")
+        help="normalisation of region embeddings")
     target: str = switch(
         "S28", "mean", "weighted", says="Eq. 3 is the mean; arXiv's text has a 'weighted summation'",
         help="regression target of Eq. 3")
@@ -305,7 +305,7 @@ class SLANConfig(Config):
         1.0, (0, 100), "weight of Eq. 3", register="S37", literal=1.0,
         says="Eq. 8-9 have no weights")
     embed: int = setting(
-        256, (0, 65536), "width of the contrast's vectors; 0: that of the tokens", register="S37",
+        256, (0, 65536), "width of the contrast's vectors; 0: the tokens'", register="S37",
         says="a dot product of D-d tokens; ALBEF projects them to 256")
     queue: int = setting(
         65536, (0, 2**20), "pairs in the contrast's queues; 0: the batch alone", register="S21",
@@ -330,7 +330,7 @@ class SLANConfig(Config):
     mask_share: float = setting(0.15, (0.001, 0.999), "share of the words that are masked")
     mlm: str = switch(
         "S25", "positions", "pooled", literal="pooled",
-        says="p_mask(T_v, T_t): two vectors cannot tell positions apart", help="states that predict masked words")
+        says="p_mask(T_v, T_t): two vectors cannot tell positions apart", help="what predicts masked words")
     mlm_picture: bool = switch(
         "S25", True, False, says="whether T_v joins the word's own state", help="T_v joins the masked word's state")
     match_score: str = switch(
