@@ -161,9 +161,9 @@ keep(figure, 3)
 # %% [markdown]
 # ## A very small MVAM
 #
-# Most matchers squeeze a picture into *one* vector and a caption into another, and compare the two. MVAM asks
-# several questions at once: each of its *views* is a learnt code that decides which parts of the picture, or
-# which words, to take in. The views' answers, side by side, are the vector.
+# Most matchers squeeze a picture into *one* vector and a caption into another, and compare the two. MVAM uses
+# several *views*: each is a learnt code, a query that gives every part of the picture, or every word, a
+# weight. The weighted sums of all views, concatenated, are the vector.
 #
 # The real thing (`mvam/2_train`) works on regions that it proposes itself, with features of a trained
 # network. This one must be ready within a minute. So it gets a gift that no other notebook gives: the *true
