@@ -85,10 +85,6 @@ def test_the_snippet_runs(tmp_path, monkeypatch, capsys):
     run_notebook("mvam/2_train", tmp_path / "page", given)
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
     snippet = snippet.replace('open_run("latest", method="mvam")', f"open_run({str(tmp_path / 'run')!r})")
-    (drawn,) = {path.parent for path in (tmp_path / "cache").rglob("scenes/dataset_scenes.json")}
-    snippet = snippet.replace(
-        'load("scenes", "data", "test")', f"load('scenes', {str(drawn.parent)!r}, 'test')"
-    )
     monkeypatch.chdir(ROOT)
     namespace: dict = {}
     exec(snippet, namespace)
