@@ -80,7 +80,7 @@ from finematch.data import digests
 from finematch.data.pairs import RegionSource
 from finematch.data.splits import data_folder, open_records, open_splits, reported_split, selection
 from finematch.encoders import CLIPText, CLIPVision, TokenTransformer, open_clip_model, text_tower
-from finematch.evaluation.embedding import embed
+from finematch.evaluation.embedding import embed, validation
 from finematch.evaluation.retrieval import karpathy_protocol, retrieval
 from finematch.features import inputs
 from finematch.models.configs import MVAMConfig
@@ -204,11 +204,6 @@ run.folder
 
 
 # %%
-def val_metrics(m: MVAM) -> dict[str, float]:
-    found = retrieval(*embed(m, splits["val"]), splits["val"].image_of)
-    return {k: found[k] for k in ("i2t_r1", "t2i_r1", "rsum")}
-
-
 def plan(lr: float, epochs: int, member: int) -> Plan:
     return Plan(epochs=epochs, batch_size=s.batch_size, lr=lr, weight_decay=s.weight_decay, warmup=s.warmup,
                 clip_norm=1.0, precision=s.precision, workers=s.workers, seed=s.seed * 1000 + member)  # fmt: skip
@@ -216,7 +211,8 @@ def plan(lr: float, epochs: int, member: int) -> Plan:
 
 def train(m: MVAM, where, member: int) -> dict:
     data = splits["train"].pairs()
-    rest = {"identity": run.digest, "evaluate": val_metrics, "select": selection(records)}
+    rest = {"identity": run.digest, "select": selection(records),
+            "evaluate": lambda of: validation(of, splits["val"])}  # fmt: skip
     if not s.clip_weights or s.pooling in ("cls", "mean"):
         return fit(m, data, plan(s.lr, s.epochs, member), where, **rest)
     first = max(1, s.epochs // 2)
