@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 
 from finematch.config import ParameterError, Params, parameters, root
+from finematch.models.configs import MVAMConfig
 
 RULES = {"views": (1, 256), "pooling": {"cls", "mean", "attention", "mvam"}, "lr": (0.0, 1.0)}
 
@@ -241,3 +243,9 @@ def test_papermill_refuses_a_misspelt_parameter(tmp_path):
     assert accepted.returncode == 0, accepted.stderr
     assert "took 8" in accepted.stdout + accepted.stderr
     assert (tmp_path / "later").exists()
+
+
+def test_a_config_takes_numpys_float():
+    """A lesson sweeps a setting over `np.linspace`."""
+    tau = MVAMConfig(tau=np.linspace(0.1, 0.3, 3)[1]).tau
+    assert (type(tau), tau) == (float, 0.2)

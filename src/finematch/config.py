@@ -120,7 +120,8 @@ class Declared:
     def accept(self, value: Any) -> Any:
         """The value, of its type, within its range and one of its choices.
 
-        Of all conversions only two are made, both to a float: an int, and a string that spells a number.
+        Of all conversions only three are made, all to a float: an int, NumPy's float, and a string that spells a
+        number.
 
         Raises:
             ParameterError: It is none of this.
@@ -135,6 +136,8 @@ class Declared:
                 value = float(value)
             elif type(value) is int:
                 value = float(value) if abs(value) <= 2**1023 else math.inf
+            elif isinstance(value, float):
+                value = float(value)
         if self.choices and value not in self.choices:
             listed = _words(map(repr, self.choices))
             raise ParameterError(f"{name} is {value!r}; use {listed}{_closest(value, self.choices)}")
