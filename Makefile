@@ -58,10 +58,11 @@ git-filter:
 notebooks: $(INSTALLED)  ## build each .ipynb from its .py
 	$(BIN)/python notebooks/build.py
 
-# Twice: a page that waits for one that is run again is looked at only then.
+# Again until nothing is left: whether a page behind a repeated one is stale is looked at only in the next call.
 workbook: $(INSTALLED) notebooks data  ## run every notebook and a tiny grid, print what each took (JOBS=2)
-	for look in first second; do $(BIN)/snakemake --snakefile workbook.smk --cores all --keep-going --rerun-incomplete \
-	  --rerun-triggers mtime --config jobs=$(JOBS); done
+	pages() { $(BIN)/snakemake --snakefile workbook.smk --cores all --keep-going --rerun-incomplete \
+	  --rerun-triggers mtime --config jobs=$(JOBS) "$$@"; }; \
+	until pages --dry-run 2>&1 | grep 'Nothing to be done'; do pages; done
 	@echo "Executed notebooks: $(WORKBOOK)/; tables and figures: figures/"
 
 test: $(INSTALLED)  ## run all tests (JOBS=2)
