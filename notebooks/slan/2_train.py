@@ -274,8 +274,8 @@ print(f"{parameters / 1e6:.2f} M parameters to train, {steps_per_epoch} steps an
 # %%
 annotated = annotated_phrases(s.dataset, data_root, reported)
 made_of = {name: digests(part) for name, part in (records | {"annotated": annotated}).items()}
-run = begin("slan", s, data=made_of | {"shards": {name: file_digest(where / "index.json") for name, where in shards.items()}}, features=inputs.origin(images),
-            out=s.out, resume=s.resume)  # fmt: skip
+made_of["shards"] = {name: file_digest(where / "index.json") for name, where in shards.items()}
+run = begin("slan", s, data=made_of, features=inputs.origin(images), out=s.out, resume=s.resume)
 run.folder
 
 # %% [markdown]
@@ -291,6 +291,8 @@ schedule = {name: getattr(s, name) for name in ("batch_size", "lr", "weight_deca
 if s.encoder_epochs and not s.pretrained:
     key = {"shape": [s.width, s.text_depth, s.text_heads, s.embed], "maps": inputs.origin(images),
            "data": {name: digests(part) for name, part in records.items()}}  # fmt: skip
+    if shards:  # these are trained on
+        key["shards"] = made_of["shards"]
     train_encoders(model, data, Plan(epochs=s.encoder_epochs, **schedule), cache, key,
                    evaluate=lambda m: validation(m, val), select=selection(records))  # fmt: skip
 
