@@ -6,7 +6,8 @@
   Rows of one name in two grids of a method are one run: a table never pays again for what another has run.
   The executed notebook and the checkpoint are not declared as outputs, so they survive a failure: the one
   shows its traceback, from the other the next attempt resumes.
-* A cell of the CSV is a parameter of notebooks/<method>/2_train, an empty one leaves the notebook's default.
+* A cell of the CSV is a parameter of notebooks/<method>/2_train, an empty one leaves the notebook's default, or what
+  the toml's [scale.<scale>] says for all rows.
   `{run:clip-cls}/encoder` is a path in that row's run folder with the same seed, and waits for that run.
 * A finished run is repeated when the parameters of its row change, or of a row it builds on; not when a
   notebook or the library is edited: metrics.json says which commit made it, FORCE=1 repeats the grid.
@@ -41,7 +42,7 @@ try:
     TABLE_OF = grid(GRID, DATASET, folder="grids")
 except DataError as error:
     raise WorkflowError(str(error))
-ROWS = TABLE_OF.rows
+ROWS = {row: TABLE_OF.cells(row, SCALE) for row in TABLE_OF.rows}
 SEEDS = str(config["seeds"]).split(",") if config.get("seeds") not in (None, "") else range(TABLE_OF.seeds)
 
 

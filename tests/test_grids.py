@@ -231,12 +231,38 @@ def test_a_grid_that_a_spreadsheet_saved_is_read(book, rows):
         ({"titel": '"x"'}, "titel: is no key"),
         ({"plot": '["R@5"]'}, r"names the column 'R@5'"),
         ({"untrained": '["three"]'}, "names the row 'three'"),
+        ({"scale": "{ paper = { seed = 3 } }"}, r"\[scale\.paper\] seed: is not for a grid to set"),
+        ({"scale": "{ paper = 3 }"}, r"\[scale\.paper\]: is not a section"),
+        ({"scale": "{ paper = { views = [3] } }"}, r"\[scale\.paper\]: is not a section"),
     ],
 )
 def test_a_toml_that_speaks_of_what_is_not_there_is_refused(book, more, message):
     write_grid(book, "mvam_mine", "name,views\none,16\ntwo,8\n", **more)
     with pytest.raises(DataError, match=message):
         grid("mvam_mine", folder=book / "grids")
+
+
+def test_a_scale_has_parameters_for_all_rows_and_a_cell_goes_before_them(book, monkeypatch):
+    monkeypatch.chdir(book)
+    scale = '{ paper = { views = 32, tau = 0.5, text = "bert" } }'
+    write_grid(book, "mvam_mine", "name,views\none,16\ntwo,\n", scale=scale)
+    found = grid("mvam_mine", folder=book / "grids")
+    assert found.cells("one", "tiny") == {"views": "16"}
+    assert found.cells("one", "paper") == {"views": "16", "tau": "0.5", "text": "bert"}
+    assert found.cells("two", "paper") == {"views": "32", "tau": "0.5", "text": "bert"}
+    planned = snakemake(book, "-n", "-p", grid="mvam_mine", scale="paper", seeds="0").stdout
+    assert "-p views 32 -p tau 0.5 -p text bert" in planned
+    assert "-p views 16 -p tau 0.5 -p text bert" in planned
+    for name, smoke in (("paper", False), ("smoke", True)):
+        given = {"scale": "paper", "smoke": smoke, "views": 32, "tau": 0.5, "text": "bert"}
+        fake = fake_run(book, "two", 0, 1.0, **given)
+        file = fake.parent.rename(fake.parent.with_name(f"scenes.{name}.two.s0")) / fake.name
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps(content))
+        assert mismatches(found, file) == []
+        content["parameters"]["views"] = 16
+        file.write_text(json.dumps(content))
+        assert mismatches(found, file) == ["views is 16, the row says 32"]
 
 
 def test_both_files_are_needed_and_name_the_same_rows(book):

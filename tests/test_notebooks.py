@@ -3,6 +3,7 @@
 import ast
 import csv
 import sys
+from itertools import product
 from pathlib import Path
 
 import nbformat
@@ -11,6 +12,7 @@ import pytest
 from notebook_text import NOTEBOOKS, ROOT, accepted, build, cells, declaration, until_checked
 from papermill.cli import _resolve_type
 
+from finematch import grids
 from finematch.config import ParameterError, Settings
 
 SOURCES = build.sources(NOTEBOOKS)
@@ -153,8 +155,10 @@ def test_rows_of_a_grid_are_accepted_by_its_notebook(grid):
     assert source.exists(), f"{grid.name} has no notebook {source.relative_to(ROOT)}"
     assert set(rows(grid)[0]) - {"name"} <= set(declaration(source))
     assert not (set(rows(grid)[0]) & ALWAYS), "these come from the command line, for every row"
-    for row in rows(grid):
-        injected = {key: _resolve_type(cell) for key, cell in row.items() if key != "name" and cell}
+    declared = grids.grid(grid.stem, folder=grid.parent)
+    for row, scale in product(declared.rows, ("tiny", "paper")):
+        cells = declared.cells(row, scale)
+        injected = {"scale": scale} | {key: _resolve_type(cell) for key, cell in cells.items()}
         params = accepted(source, injected).as_dict()
         assert params == params | injected
 
@@ -253,10 +257,11 @@ def test_jupyterlab_writes_the_py_beside_the_notebook(tmp_path):
 
 
 def test_rows_of_one_name_are_one_run():
-    """Two grids of a method share the run folder of a row's name, so its parameters must agree."""
-    seen: dict[tuple[str, str], dict] = {}
-    for grid in GRIDS:
-        for row in rows(grid):
-            name, cells_ = row["name"], {k: v for k, v in row.items() if k != "name" and v}
-            first = seen.setdefault((grid.stem.split("_")[0], name), cells_)
-            assert first == cells_, f"{grid.stem}: {name} is {cells_}, elsewhere {first}"
+    """Two grids of a method share the run folder of a row's name, so its parameters must agree, at every scale."""
+    seen: dict[tuple[str, str, str], dict] = {}
+    for name, scale in product(grids.names(ROOT / "grids"), ("tiny", "paper")):
+        grid = grids.grid(name, folder=ROOT / "grids")
+        for row in grid.rows:
+            cells_ = grid.cells(row, scale)
+            first = seen.setdefault((grid.method, row, scale), cells_)
+            assert first == cells_, f"{name}: {row} is {cells_}, elsewhere {first}"

@@ -40,7 +40,8 @@ class Claim:
 class Grid:
     """A grid as its two files declare it; see docs/adding_a_table.md for the toml's keys.
 
-    `names` maps our rows to the paper's, `columns` the paper's columns to our metrics, `also` further
+    `rows` are the cells of the csv, `scales` the parameters that all rows have at a scale beside them (`cells` joins
+    both). `names` maps our rows to the paper's, `columns` the paper's columns to our metrics, `also` further
     measured columns (title to metric), `chance` the metric that a random order gives for a column, `plot` the
     columns that are drawn. `untrained` rows do not depend on the seed, `levels` is the row whose levels of
     boxes are judged.
@@ -65,11 +66,16 @@ class Grid:
     untrained: tuple[str, ...] = ()
     levels: str = ""
     remarks: tuple[str, ...] = ()
+    scales: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
         """The method whose `2_train` runs the rows: the grid's name up to the first underscore."""
         return self.name.split("_")[0]
+
+    def cells(self, row: str, scale: str) -> dict[str, str]:
+        """A row's parameters at a scale, as cells are written: what its own leave unset, `[scale.<scale>]` may set."""
+        return {**self.scales.get(scale, {}), **self.rows[row]}
 
 
 def names(folder: str | Path | None = None) -> list[str]:
@@ -160,12 +166,24 @@ def _links(cells: Mapping[str, str]) -> list[str]:
 
 def _checked(path: Path, name: str, rows: dict, content: dict) -> Grid:
     """The grid that the toml's `content` declares."""
-    known = {"title", "axis", "seeds", "rows", "columns", "judge", "claims", *Grid.__dataclass_fields__}
-    known -= {"name", "names"}
+    known = {
+        "title",
+        "axis",
+        "seeds",
+        "rows",
+        "columns",
+        "judge",
+        "claims",
+        "scale",
+        *Grid.__dataclass_fields__,
+    }
+    known -= {"name", "names", "scales"}
     if unknown := sorted(content.keys() - known):
         raise DataError(path, unknown[0], "is no key of a grid", f"Known: {', '.join(sorted(known))}")
     if missing := [key for key in ("title", "axis", "seeds", "rows", "columns") if key not in content]:
         raise DataError(path, missing[0], "is missing", "See docs/adding_a_table.md")
+    scales = {scale: _parameters(path, f"[scale.{scale}]", found)
+              for scale, found in content.pop("scale", {}).items()}  # fmt: skip
     ours = content.pop("rows")
     if ours.keys() != rows.keys():
         odd = sorted(ours.keys() ^ rows.keys())
@@ -201,7 +219,19 @@ def _checked(path: Path, name: str, rows: dict, content: dict) -> Grid:
             if column not in content["columns"]:
                 raise DataError(path, key, f"names the column {column!r}", "It is not in [columns]")
     lists = {key: tuple(value) for key, value in content.items() if isinstance(value, list)}
-    return Grid(name=name, rows=rows, names=ours, claims=tuple(claims), **(content | lists))
+    return Grid(name=name, rows=rows, names=ours, claims=tuple(claims), scales=scales, **(content | lists))
+
+
+def _parameters(path: Path, label: str, found: Any) -> dict[str, str]:
+    """The parameters of a section of the toml, as cells."""
+    if not isinstance(found, dict) or any(isinstance(value, (dict, list)) for value in found.values()):
+        raise DataError(
+            path, label, "is not a section of parameters", "Write one parameter a line: name = value"
+        )
+    if taken := [name for name in found if name in RESERVED]:
+        remedy = "Remove it: the command line sets it for every row (SEEDS=, DATASET=, SCALE= ...)"
+        raise DataError(path, f"{label} {taken[0]}", "is not for a grid to set", remedy)
+    return {name: str(value) for name, value in found.items()}
 
 
 def metrics_files(
@@ -241,7 +271,8 @@ def mismatches(grid: Grid, file: Path) -> list[str]:
             file, "the file", f"is not a metrics file ({error})", "Delete it and run again"
         ) from error
     wanted = {key: _typed(LINK.sub(lambda link: str(Path(file).parent.with_name(  # a link is a neighbour's folder
-        f"{dataset}.{scale}.{link[1]}.s{seed}")), cell)) for key, cell in grid.rows[row].items()}  # fmt: skip
+        f"{dataset}.{scale}.{link[1]}.s{seed}")), cell))
+        for key, cell in grid.cells(row, parameters.get("scale", scale)).items()}  # fmt: skip
     wanted |= {"seed": int(seed), "dataset": dataset, "smoke": scale == "smoke"}
     if scale != "smoke":
         wanted["scale"] = scale
