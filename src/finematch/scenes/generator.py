@@ -446,7 +446,8 @@ def entity(picture: dict, objects) -> str:
     return str(number(picture) * 100 + sum(1 << i for i in objects))
 
 
-def _entities_sentences(picture: dict) -> str:
+def entities_sentences(picture: dict) -> str:
+    """A picture's `Sentences/<id>.txt`: a caption a line, its phrases in brackets."""
     lines = []
     for caption in picture["captions"]:
         line, text = "", caption["text"]
@@ -459,14 +460,14 @@ def _entities_sentences(picture: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _entities_annotation(picture: dict, size: int) -> str:
+def entities_annotation(picture: dict, width: int, height: int) -> str:
     """XML as published: an object's box with the ids of all phrases that name it; backgrounds have no box."""
     named = [
         (set(m["objects"]), entity(picture, m["objects"])) for c in picture["captions"] for m in c["mentions"]
     ]
     lines = ["<annotation>", f"  <filename>{picture['filename']}</filename>", "  <size>"]
     lines += [
-        f"    <{key}>{value}</{key}>" for key, value in (("width", size), ("height", size), ("depth", 3))
+        f"    <{key}>{value}</{key}>" for key, value in (("width", width), ("height", height), ("depth", 3))
     ]
     lines += ["  </size>"]
     for i, thing in enumerate(picture["objects"]):
@@ -493,9 +494,9 @@ def _make(job: tuple[Path, int, int, str, int, int]) -> list[dict]:
         stem = Path(picture["filename"]).stem
         draw_picture(seed, picture, size).save(folder / "images" / picture["filename"])
         (folder / "entities/Sentences" / f"{stem}.txt").write_text(
-            _entities_sentences(picture), encoding="utf-8"
+            entities_sentences(picture), encoding="utf-8"
         )
-        xml = _entities_annotation(picture, size)
+        xml = entities_annotation(picture, size, size)
         (folder / "entities/Annotations" / f"{stem}.xml").write_text(xml, encoding="utf-8")
         made.append(picture)
     return made
@@ -505,9 +506,9 @@ def _json(path: Path, content) -> None:
     path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
 
 
-def _write_lists(folder: Path, pictures: list[dict], size: int) -> None:
-    """Karpathy JSON, COCO captions and instances, and the split lists of Entities."""
-    karpathy, sentid = [], 0
+def karpathy_entries(pictures: list[dict]) -> list[dict]:
+    """Karpathy's `images` of pictures: ids of pictures and of sentences count from 0."""
+    entries, sentid = [], 0
     for imgid, picture in enumerate(pictures):
         sentences = []
         for caption in picture["captions"]:
@@ -516,31 +517,40 @@ def _write_lists(folder: Path, pictures: list[dict], size: int) -> None:
             sentid += 1
         sentids = [sentence["sentid"] for sentence in sentences]
         entry = {"sentids": sentids, "imgid": imgid, "sentences": sentences, "split": picture["split"]}
-        karpathy.append(entry | {"filename": picture["filename"]})
-    _json(folder / "dataset_scenes.json", {"images": karpathy, "dataset": "scenes"})
+        entries.append(entry | {"filename": picture["filename"]})
+    return entries
 
+
+def coco_lists(pictures: list[dict], width: int, height: int) -> tuple[dict, dict]:
+    """COCO's captions and instances of pictures that are all of one size in pixels."""
     categories = [{"supercategory": "shape", "id": i, "name": name} for i, name in enumerate(CATEGORIES, 1)]
+    images, texts, boxes = [], [], []
+    for picture in pictures:
+        image_id = number(picture)
+        images.append({"id": image_id, "file_name": picture["filename"], "width": width, "height": height})
+        for caption in picture["captions"]:
+            texts.append({"id": len(texts) + 1, "image_id": image_id, "caption": caption["text"]})
+        for thing in picture["objects"]:
+            x1, y1, x2, y2 = thing["box"]
+            box = {"id": len(boxes) + 1, "image_id": image_id, "iscrowd": 0, "segmentation": []}
+            box |= {"category_id": CATEGORIES.index(thing["shape"]) + 1, "area": thing["area"]}
+            boxes.append(box | {"bbox": [x1, y1, x2 - x1, y2 - y1]})
+    header = {
+        "info": {"description": f"finematch scenes, version {FORMAT}"},
+        "licenses": [],
+        "images": images,
+    }
+    return header | {"annotations": texts}, header | {"annotations": boxes, "categories": categories}
+
+
+def _write_lists(folder: Path, pictures: list[dict], size: int) -> None:
+    """Karpathy JSON, COCO captions and instances, and the split lists of Entities."""
+    _json(folder / "dataset_scenes.json", {"images": karpathy_entries(pictures), "dataset": "scenes"})
     for split in SPLITS:
-        images, texts, boxes = [], [], []
-        for picture in (p for p in pictures if p["split"] == split):
-            image_id = number(picture)
-            images.append({"id": image_id, "file_name": picture["filename"], "width": size, "height": size})
-            for caption in picture["captions"]:
-                texts.append({"id": len(texts) + 1, "image_id": image_id, "caption": caption["text"]})
-            for thing in picture["objects"]:
-                x1, y1, x2, y2 = thing["box"]
-                box = {"id": len(boxes) + 1, "image_id": image_id, "iscrowd": 0, "segmentation": []}
-                box |= {"category_id": CATEGORIES.index(thing["shape"]) + 1, "area": thing["area"]}
-                boxes.append(box | {"bbox": [x1, y1, x2 - x1, y2 - y1]})
-        header = {
-            "info": {"description": f"finematch scenes, version {FORMAT}"},
-            "licenses": [],
-            "images": images,
-        }
-        _json(folder / f"annotations/captions_{split}.json", header | {"annotations": texts})
-        instances = header | {"annotations": boxes, "categories": categories}
+        captions, instances = coco_lists([p for p in pictures if p["split"] == split], size, size)
+        _json(folder / f"annotations/captions_{split}.json", captions)
         _json(folder / f"annotations/instances_{split}.json", instances)
-        stems = [Path(image["file_name"]).stem for image in images]
+        stems = [Path(image["file_name"]).stem for image in captions["images"]]
         (folder / f"entities/{split}.txt").write_text(
             "".join(f"{stem}\n" for stem in stems), encoding="utf-8"
         )
