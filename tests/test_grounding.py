@@ -108,7 +108,8 @@ def test_phrases_worked_by_hand():
     assert (result["phrases"], result["dropped"], result["without_candidates"]) == (3, 1, 0)
     assert result["ties_r"] == result["ties_pointing"] == 0
     assert result["protocol"] == (
-        "test: 3 phrases (1 without boxes dropped), R@k at IoU >= 0.5 with any box of the phrase (AnyBox), "
+        "test: 3 phrases (1 without boxes dropped), R@k at IoU >= 0.5 with any box of the phrase (AnyBox; "
+        "merged_*: the box around all of its boxes, MergedBox), "
         "pointing game without tolerance, 2 to 3 candidate boxes a phrase, ties against the model"
     )
     assert not any("/" in name for name in result)
@@ -118,12 +119,25 @@ def test_any_and_merged_boxes_differ_both_ways():
     left, right, both = (0, 0, 10, 10), (30, 0, 40, 10), (0, 0, 40, 10)
     one_of_them, around = [phrase([list(box)], [1], boxes=(left, right)) for box in (left, both)]
     assert [grounding([p])["r1"] for p in (one_of_them, around)] == [100, 0]
-    assert [grounding([p], boxes="merged")["r1"] for p in (one_of_them, around)] == [0, 100]
-    # the pointing game accepts any box, whatever R@k compares with: (20, 5) lies between the two
-    assert [grounding([p], boxes="merged")["pointing"] for p in (one_of_them, around)] == [100, 0]
-    assert "MergedBox" in grounding([around], boxes="merged")["protocol"]
-    with pytest.raises(ValueError, match="any, merged"):
-        grounding([around], boxes="all")
+    assert [grounding([p])["merged_r1"] for p in (one_of_them, around)] == [0, 100]
+    # the pointing game accepts any box: (20, 5), the centre of the box around both, lies between the two
+    assert [grounding([p])["pointing"] for p in (one_of_them, around)] == [100, 0]
+    found = grounding([one_of_them, around])
+    assert found["r1"] == found["merged_r1"] == found["upper_bound"] == found["merged_upper_bound"] == 50
+    assert "AnyBox; merged_*" in found["protocol"]
+    assert "MergedBox" in found["protocol"]
+
+
+def test_merged_boxes_have_their_own_chance_centre_and_ties():
+    # the centre box of a 100 x 80 picture is (25, 20, 75, 60), and so is what lies around the two true boxes
+    true, whole, part = ((25, 20, 35, 60), (65, 20, 75, 60)), [25, 20, 75, 60], [25, 20, 35, 60]
+    found = grounding([phrase([part, whole, [0, 0, 5, 5]], [2, 2, 1], boxes=true)])
+    assert (found["centre_r1"], found["merged_centre_r1"]) == (0, 100)
+    assert found["chance_r1"] == found["merged_chance_r1"] == pytest.approx(100 / 3)
+    assert (found["r1"], found["merged_r1"]) == (0, 0)  # each hit ties with what the other protocol misses
+    assert (found["ties_r"], found["merged_ties_r"]) == (1, 1)
+    single = grounding([phrase([part, whole], [2, 1], boxes=true[:1])])  # around one box lies the box itself
+    assert all(single[name] == single["merged_" + name] for name in ("r1", "r5", "chance_r1", "centre_r1"))
 
 
 def test_centre_box_has_a_quarter_of_the_picture():
@@ -170,11 +184,29 @@ def test_points_and_boxes_around_them_agree():
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_a_brute_force_ranking(seed, merged):
     phrases = some_phrases(seed=seed)
-    result = grounding(phrases, boxes="merged" if merged else "any")
-    expected = brute_force(phrases, merged)
+    result, expected = grounding(phrases), brute_force(phrases, merged)
     for name, value in expected.items():
-        assert result[name] == pytest.approx(value), name
+        own = f"merged_{name}" if merged and "pointing" not in name else name
+        assert result[own] == pytest.approx(value), own
     assert 0 < result["r1"] < result["r5"] < result["upper_bound"]
+
+
+def test_blocks_and_phrases_of_different_sizes_change_nothing(monkeypatch):
+    g = torch.Generator().manual_seed(2)
+    sizes = torch.randint(0, 13, (60,), generator=g).tolist()
+    phrases = [one._replace(regions=one.regions[:n], scores=one.scores[:n], boxes=one.boxes[: 1 + n % 2])
+               for one, n in zip(some_phrases(), sizes, strict=True)]  # fmt: skip
+    phrases.insert(7, phrases[0]._replace(boxes=()))
+    whole = grounding(phrases)
+    rows = brute_force([p for p in phrases if len(p.boxes) and len(p.scores)])
+    count = sum(len(p.scores) > 0 for p in phrases if len(p.boxes))
+    assert whole["r1"] == pytest.approx(rows["r1"] * count / 60)  # a phrase without candidates is a miss
+    assert (whole["dropped"], whole["without_candidates"]) == (1, 60 - count)
+    for size in (1, 7, 61):
+        monkeypatch.setattr("finematch.evaluation.grounding.BLOCK", size)
+        assert grounding(iter(phrases)) == whole
+    with pytest.raises(ValueError, match="phrase 61: score 0 is not finite"):
+        grounding([*phrases, phrase([[0, 0, 9, 9]], [float("nan")])])
 
 
 def test_chance_is_the_mean_over_all_orders():
@@ -318,8 +350,8 @@ def test_scores_of_a_phrase():
 
 
 def test_readings_are_arguments_whose_values_are_known():
-    for (_, argument, values, _), function in zip(READINGS, (phrase_scores, grounding), strict=True):
-        assert inspect.signature(function).parameters[argument].default == values.split(" | ")[0]
+    ((_, argument, values, _),) = READINGS
+    assert inspect.signature(phrase_scores).parameters[argument].default == values.split(" | ")[0]
 
 
 # ------------------------------------------------------------------------------ records of the embedded set

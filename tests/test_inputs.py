@@ -199,6 +199,16 @@ def test_located_phrases_are_level_by_level(root):
             assert phrase.scores.argmax() == best
             assert phrase.regions[best].tolist() == [0, 0, *phrase.size], "pixels"
 
+    # a sentence whose image is not in the split would silently be left out of the mean
+    few = splits.Split(split.records[1:], split.images, split.texts)
+    lost = split.records[0].image_id
+    with pytest.raises(
+        DataError, match=rf"image {lost}: and 0 more annotated images of {len(linked)} are not"
+    ):
+        located_phrases(few, linked, inputs.tokenizer, locate)
+    some = located_phrases(few, linked, inputs.tokenizer, locate, complete=False)
+    assert len(some[0]) == sum(len(r.phrases) for r in linked if r.image_id != lost)
+
 
 def test_without_links_grounding_says_so(root, capsys):
     assert annotated_phrases("flickr30k", root, "test") == []

@@ -179,7 +179,9 @@ run.folder
 # %%
 def alignment() -> dict[str, float]:
     """Grounding of the cross attention, `{}` where there is none or where no phrase has boxes."""
-    phrases = attended_phrases(test, annotated, tokenizer, model.attend) if model.pairs.cross_attn else []
+    if not model.pairs.cross_attn:
+        return {}
+    phrases = attended_phrases(test, annotated, tokenizer, model.attend, complete=not s.smoke)
     if not any(len(phrase.boxes) for phrase in phrases):
         return {}
     return grounding(phrases, split=f"{s.dataset} {reported}")

@@ -44,6 +44,7 @@ def attended_phrases(
     *,
     reduce: str = "max",
     block: int = 128,
+    complete: bool = True,
     echo: Echo = print,
 ) -> list[GroundedPhrase]:
     """The annotated phrases, and how much the words of each attend to every region: for `grounding`.
@@ -52,6 +53,10 @@ def attended_phrases(
         annotated: see `annotated_phrases`.
         attend: keywords of images and of captions, pair by pair, to attention "p l r": tokens by regions.
         reduce: how the words of a phrase become one score, see `phrase_scores`.
+        complete: whether every annotated image must be in the split; a smoke run has only the first few.
+
+    Raises:
+        DataError: If the split lacks annotated images but has others: their sentences would be left out of the mean.
 
     Returns:
         One item a phrase, regions and boxes in pixels of the annotated image; none (and one printed line) where the
@@ -64,7 +69,7 @@ def attended_phrases(
             echo("Grounding is not measured: the features have no boxes; use features that come with boxes")
         return []
     found = []
-    for rows, captions, texts in _blocks(split, annotated, tokenizer, block):
+    for rows, captions, texts in _blocks(split, annotated, tokenizer, block, complete):
         attention = attend(split.images.batch(rows), texts).cpu()
         for row, (record, c), weights in zip(rows, captions, attention, strict=True):
             frame = torch.tensor([*record.size, *record.size], dtype=torch.float32)
@@ -85,18 +90,20 @@ def located_phrases(
     *,
     reduce: str = "max",
     block: int = 128,
+    complete: bool = True,
 ) -> list[list[GroundedPhrase]]:
     """As `attended_phrases`, of a model that makes boxes of its own, level by level.
 
     Args:
         locate: keywords of images and of captions, pair by pair, to boxes "l p t 4" in fractions of the image,
             to how well each fits each token "l p t n", and which there are "p t".
+        complete: as of `attended_phrases`.
 
     Returns:
         A list a level, of one item a phrase; none where there are no annotated phrases.
     """
     levels: list[list[GroundedPhrase]] = []
-    for rows, captions, texts in _blocks(split, annotated, tokenizer, block):
+    for rows, captions, texts in _blocks(split, annotated, tokenizer, block, complete):
         boxes, fit, valid = (part.cpu() for part in locate(split.images.batch(rows), texts))
         levels = levels or [[] for _ in boxes]
         for p, (record, c) in enumerate(captions):
@@ -113,7 +120,7 @@ def located_phrases(
 
 
 def _blocks(
-    split: Split, annotated: list[Record], tokenizer: PreTrainedTokenizerBase, block: int
+    split: Split, annotated: list[Record], tokenizer: PreTrainedTokenizerBase, block: int, complete: bool
 ) -> Iterator[tuple[list[int], list[tuple[Record, int]], dict]]:
     """Captions with annotated phrases: rows of their images, (record, number of its caption), tokens."""
     row_of = {record.image_id: row for row, record in enumerate(split.records)}
@@ -121,6 +128,11 @@ def _blocks(
              for c in sorted({phrase.caption for phrase in record.phrases})]  # fmt: skip
     if not asked:
         return
+    missing = [record for record in annotated if record.image_id not in row_of]
+    if complete and missing:
+        raise DataError(missing[0].source or "(records)", f"image {missing[0].image_id}",
+                        f"and {len(missing) - 1} more annotated images of {len(annotated)} are not in the split",
+                        "Score all sentences, or annotate these images alone")  # fmt: skip
     texts = tokenise([record.captions[c] for _, record, c in asked], tokenizer, max_length=32)
     for start in range(0, len(asked), block):
         part = asked[start : start + block]
