@@ -431,12 +431,19 @@ def test_mined_training_has_the_gradient_of_the_whole_matrix(ids, loss_score):
         torch.testing.assert_close(a.expand_as(b) if a.numel() == 1 else a, b, msg=name, rtol=1e-4, atol=1e-5)
 
 
+TRAINED = (
+    {},
+    {"warmup_steps": 5},
+    {"warmup_steps": 5, "start": "contrastive"},
+)  # hardest, random, all of the batch
+
+
 def two_processes(rank, folder):
     """In each of two gloo processes: half of the pairs (of other lengths), and the gradients averaged."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found = []
-    for warmup in (0, 5):
-        model = tiny(warmup_steps=warmup).train()
+    for options in TRAINED:
+        model = tiny(**options).train()
         image, text = inputs(b=6, lengths=(3, 4, 2, 6, 5, 5))
         mine = slice(3 * rank, 3 * rank + 3)
         text = {k: v[mine, : 4 if rank == 0 else 6] for k, v in text.items()}
@@ -451,11 +458,31 @@ def two_processes(rank, folder):
     dist.destroy_process_group()
 
 
+def test_the_contrastive_start_is_a_softmax_over_the_batch_and_ends_after_the_warmup():
+    image, text = inputs(b=5)
+    batch = {"image": image, "text": text, "image_id": torch.tensor([0, 1, 0, 2, 3])}
+    model = tiny(start="contrastive", start_scale=3.0, warmup_steps=1).train()
+    table = 3.0 * score(
+        model.pairs, model.pairs.prepare(model.encode_image(**image)), model.encode_text(**text)
+    )
+    by_hand = 0.0
+    for s in (table, table.T):
+        for i in range(5):
+            rivals = [j for j in range(5) if j == i or batch["image_id"][j] != batch["image_id"][i]]
+            by_hand += -(s[i, i] - torch.logsumexp(s[i, rivals], 0)) / 10
+    torch.testing.assert_close(model(batch)["loss"], by_hand)  # step 0, the warmup
+    hardest = tiny().train()
+    torch.testing.assert_close(model(batch)["loss"], hardest(batch)["loss"])  # step 1, the paper's loss
+    never = tiny(negatives="contrastive", start_scale=3.0).train()
+    for _ in range(2):  # in place of the hinge, to the end
+        torch.testing.assert_close(never(batch)["loss"], by_hand)
+
+
 def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
     torch.multiprocessing.spawn(two_processes, args=(str(tmp_path),), nprocs=2)
     theirs = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    for case, warmup in enumerate((0, 5)):
-        model = tiny(warmup_steps=warmup).train()
+    for case, options in enumerate(TRAINED):
+        model = tiny(**options).train()
         image, text = inputs(b=6, lengths=(3, 4, 2, 6, 5, 5))
         loss = model({"image": image, "text": text, "image_id": torch.tensor([0, 1, 2, 0, 3, 4])})["loss"]
         loss.backward()

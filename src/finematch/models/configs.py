@@ -131,7 +131,13 @@ class HSLMConfig(Config):
     include_special: bool = switch(
         "H24", True, False, says="whether <start> and <end> count as words", help="[CLS] and [SEP] count as words")
     margin: float = setting(0.2, (1e-6, 100), "margin of the loss, beta of Eq. 23")
-    negatives: str = setting("hardest", {"hardest", "mean", "random"}, "negatives of the loss (Eq. 23)")
+    negatives: str = setting(
+        "hardest", {"hardest", "mean", "random", "contrastive"},
+        "negatives of the loss (Eq. 23)")
+    start: str = setting(
+        "random", {"random", "contrastive"}, "the same, for the first epochs (warmup_epochs)", register="H26",
+        says="how training starts is not said; the hinge on the hardest negatives plateaus")
+    start_scale: float = setting(10.0, (1e-6, 1e6), "factor on the scores of the contrastive loss")
     rivals: int = setting(
         0, (0, 65536), "hardest of so many random negatives; 0: of the batch", register="H26", literal=0,
         says="hard negatives in each mini-batch")

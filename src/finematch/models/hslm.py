@@ -463,12 +463,12 @@ class HSLM(nn.Module):
     and caption, whose expectation is `mean` and which costs no search. With `rivals` the `hardest` is looked for
     among so many random negatives of each image and caption, anew in every step; 0 is the whole batch (the paper),
     1 is `random`. Between the two the loss is hard enough to teach and does not throw a weak model back onto the
-    plateau.
+    plateau. `contrastive` is no hinge: every negative of the batch counts, by a softmax (see `softmax_loss`).
 
     Args:
         features: width of the region features.
         vocabulary: number of word ids.
-        warmup_steps: so many steps of `random` first: the published way out of the plateau (see `hinge`).
+        warmup_steps: so many steps of `config.start` first (H26): the ways out of the plateau (see `hinge`).
     """
 
     def __init__(self, features: int, vocabulary: int, config: HSLMConfig, *, warmup_steps: int = 0):
@@ -498,9 +498,9 @@ class HSLM(nn.Module):
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """Eq. 23 of a batch of pairs: `image` and `text` (keywords of the encoders), `image_id`.
 
-        Of the B x B scores only the hardest negatives carry a gradient, so all are computed without one and the
-        2 B hardest and the B true pairs once more with it: the same gradient for a third of the work, and memory
-        for 3 B pairs. Several processes share their pairs: the loss is that of the whole batch.
+        Of the B x B scores only the hardest negatives carry a gradient in the hinge, so all are computed without
+        one, and the 2 B hardest and the B true pairs once more with it: the same gradient for a third of the work,
+        and memory for 3 B pairs. Several processes share their pairs: the loss is that of the whole batch.
 
         Returns:
             `loss`; `plateau`: 1 where the loss lies within 1 % of 2 B margin, where every score is the same.
@@ -514,9 +514,12 @@ class HSLM(nn.Module):
         caption = Caption(*(None if part is None else gather(part) for part in caption))
         ids = gather(batch["image_id"])
         same = ids[:, None] == ids[None, :]
-        kind = "random" if self.training and self.steps < self.warmup_steps else self.config.negatives
+        begins = self.training and self.steps < self.warmup_steps
+        kind = self.config.start if begins else self.config.negatives
         view = self.pairs.prepare(picture)
-        if kind == "mean":
+        if kind == "contrastive":
+            loss = softmax_loss(self.config.start_scale * wide(score(self.pairs, view, caption)), same)
+        elif kind == "mean":
             scores = self.squash(score(self.pairs, view, caption))
             loss = hinge(scores, same, self.config.margin, negatives="mean")
         else:
@@ -661,6 +664,17 @@ def hinge(
             others = ~same
             total = total + ((excess * others).sum(1) / others.sum(1).clamp(min=1)).sum()
     return total
+
+
+def softmax_loss(scores: Float[Tensor, "b b"], same: Bool[Tensor, "b b"]) -> Float[Tensor, ""]:
+    """The mean of -log softmax of the true pair among the batch, over rows and over columns; the diagonal is true.
+
+    HSLM's paper has no such loss. We start with it (H26), because the hinge on the hardest negatives of a model that
+    knows nothing has no direction. A caption of the *same image* is not a negative (`same`), as in `hinge`.
+    """
+    others = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
+    table, target = scores.masked_fill(others, float("-inf")), torch.arange(len(same), device=same.device)
+    return (F.cross_entropy(table, target) + F.cross_entropy(table.T, target)) / 2
 
 
 # ------------------------------------------------------------------------------ ranking a split
