@@ -39,6 +39,8 @@ from finematch.models.slan.objective import (
     mask_words,
     mlm,
     pair_scorer,
+    region_word,
+    region_word_scores,
 )
 from finematch.training import Plan, fit, seed_everything
 
@@ -108,6 +110,12 @@ class TinyLocator(nn.Module):
             if self.token == "map"
             else (pictures.states * self.score(pictures.states).sigmoid()).mean(1)
         )
+
+    def fixed_regions(self, pictures):
+        return [pictures.states], torch.ones(pictures.states.shape[:2], dtype=torch.bool)
+
+    def counted(self, mask, special):
+        return mask & ~special
 
     def locate(self, pictures, words, mask, special):
         cells, centre = pictures.states, pictures.centre
@@ -484,6 +492,40 @@ def test_the_last_layer_can_share_the_word_embedding():
         MaskedWordHead(4, 10, tied=embedding)
     with pytest.raises(ValueError, match="mlm is 'x'"):
         MaskedWordHead(4, 9, form="x")
+
+
+# ------------------------------------------------------------------------------------------- region-word contrast
+def test_the_region_word_contrast_in_loops():
+    g = torch.Generator().manual_seed(0)
+    levels = [torch.randn(3, 4, 5, generator=g).double() for _ in range(2)]
+    words, image_id, scale = torch.randn(3, 6, 5, generator=g).double(), torch.tensor([7, 8, 7]), 3.0
+    valid = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [1, 1, 0, 0]]).bool()
+    counted = torch.tensor([[0, 1, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0]]).bool()
+    total = 0.0
+    for regions in levels:
+        table = torch.zeros(3, 3).double()
+        for i in range(3):
+            for j in range(3):
+                best = [
+                    max(F.cosine_similarity(regions[i, t], words[j, n], 0) for t in range(4) if valid[i, t])
+                    for n in range(6) if counted[j, n]
+                ]  # fmt: skip
+                table[i, j] = sum(best) / len(best)
+        torch.testing.assert_close(region_word_scores(regions, valid, words, counted), table)
+        for s in (scale * table, scale * table.T):
+            for i in range(3):
+                own = [j for j in range(3) if image_id[j] == image_id[i]]
+                total += sum(torch.logsumexp(s[i], 0) - s[i, j] for j in own) / len(own) / 3 / 2 / len(levels)
+    torch.testing.assert_close(region_word(levels, valid, words, counted, image_id, scale), total)
+
+
+def test_the_region_word_contrast_trains_what_embeds_regions_and_words_and_moves_no_box():
+    model = real("iccv", weights={"itc": 0, "itm": 0, "mlm": 0, "reg": 0}, region_word=1.0).train()
+    model(real_pairs())["loss"].backward()
+    reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    for part in ("locator.embed", "locator.adaptors.0.embed", "locator.adaptors.2.embed", "towers.text"):
+        assert any(part in name for name in reached), part
+    assert not any("proposals" in name or "theta" in name or "attention.words" in name for name in reached)
 
 
 # ------------------------------------------------------------------------------------------- Eq. 8-9

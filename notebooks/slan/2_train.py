@@ -95,6 +95,7 @@ match_score: str = None  # how the matching head scores a pair: odds | logit; de
 itc_weight: float = None  # weight of the contrast; default 1 (S37)
 itm_weight: float = None  # weight of matching; default 1 (S37)
 mlm_weight: float = None  # weight of masked words; tiny 0, photos 0, paper 1 (S37)
+region_word: float = None  # weight of the region-word contrast; default 0 (S41)
 reg_weight: float = None  # weight of Eq. 3; tiny 0, photos 0, paper 1 (S37)
 rerank: int = None  # candidates that are re-ranked; tiny 16, photos 16, paper 128
 rank_score: str = "itm"  # score of a re-ranked pair: itm | itm+itc

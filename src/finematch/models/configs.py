@@ -310,6 +310,9 @@ class SLANConfig(Config):
     reg_weight: float = setting(
         1.0, (0, 100), "weight of Eq. 3", register="S37", literal=1.0,
         says="Eq. 8-9 have no weights")
+    region_word: float = setting(
+        0.0, (0, 100), "weight of the region-word contrast", register="S41", literal=0.0,
+        says="no loss trains the cosine of a region and a word, by which Eq. 2 moves regions")
     embed: int = setting(
         256, (0, 65536), "width of the contrast's vectors; 0: the tokens'", register="S37",
         says="a dot product of D-d tokens; ALBEF projects them to 256")
@@ -346,4 +349,5 @@ class SLANConfig(Config):
     @property
     def weights(self) -> dict[str, float]:
         """Of the terms of Eq. 8-9."""
-        return {"itc": self.itc_weight, "itm": self.itm_weight, "mlm": self.mlm_weight, "reg": self.reg_weight}
+        return {"itc": self.itc_weight, "itm": self.itm_weight, "mlm": self.mlm_weight, "reg": self.reg_weight,
+                "word": self.region_word}

@@ -956,6 +956,7 @@ class Pictures(NamedTuple):
         regions: their embeddings, not weighted.
         slots: which proposal each was.
         whole: GAP(V), D wide, where `fused="map"` asks for it.
+        first: what E^G_1 was pooled from; of the whole batch only, None of a choice of its pictures.
     """
 
     maps: list[Tensor | AreaTable]
@@ -965,12 +966,13 @@ class Pictures(NamedTuple):
     regions: Float[Tensor, "b t d"]
     slots: Int[Tensor, "b t"]
     whole: Float[Tensor, "b d"] | None
+    first: Tensor | AreaTable | None = None
 
     def __getitem__(self, index) -> Pictures:
         maps = [
             AreaTable(*(p[index] for p in m)) if isinstance(m, AreaTable) else m[index] for m in self.maps
         ]
-        return Pictures(maps, *(None if part is None else part[index] for part in tuple(self)[1:]))
+        return Pictures(maps, *(None if part is None else part[index] for part in tuple(self)[1:-1]))
 
 
 class Located(NamedTuple):
@@ -1067,11 +1069,18 @@ class SelfLocator(nn.Module):
         if self.filter.ask is None:
             slots, scores, valid = self.filter(scores, valid)
             boxes = take(boxes, slots)
-        first = features[-1] if self.config.first == "encoder" else maps[0]
-        regions = self.embed(self.embed.read(first), boxes)
+        first = self.embed.read(features[-1] if self.config.first == "encoder" else maps[0])
+        regions = self.embed(first, boxes)
         whole = self.whole(features[-1].mean((2, 3))) if self.whole is not None else None
         read = [a.embed.read(m) for a, m in zip(self.adaptors, maps, strict=False)]
-        return Pictures(read, boxes, scores, valid, regions, slots, whole)
+        return Pictures(read, boxes, scores, valid, regions, slots, whole, first)
+
+    def fixed_regions(self, pictures: Pictures) -> tuple[list[Float[Tensor, "b t d"]], Bool[Tensor, "b t"]]:
+        """The proposals as every level embeds them, E^G_1 and then from each F_i, without a gradient to their boxes,
+        and which of them are real: what the region-word contrast compares with words (S41)."""
+        boxes = pictures.boxes.detach()
+        levels = zip(self.adaptors, pictures.maps, strict=True)
+        return [self.embed(pictures.first, boxes), *(a.embed(m, boxes) for a, m in levels)], pictures.valid
 
     def visual_token(self, pictures: Pictures, pooled: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         """T_v before any text, which the contrastive loss compares (S20): `Towers.pooled` as it is (`map`), or the mean
@@ -1112,9 +1121,7 @@ class SelfLocator(nn.Module):
             pictures = self.choose(pictures, words[:, 0])
         scores, valid = pictures.scores, pictures.valid
         strength = scores if self.config.weighting else valid.to(scores.dtype)
-        counted = (
-            mask if self.config.include_special else mask & ~(ends(mask) if special is None else special)
-        )
+        counted = self.counted(mask, special)
         regions, boxes = self.weighted(pictures), [pictures.boxes]
         cosine, matches = [similarity(pictures.regions, words, counted)], []
         for adaptor, features in zip(self.adaptors, pictures.maps, strict=True):
@@ -1131,6 +1138,10 @@ class SelfLocator(nn.Module):
         picture = mean_region(regions, valid) if self.config.fused == "regions" else pictures.whole
         return Located(torch.stack(boxes), scores, valid, regions, words, picture, words[:, 0], reg_loss,
                        torch.stack(cosine) * valid[..., None])  # fmt: skip
+
+    def counted(self, mask: Bool[Tensor, "b n"], special: Bool[Tensor, "b n"] | None) -> Bool[Tensor, "b n"]:
+        """Which tokens are words (S9)."""
+        return mask if self.config.include_special else mask & ~(ends(mask) if special is None else special)
 
     def regress(
         self, boxes: Float[Tensor, "l b t 4"], matches: Float[Tensor, "m b t"], valid: Bool[Tensor, "b t"]

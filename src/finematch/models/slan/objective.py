@@ -35,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from finematch.losses import gather, wide
 from finematch.models.configs import SLANConfig
 
-TERMS = ("itc", "itm", "mlm", "reg")
+TERMS = ("itc", "itm", "mlm", "reg", "word")
 NOBODY = -1  # the picture id of an empty place in a queue
 
 
@@ -79,6 +79,12 @@ class Locator(Protocol):
 
     def visual_token(self, pictures: Any, pooled: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         """T_v before any text: `pooled` as it is, or the mean of the regions (S20)."""
+
+    def fixed_regions(self, pictures: Any) -> tuple[list[Float[Tensor, "b t d"]], Bool[Tensor, "b t"]]:
+        """The proposals as every level embeds them, without a gradient to their boxes, and which are real."""
+
+    def counted(self, mask: Bool[Tensor, "b n"], special: Bool[Tensor, "b n"] | None) -> Bool[Tensor, "b n"]:
+        """Which tokens are words."""
 
     def locate(
         self,
@@ -355,6 +361,56 @@ def itc(
     return total if reduction == "sum" else total / 2
 
 
+# ------------------------------------------------------------------------------ region-word contrast (S41)
+def region_word_scores(
+    regions: Float[Tensor, "b t d"],
+    valid: Bool[Tensor, "b t"],
+    words: Float[Tensor, "c n d"],
+    counted: Bool[Tensor, "c n"],
+) -> Float[Tensor, "b c"]:
+    """How well the regions of each image explain the words of each caption, before the two have met.
+
+        s(I, T) = mean over the words of T of max over the regions of I of cos(region, word)
+
+    0 for a caption without words.
+    """
+    b, t, c, n = *regions.shape[:2], *words.shape[:2]
+    cosine = (unit(regions).flatten(0, 1) @ unit(words).flatten(0, 1).T).view(b, t, c, n)
+    best = cosine.masked_fill(~valid[:, :, None, None], float("-inf")).amax(1)  # b c n
+    return (best * counted).sum(2) / counted.sum(1).clamp(min=1)
+
+
+def region_word(
+    levels: list[Float[Tensor, "b t d"]],
+    valid: Bool[Tensor, "b t"],
+    words: Float[Tensor, "b n d"],
+    counted: Bool[Tensor, "b n"],
+    image_id: Int[Tensor, " b"],
+    scale: Float[Tensor, ""] | float,
+) -> Float[Tensor, ""]:
+    """The region-word contrast: softmax over the batch of `region_word_scores` both ways, the mean over the levels.
+
+    The paper has no such loss, and nothing in it trains the cosine of a region with a word that Eq. 2 moves regions
+    by: the contrast reads pooled vectors, matching the attention's projections, L_reg boxes alone (S41). All captions
+    of an image are its positives, in equal shares. Of several processes each has its own batch, as in matching.
+
+    Args:
+        levels: embeddings of the proposals, boxes held fixed (`SelfLocator.fixed_regions`).
+        words: token states before any cross attention.
+        counted: which of them are words.
+        scale: 1 / tau.
+    """
+    same = (image_id[:, None] == image_id[None]).to(torch.float32)
+    target = same / same.sum(1, keepdim=True)  # symmetric: it serves both directions
+    total = torch.zeros((), device=image_id.device)
+    with torch.autocast(image_id.device.type, enabled=False):
+        for regions in levels:
+            scores = scale * region_word_scores(regions, valid, words, counted)
+            goal = target.to(scores)
+            total = total + (F.cross_entropy(scores, goal) + F.cross_entropy(scores.T, goal)) / 2
+    return total / len(levels)
+
+
 # ------------------------------------------------------------------------------ image-text matching, Eq. 4
 def hard_negatives(
     similarity: Float[Tensor, "b b"], image_id: Int[Tensor, " b"], *, generator: torch.Generator | None = None
@@ -609,9 +665,10 @@ class SLAN(nn.Module):
         if not contrast:
             self.encoders.project_image.requires_grad_(False)
             self.encoders.project_text.requires_grad_(False)
-        if not self.by_regions and not any(self.weights[name] for name in ("itm", "mlm", "reg")):
+        if not self.by_regions and not any(self.weights[name] for name in ("itm", "mlm", "reg", "word")):
             self.locator.requires_grad_(False)
         self.temperature = Temperature(c.tau, c.learnable_tau and contrast)
+        self.word_temperature = Temperature(c.tau, c.learnable_tau) if self.weights["word"] else None
         self.queue = Queue(c.queue, c.embed or c.width) if c.queue and contrast else None
         self.momentum = (
             Momentum(self._followed(), c.momentum)
@@ -686,7 +743,7 @@ class SLAN(nn.Module):
             self.queue.check(len(image_id) * world())
         if self.momentum is not None and self.training:
             self.momentum.update(self._followed())
-        asked = self.by_regions or any(self.weights[name] for name in ("itm", "mlm", "reg"))
+        asked = self.by_regions or any(self.weights[name] for name in ("itm", "mlm", "reg", "word"))
         picture = self.encoders.image(pixels_or_maps(**batch["image"]), self.locator if asked else None)
         caption = self.encode_text(**text)
         located = self.locate(picture, caption) if self.weights["itm"] or self.weights["reg"] else None
@@ -701,6 +758,8 @@ class SLAN(nn.Module):
             terms["mlm"] = shared(self._masked(picture, text))
         if self.weights["reg"]:  # Eq. 9: summed over regions, mean over pictures
             terms["reg"] = shared(wide(located.reg_loss).mean())
+        if self.weights["word"]:
+            terms["word"] = shared(self._region_word(picture, caption, image_id))
         return {"loss": sum(self.weights[name] * value for name, value in terms.items()), **terms}
 
     def _contrast(self, batch: dict, picture: Picture, caption: Caption) -> Tensor:
@@ -741,6 +800,11 @@ class SLAN(nn.Module):
         return mlm(
             self.masked(located.words, located.picture, located.text, chosen), text["input_ids"][chosen]
         )
+
+    def _region_word(self, picture: Picture, caption: Caption, image_id: Tensor) -> Tensor:
+        levels, valid = self.locator.fixed_regions(picture.prepared)
+        counted = self.locator.counted(caption.mask, caption.special)
+        return region_word(levels, valid, caption.words, counted, image_id, self.word_temperature())
 
     # -------------------------------------------------------------------------- fine-tuning
     def load_pretrained(self, path: str | Path) -> list[str]:
