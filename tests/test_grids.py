@@ -364,6 +364,22 @@ def test_a_cell_that_was_emptied_makes_its_run_stale(book, monkeypatch):
     assert stale(grid("mvam_mine"), "scenes", "tiny") == [file]
 
 
+def test_a_row_takes_any_precision_that_its_device_chose_and_no_other_than_it_asks_for(book, monkeypatch):
+    monkeypatch.chdir(book)
+    other = ["precision is 'bf16', the row says 'no'"]
+    for seed, (asked, ran, differs) in enumerate(
+        [("", "bf16", []), ("auto", "no", []), ("no", "bf16", other)]
+    ):
+        where = {"dataset": "scenes", "scale": "tiny", "seed": seed, "smoke": False}
+        write_grid(book, "mvam_mine", f"name,views,precision\none,32,{asked}\ntwo,8,\n")
+        settings = Settings("mvam", {**where, "views": 32, "precision": ran}).as_dict()
+        file = fake_run(
+            book, "one", seed, 1.0, **{k: value for k, value in settings.items() if k not in where}
+        )
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"identity": {"method": "mvam"}}))
+        assert mismatches(grid("mvam_mine"), file) == differs
+
+
 def test_what_builds_on_a_stale_run_is_stale(book, monkeypatch):
     monkeypatch.chdir(book)
     write_grid(book, "mvam_mine", "name,views,weights\none,16,\ntwo,8,{run:one}/encoder\n")

@@ -8,9 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import training_target as target
 
-from finematch import runs
+from finematch import runs, training
 from finematch.files import DataError
 from finematch.hold import Busy
 from finematch.runs import IdentityError, begin, latest, measured, open_run, status_of
@@ -94,6 +95,51 @@ def test_another_runs_checkpoint_is_refused_with_what_differs_and_two_ways_on(bo
     assert kept == {name: (first.folder / name).read_bytes() for name in kept}
     trained(threads=4)  # its own
     assert (first.folder / "best.safetensors").read_bytes() == kept["best.safetensors"]
+
+
+def on_a_gpu(monkeypatch):
+    """What `begin` reads where a GPU has bf16: the device, and what torch says of it."""
+    monkeypatch.setattr(training, "accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+
+
+@pytest.mark.parametrize("out", ["run", None])
+def test_a_run_goes_on_in_the_precision_in_which_it_began(book, monkeypatch, capsys, out):
+    with monkeypatch.context() as gpu:
+        on_a_gpu(gpu)
+        first = begin("mvam", page(precision="auto"), data=DATA, out=out)
+        assert capsys.readouterr().out == "precision: bf16 (auto on cuda)\n"
+    assert (
+        first.precision == first.parameters["precision"] == first.identity["settings"]["precision"] == "bf16"
+    )
+    fit(target.Toy(), target.Data(), target.plan(epochs=1), first.folder, identity=first.digest, echo=None)
+    again = begin("mvam", page(precision="auto"), data=DATA, out=out)
+    assert (again.folder, again.digest, again.parameters) == (first.folder, first.digest, first.parameters)
+    assert "precision: bf16 (in which this run began; auto on cpu is no" in capsys.readouterr().out
+    again.finish({"loss": 1.0}, seconds=1.0, protocol="toy")
+    assert open_run(first.folder).precision == again.content["parameters"]["precision"] == "bf16"
+    fresh = begin("mvam", page(precision="auto"), data=DATA, out=out, resume="fresh")
+    assert fresh.precision == "no"
+    fresh.release()
+    other = begin("mvam", page(precision="auto", tau=0.5), data=DATA, out=out and "other")
+    assert other.precision == "no"
+    other.release()
+
+
+def test_a_run_without_a_checkpoint_begins_in_the_precision_of_the_device(book, monkeypatch):
+    """As those of git, which have metrics alone: bf16 is refused, not taken over, where nothing can go on."""
+    with monkeypatch.context() as gpu:
+        on_a_gpu(gpu)
+        run = begin("mvam", page(precision="auto"), data=DATA, out="run")
+        run.finish({"loss": 1.0}, seconds=1.0, protocol="toy")
+    with pytest.raises(IdentityError, match="precision was bf16, is no"):
+        begin("mvam", page(precision="auto"), data=DATA, out="run")
+    replaced = begin("mvam", page(precision="auto"), data=DATA, out="run", resume="replace")
+    assert replaced.precision == "no"
+    replaced.release()
+    asked = begin("mvam", page(precision="fp16"), data=DATA, out="asked")
+    assert asked.precision == "fp16"
+    asked.release()
 
 
 def test_fresh_and_replace(book):

@@ -97,8 +97,9 @@ def test_fine_tuning_at_the_papers_scale_has_settings_of_its_own():
 
 def test_the_plan_has_the_settings():
     s = Settings("slan", {"scale": "paper", "dataset": "coco_karpathy"})
-    made = slan_plan(s.replace(seed=5), epochs=3)
-    assert (made.epochs, made.seed, made.batch_size, made.precision) == (3, 5, 1280, "bf16")
+    made = slan_plan(s.replace(seed=5, precision="fp16"), epochs=3)
+    assert (made.epochs, made.seed, made.batch_size, made.precision) == (3, 5, 1280, "fp16")
+    assert slan_plan(s).precision == "no"  # auto, on a CPU
     assert (made.lr, made.schedule, made.warmup) == (3e-4, "linear", 0.0)
 
 

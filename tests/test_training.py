@@ -4,11 +4,13 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 import training_target as target
 from safetensors.torch import save_file
 
+from finematch import training
 from finematch.checkpoints import (
     TrainingError,
     check_writable,
@@ -120,6 +123,42 @@ def test_a_plan_refuses_what_makes_no_sense():
     for name in ("workers", "checkpoint_steps"):
         with pytest.raises(ValueError, match=f"{name} = -1: must not be negative"):
             target.plan(**{name: -1})
+
+
+def test_auto_is_the_precision_of_the_device(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for capable, expected in ((True, "bf16"), (False, "no")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda capable=capable, **_: capable)
+        assert training.precision_on(gpu) == expected
+        assert training.precision_on(cpu) == "no"
+    assert training.precision_on(torch.device("mps")) == "no"
+    assert [training.precision_on(gpu, one) for one in ("no", "bf16", "fp16")] == ["no", "bf16", "fp16"]
+    assert target.plan(precision="auto").precision == "no"
+
+
+def test_bf16_on_a_cpu_without_instructions_warns_with_the_factor(monkeypatch):
+    monkeypatch.setattr(training, "bf16_slowdown", lambda: 46.2)
+    with pytest.warns(UserWarning, match="takes 46 times as long"):
+        assert training.precision_on(torch.device("cpu"), "bf16") == "bf16"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert training.precision_on(torch.device("cuda"), "bf16") == "bf16"
+        assert training.precision_on(torch.device("cpu"), "auto") == "no"
+        monkeypatch.setattr(training, "bf16_slowdown", lambda: 0.5)
+        assert training.precision_on(torch.device("cpu"), "bf16") == "bf16"
+
+
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="another processor")
+def test_the_factor_is_measured():
+    """A process whose libraries are told to use AVX2 alone has no instructions for bf16: 34 to 59 times as long."""
+    script = (
+        "import torch; from finematch.training import precision_on; precision_on(torch.device('cpu'), 'bf16')"
+    )
+    hidden = {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    ran = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | hidden, capture_output=True, text=True
+    )
+    assert re.search(r"UserWarning: precision=bf16: .* takes \d+ times as long", ran.stderr), ran.stderr
 
 
 def test_what_runs_share_is_refused_in_several_processes(monkeypatch):

@@ -59,7 +59,7 @@ batch_size: int = None  # pairs per step; default 8
 lr: float = None  # learning rate; default 0.1
 momentum: float = None  # momentum of SGD; default 0.9
 weight_decay: float = None  # weight decay of SGD; default 0.0005
-precision: str = None  # mixed precision: no | bf16 | fp16; default no
+precision: str = None  # mixed precision; auto: bf16 on a GPU with it, else no: auto | no | bf16 | fp16; default auto
 threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number
 
 # %% jupyter={"source_hidden": true}
@@ -293,7 +293,7 @@ if trained and s.alignment != "global" and s.label_features == "frozen":
 summary = {"seconds": 0.0, "best_epoch": 0}
 if trained:
     plan = Plan(epochs=s.epochs, batch_size=s.batch_size, lr=s.lr, optimizer="sgd", momentum=s.momentum,
-                weight_decay=s.weight_decay, schedule="step", milestones=(s.milestone,), precision=s.precision,
+                weight_decay=s.weight_decay, schedule="step", milestones=(s.milestone,), precision=run.precision,
                 seed=s.seed)  # fmt: skip
     summary = fit(model, data, plan, run.folder, identity=run.digest)
 else:

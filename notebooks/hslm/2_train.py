@@ -70,7 +70,7 @@ batch_size: int = None  # pairs per step; tiny 64, photos 64, paper 128
 lr: float = None  # learning rate; tiny 0.001, photos 0.001, paper 0.0002
 decay_every: int = None  # epochs between steps to a tenth of lr; tiny 3, photos 4, paper 20
 clip_norm: float = None  # largest norm of the gradient; 0 is none; default 2
-precision: str = None  # mixed precision: no | bf16 | fp16; default no
+precision: str = None  # mixed precision; auto: bf16 on a GPU with it, else no: auto | no | bf16 | fp16; default auto
 val_pictures: int = None  # val images that rank an epoch; 0 is all; tiny 200, photos 200, paper 0
 score_precision: str = "fp32"  # precision of the matrix products of the final ranking: fp32 | bf16
 threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number
@@ -227,7 +227,7 @@ def val_metrics(_) -> dict[str, float]:
 
 plan = Plan(epochs=s.epochs, batch_size=s.batch_size, lr=s.lr, optimizer="adam", weight_decay=0.0, schedule="step",
             milestones=tuple(range(s.decay_every, s.epochs, s.decay_every)), clip_norm=s.clip_norm,
-            precision=s.precision, seed=s.seed)  # fmt: skip
+            precision=run.precision, seed=s.seed)  # fmt: skip
 summary = fit(model, train.pairs(), plan, run.folder, identity=run.digest, evaluate=val_metrics,
               select=selection(records))  # fmt: skip
 leave_to_first()  # of several processes (torchrun); else nothing

@@ -116,7 +116,7 @@ clip_norm: float = None  # largest norm of the gradient; 0 is none; default 0
 warmup: float = None  # share of the steps with a rising learning rate; tiny 0.1, photos 0.1, paper 0
 schedule: str = None  # lr over time: cosine | linear | constant; tiny cosine, photos cosine, paper linear
 weight_decay: float = None  # weight decay of AdamW; default 0.02
-precision: str = None  # mixed precision: no | bf16 | fp16; tiny no, photos no, paper bf16
+precision: str = None  # mixed precision; auto: bf16 on a GPU with it, else no: auto | no | bf16 | fp16; default auto
 workers: int = None  # processes that read images; tiny 0, photos 0, paper 4
 checkpoint_steps: int = None  # steps between checkpoints; 0: one per epoch; tiny 0, photos 0, paper 500
 threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number
@@ -287,8 +287,9 @@ run.folder
 # without a locator. Runs of one seed share this: it stands in the cache.
 
 # %%
-schedule = {name: getattr(s, name) for name in ("batch_size", "lr", "weight_decay", "schedule", "warmup", "clip_norm", "precision",
-                                                "workers", "checkpoint_steps", "seed")}  # fmt: skip
+schedule = {name: getattr(s, name) for name in ("batch_size", "lr", "weight_decay", "schedule", "warmup", "clip_norm", "workers",
+                                                "checkpoint_steps", "seed")}  # fmt: skip
+schedule["precision"] = run.precision
 if s.encoder_epochs and not s.pretrained:
     key = {"shape": [s.width, s.text_depth, s.text_heads, s.embed], "maps": inputs.origin(images),
            "data": {name: digests(part) for name, part in records.items()}}  # fmt: skip

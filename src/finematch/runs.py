@@ -81,6 +81,11 @@ class Run:
     def seed(self) -> int:
         return self.parameters["seed"]
 
+    @property
+    def precision(self) -> str:
+        """The precision it is trained in: never `auto`, and that of its first step wherever it goes on."""
+        return self.parameters["precision"]
+
     def finish(
         self,
         metrics: Mapping,
@@ -167,7 +172,8 @@ def begin(
         out: the folder, relative to the workbook; without one `papermill_runs/<method>/<dataset>.<scale>.<digest>`,
             where a run with other settings has another folder.
         resume: "" goes on with a run of the same identity and refuses another's; "fresh" starts over; "replace" goes on
-            with the same and starts over from another's.
+            with the same and starts over from another's. Where `precision` is `auto`, a run that has begun goes on in
+            its own, on whatever device; a new one takes that of the device (`training.precision_on`).
 
     Raises:
         IdentityError: The folder holds another run.
@@ -176,9 +182,7 @@ def begin(
     resume = resume or ""
     if resume not in RESUME:
         raise ValueError(f"resume is {resume!r}; use one of {RESUME}")
-    identity = identity_of(method, s, data=data, features=features)
-    run = Run(method, Path(), dict(s.as_dict()), identity)
-    run.folder = root() / (out or default_folder(run))
+    run = _in_precision(method, s, data, features, out, resume)
     held = hold(run.folder)
     held.release()  # of a cell that was stopped in this process
     held.take()
@@ -188,8 +192,36 @@ def begin(
         except BaseException:
             held.release()
             raise
-        write_json(run.folder / "identity.json", identity)
+        write_json(run.folder / "identity.json", run.identity)
     _meet()
+    return run
+
+
+def _in_precision(method: str, s, data, features, out, resume: str) -> Run:
+    """The run with its precision: where that is `auto`, the one in which it began, or else that of the device here."""
+    from finematch.training import accelerator, precision_on
+
+    identity, parameters = identity_of(method, s, data=data, features=features), dict(s.as_dict())
+
+    def run_in(**precision: str) -> Run:
+        settings = identity["settings"] | precision
+        run = Run(method, Path(), parameters | precision, identity | {"settings": settings})
+        run.folder = root() / (out or default_folder(run))
+        return run
+
+    if parameters.get("precision") != "auto":
+        return run_in()
+    device = accelerator()
+    run = run_in(precision=(here := precision_on(device)))
+    for begun in (run, run_in(precision="bf16"), run_in(precision="no")) if resume != "fresh" else ():
+        if _identity_in(begun.folder) == begun.identity and next(begun.folder.rglob("checkpoint*.pt"), None):
+            run = begun
+            break
+    note = f"auto on {device.type}"
+    if run.precision != here:
+        note = f"in which this run began; {note} is {here}, and resume='fresh' starts over in that"
+    if first_process():
+        print(f"precision: {run.precision} ({note})")
     return run
 
 

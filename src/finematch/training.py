@@ -15,8 +15,10 @@ import random
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +50,7 @@ class Plan:
         clip_norm: largest gradient norm, 0 for none.
         accumulate: batches per optimiser step. A contrastive batch is still one batch: accumulation does
             not add negatives.
-        precision: `no`, `bf16`, `fp16` (accelerate's names).
+        precision: `no` (fp32), `bf16`, `fp16` (accelerate's names); `auto` becomes the device's, see `precision_on`.
         workers: processes that read the data, beside each that trains; 0 reads where it trains.
         checkpoint_steps: a checkpoint at least every so many batches, besides one per epoch; 0: per epoch.
     """
@@ -84,6 +86,7 @@ class Plan:
             raise ValueError(f"schedule is {self.schedule!r}; use 'cosine', 'linear', 'step' or 'constant'")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup = {self.warmup}: a fraction of all steps, in [0, 1)")
+        object.__setattr__(self, "precision", precision_on(accelerator(), self.precision))
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -452,6 +455,42 @@ def accelerator() -> torch.device:
     return (
         torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     )
+
+
+def precision_on(device: torch.device, wanted: str = "auto") -> str:
+    """What `auto` is on a device: `bf16` on a GPU that computes it, else `no` (fp32). Any other precision stays.
+
+    Warns:
+        UserWarning: bf16 is asked for on a CPU without instructions for it; the message has the factor.
+    """
+    if wanted == "auto":
+        capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if capable else "no"
+    if wanted == "bf16" and device.type == "cpu" and (factor := bf16_slowdown()) > 2:
+        warnings.warn(
+            f"precision=bf16: this CPU lacks instructions for it, a matrix product takes {factor:.0f} times as long as "
+            "in fp32 (measured just now). Leave precision at auto, or set it to no",
+            stacklevel=2,
+        )
+    return wanted
+
+
+@cache
+def bf16_slowdown(size: int = 256) -> float:
+    """How many times as long a matrix product on this CPU takes in bf16 as in fp32: the best of five of each.
+
+    Measured, for the instructions (AVX512-BF16, AMX, those of ARM) have another name, and another place where they are
+    listed, on each platform.
+    """
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, seconds = torch.ones(size, size, dtype=dtype), []
+        for _ in range(6):
+            started = time.perf_counter()
+            torch.mm(a, a)
+            seconds.append(time.perf_counter() - started)
+        best[dtype] = min(seconds[1:])
+    return best[torch.bfloat16] / best[torch.float32]
 
 
 def device_name() -> str:
