@@ -31,6 +31,9 @@ def loaded_by(code: str) -> set[str]:
 def test_importing_is_cheap():
     assert not loaded_by("import finematch") & {"torch", "timm", "transformers", "numpy", "pandas"}
     assert not loaded_by("import finematch.files, finematch.config, finematch.hold") & {"torch", "pandas"}
+    # what opens a run: torchvision costs as much as torch, image processors bring it and scipy along
+    opener = loaded_by("from finematch import match\nimport finematch.rebuild")
+    assert not opener & {"timm", "torchvision", "scipy", "matplotlib", "sklearn"}
     methods = "from finematch import MVAM, HSLM, FELGA, SLAN\nimport finematch.encoders, finematch.training"
     assert not loaded_by(methods) & {"timm", "transformers", "pandas"}
 

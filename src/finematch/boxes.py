@@ -23,9 +23,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torchvision import ops
 
 FORMATS = ("xyxy", "xywh", "cxcywh")
+
+
+def _ops():
+    """torchvision's operators: imported when one is called, because that takes as long as importing torch."""
+    from torchvision import ops
+
+    return ops
 
 
 def convert(boxes: Float[Tensor, "*n 4"], source: str, target: str) -> Float[Tensor, "*n 4"]:
@@ -33,17 +39,17 @@ def convert(boxes: Float[Tensor, "*n 4"], source: str, target: str) -> Float[Ten
     for name in (source, target):
         if name not in FORMATS:
             raise ValueError(f"unknown box format {name!r}: choose one of {', '.join(FORMATS)}")
-    return ops.box_convert(boxes, source, target)
+    return _ops().box_convert(boxes, source, target)
 
 
 def clip(boxes: Float[Tensor, "*n 4"], width: float | int, height: float | int) -> Float[Tensor, "*n 4"]:
     """Boxes cut at the borders of a `width` x `height` picture; one outside of it is left without area."""
-    return ops.clip_boxes_to_image(boxes, (height, width))
+    return _ops().clip_boxes_to_image(boxes, (height, width))
 
 
 def area(boxes: Float[Tensor, "n 4"]) -> Float[Tensor, "n"]:
     """Areas in square pixels. ValueError for a box whose edges are in the wrong order."""
-    return ops.box_area(_ordered(boxes))
+    return _ops().box_area(_ordered(boxes))
 
 
 def iou(a: Float[Tensor, "n 4"], b: Float[Tensor, "m 4"]) -> Float[Tensor, "n m"]:
@@ -52,7 +58,7 @@ def iou(a: Float[Tensor, "n 4"], b: Float[Tensor, "m 4"]) -> Float[Tensor, "n m"
     Raises:
         ValueError: a box whose edges are in the wrong order or not finite (boxes in another format, often).
     """
-    return torch.nan_to_num(ops.box_iou(_ordered(a), _ordered(b)), nan=0.0)
+    return torch.nan_to_num(_ops().box_iou(_ordered(a), _ordered(b)), nan=0.0)
 
 
 def giou(a: Float[Tensor, "n 4"], b: Float[Tensor, "m 4"]) -> Float[Tensor, "n m"]:
@@ -68,7 +74,7 @@ def giou(a: Float[Tensor, "n 4"], b: Float[Tensor, "m 4"]) -> Float[Tensor, "n m
         flat = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1).nonzero()
         if len(flat):
             raise ValueError(f"box {int(flat[0])} has no area: {boxes[flat[0, 0]].tolist()}")
-    return ops.generalized_box_iou(a, b)
+    return _ops().generalized_box_iou(a, b)
 
 
 def nms(
@@ -85,7 +91,7 @@ def nms(
         raise ValueError(f"threshold is an IoU in [0, 1], got {threshold}")
     if not torch.isfinite(scores).all():
         raise ValueError(f"score {int((~torch.isfinite(scores)).nonzero()[0])} is not finite")
-    return ops.nms(_ordered(boxes), scores, threshold)[:keep]
+    return _ops().nms(_ordered(boxes), scores, threshold)[:keep]
 
 
 def grid_boxes(width: float | int, height: float | int, rows: int, cols: int) -> Float[Tensor, "n 4"]:
@@ -163,6 +169,14 @@ def neighbourhood(
     steps = torch.stack([col, row], dim=-1).reshape(-1, 2)  # k2 (x, y)
     low = centre[..., None, :] + (steps - 0.5) * side[..., None, :]
     return torch.cat([low, low + side[..., None, :]], dim=-1)
+
+
+def roi_align(
+    maps: Float[Tensor, "b c h w"], boxes: list[Float[Tensor, "_ 4"]] | Float[Tensor, "n 5"], side: int
+) -> Float[Tensor, "n c side side"]:
+    """torchvision's RoIAlign (aligned, 2 samples a bin and axis) for boxes in cells of the maps: those of each map, or
+    all of them with the number of their map before them."""
+    return _ops().roi_align(maps, boxes, output_size=side, sampling_ratio=2, aligned=True)
 
 
 def roi_align_mean(

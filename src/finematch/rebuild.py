@@ -67,8 +67,6 @@ from finematch.models.configs import FELGAConfig, HSLMConfig, LocatorConfig, MVA
 from finematch.models.felga import FELGA
 from finematch.models.hslm import HSLM
 from finematch.models.mvam import MVAM
-from finematch.models.slan.detector import train_detector
-from finematch.models.slan.locator import CachedStages, SelfLocator, Stages, Towers, load_proposals
 from finematch.models.slan.objective import SLAN, Words
 from finematch.models.slan.start import train_encoders
 from finematch.text import KeywordMethod, keyword_method
@@ -188,6 +186,8 @@ def map_towers(s, inputs: Inputs) -> tuple[nn.Module, nn.Module]:
     At scale `paper` an image network is trained, a ResNet-50 unless named, with random weights ("all random
     initialized") unless `s` names some.
     """
+    from finematch.models.slan.locator import CachedStages, Stages  # torchvision: as long to import as torch
+
     if s.scale == "paper":
         # no classifier, which nothing would train; a ViT for images of any size
         options = {"num_classes": 0} | ({"dynamic_img_size": True} if s.vision.startswith("vit_") else {})
@@ -206,6 +206,8 @@ def slan_model(s, inputs: Inputs, *, steps_per_epoch: int | None = None) -> SLAN
         steps_per_epoch: by which `random_negatives`, a share of the run, becomes a number of steps; without it that of
             the dataset's own pairs.
     """
+    from finematch.models.slan.locator import SelfLocator, Towers
+
     seed_everything(s.seed)
     image, text = map_towers(s, inputs)
     encoders = Towers(image, text, s.width)
@@ -230,6 +232,9 @@ def slan_plan(s, *, epochs: int | None = None) -> Plan:
 def slan_begun(s, inputs: Inputs, base: Path, *, echo=None) -> SLAN:
     """The model of a run before its first step with the locator: a detector's proposals, a pretrained run's weights, or
     encoders that the contrast has trained."""
+    from finematch.models.slan.detector import train_detector
+    from finematch.models.slan.locator import load_proposals
+
     cache, weights = base / s.cache, base / s.detector
     if s.detector == "boxes":
         boxes = {name: load(f"{s.dataset}_coco", inputs.data_root, name) for name in ("train", "val")}

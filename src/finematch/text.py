@@ -19,7 +19,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 def wordpiece(vocabulary: str | Path) -> PreTrainedTokenizerBase:
@@ -29,6 +29,8 @@ def wordpiece(vocabulary: str | Path) -> PreTrainedTokenizerBase:
         ValueError: If the vocabulary lacks BERT's special tokens (a wrong file would otherwise turn every
             caption into [UNK] without a word).
     """
+    from transformers import AutoTokenizer, BertTokenizerFast
+
     path = Path(vocabulary)
     if path.is_file():
         words = path.read_text(encoding="utf-8").splitlines()
@@ -92,9 +94,9 @@ def tokenise(captions: list[str], tokenizer: PreTrainedTokenizerBase, *, max_len
     if not captions:
         raise ValueError("no captions to tokenise")
     encoded = tokenizer(captions, truncation=True, max_length=max_length, return_special_tokens_mask=True)
-    ids, special, start = [], [], [0]
+    ids, special, start, unknown = [], [], [0], tokenizer.unk_token_id  # which looks it up at every call
     for i, (row, mask) in enumerate(zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)):
-        words = [t for t, m in zip(row, mask, strict=True) if not m and t != tokenizer.unk_token_id]
+        words = [t for t, m in zip(row, mask, strict=True) if not m and t != unknown]
         if not words:
             raise ValueError(
                 f"caption {i} ({captions[i]!r}) has no known word in this vocabulary: "

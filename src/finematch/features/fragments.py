@@ -23,8 +23,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
-from torchvision.ops import roi_align
-from transformers import AutoImageProcessor, AutoTokenizer
 
 from finematch.data.record import DataError, Record, digests
 from finematch.encoders import open_vision_language
@@ -81,6 +79,8 @@ class VLP:
     """
 
     def __init__(self, model: str | Path, *, precision: str = "no", batch: int = 128):
+        from transformers import AutoTokenizer
+
         if precision not in ("no", "bf16"):
             raise ValueError(f"precision is {precision!r}; use 'no' or 'bf16'")
         self.net, self.precision, self.batch = open_vision_language(model), precision, batch
@@ -95,6 +95,8 @@ class VLP:
 
     def _open_pictures(self, model: str | Path) -> dict:
         """Open what makes crops, and say what it is."""
+        from transformers import AutoImageProcessor
+
         channels = getattr(self.net.net.config.vision_config, "num_channels", 3)  # BLIP does not say
         if channels != 3:
             raise ValueError(
@@ -237,7 +239,7 @@ def crop_maps(
     for picture, mine in zip(pictures, boxes, strict=True):
         scale = torch.tensor([w / picture.width, h / picture.height] * 2, dtype=torch.float32)
         scaled.append((torch.from_numpy(np.asarray(mine, np.float32)) * scale).to(maps))
-    return roi_align(maps, scaled, output_size=side, sampling_ratio=2, aligned=True)
+    return roi_align(maps, scaled, side)
 
 
 def cut(picture: Image.Image, box: Float[np.ndarray, "4"]) -> Image.Image:

@@ -19,13 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
-    BaseImageProcessor,
-    CLIPImageProcessor,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
 from finematch.data import load
 from finematch.data.pairs import MapSource, PixelSource, RegionSource, Source, StateSource, to_pixels
@@ -213,12 +207,18 @@ def first_images(a: Regions, n: int) -> Regions:
 
 def open_clip(
     dataset: str, data_root: str | Path, *, weights: str = "", scale: str = "tiny"
-) -> tuple[Any, PreTrainedTokenizerBase, BaseImageProcessor]:
+) -> tuple[Any, PreTrainedTokenizerBase, Any]:
     """A CLIP's name (or the configuration of a small one, to train from scratch), its tokenizer, its image processor.
 
     `encoders.open_clip_model` makes the model of the first. A run that trained a CLIP saves all three, so its folder
     opens like a published one.
     """
+    from transformers import (  # a second, for runs of a CLIP alone
+        AutoImageProcessor,
+        AutoTokenizer,
+        CLIPImageProcessor,
+    )
+
     if weights or scale == "paper":
         name = weights or "openai/clip-vit-base-patch16"
         return name, AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
@@ -230,7 +230,7 @@ def open_clip(
     return config, tokenizer, processor
 
 
-def clip_images(records: Records, source: Any, processor: BaseImageProcessor) -> dict[str, PixelSource]:
+def clip_images(records: Records, source: Any, processor: Any) -> dict[str, PixelSource]:
     """Pixels as the CLIP that `source` names takes them; `processor` is its own."""
     config = config_of(source) if isinstance(source, str) else source
     return pixel_images(
@@ -289,6 +289,8 @@ def caption_states(
     records: Records, model: str | Path, cache: str | Path
 ) -> tuple[dict[str, StateSource], PreTrainedTokenizerBase]:
     """Token states of a frozen text model (a folder or hub name) for every caption, and its tokenizer."""
+    from transformers import AutoTokenizer
+
     tower, tokenizer = BertTower(model).to(accelerator()), AutoTokenizer.from_pretrained(str(model))
     key = fingerprint(tower)
     states = {

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchvision.ops import roi_align
 
-from finematch.boxes import grid_boxes
+from finematch.boxes import grid_boxes, roi_align
 from finematch.data.precomp import Regions, load_regions, write_layout
 from finematch.data.record import DataError, Record, digests
 from finematch.features.backbones import Backbone, fingerprint
@@ -108,5 +107,5 @@ def pool_regions(
     h, w = maps.shape[2:]
     scale = sizes.new_tensor([w, h, w, h]) / sizes.repeat(1, 2)[:, None]  # b 1 4, pixels to cells
     scaled = (boxes * scale).to(maps)
-    pooled = roi_align(maps, list(scaled), output_size=3, sampling_ratio=2, aligned=True)
+    pooled = roi_align(maps, list(scaled), 3)
     return pooled.mean((2, 3)).unflatten(0, boxes.shape[:2])

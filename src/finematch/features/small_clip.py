@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchvision.ops import roi_align
 from transformers import PreTrainedTokenizerBase
 
+from finematch.boxes import roi_align
 from finematch.data.fragment_sets import FragmentSets
 from finematch.data.record import DataError, Record, pairs
 from finematch.encoders import open_clip_model, small_clip
@@ -90,7 +90,7 @@ class ContrastiveCLIP(nn.Module):
             corner = torch.rand(b, 2, device=pixels.device) * (side - size)
         number = torch.arange(b, device=pixels.device, dtype=pixels.dtype)[:, None]
         boxes = torch.cat([number, corner, corner + size], 1)
-        return roi_align(pixels, boxes, output_size=side, sampling_ratio=2, aligned=True)
+        return roi_align(pixels, boxes, side)
 
     def images(self, pixels: Float[Tensor, "b c s s"]) -> Float[Tensor, "b d"]:
         """Unit vectors of images."""
