@@ -156,9 +156,10 @@ def shift(match, inside, form, tau):
     return [m / max(sum(positive), 1e-6) for m in positive]
 
 
-def level(adaptor, plane, boxes, regions, words, counted, scores, slots):
-    """Lines 5 to 9 of Algorithm 1. `counted` lists the tokens that are words."""
+def level(adaptor, plane, boxes, regions, words, counted, scores, slots, unmet=None):
+    """Lines 5 to 9 of Algorithm 1. `counted` lists the tokens that are words; `unmet` are E^T_1 where they steer."""
     attended, words = cross_attention(adaptor.attention, regions, words)
+    asking = words if unmet is None else unmet
     k, new_boxes, new_regions = adaptor.k, [], []
     table = torch.zeros(len(boxes), len(words), dtype=words.dtype)
     for t, (x1, y1, x2, y2) in enumerate(boxes):
@@ -170,7 +171,7 @@ def level(adaptor, plane, boxes, regions, words, counted, scores, slots):
             cx, cy = x + column * wide / k, y + row * high / k
             cell = [cx - wide / k / 2, cy - high / k / 2, cx + wide / k / 2, cy + high / k / 2]
             e = embedding(adaptor.embed, plane, cell)
-            match.append(max((cosine(e, words[n]) for n in counted), default=0.0))
+            match.append(max((cosine(e, asking[n]) for n in counted), default=0.0))
             inside.append(adaptor.outside == "keep" or (0 <= cx <= 1 and 0 <= cy <= 1))
         m = shift(match, inside, adaptor.weights, adaptor.tau)
         unit = 1 / k if adaptor.unit == "N/K" else 1
@@ -187,7 +188,7 @@ def level(adaptor, plane, boxes, regions, words, counted, scores, slots):
         box = stopped(x + dx, y + dy, p[0] * w, p[1] * h, adaptor.smallest)
         e = embedding(adaptor.embed, plane, box)
         for n in counted:
-            table[t, n] = cosine(e, words[n])
+            table[t, n] = cosine(e, asking[n])
         if adaptor.region_update != "overwrite":
             e = scores[t] * e
         if adaptor.region_update == "residual":
@@ -197,7 +198,7 @@ def level(adaptor, plane, boxes, regions, words, counted, scores, slots):
     return new_boxes, torch.stack(new_regions), words, table
 
 
-def regression(before, after, tables, counted, *, l1, giou, reduction, target, tau):
+def regression(before, after, tables, counted, *, l1, giou, reduction, target, tau, part="box"):
     """Eq. 3. `after[i][t]` is region t after level i."""
     losses = []
     for t, g in enumerate(before):
@@ -211,6 +212,9 @@ def regression(before, after, tables, counted, *, l1, giou, reduction, target, t
         def xywh(b):
             return (b[0] + b[2]) / 2, (b[1] + b[3]) / 2, b[2] - b[0], b[3] - b[1]
 
+        if part == "centre":
+            x, y, w, h = *xywh(mean)[:2], *xywh(g)[2:]
+            mean = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
         distance = sum(abs(p - q) for p, q in zip(xywh(g), xywh(mean), strict=True))
         losses.append(l1 * distance + giou * (1 - overlap(g, mean)[1]))
     return sum(losses) / (len(losses) if reduction == "mean" else 1)
@@ -239,9 +243,11 @@ def locate(model, planes, v, found, words, counted):
     for t, e in enumerate(plain):
         for n in counted:
             table[t, n] = cosine(e, words[n])
-    history, tables = [boxes], [table]
+    history, tables, unmet = [boxes], [table], words if model.config.steer == "unimodal" else None
     for adaptor, plane in zip(model.adaptors, planes, strict=False):
-        boxes, regions, words, table = level(adaptor, plane, boxes, regions, words, counted, strength, stay)
+        boxes, regions, words, table = level(
+            adaptor, plane, boxes, regions, words, counted, strength, stay, unmet
+        )
         history.append(boxes)
         tables.append(table)
     loss = 0.0
@@ -249,7 +255,7 @@ def locate(model, planes, v, found, words, counted):
         loss = regression(
             history[0], history[1:], tables[1:], counted, l1=model.config.l1_weight,
             giou=model.config.giou_weight, reduction=model.config.reg_reduction, target=model.config.target,
-            tau=model.config.cell_tau,
+            tau=model.config.cell_tau, part=model.config.reg_part,
         )  # fmt: skip
     return {
         "boxes": torch.tensor(history, dtype=words.dtype),

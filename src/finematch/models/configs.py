@@ -246,6 +246,9 @@ class LocatorConfig(Config):
     extent: str = switch(
         "S6", "map", "region", says="H_i and W_i: those of the map (Table 1), or of each region",
         help="what gives a neighbourhood its H and W")
+    steer: str = switch(
+        "S41", "fused", "unimodal", says="E^T_{i+1} steers level i; words that met regions are no longer the text's",
+        help="words that M of Eq. 2 compares with")
     k: int = setting(
         3, (1, 15), "cells of a neighbourhood per side; odd", register="S7", literal=3,
         says="gives K in an example only")
@@ -284,6 +287,9 @@ class LocatorConfig(Config):
     reg_reduction: str = switch(
         "S14", "sum", "mean", says="summation for all regions; weights l1_weight, giou_weight not given",
         help="reduction of Eq. 3 over regions")
+    reg_part: str = switch(
+        "S41", "box", "centre", says="Eq. 3 is of (x, y, w, h); scaled sides have no optimum",
+        help="what Eq. 3 compares")
     l1_weight: float = setting(1.0, (0, 100), "weight of the L1 term of Eq. 3")
     giou_weight: float = setting(1.0, (0, 100), "weight of the GIoU term of Eq. 3")
     token: str = switch(

@@ -795,6 +795,26 @@ def offset(
     return torch.stack(moved, dim=-1) / (k if unit == "N/K" else 1)
 
 
+class Shared(NamedTuple):
+    """What all levels of a pair read alike.
+
+    Attributes:
+        strength: S, the weight of each region's embedding.
+        valid: which regions there are.
+        slots: which proposal each region was.
+        mask: which tokens are real.
+        counted: which of them are words.
+        unmet: E^T_1, the words before they met a region; where `steer="unimodal"`, else None.
+    """
+
+    strength: Float[Tensor, "b t"]
+    valid: Bool[Tensor, "b t"]
+    slots: Int[Tensor, "b t"]
+    mask: Bool[Tensor, "b n"]
+    counted: Bool[Tensor, "b n"]
+    unmet: Float[Tensor, "b n d"] | None = None
+
+
 class RegionAdaptor(nn.Module):
     """One level of Algorithm 1 (lines 5 to 9): attention, then every region moves towards what its text matches.
 
@@ -808,6 +828,9 @@ class RegionAdaptor(nn.Module):
     Algorithm 1 overwrites the attended regions of its line 5 in line 9, and uses the saliency S before the first level
     only. By default (`region_update="residual"`) both live on: E^G_{i+1} = S * Embedding(G_{i+1}, F_i) + attended;
     `overwrite` is as printed, `reweight` multiplies by S alone.
+
+    M compares cells with the words that have met the regions, E^T_{i+1}; with `steer="unimodal"` it is E^T_1, which the
+    region-word contrast trains (S41).
 
     p = exp(theta) with theta = 0 at first: sides stay positive. The scales belong to the place of a region among those
     that passed the filter (`rank`), to its query (`query`), to the level (`level`), or are predicted from the region's
@@ -877,30 +900,21 @@ class RegionAdaptor(nn.Module):
         boxes: Float[Tensor, "b t 4"],
         regions: Float[Tensor, "b t d"],
         words: Float[Tensor, "b n d"],
-        *,
-        strength: Float[Tensor, "b t"],
-        valid: Bool[Tensor, "b t"],
-        slots: Int[Tensor, "b t"],
-        mask: Bool[Tensor, "b n"],
-        counted: Bool[Tensor, "b n"],
+        pair: Shared,
     ) -> tuple[
         Float[Tensor, "b t 4"], Float[Tensor, "b t d"], Float[Tensor, "b n d"], Float[Tensor, "b t n"], Tensor
     ]:
-        """G_{i+1}, E^G_{i+1}, E^T_{i+1}; each region's cosine with each word, and its cells' matches M "b t k2".
-
-        Args:
-            strength: S, the weight of each region's embedding.
-            slots: which proposal each region was.
-            counted: which tokens are words.
-        """
+        """G_{i+1}, E^G_{i+1}, E^T_{i+1}; each region's cosine with each word, and its cells' matches M "b t k2"."""
+        strength, valid, slots, mask, counted, unmet = pair
         attended, words = self.attention(regions, words, valid, mask)
-        match, moved = self.search(features, boxes, words, counted)
+        asking = words if unmet is None else unmet
+        match, moved = self.search(features, boxes, asking, counted)
         x, y, w, h = convert(boxes, "xyxy", "cxcywh").unbind(-1)
         dx, dy = moved.unbind(-1)
         p_w, p_h = self.scales(attended, slots).unbind(-1)
         boxes = stop(torch.stack([x + dx, y + dy, p_w * w, p_h * h], dim=-1), self.smallest)
         found = self.embed(features, boxes)
-        cosine = similarity(found, words, counted)
+        cosine = similarity(found, asking, counted)
         if self.region_update != "overwrite":
             found = strength[..., None].to(found.dtype) * found
         if self.region_update == "residual":
@@ -930,6 +944,7 @@ def regression_loss(
     l1_weight: float = 1.0,
     giou_weight: float = 1.0,
     reduction: str = "sum",
+    part: str = "box",
 ) -> Float[Tensor, "b"]:
     """Eq. 3: L1 distance of (x, y, w, h), summed, and 1 - GIoU, of every region, summed over a picture's regions.
 
@@ -939,7 +954,15 @@ def regression_loss(
 
     Args:
         reduction: `sum` ("the summation of the regression loss for all regions"), or `mean` over them.
+        part: `box`, or `centre`: a proposal follows the centre of its target and keeps its own size, because sides
+            that follow p have no optimum (S41).
     """
+    if part == "centre":
+        here, there = (convert(x, "xyxy", "cxcywh") for x in (boxes, target))
+        boxes, target = (
+            convert(torch.cat([centre, here[..., 2:].detach()], -1), "cxcywh", "xyxy")
+            for centre in (here[..., :2], there[..., :2])
+        )
     distance = (convert(boxes, "xyxy", "cxcywh") - convert(target, "xyxy", "cxcywh")).abs().sum(-1)
     loss = l1_weight * distance + giou_weight * generalized_box_iou_loss(boxes, target, eps=0.0)
     total = (loss * valid).sum(1)
@@ -1122,13 +1145,12 @@ class SelfLocator(nn.Module):
         scores, valid = pictures.scores, pictures.valid
         strength = scores if self.config.weighting else valid.to(scores.dtype)
         counted = self.counted(mask, special)
+        unmet = words if self.config.steer == "unimodal" else None
+        pair = Shared(strength, valid, pictures.slots, mask, counted, unmet)
         regions, boxes = self.weighted(pictures), [pictures.boxes]
         cosine, matches = [similarity(pictures.regions, words, counted)], []
         for adaptor, features in zip(self.adaptors, pictures.maps, strict=True):
-            moved, regions, words, level, _ = adaptor(
-                features, boxes[-1], regions, words, strength=strength, valid=valid, slots=pictures.slots, mask=mask,
-                counted=counted,
-            )  # fmt: skip
+            moved, regions, words, level, _ = adaptor(features, boxes[-1], regions, words, pair)
             boxes.append(moved)
             cosine.append(level)
             matches.append(best_word(level, counted))
@@ -1153,7 +1175,7 @@ class SelfLocator(nn.Module):
         c = self.config
         return regression_loss(
             boxes[0], target.detach() if c.detach_target else target, valid, l1_weight=c.l1_weight,
-            giou_weight=c.giou_weight, reduction=c.reg_reduction,
+            giou_weight=c.giou_weight, reduction=c.reg_reduction, part=c.reg_part,
         )  # fmt: skip
 
     def forward(
