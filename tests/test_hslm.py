@@ -230,6 +230,10 @@ def test_the_fast_scorer_equals_the_naive_loop(options, rows):
     fast = score(model.pairs, model.pairs.prepare(picture), caption, tile=rows)
     assert naive.std() > 1e-4
     torch.testing.assert_close(fast, naive, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        ranking = score(model.pairs, model.pairs.prepare(picture), caption, tile=rows, ranking=True)
+    torch.testing.assert_close(ranking, naive, rtol=1e-9, atol=1e-9)
+    assert model.pairs.can_rank != torch.equal(ranking, fast)
 
 
 @pytest.mark.parametrize("cross", ["attend", "gate"])
@@ -249,7 +253,9 @@ def test_in_single_precision_it_agrees_to_1e_5(cross):
         picture, caption, fast = both(model, image, text)
         words = [w[m] for w, m in zip(caption.words, caption.mask, strict=True)]
         naive = naive_scores(model, picture.regions, words, caption.vector)
+        ranking = score(model.pairs, model.pairs.prepare(picture), caption, ranking=True)
     torch.testing.assert_close(fast, naive, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ranking, naive, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", READ, ids=str)
