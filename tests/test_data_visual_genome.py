@@ -42,11 +42,21 @@ def write(root, regions=None, images=None, *, pictures=True):
     folder.mkdir(exist_ok=True)
     (folder / "region_descriptions.json").write_text(json.dumps(regions))
     (folder / "image_data.json").write_text(json.dumps(images))
+    hold_out(root / "coco" / "dataset_coco.json", "coco", test=[{"cocoid": 9}])
     return {
         "regions": folder / "region_descriptions.json",
         "images": folder / "image_data.json",
         "image_dir": folder,
+        "held_out": (),
     }
+
+
+def hold_out(path, dataset, **splits):
+    """One of Karpathy's files, as far as its splits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = [{**entry, "split": split} for split, part in splits.items() for entry in part]
+    path.write_text(json.dumps({"dataset": dataset, "images": entries}))
+    return path
 
 
 def test_regions_become_captions_and_linked_phrases(tmp_path, caplog):
@@ -60,8 +70,9 @@ def test_regions_become_captions_and_linked_phrases(tmp_path, caplog):
         (1, 0, 11, ((0.0, 0.0, 32.0, 24.0),), "12"),
     ]
     assert one.phrases[0].boxes == ((30.0, 20.0, 32.0, 24.0),)  # a pixel out: clipped
-    (warning,) = caplog.records
-    assert "skipped 1 invalid boxes; the first is image 2, region 13" in warning.getMessage()
+    boxes, leaks = (record.getMessage() for record in caplog.records)
+    assert "skipped 1 invalid boxes; the first is image 2, region 13" in boxes
+    assert "left out 0 pictures that are held out by" in leaks
     red = [record.open().getpixel((0, 0))[0] for record in (two, one)]
     assert red == pytest.approx([102, 101], abs=3)  # by the url, not by the id
 
@@ -143,6 +154,63 @@ def test_a_missing_picture_and_a_split_that_there_is_not(tmp_path):
     assert len(load_visual_genome(**files, check_images=False)) == 2
     with pytest.raises(ValueError, match="no split 'val'"):
         load("visual_genome", tmp_path, "val")
+
+
+def described(*ids, **known):
+    """Regions and entries of pictures; `known` are further fields of one, as `coco_id=[None, 7]`."""
+    entries = [
+        {"image_id": key, "width": 32, "height": 24, "url": URL.format(folder="VG_100K", file=key),
+         **{name: values[i] for name, values in known.items()}}
+        for i, key in enumerate(ids)
+    ]  # fmt: skip
+    return [{"id": key, "regions": SECOND} for key in ids], entries
+
+
+def test_pictures_of_val_and_test_are_left_out(tmp_path, caplog):
+    """COCO's by its id, Flickr30k's by Flickr's; those of train and restval, and of unknown origin, stay."""
+    regions, images = described(
+        1, 2, 3, 4, 5, 6, coco_id=[11, 12, 13, 14, None, None], flickr_id=[None, 1, 2, 3, 105, 106]
+    )
+    write(tmp_path, regions, images, pictures=False)
+    coco = hold_out(
+        tmp_path / "coco" / "dataset_coco.json", "coco",
+        train=[{"cocoid": 11}], restval=[{"cocoid": 12}], val=[{"cocoid": 13}], test=[{"cocoid": 77}],
+    )  # fmt: skip
+
+    def loaded(**options):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            return [
+                r.image_id for r in load("visual_genome", tmp_path, "train", check_images=False, **options)
+            ]
+
+    assert loaded() == ["1", "2", "4", "5", "6"]
+    assert f"left out 1 pictures that are held out by {coco}" in caplog.text
+    flickr = hold_out(
+        tmp_path / "flickr30k" / "dataset_flickr30k.json", "flickr30k",
+        train=[{"filename": "105.jpg"}], test=[{"filename": "106.jpg"}],
+    )  # fmt: skip
+    assert loaded() == ["1", "2", "4", "5"]
+    assert f"left out 1 pictures that are held out by {flickr}" in caplog.text
+    val2017 = tmp_path / "coco" / "annotations" / "captions_val2017.json"
+    val2017.parent.mkdir()
+    val2017.write_text(
+        json.dumps(
+            {"images": [{"id": 14, "coco_url": "http://images.cocodataset.org/val2017/000000000014.jpg"}]}
+        )
+    )
+    assert loaded() == ["1", "2", "5"]
+    assert loaded(held_out=[flickr]) == ["1", "2", "3", "4", "5"]
+    assert loaded(held_out=()) == ["1", "2", "3", "4", "5", "6"]
+    assert "held out" not in caplog.text
+    coco.unlink()
+    with pytest.raises(
+        DataError, match=r"dataset_coco\.json: COCO's val and test: are missing.*held_out=\(\)"
+    ):
+        loaded()
+    with pytest.raises(DataError, match=r"dataset_coco\.json: the file: cannot be read"):
+        loaded(held_out=[coco])
+    assert len(loaded(held_out=())) == 6
 
 
 def test_it_goes_into_shards(tmp_path):

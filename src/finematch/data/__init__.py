@@ -66,12 +66,21 @@ def _entities(folder: str, images: str) -> tuple[tuple[str, ...], Callable[..., 
 
 
 def _visual_genome(
-    regions: str, images: str, folder: str
+    regions: str, images: str, folder: str, held_out: tuple[str, ...]
 ) -> tuple[tuple[str, ...], Callable[..., list[Record]]]:
     def read(root: Path, split: str, **options) -> list[Record]:
+        coco, others = root / held_out[0], [root / path for path in held_out[1:]]
+        if "held_out" not in options and not coco.exists():
+            raise DataError(
+                coco,
+                "COCO's val and test",
+                "are missing, and half of Visual Genome's pictures are COCO's",
+                "Put Karpathy's file there, or give held_out=() and do not report on COCO",
+            )
+        options = {"held_out": [coco, *(path for path in others if path.exists())], **options}
         return load_visual_genome(root / regions, root / images, root / folder, split=split, **options)
 
-    return (regions, images, f"{folder}/VG_100K", f"{folder}/VG_100K_2"), read
+    return (regions, images, f"{folder}/VG_100K", f"{folder}/VG_100K_2", held_out[0]), read
 
 
 _DATASETS = {
@@ -114,9 +123,16 @@ _DATASETS = {
         "Flickr30k Entities (train, val, test)", *_entities("flickr30k_entities", "flickr30k_entities/images")
     ),
     "visual_genome": _Dataset(
-        "described regions, for pretraining (train alone)",
+        "described regions, for pretraining (train alone), without COCO's and Flickr30k's val and test",
         *_visual_genome(
-            "visual_genome/region_descriptions.json", "visual_genome/image_data.json", "visual_genome"
+            "visual_genome/region_descriptions.json",
+            "visual_genome/image_data.json",
+            "visual_genome",
+            (
+                "coco/dataset_coco.json",
+                "coco/annotations/captions_val2017.json",
+                "flickr30k/dataset_flickr30k.json",
+            ),
         ),
     ),
 }

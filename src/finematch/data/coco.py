@@ -21,6 +21,7 @@ from finematch.data.checks import (
     require_pictures,
     require_unique,
 )
+from finematch.data.names import known_names
 from finematch.data.record import DataError, Object, Record
 
 # Other words that captions use for COCO's categories, in the singular.
@@ -104,10 +105,12 @@ def load_coco(
     policy = BoxPolicy(invalid_boxes)
     tables = {path: _index(path) for path in files}
     images: dict = {}
+    known: dict = {}
     for path, table in tables.items():
         for image_id, image in table.imgs.items():
             with reading(path, f"image {image_id}"):
                 entry = (image["file_name"], (int(image["width"]), int(image["height"])))
+                known.setdefault(image_id, known_names(image))
             if images.setdefault(image_id, entry) != entry:
                 raise DataError(
                     path,
@@ -122,9 +125,8 @@ def load_coco(
         texts = () if captions is None else _captions(tables[captions], image_id, captions)
         objects = () if instances is None else _objects(tables[instances], image_id, size, instances, policy)
         source = f"{files[0]}: image {image_id}"
-        records.append(
-            Record(str(image_id), split, texts, Path(image_dir) / name, size, objects, source=source)
-        )
+        records.append(Record(str(image_id), split, texts, Path(image_dir) / name, size, objects,
+                              source=source, known_as=known[image_id]))  # fmt: skip
     policy.report(files[-1])
     require_unique(records, files[0])
     if check_images:

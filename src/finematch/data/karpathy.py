@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 
 from finematch.data.checks import clean_caption, read_json, reading, require_pictures, require_unique
+from finematch.data.names import known_names
 from finematch.data.record import DataError, Record
 
 
@@ -59,7 +60,7 @@ def load_karpathy(
         )
     _check_unique(entries, json_path)
     records = [
-        _record(entry, image_id, json_path, Path(image_dir), max_captions)
+        _record(entry, image_id, json_path, Path(image_dir), max_captions, str(data.get("dataset", "")))
         for entry, image_id in zip(entries, _ids(entries, json_path), strict=True)
         if entry["split"] in wanted
     ]
@@ -106,7 +107,7 @@ def _ids(entries: list[dict], json_path: str | Path) -> list[str]:
 
 
 def _record(
-    entry: dict, image_id: str, json_path: str | Path, image_dir: Path, max_captions: int | None
+    entry: dict, image_id: str, json_path: str | Path, image_dir: Path, max_captions: int | None, dataset: str
 ) -> Record:
     name = f"image {entry['filename']} (imgid {entry['imgid']})"
     with reading(json_path, name):
@@ -125,4 +126,5 @@ def _record(
             captions=captions,
             image=image_dir / entry.get("filepath", "") / entry["filename"],
             source=f"{json_path}: {name}",
+            known_as=known_names(entry, dataset),
         )

@@ -51,6 +51,7 @@ class Record:
     objects: tuple[Object, ...] = ()
     phrases: tuple[Phrase, ...] = ()
     source: str = field(default="", compare=False)  # file and entry, for error messages
+    known_as: tuple[str, ...] = field(default=(), compare=False)  # in other datasets: see `data.names`
 
     def open(self) -> Image.Image:
         """The picture as RGB (greyscale, palette, alpha and CMYK are converted); DataError if unreadable."""

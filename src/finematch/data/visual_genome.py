@@ -6,12 +6,16 @@ both. A picture's file is the end of its `url`, folder and name: its name need n
 
 As captions for pretraining, these phrases are short and many, some 50 a picture. Papers that speak of 769 thousand
 texts of Visual Genome (SLAN among them) do not say how they made them; `max_captions` takes the first of each picture.
+
+Half of its pictures are COCO's, those of COCO's val and test splits among them (`coco_id` in `image_data.json`), and
+all of them are Flickr's (`flickr_id`): trained on whole, it leaks what retrieval papers report. `held_out` names the
+files whose val and test are left out.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +28,7 @@ from finematch.data.checks import (
     require_pictures,
     require_unique,
 )
+from finematch.data.names import held_out_names, known_names
 from finematch.data.record import Box, DataError, Phrase, Record
 
 logger = logging.getLogger(__name__)
@@ -34,6 +39,7 @@ def load_visual_genome(
     images: str | Path,
     image_dir: str | Path,
     *,
+    held_out: Sequence[str | Path],
     max_captions: int | None = None,
     split: str = "train",
     invalid: str = "skip",
@@ -44,6 +50,9 @@ def load_visual_genome(
     Args:
         regions, images: `region_descriptions.json` and `image_data.json`, of one release.
         image_dir: folder above `VG_100K` and `VG_100K_2`.
+        held_out: files of other datasets whose val and test pictures are left out, with a warning that counts them:
+            Karpathy's `dataset_coco.json` and `dataset_flickr30k.json`, or COCO's `captions_val2017.json` (all of it).
+            `()` leaves none out: then do not report on COCO or Flickr30k.
         max_captions: keep the first so many regions of each picture; None keeps all.
         split: copied into the records. The set has no splits of its own: all of it is `train`.
         invalid: `"skip"` leaves out empty phrases, links to boxes without area or outside the picture, and pictures
@@ -63,12 +72,16 @@ def load_visual_genome(
     if max_captions is not None and max_captions < 1:
         raise ValueError(f"max_captions is at least 1 or None, not {max_captions}")
     policy, empty, bare = BoxPolicy(invalid), [], []
-    known = {key: _file_and_size(entry, images, name) for key, name, entry in _pictures(images)}
+    known = {key: _stated(entry, images, name) for key, name, entry in _pictures(images)}
+    left_out, leaks = {path: held_out_names(path) for path in held_out}, dict.fromkeys(held_out, 0)
     records = []
     for key, name, entry in _pictures(regions):
         if key not in known:
             raise DataError(regions, name, f"is not in {images}", "Use both files of one release")
-        file, size = known[key]
+        file, size, known_as = known[key]
+        if where := [path for path, names in left_out.items() if not names.isdisjoint(known_as)]:
+            leaks[where[0]] += 1
+            continue
         captions, phrases = [], []
         for caption, which, box in _regions(entry, regions, name):
             try:
@@ -91,8 +104,10 @@ def load_visual_genome(
             bare.append(name)
             continue
         records.append(Record(key, split, tuple(captions), Path(image_dir) / file, size, phrases=tuple(phrases),
-                              source=f"{regions}: {name}"))  # fmt: skip
+                              source=f"{regions}: {name}", known_as=known_as))  # fmt: skip
     policy.report(regions)
+    for path, count in leaks.items():
+        logger.warning("%s: left out %d pictures that are held out by %s", regions, count, path)
     for left, what in ((empty, "empty phrases"), (bare, "pictures without a phrase")):
         if left:
             logger.warning("%s: skipped %d %s; the first is %s", regions, len(left), what, left[0])
@@ -136,10 +151,12 @@ def _regions(entry: dict[str, Any], path: str | Path, name: str) -> Iterator[tup
         yield said, which, box
 
 
-def _file_and_size(entry: dict[str, Any], path: str | Path, name: str) -> tuple[Path, tuple[int, int]]:
-    """Folder and name of the picture's file, and its width and height."""
+def _stated(
+    entry: dict[str, Any], path: str | Path, name: str
+) -> tuple[Path, tuple[int, int], tuple[str, ...]]:
+    """Folder and name of the picture's file, its width and height, and its names in other datasets."""
     with reading(path, name):
         parts = PurePosixPath(urlsplit(entry["url"]).path).parts[-2:]
         if len(parts) < 2 or parts[0] == "/":
             raise ValueError(f"url {entry['url']!r} has no folder and file name")
-        return Path(*parts), (int(entry["width"]), int(entry["height"]))
+        return Path(*parts), (int(entry["width"]), int(entry["height"])), known_names(entry)
