@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
+from finematch.boxes import roi_align
 from finematch.data.record import DataError, Record, digests
 from finematch.encoders import open_vision_language
 from finematch.features.backbones import Backbone, fingerprint, open_backbone
