@@ -30,6 +30,17 @@ SMALL = {
 }  # fmt: skip
 
 
+READINGS = [(method, reading) for method in SMALL for reading in ("default", "literal")] + [
+    ("slan", "frozen")
+]
+
+
+def settings_of(method, reading):
+    """A reading's settings; `frozen` is the default reading of SLAN over frozen proposals."""
+    chosen = {"frozen": True} if reading == "frozen" else {"reading": reading}
+    return Settings(method, chosen | SMALL[method])
+
+
 def drawn(g):
     ids = torch.randint(5, 30, (B, 7), generator=g)
     mask = torch.arange(7)[None] < torch.randint(4, 8, (B, 1), generator=g)
@@ -53,7 +64,7 @@ def made(method, s, g):
     if method == "felga":
         return FELGA(8, configs.FELGAConfig.of(s)), {"image": features(g, 5, 8), "text": features(g, 4, 8)}
     towers = Towers(SmallStages((8, 8, 8)), BertTower(small_bert(30, width=16, depth=1, heads=2)), 16)
-    locator = SelfLocator(towers.channels, configs.LocatorConfig.of(s))
+    locator = SelfLocator(towers.channels, configs.LocatorConfig.of(s), encoder=towers.image_encoder)
     model = SLAN(
         towers, locator, configs.SLANConfig.of(s), words=Words(30, 4, (0, 1, 2, 3, 4)), random_steps=1
     )
@@ -62,7 +73,7 @@ def made(method, s, g):
 
 def terms(method, reading):
     """The loss terms of three steps, from fixed seeds."""
-    s = Settings(method, {"reading": reading, **SMALL[method]})
+    s = settings_of(method, reading)
     torch.manual_seed(0)
     model, batch = made(method, s, torch.Generator().manual_seed(1))
     optimiser, found = torch.optim.AdamW(model.train().parameters(), lr=1e-3), []
@@ -76,8 +87,7 @@ def terms(method, reading):
     return found
 
 
-@pytest.mark.parametrize("reading", ["default", "literal"])
-@pytest.mark.parametrize("method", SMALL)
+@pytest.mark.parametrize(("method", "reading"), READINGS)
 def test_a_tiny_run_gives_the_numbers_of_its_numerics_version(method, reading):
     reference = json.loads(REFERENCE.read_text())[method]
     found, wanted = terms(method, reading), reference[reading]
@@ -85,7 +95,8 @@ def test_a_tiny_run_gives_the_numbers_of_its_numerics_version(method, reading):
         f"{method} gives other numbers than before under the same settings. If that is meant, raise `numerics` in "
         f"src/finematch/presets/{method}.toml and refresh the reference: python tests/test_numerics.py"
     )
-    assert reference["numerics"] == Settings(method, {}).numerics, remedy
+    name = "numerics, frozen" if reading == "frozen" else "numerics"
+    assert reference[name] == settings_of(method, reading).numerics, remedy
     for step, (now, was) in enumerate(zip(found, wanted, strict=True)):
         assert now.keys() == was.keys(), remedy
         for name, value in was.items():
@@ -93,9 +104,8 @@ def test_a_tiny_run_gives_the_numbers_of_its_numerics_version(method, reading):
 
 
 if __name__ == "__main__":
-    content = {
-        method: {"numerics": Settings(method, {}).numerics}
-        | {reading: terms(method, reading) for reading in ("default", "literal")}
-        for method in SMALL
-    }
+    content = {method: {"numerics": Settings(method, {}).numerics} for method in SMALL}
+    content["slan"]["numerics, frozen"] = settings_of("slan", "frozen").numerics
+    for method, reading in READINGS:
+        content[method][reading] = terms(method, reading)
     REFERENCE.write_text(json.dumps(content, indent=1) + "\n")

@@ -12,6 +12,7 @@ import torch
 import training_target as target
 
 from finematch import runs, training
+from finematch.config import Settings
 from finematch.files import DataError
 from finematch.hold import Busy
 from finematch.runs import IdentityError, begin, latest, measured, open_run, status_of
@@ -240,9 +241,18 @@ def test_a_run_says_when_code_or_data_are_others_now(book, monkeypatch):
     drawn = {"train": stated["scenes train"], "annotated": stated["scenes_entities test"]}
     assert status_of({**on_scenes, "identity": {**content["identity"], "data": drawn}}) == "current"
     monkeypatch.setattr(runs, "_commits", frozenset)
-    monkeypatch.setattr(runs, "numerics", lambda method: 2)
+    monkeypatch.setattr(runs, "numerics", lambda method, parameters: 2)
     with pytest.warns(UserWarning, match="its arithmetic is version 1, now 2"):
         assert open_run("run").status.startswith("legacy")
+
+
+def test_a_change_that_reaches_some_runs_leaves_the_others_their_version():
+    """SLAN's frozen proposals once moved with what they read; all other runs have the numbers of before."""
+    plain, frozen = Settings("slan", {}), Settings("slan", {"frozen": True})
+    assert frozen.numerics == plain.numerics + 1
+    assert runs.numerics("slan", {"frozen": True}) == frozen.numerics
+    assert runs.numerics("slan", {}) == runs.numerics("slan", {"frozen": False}) == plain.numerics
+    assert runs.identity_of("slan", frozen, data={})["numerics"] == frozen.numerics
 
 
 # ------------------------------------------------------------------------------------------- tables

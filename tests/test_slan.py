@@ -15,9 +15,10 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from finematch.boxes import convert, iou, multi_scale_grid
+from finematch.checkpoints import load_best, save_weights
 from finematch.config import Settings
 from finematch.encoders import BertTower, Cells, small_bert
-from finematch.models.configs import LocatorConfig
+from finematch.models.configs import LocatorConfig, SLANConfig
 from finematch.models.slan.locator import (
     RPN,
     SMALLEST,
@@ -44,6 +45,7 @@ from finematch.models.slan.locator import (
     similarity,
     stop,
 )
+from finematch.models.slan.objective import SLAN
 
 CHANNELS, SIZES = (4, 5, 6), ((6, 8), (3, 4), (2, 2))
 BASE = {"width": 8, "pyramid": 6, "heads": 2, "count": 12, "anchor": 1.5, "top": 4, "samples": 2, "query_depth": 1,
@@ -594,6 +596,136 @@ def test_frozen_proposals_take_no_gradient():
     assert all(p.grad is None for p in model.proposals.parameters())
     assert any(p.grad is not None and p.grad.any() for p in model.decoder.parameters())
     assert_same(located, tiny()(maps, words, mask))
+
+
+def trained_on_pixels(frozen=True, **changes):
+    """A SLAN whose encoder is trained on pixels, with batch norms, queues and momentum encoders; and a batch."""
+    s = Settings("slan", {"width": 16, "pyramid": 8, "count": 12, "top": 5, "heads": 2, "query_depth": 1, "samples": 2,
+                          "query_heads": 2, "embed": 8, "queue": 12, "frozen": frozen, **changes})  # fmt: skip
+    torch.manual_seed(0)
+    stages = Stages(Cells("resnet10t", options={"num_classes": 0}), (1, 2, 3))
+    towers = Towers(stages, BertTower(small_bert(30, width=16, depth=1, heads=2)), 16)
+    locator = SelfLocator(towers.channels, LocatorConfig.of(s), encoder=stages)
+    model = SLAN(towers, locator, SLANConfig.of(s, mlm_weight=0.0, reg_weight=1.0), random_steps=9)
+    g = torch.Generator().manual_seed(1)
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    ids = torch.randint(5, 30, (4, 6), generator=g)
+    special = torch.zeros_like(mask)
+    special[:, [0, -1]] = True
+    batch = {"image": {"pixels": torch.rand(4, 3, 64, 64, generator=g)}, "image_id": torch.arange(4),
+             "text": {"input_ids": ids, "mask": mask, "special": special}}  # fmt: skip
+    return model, batch
+
+
+def proposed(model, batch):
+    """Proposals of a batch, in evaluation mode, then in training mode (which moves the statistics of batch norms)."""
+    found = []
+    for mode in (False, True):
+        prepared = model.train(mode).encode_image(**batch["image"]).prepared
+        found += [part.detach().clone() for part in (prepared.boxes, prepared.scores, prepared.valid)]
+    return found
+
+
+def steps(model, batch, count=3):
+    optimiser = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
+    for _ in range(count):
+        optimiser.zero_grad()
+        model(batch)["loss"].backward()
+        optimiser.step()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("source", ["decoder", "encoder"])
+def test_frozen_proposals_hold_bit_for_bit_while_all_below_them_is_trained(version, source):
+    model, batch = trained_on_pixels(version=version, source=source)
+    before, was = proposed(model, batch), {k: v.clone() for k, v in model.state_dict().items()}
+    assert all(torch.equal(a, b) for a, b in zip(before[:3], before[3:], strict=True))  # whatever the mode
+    steps(model, batch)
+    assert all(torch.equal(a, b) for a, b in zip(proposed(model, batch), before, strict=True))
+    assert torch.equal(model.encode_image(**batch["image"]).prepared.boxes, before[0])
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, was[k])}
+    trained = {k for k, p in model.named_parameters() if p.requires_grad and "temperature" not in k}
+    assert any(k.startswith("locator.decoder.") for k in trained & changed)
+    assert any("image_encoder" in k for k in trained & changed)
+    assert not any(k.startswith(("locator.kept.", "locator.proposals.")) for k in trained | changed)
+    if version == "arxiv":  # the contrast reads regions, so the momentum encoders have proposals of their own
+        slow = model.momentum.copies["locator"]
+        assert slow.kept is model.locator.kept
+        given = batch["image"]["pixels"]
+        maps = model.momentum.copies["encoders"].towers.vision(given)
+        assert torch.equal(slow.prepare(maps, given).boxes, before[0])
+
+    moving, batch = trained_on_pixels(version=version, source=source, frozen=False)
+    before = proposed(moving, batch)
+    steps(moving, batch)
+    assert not torch.equal(proposed(moving, batch)[0], before[0])
+
+
+def test_bf16_does_not_move_frozen_proposals():
+    model, batch = trained_on_pixels()
+    wanted = model.encode_image(**batch["image"]).prepared.boxes
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.encode_image(**batch["image"]).prepared.boxes, wanted)
+
+
+def test_the_frozen_copy_is_kept_with_the_weights(tmp_path):
+    """A run that goes on, is opened again or is trained further has the proposals of its start."""
+    model, batch = trained_on_pixels(version="arxiv")
+    wanted = proposed(model, batch)
+    steps(model, batch)
+    save_weights(model, tmp_path / "best.safetensors")
+    for load in (load_best, SLAN.load_pretrained):
+        other, _ = trained_on_pixels(version="arxiv")
+        steps(other, batch, 1)
+        load(other, tmp_path / "best.safetensors")
+        assert all(torch.equal(a, b) for a, b in zip(proposed(other, batch), wanted, strict=True))
+
+    moving, _ = trained_on_pixels(frozen=False, version="arxiv")
+    steps(moving, batch)
+    save_weights(moving, tmp_path / "moving.safetensors")
+    other.load_pretrained(tmp_path / "moving.safetensors")  # its proposals are frozen as they are there
+    wanted = proposed(other, batch)
+    torch.testing.assert_close(wanted[0], proposed(moving, batch)[0])
+    steps(other, batch, 1)
+    assert all(torch.equal(a, b) for a, b in zip(proposed(other, batch), wanted, strict=True))
+    with pytest.raises(ValueError, match=r"of another model.*unknown .*locator\.kept"):
+        moving.load_pretrained(tmp_path / "best.safetensors")
+
+
+def test_a_detector_is_kept_as_it_was_loaded(tmp_path):
+    model, batch = trained_on_pixels()
+    other, _ = trained_on_pixels(frozen=False)
+    steps(other, batch)
+    state = other.locator.proposals.state_dict()
+    state |= {f"pyramid.{k}": v for k, v in other.locator.decoder.state_dict().items()}
+    save_file(state, tmp_path / "detector.safetensors")
+    load_proposals(model.locator.proposals, tmp_path / "detector.safetensors", decoder=model.locator.decoder)
+    model.locator.keep(model.encoders.towers.image_encoder)
+    maps = model.eval().encoders.towers.vision(batch["image"]["pixels"])
+    with torch.no_grad():
+        boxes, _, _ = model.locator.proposals(model.locator.decoder(maps))
+    assert torch.equal(model.locator.propose(maps, maps, batch["image"]["pixels"]).boxes, boxes)
+    wanted = proposed(model, batch)
+    steps(model, batch)
+    assert all(torch.equal(a, b) for a, b in zip(proposed(model, batch), wanted, strict=True))
+
+
+def test_frozen_proposals_of_a_trained_encoder_need_its_pixels():
+    model, batch = trained_on_pixels()
+    maps = model.encoders.towers.vision(batch["image"]["pixels"])
+    with pytest.raises(ValueError, match="give prepare the pixels"):
+        model.locator.prepare(maps)
+
+
+def test_without_levels_a_decoder_that_nothing_reads_is_not_trained():
+    """Data-parallel training waits for the gradient of every trained weight."""
+    model, batch = trained_on_pixels(levels=0)
+    model.train()(batch)["loss"].backward()
+    assert not [k for k, p in model.locator.named_parameters() if p.requires_grad and p.grad is None]
+    assert not any(p.requires_grad for p in model.locator.decoder.parameters())
+    assert all(
+        p.requires_grad for p in trained_on_pixels(levels=0, first="decoder")[0].locator.decoder.parameters()
+    )
 
 
 # ------------------------------------------------------------------------------------------- 3.2.2

@@ -1519,7 +1519,7 @@ if steps_here >= 100:
 def go_on(detach_target: bool, *, matching: float, regression: float) -> list[dict]:
     """Further steps from where the toy stands, its proposals no longer frozen."""
     one = toy(frozen=False, detach_target=detach_target)
-    one.load_state_dict(mover.state_dict())
+    one.load_state_dict({k: v for k, v in mover.state_dict().items() if ".kept." not in k})  # the frozen copy
     descent_ = min(p.descent, 2) if p.smoke else p.descent
     return train(one, descent_, matching=matching, regression=regression, every=10)
 

@@ -254,13 +254,14 @@ else:
     text = BertTower(small_bert(len(tokenizer), width=s.width, depth=s.text_depth, heads=s.text_heads))
     towers = Towers(CachedStages(images["train"].channels), text, s.width)
 scales = s.scales if len(towers.channels) == 1 else ()
-locator = SelfLocator(towers.channels, LocatorConfig.of(s, scales=scales))
+locator = SelfLocator(towers.channels, LocatorConfig.of(s, scales=scales), encoder=towers.image_encoder)
 model = SLAN(
     towers, locator, SLANConfig.of(s, reg_weight=s.reg_weight if s.levels else 0.0), words=Words.of(tokenizer),
     random_steps=round(s.random_negatives * s.epochs * steps_per_epoch),
 ).to(accelerator())  # fmt: skip
 if weights:
     load_proposals(model.locator.proposals, weights, decoder=model.locator.decoder)
+    model.locator.keep(towers.image_encoder)  # frozen proposals read a copy of all that lies below them
 if s.pretrained:
     print(
         f"Begins with {s.pretrained}; heads of only one of the two: {model.load_pretrained(root() / s.pretrained)}"

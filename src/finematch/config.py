@@ -493,7 +493,7 @@ class Settings(Params):
                  or type(accepted[name]) is not type(known[name].page_default)}  # fmt: skip
         values, preset = _resolved(method, given)
         self._set(_known=known, _values=values, method=method, given=given, preset=preset,
-                  numerics=_file(method)["numerics"])  # fmt: skip
+                  numerics=numerics(method, values))  # fmt: skip
 
     def replace(self, **changes: Any) -> Settings:
         """The settings of the same parameters with `changes`; None makes one unset again."""
@@ -564,6 +564,15 @@ def _resolved(method: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], st
         else:
             values[name] = one.presets.get(preset, one.default)
     return values, preset
+
+
+def numerics(method: str, values: Mapping[str, Any]) -> int:
+    """The version of the arithmetic of a run with these values: the method's, higher by one for each entry of
+    `renumbered` in its presets that they match. So a change that reaches some runs alone leaves all others theirs."""
+    steps = _file(method).get("renumbered", ())
+    return _file(method)["numerics"] + sum(
+        all(_matches(values.get(name), wanted) for name, wanted in step.items()) for step in steps
+    )
 
 
 def _matches(value: Any, wanted: Any) -> bool:

@@ -212,7 +212,7 @@ def slan_model(s, inputs: Inputs, *, steps_per_epoch: int | None = None) -> SLAN
     image, text = map_towers(s, inputs)
     encoders = Towers(image, text, s.width)
     scales = s.scales if len(encoders.channels) == 1 else ()
-    locator = SelfLocator(encoders.channels, LocatorConfig.of(s, scales=scales))
+    locator = SelfLocator(encoders.channels, LocatorConfig.of(s, scales=scales), encoder=image)
     steps = (
         len(inputs.splits["train"].captions) // s.batch_size if steps_per_epoch is None else steps_per_epoch
     )
@@ -243,6 +243,7 @@ def slan_begun(s, inputs: Inputs, base: Path, *, echo=None) -> SLAN:
     model = slan_model(s, inputs)
     if s.detector:
         load_proposals(model.locator.proposals, weights, decoder=model.locator.decoder)
+        model.locator.keep(model.encoders.towers.image_encoder)
     if s.pretrained:
         model.load_pretrained(base / s.pretrained)
     elif s.encoder_epochs:

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from finematch.config import Settings, declared, root
+from finematch.config import Settings, declared, numerics, root
 from finematch.files import DataError, digest, file_digest, write_json
 from finematch.hold import hold
 
@@ -401,7 +401,7 @@ def status_of(content: Mapping) -> str:
         return "legacy: it does not say which data and features it used"
     if (known := _commits()) and commit != "unknown" and commit not in known:
         return f"legacy: its commit {commit[:8]} is in no history here"
-    if (now := numerics(identity["method"])) != identity["numerics"]:
+    if (now := numerics(identity["method"], content["parameters"])) != identity["numerics"]:
         return f"legacy: its arithmetic is version {identity['numerics']}, now {now}"
     p = content["parameters"]
     if p["dataset"] == "scenes" and not p["smoke"] and (parts := _unknown_scenes(identity["data"])):
@@ -423,11 +423,6 @@ def _unknown_scenes(data: Mapping) -> list[str]:
 def _scenes() -> dict:
     """The digests of every part of every split of the embedded set, as each of its three loaders gives them."""
     return json.loads(Path(__file__).with_name("scenes").joinpath("digests.json").read_text(encoding="utf-8"))
-
-
-def numerics(method: str) -> int:
-    """The version of a method's arithmetic."""
-    return Settings(method, {}).numerics
 
 
 @cache

@@ -17,6 +17,7 @@ channels, `h` `w` cells of a map, `d` width of a token (D). Masks are True where
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import OrderedDict
 from pathlib import Path
@@ -970,6 +971,44 @@ def regression_loss(
 
 
 # ------------------------------------------------------------------------------ Algorithm 1, the whole
+class Kept(nn.Module):
+    """All that frozen proposals read, as it was: copies of the decoder and, where pixels are trained on, the encoder.
+
+    Without it the maps under a frozen module change with the decoder, and its proposals with them. It is never trained,
+    stays in evaluation mode and computes in fp32, whatever the precision of training. A deep copy of it is itself: the
+    momentum encoders have the same proposals, and no third copy lies in memory.
+
+    Args:
+        decoder: the vision decoder.
+        encoder: the image encoder; None where its maps cannot change.
+    """
+
+    def __init__(self, decoder: VisionDecoder, encoder: nn.Module | None = None):
+        super().__init__()
+        self.decoder, self.encoder = copy.deepcopy(decoder), copy.deepcopy(encoder)
+        self.requires_grad_(False).train(False)
+
+    def train(self, mode: bool = True) -> Kept:
+        return super().train(False)
+
+    def __deepcopy__(self, memo: dict) -> Kept:
+        return self
+
+    def forward(
+        self, features: list[Float[Tensor, "b _ _ _"]], pixels: Tensor | list[Tensor] | None
+    ) -> list[Float[Tensor, "b _ _ _"]]:
+        """The decoder's maps, from the encoder's (`features`) or, with an encoder of its own, from `pixels`.
+
+        Raises:
+            ValueError: it has an encoder and is given no pixels.
+        """
+        if self.encoder is not None and pixels is None:
+            raise ValueError(
+                "frozen proposals read pixels with an encoder of their own: give prepare the pixels"
+            )
+        return self.decoder(features if self.encoder is None else self.encoder(pixels))
+
+
 class Pictures(NamedTuple):
     """What pictures give before any text: maps to pool from, and regions. Without a text-conditioned filter they have
     passed it, and `t` is T at most; with one they are all proposals, and `scores` are still logits.
@@ -1029,18 +1068,18 @@ class SelfLocator(nn.Module):
     """Algorithm 1: proposals, filter, `levels` region adaptors.
 
     With 0 `levels` the regions are the proposals, and words and regions never meet (Table 6, rows 1 and 2). `frozen`
-    proposals are not trained and no gradient enters them (Table 6, row 1; load their weights with `load_proposals`).
-    The maps they read are the model's own, so a frozen module still sees them change where the decoder or the encoder
-    is trained.
+    proposals never change and no gradient enters them (Table 6, row 1): they read a copy of the decoder and of the
+    encoder (`Kept`). Load their weights with `load_proposals`, and call `keep` afterwards.
 
     Args:
         channels: of the encoder's maps, fine to coarse (`Towers.channels`).
+        encoder: the image encoder, for frozen proposals whose encoder is trained.
 
     Raises:
         ValueError: settings that exclude each other.
     """
 
-    def __init__(self, channels: tuple[int, ...], config: LocatorConfig):
+    def __init__(self, channels: tuple[int, ...], config: LocatorConfig, *, encoder: nn.Module | None = None):
         super().__init__()
         c = self.config = config
         ratios = c.ratios or tuple(0.5**i for i in range(c.levels))
@@ -1052,8 +1091,12 @@ class SelfLocator(nn.Module):
         else:
             self.proposals = QueryProposals(c.pyramid, count=c.count, depth=c.query_depth, heads=c.query_heads,
                                             smallest=c.smallest)  # fmt: skip
-        self.frozen, self.token = c.frozen, c.token
-        self.proposals.requires_grad_(not c.frozen)
+        self.token, self.kept = c.token, None
+        if c.frozen:
+            self.proposals.requires_grad_(False).train(False)
+            self.kept = Kept(self.decoder, encoder if _trained(encoder) else None)
+            # without levels nothing else reads it: data-parallel training would wait for its gradient
+            self.decoder.requires_grad_(bool(c.levels) or c.first == "decoder")
         self.filter = RegionFilter(
             c.width, top=c.top, threshold=c.threshold, score_norm=c.score_norm, text=c.filter_text
         )
@@ -1082,12 +1125,45 @@ class SelfLocator(nn.Module):
         if c.nms and c.proposals == "queries":
             raise ValueError("nms is of the RPN: queries are not suppressed")
 
+    def train(self, mode: bool = True) -> SelfLocator:
+        super().train(mode)
+        if self.kept is not None:
+            self.proposals.train(False)
+        return self
+
+    def keep(self, encoder: nn.Module) -> None:
+        """Frozen proposals read the decoder and the encoder as they are now: call it when other weights were loaded."""
+        if self.kept is not None:
+            self.kept.decoder.load_state_dict(self.decoder.state_dict())
+            if self.kept.encoder is not None:
+                self.kept.encoder.load_state_dict(encoder.state_dict())
+
     # ---- once per picture
-    def prepare(self, features: list[Float[Tensor, "b _ _ _"]]) -> Pictures:
-        """Lines 2 and 3: what no text changes, from the encoder's maps (fine to coarse)."""
+    def propose(
+        self,
+        features: list[Float[Tensor, "b _ _ _"]],
+        maps: list[Float[Tensor, "b _ _ _"]],
+        pixels: Tensor | list[Tensor] | None,
+    ) -> Proposals:
+        """The proposals of the decoder's `maps`; frozen ones are those of the maps that were kept."""
+        if self.kept is None:
+            return self.proposals(maps)
+        with torch.no_grad(), torch.autocast(maps[0].device.type, enabled=False):
+            return self.proposals(self.kept(features, pixels))
+
+    def prepare(
+        self, features: list[Float[Tensor, "b _ _ _"]], pixels: Tensor | list[Tensor] | None = None
+    ) -> Pictures:
+        """Lines 2 and 3: what no text changes, from the encoder's maps (fine to coarse).
+
+        Args:
+            pixels: what the maps were made of, for frozen proposals whose encoder is trained.
+
+        Raises:
+            ValueError: such proposals, and no pixels.
+        """
         maps = self.decoder(features)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            boxes, scores, valid = self.proposals(maps)
+        boxes, scores, valid = self.propose(features, maps, pixels)
         slots = torch.arange(boxes.shape[1], device=boxes.device).expand(boxes.shape[:2])
         if self.filter.ask is None:
             slots, scores, valid = self.filter(scores, valid)
@@ -1187,6 +1263,10 @@ class SelfLocator(nn.Module):
     ) -> Located:
         """`locate` of `prepare`: the encoder's maps, fine to coarse, and the texts, row by row."""
         return self.locate(self.prepare(features), words, mask, special)
+
+
+def _trained(module: nn.Module | None) -> bool:
+    return module is not None and any(p.requires_grad for p in module.parameters())
 
 
 def mean_region(regions: Float[Tensor, "b t d"], valid: Bool[Tensor, "b t"]) -> Float[Tensor, "b d"]:

@@ -74,8 +74,9 @@ class Locator(Protocol):
 
     token: str
 
-    def prepare(self, features: list[Tensor]) -> Any:
-        """What a picture gives before any text is known; can be indexed by picture."""
+    def prepare(self, features: list[Tensor], pixels: Tensor | list[Tensor]) -> Any:
+        """What a picture gives before any text is known; can be indexed by picture. `pixels` are what the maps
+        `features` were made of."""
 
     def visual_token(self, pictures: Any, pooled: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         """T_v before any text: `pooled` as it is, or the mean of the regions (S20)."""
@@ -138,7 +139,7 @@ class Encoders(nn.Module):
         prepared, pooled = None, self.towers.pooled(maps)
         token = pooled
         if locator is not None:
-            prepared = locator.prepare(maps)
+            prepared = locator.prepare(maps, pixels)
             token = locator.visual_token(prepared, pooled)
             if (
                 locator.token != "map"
@@ -818,8 +819,11 @@ class SLAN(nn.Module):
         Raises:
             ValueError: If towers, locator or projections differ; the message names the weights.
         """
+        content, kept = load_file(path), "locator.kept."
         own = ("momentum.", "queue.", "steps")
-        state = {k: v for k, v in load_file(path).items() if not k.startswith(own)}
+        if taken := not any(k.startswith(kept) for k in content):  # a detector that is frozen from now on
+            own += (kept,)
+        state = {k: v for k, v in content.items() if not k.startswith(own)}
         mine = {k: v for k, v in self.state_dict().items() if not k.startswith(own)}
         wrong = [k for k in state if k in mine and state[k].shape != mine[k].shape]
         here = {
@@ -834,6 +838,8 @@ class SLAN(nn.Module):
                 f"{path} is of another model: of another shape {wrong[:5]}, missing or unknown {lost[:5]} (first five)"
             )
         self.load_state_dict(state, strict=False)
+        if taken and any(k.startswith(kept) for k in self.state_dict()):
+            self.locator.keep(self.encoders.towers.image_encoder)
         if self.momentum is not None:
             self.momentum.reset(self._followed())
         if self.queue is not None:
