@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     stale.add_argument("--scale", default="tiny", help="tiny, paper or smoke")
     stale.set_defaults(run=_stale)
 
+    _add_walk(commands.add_parser("walk", help="start every row of every grid at scale paper, on stand-ins"))
     _add_cache(commands.add_parser("cache", help="list or clear what runs have cached"))
 
     options = parser.parse_args(arguments)
@@ -50,6 +51,34 @@ def _stale(options: argparse.Namespace) -> int:
         of = len(metrics_files(one, options.dataset, options.scale))
         print(f"{name}: {len(found)} of {of} runs are of other parameters than their rows", file=sys.stderr)
     return 0
+
+
+def _add_walk(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--grid", nargs="+", default=[], help="these grids alone")
+    parser.add_argument("--row", default="", help="this row alone, and what it builds on")
+    parser.add_argument("--out", type=Path, default="", help="folder of the runs (papermill_runs/walk)")
+    parser.add_argument("--again", action="store_true", help="also rows that were walked")
+    parser.add_argument("--keep", action="store_true", help="not again rows that other code has walked")
+    parser.add_argument("--limit", type=float, default=0, help="begin no row after so many seconds")
+    parser.add_argument("--table", type=Path, help="write the table here, as data")
+    parser.add_argument("--page", type=Path, help="and its summary into this page")
+    parser.set_defaults(run=_walk)
+
+
+def _walk(options: argparse.Namespace) -> int:
+    """Prints a line a row, then a line a grid; 1 if a row failed."""
+    from finematch.tables import replace_block, to_markdown
+    from finematch.walk import summary, walk, write
+
+    results = walk(options.grid, options.row, out=options.out, again=options.again, keep=options.keep,
+                   limit=options.limit)  # fmt: skip
+    page = to_markdown(summary(results), digits=1)
+    print(page)
+    if options.table:
+        write(results, options.table)
+    if options.page:
+        replace_block(options.page, "walk", page)
+    return int(any(result["did"] == "failed" for result in results))
 
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Image and text towers behind one interface; of what runs use, the only file that imports timm or transformers' models.
+"""Image and text towers behind one interface; the only file whose timm and transformers models runs use.
 
 Both take seconds to import, so that happens where a tower is built, and importing a method costs neither.
 

@@ -40,6 +40,8 @@ class Claim:
 class Grid:
     """A grid as its two files declare it; see docs/adding_a_table.md for the toml's keys.
 
+    `dataset` is the one of the paper's table, on which `make walk` starts the rows.
+
     `rows` are the cells of the csv, `scales` the parameters that all rows have at a scale beside them (`cells` joins
     both). `names` maps our rows to the paper's, `columns` the paper's columns to our metrics, `also` further
     measured columns (title to metric), `chance` the metric that a random order gives for a column, `plot` the
@@ -57,6 +59,7 @@ class Grid:
     claims: tuple[Claim, ...]
     paper: str = ""
     table: str = ""
+    dataset: str = ""
     prefix: str = ""
     ylabel: str = ""
     plot: tuple[str, ...] = ()

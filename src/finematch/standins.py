@@ -35,7 +35,13 @@ DATASETS = ("flickr8k", "flickr30k", "coco_karpathy", "coco", "coco2014", "visua
 
 # ------------------------------------------------------------------------------------------- data
 def write_data(
-    dataset: str, root: str | Path, *, images: int, seed: int = 0, size: tuple[int, int] = SIZE
+    dataset: str,
+    root: str | Path,
+    *,
+    images: int,
+    seed: int = 0,
+    size: tuple[int, int] = SIZE,
+    captions: int = 5,
 ) -> Path:
     """Write a small set in the format and under the names that `finematch.data.load` reads.
 
@@ -47,6 +53,7 @@ def write_data(
         root: the data root: folder above the set's own.
         images: pictures of each split; Karpathy's COCO has as many in restval, too.
         size: width and height of the pictures in pixels.
+        captions: of each training picture, for a shorter epoch; region features have five whatever it is.
 
     Returns:
         `root`. A set that was written with the same arguments is left as it is.
@@ -58,7 +65,7 @@ def write_data(
     if dataset not in DATASETS:
         raise DataError("(no file)", f"dataset {dataset!r}", "has no stand-in", f"Choose one of {DATASETS}")
     note = root / f"standin_{dataset}.json"
-    wanted = {"images": images, "seed": seed, "size": list(size)}
+    wanted = {"images": images, "seed": seed, "size": list(size), "captions": captions}
     if note.exists() and read_json(note) == wanted:
         return root
     year = {"coco": "2017", "coco2014": "2014", "coco_karpathy": "2014"}.get(dataset, "")
@@ -66,16 +73,18 @@ def write_data(
     if taken := [path for path in (*new, note) if path.exists()]:
         raise DataError(taken[0], "the folder", "is there already", "Write stand-ins into an empty folder")
     pictures = {split: _drawn(seed, split, images, size) for split in generator.SPLITS}
-    if dataset == "visual_genome":
-        _visual_genome(root / dataset, pictures["train"], size)
-    elif year:
-        _coco(root / "coco", year, pictures, _drawn(seed, "val", images, size, first=images), size,
-              karpathy=dataset == "coco_karpathy")  # fmt: skip
-    else:
-        _flickr(root, dataset, pictures, size)
     if dataset in ("flickr8k", "flickr30k", "coco_karpathy"):
         folder = {"flickr30k": "f30k", "coco_karpathy": "coco"}.get(dataset, dataset)
         _precomp(root / f"{folder}_precomp", pictures, seed, whole_test=dataset == "coco_karpathy")
+    rest = _drawn(seed, "val", images, size, first=images) if year else []
+    for picture in pictures["train"] + rest:
+        picture["captions"] = picture["captions"][:captions]
+    if dataset == "visual_genome":
+        _visual_genome(root / dataset, pictures["train"], size)
+    elif year:
+        _coco(root / "coco", year, pictures, rest, size, karpathy=dataset == "coco_karpathy")
+    else:
+        _flickr(root, dataset, pictures, size)
     (root / "vocab").mkdir(exist_ok=True)
     (root / "vocab" / "bert-base-uncased-vocab.txt").write_text("\n".join(bert_vocabulary()) + "\n")
     note.write_text(json.dumps(wanted))
@@ -246,6 +255,21 @@ def write_network(kind: str, folder: str | Path, seed: int = 0, *, tiny: bool = 
     return target
 
 
+def write_hub(folder: str | Path, *, tiny: bool = False, only: tuple[str, ...] = ()) -> Path:
+    """A cache of the hub with stand-ins for the networks that runs name (`HUB`): `HF_HUB_CACHE` names it.
+
+    With it and `HF_HUB_OFFLINE=1` a hub's name opens the stand-in, so that a run needs no setting changed.
+    What `only` does not name is not written, and cannot be opened.
+    """
+    folder = Path(folder)
+    for name in only or HUB:
+        where = folder / f"models--{name.replace('/', '--')}"
+        write_network(HUB[name], where / "snapshots" / "standin", tiny=tiny and not name.startswith("timm/"))
+        (where / "refs").mkdir(exist_ok=True)
+        (where / "refs" / "main").write_text("standin")
+    return folder
+
+
 _TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -378,5 +402,13 @@ _FOLDERS = {
     "clip-vit-l-14": lambda tiny: _clip(14, tiny, large=True),
     "blip-itm-base": _blip,
     "blip2-itm-vit-g": _blip2,
+}
+HUB = {
+    "bert-base-uncased": "bert-base",
+    "openai/clip-vit-base-patch16": "clip-vit-b-16",
+    "openai/clip-vit-base-patch32": "clip-vit-b-32",
+    "Salesforce/blip-itm-base-flickr": "blip-itm-base",
+    "Salesforce/blip2-itm-vit-g": "blip2-itm-vit-g",
+    "timm/vit_base_patch16_224.augreg2_in21k_ft_in1k": "timm/vit_base_patch16_224",
 }
 _CHECKPOINTS = {"faster-rcnn-r50": _faster_rcnn, "detreg-r50": _detreg}

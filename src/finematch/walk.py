@@ -1,0 +1,283 @@
+"""Every row of every grid, started once at the paper's scale: `make walk`.
+
+A row is its real `2_train` page, run by papermill in a process of its own, with `scale=paper` and the row's own
+parameters: the published architecture, with stand-ins for what a machine may lack (`standins`): a few pictures in the
+format of the paper's set, and networks of random weights. Only what makes the run small is set (`SMALL`), never what
+makes the model. The table says what a row did, not how good it is: its numbers mean nothing.
+
+A row that was walked with the same parameters, page and code is not walked again, so a walk that was stopped goes on.
+Rows of two grids that are one run (same method, data and parameters) are walked once.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finematch import grids
+from finematch.config import declared, root
+from finematch.files import DataError, digest, write_json
+from finematch.runs import PACKAGE, git_commit, versions
+from finematch.standins import HUB, write_data, write_hub, write_network
+
+IMAGES = 2  # of each split
+SMALL = {"epochs": 1, "batch_size": 2, "precision": "no", "workers": 0, "threads": 1}
+LEFT = ("*.pt", "*.safetensors")  # of a run, removed once it is walked: those of one row may be gigabytes
+RESULT = "walk.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run, and the rows of grids that it stands for; `links` are the rows whose runs it builds on."""
+
+    method: str
+    name: str
+    dataset: str
+    cells: Mapping[str, str]
+    grids: tuple[str, ...]
+
+    @property
+    def links(self) -> tuple[str, ...]:
+        return tuple(row for cell in self.cells.values() for row in grids.LINK.findall(cell))
+
+
+def rows(names: Iterable[str] = (), only: str = "") -> list[Row]:
+    """The runs of the named grids (all of them), those that others build on first.
+
+    Args:
+        only: a row's name, and what it builds on.
+
+    Raises:
+        DataError: a grid that does not say its paper's data set, or rows of one name with different cells.
+    """
+    found: dict[tuple[str, str, str], Row] = {}
+    for name in names or grids.names():
+        grid = grids.grid(name)
+        if not grid.dataset:
+            raise DataError(
+                f"grids/{name}.toml", "the key `dataset`", "is missing", "Name the paper's data set"
+            )
+        for row in grid.rows:
+            one = Row(grid.method, row, grid.dataset, grid.cells(row, "paper"), (name,))
+            key = (one.method, one.name, one.dataset)
+            if key in found and found[key].cells != one.cells:
+                problem = f"has other cells than in {found[key].grids[0]}"
+                raise DataError(f"grids/{name}.csv", f"row {row}", problem, "Rows of one name are one run")
+            found[key] = Row(*key, one.cells, (*(found[key].grids if key in found else ()), name))
+    wanted = {key for key in found if only in ("", key[1])}
+    wanted |= {(m, link, d) for m, r, d in wanted for link in found[m, r, d].links}
+    chosen = [row for key, row in found.items() if key in wanted]
+    return sorted(chosen, key=lambda row: bool(row.links))
+
+
+def parameters(row: Row, out: Path, folder: Path) -> dict[str, Any]:
+    """What papermill is given: the row's cells, `SMALL`, and a stand-in for the one file that has no default name."""
+    given: dict[str, Any] = {
+        key: grids.LINK.sub(
+            lambda link: str(out.with_name(out.name.replace(f".{row.name}.", f".{link[1]}."))), cell
+        )
+        for key, cell in row.cells.items()
+    }
+    known = declared(row.method)
+    given |= {key: value for key, value in SMALL.items() if key in known}
+    if (
+        row.method == "felga" and "proposals" not in given
+    ):  # the paper's are DETReg's, whose checkpoint is named
+        given["proposals"] = write_network("detreg-r50", folder / "detreg")
+    data = folder / "data"
+    return given | {"scale": "paper", "dataset": row.dataset, "data_root": data, "cache": folder / "cache",
+                    "out": out, "resume": "fresh"}  # fmt: skip
+
+
+def code_of(page: Path) -> str:
+    """A digest of a page and of every module of ours that it imports, directly or not."""
+    seen: dict[str, str] = {}
+    texts = [page.with_suffix(".py").read_text(encoding="utf-8")]
+    while texts:
+        text = texts.pop()
+        for module in sorted(_imports(text)):
+            path = PACKAGE.joinpath(*module.split(".")[1:])
+            path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            if module not in seen and path.is_file():
+                seen[module] = path.read_text(encoding="utf-8")
+                texts.append(seen[module])
+    return digest([page.with_suffix(".py").read_text(encoding="utf-8"), sorted(seen.items())])
+
+
+def _imports(text: str) -> set[str]:
+    """Modules of ours that a text imports (`from finematch.a import b` may name the module `a.b`)."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("finematch"):
+            found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names if name.name.startswith("finematch")}
+    return found
+
+
+def walk(
+    names: Iterable[str] = (),
+    only: str = "",
+    *,
+    out: str | Path = "",
+    again: bool = False,
+    keep: bool = False,
+    limit: float = 0,
+    echo=print,
+) -> list[dict[str, Any]]:
+    """Walk rows and return their results, also those of earlier walks.
+
+    Args:
+        out: where runs, data, networks and the caches lie; `papermill_runs/walk` by default.
+        again: also the rows whose result is there.
+        keep: a result stands whatever the code was (its commit is in the table).
+        limit: no row is begun after so many seconds; 0 has no limit. The next walk goes on.
+    """
+    folder = Path(out or root() / "papermill_runs" / "walk").resolve()
+    begun, found = time.monotonic(), []
+    chosen = rows(names, only)
+    for number, row in enumerate(chosen, 1):
+        where = folder / row.method / f"{row.dataset}.paper.{row.name}.s0"
+        page = root() / "notebooks" / row.method / "2_train.ipynb"
+        key = {"cells": dict(row.cells), "dataset": row.dataset, "small": SMALL}
+        code = code_of(page)
+        result = json.loads((where / RESULT).read_text()) if (where / RESULT).is_file() else None
+        stands = result and result["key"] == key and (keep or result["code"] == code)
+        if not stands or again:
+            if limit and time.monotonic() - begun > limit:
+                continue
+            echo(f"{number}/{len(chosen)} {row.method} {row.name} on {row.dataset}", end=": ", flush=True)
+            result = {"key": key, "code": code} | _walk(row, where, page, folder)
+            write_json(where / RESULT, result)
+            _clear(where, keep=any(row.name in other.links for other in chosen if other.method == row.method))
+            echo(said(result))
+        about = {"method": row.method, "row": row.name, "grids": list(row.grids), "dataset": row.dataset,
+                 "cells": dict(row.cells)}  # fmt: skip
+        found.append(about | {name: value for name, value in result.items() if name not in ("key", "code")})
+    if left := len(chosen) - len(found):
+        echo(f"{left} of {len(chosen)} rows are left: walk again")
+    return found
+
+
+def said(result: Mapping[str, Any]) -> str:
+    """A result in a line."""
+    if result["did"] == "failed":
+        return f"FAILED: {result['error']}"
+    return (f"{result['did']}, {result['parameters']} M parameters, {result['seconds']:.0f} s, "
+            f"{result['peak_gib']:.1f} GiB")  # fmt: skip
+
+
+def _walk(row: Row, where: Path, page: Path, folder: Path) -> dict[str, Any]:
+    """One run in a process of its own, and what became of it."""
+    shutil.rmtree(where, ignore_errors=True)
+    where.mkdir(parents=True)
+    write_data(row.dataset, folder / "data" / row.dataset, images=IMAGES, captions=1)
+    hub = write_hub(folder / "hub", only=tuple(_named(row)))
+    given = parameters(row, where, folder) | {"data_root": folder / "data" / row.dataset}
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(page), str(where / "run.ipynb")]
+    for name, value in given.items():
+        command += ["-p", name, str(value)]
+    environment = {**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+                   "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    begun = time.monotonic()
+    with (where / "stderr").open("w+", encoding="utf-8") as file:
+        process = subprocess.Popen(command, env=environment, cwd=root(), stdout=file, stderr=file)
+        _, status, used = os.wait4(process.pid, 0)  # the kernel is papermill's child, and counts with it
+        process.returncode = os.waitstatus_to_exitcode(status)
+        file.seek(0)
+        printed = file.read()
+    result = {"seconds": round(time.monotonic() - begun, 1), "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+              "peak_gib": round(used.ru_maxrss / 2**20, 2), "commit": git_commit()}  # fmt: skip
+    return result | (_done(where) if process.returncode == 0 else _failed(printed))
+
+
+def _named(row: Row) -> list[str]:
+    """The hub's names that a row may open: what its method reads, without the networks that it does not name."""
+    vlp = row.cells.get("vlp", "clip")
+    if row.method == "felga":
+        return [name for name in HUB if {"clip": "patch32", "blip": "blip-", "blip2": "blip2-"}[vlp] in name]
+    clip = row.cells.get("backbone") == "clip"
+    return [name for name in HUB if "Salesforce" not in name and (clip or "clip" not in name)]
+
+
+def _done(where: Path) -> dict[str, Any]:
+    """What a finished run did: training steps, or the forward pass alone; the digest of its weights' shapes tells
+    architectures apart."""
+    logs = [
+        json.loads(line)
+        for file in sorted(where.rglob("log.jsonl"))
+        for line in file.read_text().splitlines()
+    ]
+    if bad := [line for line in logs if not math.isfinite(line["loss"])]:
+        return {"did": "failed", "error": f"the loss is {bad[0]['loss']}"}
+    page = (where / "run.ipynb").read_text(encoding="utf-8")
+    counts = re.findall(r"([\d.]+) M parameters", page)
+    shapes = [_shapes(file) for file in sorted(where.rglob("best.safetensors"))[:1]]
+    return {
+        "did": "step" if logs else "forward", "steps": sum(line["steps"] for line in logs),
+        "parameters": float(counts[-1]) if counts else None,
+        "shapes": digest(shapes)[:8] if shapes else None, "error": "",
+    }  # fmt: skip
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """The weights of a file by name, without reading them."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as weights:
+        return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+
+
+def _failed(printed: str) -> dict[str, Any]:
+    """The last line that names an exception, else the last line at all."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", printed).splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[A-Za-z_.]*(Error|Exception|Interrupt)\b", line)]
+    return {"did": "failed", "error": (named or lines or ["nothing was printed"])[-1][:400], "steps": 0,
+            "parameters": None, "shapes": None}  # fmt: skip
+
+
+def _clear(where: Path, *, keep: bool) -> None:
+    """Remove a walked run's weights, unless another row builds on them."""
+    for pattern in () if keep else LEFT:
+        for file in where.rglob(pattern):
+            file.unlink()
+
+
+def write(results: list[dict[str, Any]], path: str | Path) -> None:
+    """The table as data, with what it was made on."""
+    from finematch.training import device_name
+
+    write_json(
+        path, {"machine": device_name(), "cores": os.cpu_count(), "versions": versions(), "rows": results}
+    )
+
+
+def summary(results: list[dict[str, Any]]):
+    """A line a grid: rows walked and failed, distinct architectures, what was done, the worst memory and time."""
+    import pandas as pd
+
+    lines = []
+    for name in sorted({grid for result in results for grid in result["grids"]}):
+        of = [result for result in results if name in result["grids"]]
+        lines.append({
+            "grid": name, "data": of[0]["dataset"], "rows": len(of),
+            "architectures": len({result["shapes"] or json.dumps(result["cells"]) for result in of}),
+            "training steps": sum(result["did"] == "step" for result in of),
+            "forward pass": sum(result["did"] == "forward" for result in of),
+            "failed": sum(result["did"] == "failed" for result in of),
+            "parameters (M), largest": max((r["parameters"] or 0 for r in of), default=0),
+            "peak memory (GiB)": max(r["peak_gib"] for r in of),
+            "seconds, longest": max(r["seconds"] for r in of),
+        })  # fmt: skip
+    return pd.DataFrame(lines)
