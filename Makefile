@@ -33,9 +33,8 @@ SNAKEMAKE = $(BIN)/snakemake --workflow-profile profiles/$(PROFILE) \
   $(if $(SMOKE),smoke=1) $(if $(FORCE),force=1)
 INSTALLED := .venv/.installed
 WORKBOOK := papermill_runs/workbook
-LOAD = from finematch.data import load; print(len(load("$(DATASET)", "$(DATA_ROOT)", "val")), "val pictures")
 
-.PHONY: help install git-filter notebooks workbook test lab bench data grid named unlock results lint clean
+.PHONY: help install git-filter notebooks workbook test lab bench data walk grid named unlock results lint clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -74,8 +73,12 @@ lab: $(INSTALLED)  ## open JupyterLab on the notebooks
 bench: $(INSTALLED)  ## measure speed and memory; results are written as data
 	for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark; done
 
-data: $(INSTALLED)  ## draw the embedded set, or see whether a real one can be read (DATASET, DATA_ROOT)
-	$(BIN)/python -c '$(LOAD)'
+data: $(INSTALLED)  ## draw the embedded set, or see whether a real one can be read (DATASET, DATA_ROOT; GRID, SCALE: what its rows read)
+	$(BIN)/python -m finematch data $(GRID) --dataset $(DATASET) --data-root '$(DATA_ROOT)' --scale $(SCALE)
+
+# Rows that were walked with the same code are not walked again: a walk that was stopped goes on.
+walk: $(INSTALLED) notebooks  ## start every row of every grid (or of GRID) once at scale paper, on stand-ins, and say what it took
+	$(BIN)/python -m finematch walk $(if $(GRID),--grid $(GRID),--table benchmarks/walk.json --page docs/paper_scale.md)
 
 # Twice, for only the second look sees that a run builds on one that the first has repeated.
 grid: named notebooks data  ## run a grid and draw its table: GRID=mvam_views (DATASET DATA_ROOT SCALE SEEDS CORES THREADS GPUS SMOKE FORCE PROFILE)

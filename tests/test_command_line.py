@@ -1,5 +1,6 @@
 """`python -m finematch`: what the cache holds, and how it is cleared."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from finematch.__main__ import main, size
 from finematch.files import cached, entries
+from finematch.standins import write_data
 
 
 def fill(count: int):
@@ -60,4 +62,42 @@ def test_sizes_read_well():
         "1.0 kB",
         "1.5 MB",
         "2.0 GB",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("grid", "dataset", "removed", "kind"),
+    [
+        (
+            "hslm_main",
+            "flickr30k",
+            "flickr30k",
+            "arrays",
+        ),  # their captions are their own: no image is looked for
+        ("felga_variants", "coco2014", None, "fragments"),
+        ("slan_filter", "coco_karpathy", "coco_precomp", "images"),
+    ],
+)
+def test_only_what_the_rows_of_a_grid_read_is_looked_for(tmp_path, capsys, grid, dataset, removed, kind):
+    write_data(dataset, tmp_path, images=2, size=(80, 64))
+    if removed:
+        shutil.rmtree(tmp_path / removed)
+    command = ["data", grid, "--dataset", dataset, "--data-root", str(tmp_path), "--scale", "paper"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith(f"{grid} reads {kind} of {dataset}: train ")
+    for folder in tmp_path.iterdir():
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    assert main(command) == 1
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_grid_of_two_kinds_looks_for_both(tmp_path, capsys):
+    write_data("coco_karpathy", tmp_path, images=2, size=(80, 64))
+    command = ["data", "mvam_backbones", "--dataset", "coco_karpathy", "--data-root", str(tmp_path)]
+    assert main([*command, "--scale", "paper"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "mvam_backbones reads images of coco_karpathy: train 4, val 2, test 2",
+        "mvam_backbones reads arrays of coco_karpathy: train 2, val 2, test 2",
     ]

@@ -116,7 +116,7 @@ if s.threads:
 # %%
 cache = root() / s.cache
 data_root = data_folder(s.dataset, root() / s.data_root, cache, smoke=s.smoke)
-if s.scale == "paper":
+if inputs.reads(s) == "arrays":
     arrays = inputs.published_regions(s.dataset, data_root, smoke=s.smoke)
     records = {name: a.records() for name, a in arrays.items()}
     images = {name: RegionSource(a) for name, a in arrays.items()}

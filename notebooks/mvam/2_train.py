@@ -117,7 +117,7 @@ if s.backbone == "clip":
         s.dataset, data_root, weights=s.clip_weights, scale=s.scale
     )
     images = inputs.clip_images(records, source, processor)
-elif s.backbone == "regions" and s.scale == "paper":
+elif inputs.reads(s) == "arrays":
     arrays = inputs.published_regions(s.dataset, data_root, smoke=s.smoke)
     records = {name: a.records() for name, a in arrays.items()}
     images = {name: RegionSource(a) for name, a in arrays.items()}

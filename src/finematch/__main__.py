@@ -25,6 +25,13 @@ def main(arguments: list[str] | None = None) -> int:
     stale.add_argument("--scale", default="tiny", help="tiny, paper or smoke")
     stale.set_defaults(run=_stale)
 
+    data = commands.add_parser("data", help="look whether the data that the rows of a grid read is there")
+    data.add_argument("grid", nargs="?", help="name of a grid; without it the val split is looked for")
+    data.add_argument("--dataset", default="scenes")
+    data.add_argument("--data-root", default="data")
+    data.add_argument("--scale", default="tiny", help="tiny or paper")
+    data.set_defaults(run=_data)
+
     _add_walk(commands.add_parser("walk", help="start every row of every grid at scale paper, on stand-ins"))
     _add_cache(commands.add_parser("cache", help="list or clear what runs have cached"))
 
@@ -50,6 +57,26 @@ def _stale(options: argparse.Namespace) -> int:
             print(file.relative_to(root()))
         of = len(metrics_files(one, options.dataset, options.scale))
         print(f"{name}: {len(found)} of {of} runs are of other parameters than their rows", file=sys.stderr)
+    return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    """Prints how many images each part has; draws the embedded set where it is absent."""
+    if options.grid is None:
+        from finematch.data import load
+
+        print(f"val: {len(load(options.dataset, options.data_root, 'val'))} images")
+        return 0
+    from finematch.config import root
+    from finematch.features.inputs import check_data, reads
+    from finematch.grids import grid, settings
+
+    one = grid(options.grid, options.dataset)
+    of = {"dataset": options.dataset, "data_root": options.data_root, "scale": options.scale}
+    rows = [settings(one, row, **of) for row in one.rows]
+    for kind, s in {reads(s): s for s in rows}.items():
+        counts = ", ".join(f"{name} {count:,}" for name, count in check_data(s, root()).items())
+        print(f"{one.name} reads {kind} of {options.dataset}: {counts}")
     return 0
 
 

@@ -316,6 +316,16 @@ def _parts(file: str | Path) -> tuple[str, str, str, str]:
     return dataset, scale, row, seed.removeprefix("s")
 
 
+def settings(grid: Grid, row: str, **given: Any) -> Settings:
+    """The settings of a row's runs; `given` is what the command line sets, `scale` at least.
+
+    Raises:
+        ParameterError: a cell that the method refuses.
+    """
+    cells = {key: _typed(cell) for key, cell in grid.cells(row, given["scale"]).items()}
+    return Settings(grid.method, cells | given)
+
+
 def _typed(cell: str) -> Any:
     """A cell as papermill's `-p` reads it."""
     if cell in ("True", "False", "None"):

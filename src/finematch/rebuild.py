@@ -59,6 +59,7 @@ from finematch.features.inputs import (
     origin,
     pixel_images,
     published_regions,
+    reads,
     region_images,
 )
 from finematch.features.proposals import Proposals, extract_proposals, given
@@ -135,7 +136,7 @@ def open_inputs(s, root: Path) -> Inputs:
     cache = root / s.cache
     data_root = data_folder(s.dataset, root / s.data_root, cache, smoke=s.smoke)
     network = clip = processor = tokenizer = None
-    if published := backbone == "regions" and s.scale == "paper":
+    if published := reads(s) == "arrays":
         arrays = published_regions(s.dataset, data_root, smoke=s.smoke)
         records = {split: a.records() for split, a in arrays.items()}
         images = {split: RegionSource(a) for split, a in arrays.items()}

@@ -29,7 +29,7 @@ from finematch import grids
 from finematch.config import declared, root
 from finematch.files import DataError, digest, write_json
 from finematch.runs import PACKAGE, git_commit, versions
-from finematch.standins import HUB, write_data, write_hub, write_network
+from finematch.standins import HUB, SIZE, write_data, write_hub, write_network
 
 IMAGES = 2  # of each split
 SMALL = {"epochs": 1, "batch_size": 2, "precision": "no", "workers": 0, "threads": 1}
@@ -81,7 +81,7 @@ def rows(names: Iterable[str] = (), only: str = "") -> list[Row]:
     return sorted(chosen, key=lambda row: bool(row.links))
 
 
-def parameters(row: Row, out: Path, folder: Path) -> dict[str, Any]:
+def parameters(row: Row, out: Path, folder: Path, shrink: Mapping[str, Any]) -> dict[str, Any]:
     """What papermill is given: the row's cells, `SMALL`, and a stand-in for the one file that has no default name."""
     given: dict[str, Any] = {
         key: grids.LINK.sub(
@@ -90,14 +90,13 @@ def parameters(row: Row, out: Path, folder: Path) -> dict[str, Any]:
         for key, cell in row.cells.items()
     }
     known = declared(row.method)
-    given |= {key: value for key, value in SMALL.items() if key in known}
-    if (
-        row.method == "felga" and "proposals" not in given
-    ):  # the paper's are DETReg's, whose checkpoint is named
-        given["proposals"] = write_network("detreg-r50", folder / "detreg")
-    data = folder / "data"
-    return given | {"scale": "paper", "dataset": row.dataset, "data_root": data, "cache": folder / "cache",
-                    "out": out, "resume": "fresh"}  # fmt: skip
+    given |= {key: value for key, value in SMALL.items() if key in known} | dict(shrink)
+    if row.method == "felga" and "proposals" not in given:
+        given["proposals"] = write_network(
+            "detreg-r50", folder / "detreg"
+        )  # the paper's, whose file is to be named
+    return given | {"scale": "paper", "dataset": row.dataset, "data_root": folder / "data" / row.dataset,
+                    "cache": folder / "cache", "out": out, "resume": "fresh"}  # fmt: skip
 
 
 def code_of(page: Path) -> str:
@@ -134,6 +133,7 @@ def walk(
     again: bool = False,
     keep: bool = False,
     limit: float = 0,
+    shrink: Mapping[str, Mapping[str, Any]] | None = None,
     echo=print,
 ) -> list[dict[str, Any]]:
     """Walk rows and return their results, also those of earlier walks.
@@ -143,6 +143,8 @@ def walk(
         again: also the rows whose result is there.
         keep: a result stands whatever the code was (its commit is in the table).
         limit: no row is begun after so many seconds; 0 has no limit. The next walk goes on.
+        shrink: parameters by method that go before the row's own, with small networks and pictures, where the true
+            size takes too long (tests).
     """
     folder = Path(out or root() / "papermill_runs" / "walk").resolve()
     begun, found = time.monotonic(), []
@@ -150,7 +152,12 @@ def walk(
     for number, row in enumerate(chosen, 1):
         where = folder / row.method / f"{row.dataset}.paper.{row.name}.s0"
         page = root() / "notebooks" / row.method / "2_train.ipynb"
-        key = {"cells": dict(row.cells), "dataset": row.dataset, "small": SMALL}
+        key = {
+            "cells": dict(row.cells),
+            "dataset": row.dataset,
+            "small": SMALL,
+            "shrink": (shrink or {}).get(row.method),
+        }
         code = code_of(page)
         result = json.loads((where / RESULT).read_text()) if (where / RESULT).is_file() else None
         stands = result and result["key"] == key and (keep or result["code"] == code)
@@ -158,7 +165,7 @@ def walk(
             if limit and time.monotonic() - begun > limit:
                 continue
             echo(f"{number}/{len(chosen)} {row.method} {row.name} on {row.dataset}", end=": ", flush=True)
-            result = {"key": key, "code": code} | _walk(row, where, page, folder)
+            result = {"key": key, "code": code} | _walk(row, where, page, folder, smaller)
             write_json(where / RESULT, result)
             _clear(where, keep=any(row.name in other.links for other in chosen if other.method == row.method))
             echo(said(result))
@@ -178,13 +185,16 @@ def said(result: Mapping[str, Any]) -> str:
             f"{result['peak_gib']:.1f} GiB")  # fmt: skip
 
 
-def _walk(row: Row, where: Path, page: Path, folder: Path) -> dict[str, Any]:
+def _walk(
+    row: Row, where: Path, page: Path, folder: Path, shrink: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """One run in a process of its own, and what became of it."""
     shutil.rmtree(where, ignore_errors=True)
     where.mkdir(parents=True)
-    write_data(row.dataset, folder / "data" / row.dataset, images=IMAGES, captions=1)
-    hub = write_hub(folder / "hub", only=tuple(_named(row)))
-    given = parameters(row, where, folder) | {"data_root": folder / "data" / row.dataset}
+    size = SIZE if shrink is None else (80, 64)
+    write_data(row.dataset, folder / "data" / row.dataset, images=IMAGES, captions=1, size=size)
+    hub = write_hub(folder / "hub", only=tuple(_named(row)), tiny=shrink is not None)
+    given = parameters(row, where, folder, shrink or {})
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(page), str(where / "run.ipynb")]
     for name, value in given.items():
         command += ["-p", name, str(value)]

@@ -21,11 +21,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from finematch.config import Settings
 from finematch.data import load
+from finematch.data.fragment_sets import open_fragment_sets
 from finematch.data.pairs import MapSource, PixelSource, RegionSource, Source, StateSource, to_pixels
 from finematch.data.precomp import Regions, load_regions
 from finematch.data.record import DataError, Record, pairs
-from finematch.data.splits import SMOKE
+from finematch.data.splits import SMOKE, open_records
 from finematch.encoders import BertTower, config_of, small_clip
 from finematch.features.attribute_net import attribute_backbone
 from finematch.features.backbones import Backbone, fingerprint, mobilenet, timm_backbone
@@ -51,6 +53,30 @@ def check_together(backbone: str, text: str) -> None:
     """
     if (backbone == "clip") != (text == "clip"):
         raise ValueError(f"backbone={backbone!r} with text={text!r}: CLIP's two towers go together")
+
+
+# ------------------------------------------------------------------------------------------- which data
+def reads(s: Settings) -> str:
+    """What a run with the settings `s` reads: `fragments` (FELGA: training captions, a gallery with boxes), `arrays`
+    (published region features with captions of their own, and no images), or `images` and their captions."""
+    if s.method == "felga":
+        return "fragments"
+    regions = s.method == "hslm" or (s.method == "mvam" and s.backbone == "regions")
+    return "arrays" if regions and s.scale == "paper" else "images"
+
+
+def check_data(s: Settings, base: str | Path) -> dict[str, int]:
+    """How many images the parts of a run's data have; opens the data alone, no network and no features.
+
+    Raises:
+        DataError: what is missing or broken, as the run itself would say.
+    """
+    data_root = Path(base) / s.data_root
+    if reads(s) == "fragments":
+        sets = open_fragment_sets(s.dataset, data_root, Path(base) / s.cache, report=s.report)
+        return {"train": len(sets.train), "gallery": len(sets.gallery)}
+    opened = published_regions if reads(s) == "arrays" else open_records
+    return {name: len(part) for name, part in opened(s.dataset, data_root).items()}
 
 
 # ------------------------------------------------------------------------------------------- frozen networks
