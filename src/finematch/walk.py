@@ -152,12 +152,8 @@ def walk(
     for number, row in enumerate(chosen, 1):
         where = folder / row.method / f"{row.dataset}.paper.{row.name}.s0"
         page = root() / "notebooks" / row.method / "2_train.ipynb"
-        key = {
-            "cells": dict(row.cells),
-            "dataset": row.dataset,
-            "small": SMALL,
-            "shrink": (shrink or {}).get(row.method),
-        }
+        smaller = (shrink or {}).get(row.method)
+        key = {"cells": dict(row.cells), "dataset": row.dataset, "small": SMALL, "shrink": smaller}
         code = code_of(page)
         result = json.loads((where / RESULT).read_text()) if (where / RESULT).is_file() else None
         stands = result and result["key"] == key and (keep or result["code"] == code)
