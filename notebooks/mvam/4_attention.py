@@ -23,6 +23,7 @@
 # %% tags=["parameters"]
 run: str = "latest"  # folder of the run to look into; latest: the newest that has finished
 compare: str = ""  # folder of the same run without diversity loss; empty skips the comparison
+beside: str = ""  # folder of a run of another pooling, for Figure 4 with two models; empty skips it
 example: int = 0  # number of the caption (of the reported split) whose views are drawn
 dataset: str = ""  # empty, or the run's own dataset; another one is refused
 data_root: str = ""  # folder above the dataset's own; empty is the run's
@@ -371,16 +372,59 @@ def also(c: int):
     )
 
 
-figure, axes = plt.subplots(len(chosen), 7, figsize=(10.4, 1.75 * len(chosen)), width_ratios=[1.8] + [1] * 6,
-                            squeeze=False)  # fmt: skip
-for line, (kind, c) in zip(axes, chosen.items(), strict=True):
-    found = draw.retrieval_strip(line, split.captions[c], lambda i: split.records[i].open(), scores[c],
-                                 int(split.image_of[c]), note=also(c))  # fmt: skip
-    assert found == rank[c]
-    line[0].set_title(f"caption {c}: {kind}", fontsize=7.5, color="#57606a")
-figure.subplots_adjust(wspace=0.12, hspace=0.35, left=0.01, right=0.99, top=0.93, bottom=0.07)
-keep(figure, 4, pictures=True)
+def strips(lines: dict[str, int], models: dict[str, np.ndarray]) -> plt.Figure:
+    """Captions (title to number), one row for each model (name to scores "captions pictures")."""
+    drawn = [(title, c, name) for title, c in lines.items() for name in models]
+    figure, axes = plt.subplots(len(drawn), 7, figsize=(10.4, 1.75 * len(drawn)),
+                                width_ratios=[1.8] + [1] * 6, squeeze=False)  # fmt: skip
+    for line, (title, c, name) in zip(axes, drawn, strict=True):
+        found = draw.retrieval_strip(line, split.captions[c], lambda i: split.records[i].open(),
+                                     models[name][c], int(split.image_of[c]), note=also(c))  # fmt: skip
+        assert found == (models[name][c] >= models[name][c, split.image_of[c]]).sum()
+        whose = f"{name}, caption {c} ({title})" if name else f"caption {c}: {title}"
+        line[0].set_title(whose, fontsize=7.5, color="#57606a")
+    figure.subplots_adjust(wspace=0.12, hspace=0.35, left=0.01, right=0.99, top=0.93, bottom=0.07)
+    return figure
+
+
+strips(chosen, {"": scores})
+keep(plt.gcf(), 4, pictures=True)
 {kind: f"caption {c}, rank {rank[c]} of {len(split.records)}" for kind, c in chosen.items()}
+
+# %% [markdown]
+# The paper's Figure 4 has two models side by side, CLIP and MVAM-CLIP. With `beside`, a run of another pooling on the same data, the
+# page draws them: the first caption that only this run gets right, the first that only the other gets right, and the first that both get
+# wrong. How often each case occurs is printed, because three captions prove nothing.
+
+# %%
+if not p.beside:
+    print("Skipped: `beside` is empty. Give the folder of a run of the same data with another `pooling`.")
+else:
+    theirs = open_run(p.beside)
+    same = theirs.data.splits[theirs.data.reported]
+    if same.captions != split.captions:
+        raise ValueError(
+            f"{p.beside} was measured on other captions than {p.run}: give a run of the same data"
+        )
+    images, texts = embed(theirs.model.cpu(), same)
+    names = [f"{one.parameters['backbone']} + {one.parameters['pooling']}" for one in (run, theirs)]
+    both = dict(zip(names, (scores, (texts @ images.T).numpy()), strict=True))
+    if len(both) == 1:
+        raise ValueError(f"{p.run} and {p.beside} have the same backbone and pooling: give another run")
+    this, other = (
+        (table >= table[np.arange(len(table)), split.image_of][:, None]).sum(1) == 1
+        for table in both.values()
+    )
+    cases = {f"only {names[0]} is right": this & ~other, f"only {names[1]} is right": other & ~this,
+             "both are wrong": ~this & ~other}  # fmt: skip
+    for title, hit in cases.items():
+        print(f"{title}: {hit.mean():.1%} of {len(hit):,} captions")
+    metrics |= {
+        "beside_only_this": float((this & ~other).mean()),
+        "beside_only_other": float((other & ~this).mean()),
+    }
+    strips({title: int(np.flatnonzero(hit)[0]) for title, hit in cases.items() if hit.any()}, both)
+    keep(plt.gcf(), 6, pictures=True)
 
 # %% [markdown]
 # ## With and without the diversity loss
