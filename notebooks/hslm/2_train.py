@@ -47,12 +47,8 @@ node_weights: str = None  # normalisation of the gates of Eq. 21: raw | l1; defa
 loss_score: str = None  # score in the loss (Eq. 23): sigmoid | logit; default sigmoid; literal logit (H17)
 include_special: bool = None  # [CLS] and [SEP] count as words; default True (H24)
 margin: float = None  # margin of the loss, beta of Eq. 23; default 0.2
-negatives: str = (
-    None  # negatives of the loss (Eq. 23): contrastive | hardest | mean | random; default hardest
-)
-start: str = (
-    None  # the same, for the first epochs (warmup_epochs): contrastive | random; default random (H26)
-)
+negatives: str = None  # negatives of the loss (Eq. 23): contrastive | hardest | mean | random; default hardest
+start: str = None  # the same, for the first epochs (warmup_epochs): contrastive | random; default random (H26)
 start_scale: float = None  # factor on the scores of the contrastive loss; default 10
 rivals: int = None  # hardest of so many random negatives; 0: of the batch; tiny 0, photos 4, paper 0 (H26)
 warmup_epochs: float = None  # first epochs, trained by `start`; tiny 2, photos 1, paper 0 (H26)
@@ -70,9 +66,7 @@ batch_size: int = None  # pairs per step; tiny 64, photos 64, paper 128
 lr: float = None  # learning rate; tiny 0.001, photos 0.001, paper 0.0002
 decay_every: int = None  # epochs between steps to a tenth of lr; tiny 3, photos 4, paper 20
 clip_norm: float = None  # largest norm of the gradient; 0 is none; default 2
-precision: str = (
-    None  # mixed precision; auto: bf16 on a GPU with it, else no: auto | no | bf16 | fp16; default auto
-)
+precision: str = None  # mixed precision; auto: bf16 if a GPU has it: auto | no | bf16 | fp16; default auto
 val_pictures: int = None  # val images that rank an epoch; 0 is all; tiny 200, photos 200, paper 0
 score_precision: str = "fp32"  # precision of the matrix products of the final ranking: fp32 | bf16
 threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number

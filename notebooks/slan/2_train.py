@@ -118,9 +118,7 @@ clip_norm: float = None  # largest norm of the gradient; 0 is none; default 0
 warmup: float = None  # share of the steps with a rising learning rate; tiny 0.1, photos 0.1, paper 0
 schedule: str = None  # lr over time: cosine | linear | constant; tiny cosine, photos cosine, paper linear
 weight_decay: float = None  # weight decay of AdamW; default 0.02
-precision: str = (
-    None  # mixed precision; auto: bf16 on a GPU with it, else no: auto | no | bf16 | fp16; default auto
-)
+precision: str = None  # mixed precision; auto: bf16 if a GPU has it: auto | no | bf16 | fp16; default auto
 workers: int = None  # processes that read images; tiny 0, photos 0, paper 4
 checkpoint_steps: int = None  # steps between checkpoints; 0: one per epoch; tiny 0, photos 0, paper 500
 threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number
