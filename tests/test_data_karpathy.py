@@ -108,3 +108,15 @@ def test_flickr8k(real_data):
     assert records["train"][0].captions[1] == "A girl going into a wooden building ."
     assert records["val"][-1].open().size == (224, 224)
     assert not {r.image_id for r in records["train"]} & {r.image_id for r in records["val"]}
+
+
+def test_what_is_not_read_may_be_anything(tmp_path):
+    """A file that the typed reader refuses is read entry by entry: same records, and only wanted entries count."""
+    entries = [karpathy_entry(1, "train", five(1), weight=float("nan")), karpathy_entry(2, "val", five(2))]
+    path = karpathy(tmp_path, entries)
+    records = load_karpathy(path, tmp_path / "images", "train")
+    del entries[0]["weight"], entries[1]["sentences"]
+    path.write_text("\ufeff" + json.dumps({"images": entries, "info": [1, {"a": None}]}), encoding="utf-8")
+    assert load_karpathy(path, tmp_path / "images", "train") == records
+    with pytest.raises(DataError, match=r"image p2\.jpg \(imgid 2\): .*'sentences' is missing"):
+        load_karpathy(path, tmp_path / "images", "val")
