@@ -205,6 +205,23 @@ def test_slan_pretrains_at_the_papers_scale_on_shards_and_goes_on_from_there(tmp
     }  # at a rate of 1e-9
 
 
+def test_slan_refuses_to_pretrain_on_what_it_reports(tmp_path, pretraining):
+    given, _ = pretraining
+    generate(tmp_path / "drawn" / "again" / "scenes", train=8, val=4, test=4)
+    held = load("scenes", tmp_path / "drawn" / "again", "test")
+    write_shards(held, tmp_path / "leak", samples_per_shard=2, echo=None)
+    given |= {
+        "data_root": tmp_path / "drawn" / "again",
+        "smoke": False,
+        "shards": f"leak:{tmp_path / 'leak'}",
+    }
+    message = run_notebook(
+        "slan/2_train", tmp_path / "page", {**given, "out": tmp_path / "out"}, refused=True
+    )
+    assert "4 of the 4 images of test are in these shards" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_slan_pretrains_in_two_processes(tmp_path, pretraining):
     """By torchrun, each with a kernel and a page of its own: both train, the first evaluates and writes."""
     given, shards = pretraining

@@ -19,16 +19,15 @@ from formats import karpathy, karpathy_entry
 from PIL import Image
 
 from finematch.data import DataError, Record, load, load_karpathy
+from finematch.data import shards as shards_module
 from finematch.data.pairs import to_pixels
 from finematch.data.shards import (
-    CHUNK,
     Shard,
     ShardPairs,
-    Turns,
-    buffered,
     index_shards,
     number_of,
     read_index,
+    refuse_overlap,
     write_shards,
 )
 from finematch.scenes.generator import TOKENIZER
@@ -67,11 +66,22 @@ def shards(root, name, n, size=5, **options):
 
 
 def pairs(sets, transform=tiny_pixels, **options):
-    return ShardPairs(sets, transform, WORDS, **{"streams": 2, "buffer": 4, **options})
+    return ShardPairs(sets, transform, WORDS, **{"shards_at_once": 2, **options})
+
+
+def samples(source, *, seed=0, epoch=0, first=0, **options):
+    """The sound pairs of an epoch one by one, each with its position."""
+    position = first
+    for rows, pixels in source.groups(16, seed=seed, epoch=epoch, first=first, **options):
+        images = iter(pixels)
+        for row in rows:
+            if isinstance(row, dict):
+                yield {**row, "pixels": next(images), "position": position}
+            position += 1
 
 
 def listed(source, **options):
-    return [(s["set"], s["caption"]) for s in source.samples(**{"seed": 0, "epoch": 0, **options})]
+    return [(s["set"], s["caption"]) for s in samples(source, **options)]
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +140,7 @@ def test_a_stopped_writer_goes_on_after_the_last_whole_shard(tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "000000.tar",
         "000001.tar",
-        "progress.json",
+        "written.json",
     ]
     with pytest.raises(DataError, match="the index: is missing"):
         read_index(tmp_path / "out")
@@ -140,9 +150,9 @@ def test_a_stopped_writer_goes_on_after_the_last_whole_shard(tmp_path):
     out = write_shards(made, tmp_path / "out", samples_per_shard=5, echo=lines.append)
     assert [p.read_bytes() for p in out] == [p.read_bytes() for p in whole]
     assert [p.stat().st_mtime_ns for p in out[:2]] == before
-    assert lines == ["000002.tar: 5 of 5 samples, 3 of 4 shards", "000003.tar: 5 of 5 samples, 4 of 4 shards"]
-    assert (tmp_path / "out" / "index.json").read_bytes() == (tmp_path / "whole" / "index.json").read_bytes()
-    assert not (tmp_path / "out" / "progress.json").exists()
+    assert lines == ["000002.tar: 5 of 5 samples", "000003.tar: 5 of 5 samples"]
+    for name in ("index.json", "images.npy"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert (
         write_shards(made, tmp_path / "out", samples_per_shard=5, echo=lines.append) == out
     )  # nothing to do
@@ -155,7 +165,7 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
 
     def full(descriptor):
         calls.append(descriptor)
-        if len(calls) == 3:  # the second shard, after the first and its progress
+        if len(calls) == 3:  # the second shard, after the note of what it is and the first
             raise OSError(errno.ENOSPC, "No space left on device")
         plain(descriptor)
 
@@ -174,7 +184,9 @@ def test_other_pictures_of_the_same_names_are_refused(tmp_path):
         records(tmp_path / "copy", 8), tmp_path / "out", samples_per_shard=4, echo=None
     )  # the same bytes
     Image.new("RGB", (5, 5), (1, 2, 3)).save(made[6].image)
-    with pytest.raises(DataError, match=r"\.tar: the shard: is of other pictures of the same names"):
+    with pytest.raises(
+        DataError, match=rf"\.tar: the shard: has another image than the records, {made[6].image_id}"
+    ):
         write_shards(made, tmp_path / "out", samples_per_shard=4, echo=None)
 
 
@@ -195,7 +207,7 @@ def test_pictures_of_one_name_stay_apart(tmp_path, name):
     made = load_karpathy(karpathy(tmp_path, entries), tmp_path / "images", "train")
     assert len({record.image_id for record in made}) == 8
     write_shards(made, tmp_path / "shards", samples_per_shard=2, echo=None)
-    found = list(pairs({"x": tmp_path / "shards"}).samples(seed=0, epoch=0))
+    found = list(samples(pairs({"x": tmp_path / "shards"})))
     assert len({row["image_id"] for row in found}) == 8
 
 
@@ -224,8 +236,8 @@ def test_writing_refuses(tmp_path):
     for other, options in ((made[:5], {}), (made, {"samples_per_shard": 2}), (made, {"seed": 2})):
         with pytest.raises(DataError, match="other records, or were cut otherwise"):
             write_shards(other, tmp_path / "out", **{"samples_per_shard": 3, **options})
-    (tmp_path / "out" / "index.json").unlink()
-    with pytest.raises(DataError, match="shards without an index"):
+    (tmp_path / "out" / "written.json").unlink()
+    with pytest.raises(DataError, match="shards that write_shards did not write"):
         write_shards(made, tmp_path / "out", samples_per_shard=3)
     with pytest.raises(DataError, match="it has no caption"):
         write_shards([Record("a", "train", (), image=made[0].image)], tmp_path / "none")
@@ -249,7 +261,7 @@ def test_broken_records_can_be_left_out(tmp_path, caplog):
     assert len(caplog.records) == 1
     index = read_index(tmp_path / "out")
     assert [s.samples for s in index] == [1] * 9  # its shard would be empty: there is none
-    assert {s["image_id"] for s in pairs({"x": tmp_path / "out"}).samples(seed=0, epoch=0)} == {
+    assert {s["image_id"] for s in samples(pairs({"x": tmp_path / "out"}))} == {
         number_of(f"x/p{k}") for k in range(10) if k != 3
     }
     for record in made:
@@ -287,12 +299,12 @@ def test_shards_of_other_tools_are_indexed_and_read(tmp_path, caplog):
     tar(tmp_path / "00001.tar", [("a.txt", b"green thing"), ("a.png", png()), ("b.png", png())])
     with caplog.at_level(logging.WARNING):
         assert [p.name for p in index_shards(tmp_path, echo=None)] == ["00000.tar", "00001.tar"]
-    assert "2 samples have no picture or no caption" in caplog.text
+    assert "2 samples have no image or no caption" in caplog.text
     assert [(s.samples, s.counts) for s in read_index(tmp_path)] == [(4, 1), (2, 1)]
     caplog.clear()
-    source = pairs({"cc": tmp_path}, streams=1)
+    source = pairs({"cc": tmp_path})
     with caplog.at_level(logging.WARNING):
-        found = sorted(source.samples(seed=0, epoch=0), key=lambda s: s["key"])
+        found = sorted(samples(source), key=lambda s: s["key"])
     assert [(s["key"], s["caption"]) for s in found] == [
         *((f"00000/0000{k}", f"blue thing {k}") for k in range(3)), ("00001/a", "green thing"),
     ]  # fmt: skip
@@ -300,7 +312,7 @@ def test_shards_of_other_tools_are_indexed_and_read(tmp_path, caplog):
         number_of(f"cc/{k}") for k in ("00000", "00001", "00002", "00001/a")
     ]
     assert source.broken == {"cc": 2}
-    assert "00003: skipped, it has no picture" in caplog.text
+    assert "00003: skipped, it has no image" in caplog.text
     assert "b: skipped, the caption is empty" in caplog.text
     assert "(2 broken of" in caplog.text
 
@@ -351,44 +363,74 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path):
         pairs({"x": folder})
 
 
+# ------------------------------------------------------------------------------------------- held-out images
+def test_shards_with_held_out_images_are_refused(tmp_path):
+    """By the bytes of a file, by an id in COCO or Flickr; whoever wrote the shards."""
+    made = records(tmp_path / "in", 6)
+    made[4] = replace(made[4], known_as=("coco:7", "flickr:70"))
+    write_shards(made, tmp_path / "ours", samples_per_shard=3, echo=None)
+    sbu = {"caption": "a", "url": "http://static.flickr.com/27/4385058960_b0f291553e.jpg"}
+    (tmp_path / "other").mkdir()
+    tar(
+        tmp_path / "other" / "0.tar",
+        [("0.png", png(3)), ("0.json", json.dumps(sbu).encode()), ("1.png", png(4)), ("1.txt", b"b")],
+    )
+    index_shards(tmp_path / "other", echo=None)
+    sets = {"ours": tmp_path / "ours", "other": tmp_path / "other"}
+    elsewhere = records(tmp_path / "elsewhere", 9, name="q")
+    Image.new("RGB", (6, 5), (1, 2, 3)).save(elsewhere[4].image)
+
+    def refused(record, by):
+        with pytest.raises(
+            DataError, match=rf"{by}: images {record.image_id}: 1 of the 2 images of test are in"
+        ):
+            refuse_overlap(sets, [elsewhere[8], record], "test")
+
+    refuse_overlap(sets, [elsewhere[4], *elsewhere[6:], replace(elsewhere[7], known_as=("coco:70",))], "test")
+    refused(elsewhere[0], "ours")  # another name, the same bytes
+    refused(replace(elsewhere[8], image_id="x", known_as=("coco:7",)), "ours")
+    refused(replace(elsewhere[8], image_id="x", known_as=("flickr:70",)), "ours")
+    refused(Record("x", "test", ("a",), known_as=("flickr:4385058960",)), "other")
+    (tmp_path / "same.png").write_bytes(png(4))
+    refused(Record("x", "test", ("a",), image=tmp_path / "same.png"), "other")
+    with pytest.raises(
+        DataError, match=r"images q0, q1, q2: 5 of the 9 images of val are in these shards.*leak"
+    ):
+        refuse_overlap(sets, elsewhere, "val")
+    (tmp_path / "other" / "images.npy").unlink()
+    with pytest.raises(DataError, match=r"images\.npy: the index: is missing\. Call index_shards"):
+        refuse_overlap(sets, elsewhere[6:], "val")
+
+
 # ------------------------------------------------------------------------------------------- the order
-@pytest.mark.parametrize(("n", "size"), [(0, 3), (1, 1), (7, 1), (30, 4), (30, 30), (30, 100)])
-def test_a_shuffle_buffer_of_numbers(n, size):
-    order = buffered(n, size, np.random.default_rng(3))
-    assert sorted(order) == list(range(n))
-    assert all(u < t + size for t, u in enumerate(order))
-    assert (order == buffered(n, size, np.random.default_rng(3))).all()
-    if size == 1:
-        assert order.tolist() == list(range(n))
-    elif n > 10:
-        assert (order != buffered(n, size, np.random.default_rng(4))).any()
-        first = [buffered(n, size, np.random.default_rng(k))[0] for k in range(600)]
-        assert (
-            np.bincount(first, minlength=min(n, size)).min() > 0
-        )  # each that it may hold comes first sometimes
-
-
-def test_turns_against_a_loop():
-    lengths = [CHUNK * 2 + 3, 5, 0, CHUNK * 4]
-    left, expected = list(lengths), []
-    while any(left):
-        for s in range(4):
-            for _ in range(min(CHUNK, left[s])):
-                expected.append((s, lengths[s] - left[s]))
-                left[s] -= 1
-    turns = Turns(lengths)
-    assert turns.ends[-1] == len(expected) == sum(lengths)
-    for position, (stream, place) in enumerate(expected):
-        turn, skip = turns.find(position)
-        assert (turn % 4, turns.before(turn) + skip) == (stream, place)
-        assert 0 <= skip < turns.sizes[turn]
+def test_the_sets_are_spread_evenly_over_an_epoch():
+    """Of 60 shards, 6 and 54 of a set: every tenth of the epoch has its share, whatever the process."""
+    source = object.__new__(ShardPairs)
+    source.sets, source.captions, source.shards_at_once = {"few": "x", "many": "x"}, "one", 3
+    source.shards = [
+        (name, Shard(Path(f"{name}{i}"), 1, 1)) for name, n in (("few", 6), ("many", 54)) for i in range(n)
+    ]
+    firsts = set()
+    for seed in range(20):
+        (order,) = [[one for group in source.dealt(seed=seed, epoch=1) for one in group]]
+        assert sorted(shard.path for _, shard in order) == sorted(shard.path for _, shard in source.shards)
+        counts = [sum(name == "few" for name, _ in order[k : k + 10]) for k in range(0, 60, 10)]
+        assert sum(counts) == 6
+        assert max(counts) <= 2
+        firsts.add(order[0][1].path)
+        both = [source.dealt(seed=seed, epoch=1, rank=rank, world=2) for rank in (0, 1)]
+        assert [[len(group) for group in mine] for mine in both] == [[3] * 10] * 2
+        assert sorted(s.path for mine in both for group in mine for _, s in group) == sorted(
+            s.path for _, s in order
+        )
+    assert len(firsts) > 10
 
 
 # ------------------------------------------------------------------------------------------- an epoch
-@pytest.mark.parametrize("workers", [0, 2, 4])
+@pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("captions", ["one", "every"])
 def test_an_epoch_has_every_pair_once_whatever_the_workers(two, captions, workers):
-    source = pairs(two, captions=captions, streams=4)
+    source = pairs(two, captions=captions, shards_at_once=4)
     found = listed(source, workers=workers)
     assert len(found) == len(source) == (37 if captions == "one" else 59)
     assert found == listed(source)
@@ -418,50 +460,62 @@ def test_one_caption_of_a_picture_another_each_epoch(tmp_path):
     assert min(n for counts in seen for n in counts.values()) > 5
 
 
-@pytest.mark.parametrize("buffer", [1, 4, 1000])
-def test_an_epoch_can_be_entered_at_any_position(two, buffer):
-    source = pairs(two, noisy_pixels, captions="every", buffer=buffer)
-    whole = list(source.samples(seed=3, epoch=2))
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_an_epoch_can_be_entered_at_any_position(two, at_once):
+    source = pairs(two, noisy_pixels, captions="every", shards_at_once=at_once)
+    whole = list(samples(source, seed=3, epoch=2))
     assert [s["position"] for s in whole] == list(range(59))
-    for first in range(60) if buffer == 4 else (0, 7, 30, 59):
-        rest = list(source.samples(seed=3, epoch=2, first=first))
+    for first in range(59):  # the next pairs
+        rows, pixels = next(source.groups(2, seed=3, epoch=2, first=first))
+        there = whole[first : first + 2]
+        assert [row["key"] + row["caption"] for row in rows] == [s["key"] + s["caption"] for s in there]
+        assert torch.equal(pixels, torch.stack([s["pixels"] for s in there]))
+    for first in (0, 7, 30, 59):  # and all
+        rest = list(samples(source, seed=3, epoch=2, first=first))
         assert [s["key"] + s["caption"] for s in rest] == [s["key"] + s["caption"] for s in whole[first:]]
         assert all(torch.equal(a["pixels"], b["pixels"]) for a, b in zip(rest, whole[first:], strict=True))
     for first in (1, 33):
-        rest = list(source.samples(seed=3, epoch=2, first=first, workers=2))
+        rest = list(samples(source, seed=3, epoch=2, first=first, workers=2))
         assert all(torch.equal(a["pixels"], b["pixels"]) for a, b in zip(rest, whole[first:], strict=True))
     with pytest.raises(ValueError, match="first = 60: this process's epoch has 59 pairs"):
-        next(source.samples(seed=3, epoch=2, first=60))
+        next(samples(source, seed=3, epoch=2, first=60))
 
 
-@pytest.mark.parametrize("begin", [0, 20])
-def test_memory_holds_no_more_pairs_than_the_buffer(two, begin):
-    source = pairs(two, captions="every", streams=1, buffer=6)
-    (dealt,) = source.dealt(seed=0, epoch=0)
-    reading, held = source._emit(source._stream(dealt, (0, 0, 0, 0)), begin, (0, 0)), []
-    for _ in reading:
-        held.append(len(reading.gi_frame.f_locals["waiting"]))
-    assert len(held) == 59 - begin
-    assert 3 < max(held) < 6 + 3  # the captions of a sample come in together
+def test_no_more_shards_are_read_than_twice_those_at_once(two, monkeypatch):
+    """While the pairs of some shards are handed on the next ones are read, and no others."""
+    source, opened, read = pairs(two, captions="every"), [], shards_module._read
+    monkeypatch.setattr(
+        shards_module, "_read", lambda path, handler: opened.append(path) or read(path, handler)
+    )
+    groups = source.dealt(seed=0, epoch=0)
+    assert [len(group) for group in groups] == [2] * 4
+    given, done = samples(source), 0
+    for number, group in enumerate(groups):
+        for _ in range(sum(source.pairs_in(shard) for _, shard in group)):
+            next(given)
+            done += 1
+            assert len(opened) <= 2 * (number + 3)  # those of the next 16 pairs may be of the next group
+    assert done == 59
+    assert opened == [shard.path for group in groups for _, shard in group]
 
 
 def test_shards_of_which_nothing_is_left_are_not_opened(tmp_path):
     folder = shards(tmp_path, "x", 40)
-    source = pairs({"x": folder}, streams=1, buffer=5)
+    source = pairs({"x": folder}, shards_at_once=1)
     whole = listed(source)
-    ((first, *_),) = source.dealt(seed=0, epoch=0)
+    (first, *_), *_ = source.dealt(seed=0, epoch=0)
     first[1].path.unlink()
-    assert listed(source, first=12) == whole[12:]  # 5 of the first shard, 5 that the buffer may keep
+    assert listed(source, first=5) == whole[5:]
     with pytest.raises(DataError, match="the shard: is missing"):
-        listed(source, first=0)
+        listed(source, first=4)
     with pytest.raises(DataError, match="the shard: is missing"):
-        listed(source, first=0, workers=1)  # the same error out of a worker
+        listed(source, first=0, workers=1)
 
 
 def test_a_pair_is_transformed_without_touching_the_model_s_random_state(two):
     source = pairs(two, noisy_pixels)
     before = torch.get_rng_state()  # (Python's is used by the type checker of the tests)
-    found = list(source.samples(seed=0, epoch=0)) + list(source.samples(seed=0, epoch=1, workers=2))
+    found = list(samples(source)) + list(samples(source, epoch=1, workers=2))
     assert torch.equal(torch.get_rng_state(), before)
     assert len({float(s["pixels"].sum()) for s in found}) == len(found)
 
@@ -501,7 +555,7 @@ def test_steps_are_those_of_the_fewest_shards():
     """Whatever the epoch deals to a process, it has that many."""
     rng = np.random.default_rng(0)
     source = object.__new__(ShardPairs)
-    source.sets, source.streams, source.captions = {"x": "x"}, 1, "one"
+    source.sets, source.shards_at_once, source.captions = {"x": "x"}, 1, "one"
     for world in (1, 2, 3):
         source.shards = [("x", Shard(Path("x"), n, 1)) for n in rng.integers(1, 40, 11).tolist()]
         counts = []
@@ -522,11 +576,11 @@ def test_steps_are_those_of_the_fewest_shards():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_the_epoch_s_pairs_in_order(two, workers):
     source = pairs(two, captions="every")
-    samples = list(source.samples(seed=4, epoch=1))
+    whole = list(samples(source, seed=4, epoch=1))
     batches = list(source.batches(8, seed=4, epoch=1, workers=workers))
     assert len(batches) == source.steps(8) == 7  # of 59: the last 3 are dropped, as in every epoch
     for k, batch in enumerate(batches):
-        rows = samples[8 * k : 8 * k + 8]
+        rows = whole[8 * k : 8 * k + 8]
         assert batch["image_id"].tolist() == [r["image_id"] for r in rows]
         torch.testing.assert_close(batch["image"]["pixels"], torch.stack([r["pixels"] for r in rows]))
         text = batch["text"]
@@ -545,7 +599,7 @@ def test_batches_are_the_epoch_s_pairs_in_order(two, workers):
 def test_captions_of_a_picture_share_its_number(two):
     source = pairs(two, captions="every")
     by_picture = {}
-    for s in source.samples(seed=0, epoch=0):
+    for s in samples(source):
         by_picture.setdefault(s["image_id"], set()).add(s["caption"].rsplit(" ", 1)[0])
     assert len(by_picture) == 37
     assert all(len(texts) == 1 for texts in by_picture.values())
@@ -563,21 +617,16 @@ def test_the_declared_mixture(two):
 
 
 def test_too_little_is_refused_with_a_remedy(two):
-    source = pairs(two, streams=4)
-    with pytest.raises(DataError, match=r"8 are too few for 3 processes with 4 streams each.*use streams=2"):
-        source.steps(6, world=3)
-    with pytest.raises(DataError, match="8 are too few"):
-        next(source.samples(seed=0, epoch=0, rank=0, world=4))
+    source = pairs(two)
+    with pytest.raises(DataError, match=r"8 are too few for 9 processes\. Write smaller ones"):
+        source.steps(9, world=9)
     with pytest.raises(DataError, match=r"a process may have 37 pairs, too few.*Lower batch_size"):
         source.steps(38)
     with pytest.raises(ValueError, match="does not divide among 2"):
         source.steps(5, world=2)
-    with pytest.raises(ValueError, match="3 workers cannot share 4 streams"):
-        next(source.samples(seed=0, epoch=0, workers=3))
     for wrong, said in (
         ({"captions": "two"}, "captions is"),
-        ({"streams": 0}, "streams = 0"),
-        ({"buffer": 0}, "buffer = 0"),
+        ({"shards_at_once": 0}, "shards_at_once = 0"),
         ({"tolerance": 2.0}, "tolerance = 2.0"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -612,7 +661,7 @@ def text_of(sample, **changes):
 BREAKS = {
     2: (lambda s: s.update(png=s["png"][:50]), "cannot be decoded"),
     5: (lambda s: s.update(png=b"hello"), "cannot be decoded"),
-    7: (lambda s: s.pop("png"), "no picture"),
+    7: (lambda s: s.pop("png"), "no image"),
     9: (lambda s: s.update(json=b"{"), "malformed entry"),
     11: (lambda s: text_of(s, captions=["  "]), "caption is empty"),
     13: (lambda s: text_of(s, captions=["qwertz uiop"]), "no known word"),
@@ -640,9 +689,9 @@ def test_broken_samples_are_logged_counted_and_skipped(tmp_path, caplog, workers
     assert f"({len(BREAKS)} broken of" in caplog.messages[-1]
     # positions are used up, so that going on is as exact as ever
     source = pairs({"x": folder}, tolerance=1.0)
-    everything = [(s["position"], s["key"]) for s in source.samples(seed=0, epoch=0)]
+    everything = [(s["position"], s["key"]) for s in samples(source)]
     for first in range(25):
-        rest = [(s["position"], s["key"]) for s in source.samples(seed=0, epoch=0, first=first)]
+        rest = [(s["position"], s["key"]) for s in samples(source, first=first)]
         assert rest == [pair for pair in everything if pair[0] >= first]
 
 
@@ -685,7 +734,7 @@ def test_a_shard_that_ends_early_or_late(tmp_path, caplog):
             pairs({"x": folder})
         index["shards"][0]["bytes"] = cut
         (folder / "index.json").write_text(json.dumps(index))
-        source = pairs({"x": folder}, streams=1)
+        source = pairs({"x": folder})
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             found = listed(source)
@@ -698,7 +747,7 @@ def test_a_shard_that_ends_early_or_late(tmp_path, caplog):
     with pytest.raises(
         DataError, match=r"holds more samples than the 2 of its index.*Index the folder again"
     ):
-        listed(pairs({"x": folder}, streams=1))
+        listed(pairs({"x": folder}))
 
 
 # ------------------------------------------------------------------------------------------- the embedded set
@@ -709,7 +758,7 @@ def test_a_real_set_from_records_to_batches(scenes, tmp_path):
         {"scenes": tmp_path / "scenes"}, to_pixels(64, [0.5] * 3, [0.25] * 3), WORDS, captions="every"
     )
     assert len(source) == sum(len(r.captions) for r in made)
-    found = [(s["image_id"], s["caption"]) for s in source.samples(seed=0, epoch=0)]
+    found = [(s["image_id"], s["caption"]) for s in samples(source)]
     assert sorted(found) == sorted((number_of(f"scenes/{r.image_id}"), c) for r in made for c in r.captions)
     batch = next(source.batches(16, seed=0, epoch=0))
     assert batch["image"]["pixels"].shape == (16, 3, 64, 64)

@@ -138,7 +138,7 @@ import torch
 
 from finematch.data import digests, load
 from finematch.data.pairs import to_pixels
-from finematch.data.shards import ShardPairs
+from finematch.data.shards import ShardPairs, refuse_overlap
 from finematch.data.splits import data_folder, open_records, open_splits, reported_split, selection
 from finematch.encoders import BertTower, Cells, small_bert
 from finematch.evaluation.embedding import embed as embedded, validation
@@ -211,14 +211,17 @@ pd.DataFrame(
 )
 
 # %% [markdown]
-# Pretraining reads shards of several caption sets in place of the dataset's train split; an epoch has every image of every set once.
+# Pretraining reads shards of several caption sets in place of the dataset's train split; an epoch has every image of every set once. Shards
+# that hold an image of val or of the reported split are refused: Visual Genome contains COCO's.
 
 # %%
 data, steps_per_epoch = train.pairs(), len(train.captions) // s.batch_size
 shards = {
     name: root() / where for name, where in (part.split(":", 1) for part in s.shards.split(",") if part)
 }
-if shards:  # `data.shards.write_shards` makes them
+if shards:  # `data.shards.write_shards` makes them; held-out images must not be in them
+    for split in dict.fromkeys(("val", reported)):
+        refuse_overlap(shards, records[split], split)
     data = ShardPairs(shards, to_pixels(s.size, (0.0,) * 3, (1.0,) * 3), tokenizer)
     steps_per_epoch = data.steps(s.batch_size, world())
     print(*data.mixture(), sep="\n")

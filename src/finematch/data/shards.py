@@ -1,21 +1,23 @@
-"""Caption sets as WebDataset shards: written, mixed, and read so that a run can stop and go on anywhere.
+"""Caption sets as WebDataset shards: written, indexed and read by webdataset, in an order that a run can resume.
 
 A shard is a tar file in which the files of a sample follow one another: `<key>.jpg` (or .png) and `<key>.json` with
-`image_id` and `captions`. Shards that other tools wrote (`<key>.txt`, or a json with one `caption`) are read too, once
-`index_shards` has counted them: beside the shards of a set lies `index.json`, with the number of samples in each and
-of captions in each sample. Tar files are written and read through the webdataset library.
+`image_id`, `captions`, `sha256` (of the image's file) and `known_as` (its ids in COCO and Flickr, where the source
+states them). Shards that other tools wrote (`<key>.txt`, or a json with one `caption`) are read too, once
+`index_shards` has read through them: beside the shards of a set lies `index.json`, with the number of samples in each
+and of captions in each sample, and `images.npy`, a number for every name by which an image is known (see
+`refuse_overlap`).
 
-What the library leaves to its users is added here: an epoch in which no pair is missing or comes twice, and going on
-in the middle of it. The order of an epoch is not drawn while reading but computed before, from the counts alone:
+webdataset opens, reads, groups and writes; torch's DataLoader decodes in `workers` processes. webdataset leaves the
+order of a stopped epoch to its users (its shuffle depends on the number of workers and cannot be entered in the
+middle), and its 1.0 has no access by number. So the order is made here, of whole shards:
 
-* The shards of all sets are shuffled together by seed and epoch and dealt to the processes; a process deals its own
-  to `streams` that are read side by side. A stream's pairs are shuffled as a buffer of `buffer` pairs would do it,
-  only that the buffer moves numbers instead of pictures. Then the streams take turns, `CHUNK` pairs each.
-* So it is known without reading which pair stands at any position of a process's epoch. To go on at a position means
-  to pass over the shards of which nothing is left, and in the others not to hand on what came before. The order does
-  not depend on the number of workers, nor on where a run was broken off.
-* A pair that cannot be read (no picture, an undecodable one, no caption, no known word) is logged, counted and
-  skipped. Its position is used up all the same.
+* The shards of every set are spread evenly over the epoch, at random by seed and epoch, and dealt to the processes. A
+  process reads `shards_at_once` of them, shuffles their pairs together, and reads the next ones in the meantime. In
+  memory are the encoded images of twice that many shards.
+* So the counts alone say which pairs stand at which positions. To resume is to skip the shards that lie before a
+  position without opening them. The order does not depend on the number of workers.
+* A pair that cannot be read (no image, an undecodable one, no caption, no known word) is logged, counted and skipped.
+  Its position is used up all the same.
 
 Axes: `b` pairs of a batch, `n` tokens.
 """
@@ -28,13 +30,13 @@ import io
 import json
 import logging
 import random
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,20 +46,20 @@ import webdataset as wds
 from filelock import FileLock
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
-from webdataset.tariterators import group_by_keys
+from webdataset.handlers import reraise_exception
 
 from finematch.data.checks import clean_caption, read_json, reading, require_unique
+from finematch.data.names import known_names
 from finematch.data.record import Record
 from finematch.files import DataError, digest, file_digests, write_atomically, write_text
 from finematch.text import Ragged, tokenise
 
 logger = logging.getLogger(__name__)
 
-INDEX, PROGRESS = "index.json", "progress.json"
-PICTURES = ("jpg", "jpeg", "png", "webp")
-CHUNK = 16  # pairs that a stream gives before it is the next one's turn
+INDEX, IMAGES, WRITTEN = "index.json", "images.npy", "written.json"
+SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
 # ------------------------------------------------------------------------------------------- writing
@@ -70,26 +72,26 @@ def write_shards(
     broken: str = "raise",
     echo: Callable[[str], None] | None = print,
 ) -> list[Path]:
-    """Write records as shards `000000.tar`, `000001.tar` ... and their index.
+    """Write records as shards `000000.tar`, `000001.tar` ... and index them.
 
     The records are shuffled once, so that a shard is a fair sample of the set. JPEG and PNG files go in byte for byte
     after they were decoded to see that they are sound; other formats become PNG. Shards are of one size, give or take
     a sample. A shard appears whole or not at all, the index last, and the same records give the same bytes. A writer
-    that was stopped goes on after the last whole shard.
+    that was stopped continues with the shards that are missing.
 
     Args:
-        records: pictures with their captions.
+        records: images with their captions.
         folder: of this set alone; made if absent.
-        samples_per_shard: at most. Reading needs at least `streams` shards for each process.
+        samples_per_shard: at most. Reading needs at least one shard for each process, and mixes better with many.
         seed: of the shuffling.
-        broken: a record without a readable picture or a caption stops the writer (`raise`), or is logged and left out
-            (`skip`), the field's practice with pictures from the web.
+        broken: a record without a readable image or a caption stops the writer (`raise`), or is logged and left out
+            (`skip`), the field's practice with images from the web.
 
     Returns:
         The shards.
 
     Raises:
-        DataError: for no records, a broken one, two with one id (their captions would be positives of one picture), a
+        DataError: for no records, a broken one, two with one id (their captions would be positives of one image), a
             folder that holds other shards, or one that cannot be written.
     """
     if broken not in ("raise", "skip"):
@@ -100,7 +102,7 @@ def write_shards(
     if not records:
         raise DataError(folder, "the records", "there are none to write", "Check the split and the filters")
     require_unique(records, folder)
-    key = {
+    made_of = {
         "records": digest([[record.image_id, *record.captions] for record in records]),
         "samples_per_shard": samples_per_shard,
         "seed": seed,
@@ -108,71 +110,51 @@ def write_shards(
     }
     order = list(records)
     random.Random(seed).shuffle(order)
+    count = -(-len(order) // samples_per_shard)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
-            _write_missing(folder, order, key, echo)
+            _claim(folder, made_of)
+            for number in range(count):
+                start, end = (len(order) * n // count for n in (number, number + 1))
+                _write_shard(folder / f"{number:06d}.tar", order[start:end], start, broken, echo)
+            if not any(folder.glob("*.tar")):
+                raise DataError(
+                    folder, "the records", "all are broken", "The log says what is wrong with each"
+                )
+            return index_shards(folder, echo=None)
     except OSError as error:
         raise DataError(
             folder, "the shards", f"cannot be written ({error})", "Free space or choose another folder"
         ) from error
-    return [shard.path for shard in read_index(folder)]
 
 
-def _write_missing(
-    folder: Path, order: Sequence[Record], key: dict, echo: Callable[[str], None] | None
+def _claim(folder: Path, made_of: dict) -> None:
+    """Note in the folder what its shards are made of; DataError if they are made of something else."""
+    if not any(folder.glob("*.tar")):
+        write_text(folder / WRITTEN, json.dumps(made_of))
+    elif not (folder / WRITTEN).exists():
+        problem = "holds shards that write_shards did not write"
+        raise DataError(folder, "the folder", problem, "Choose another folder")
+    elif read_json(folder / WRITTEN) != made_of:
+        problem = "are of other records, or were cut otherwise"
+        raise DataError(folder, "the shards", problem, "Choose another folder, or remove this one")
+
+
+def _write_shard(
+    path: Path, records: Sequence[Record], start: int, broken: str, echo: Callable[[str], None] | None
 ) -> None:
-    """Write the shards that an earlier writer of the same key has not, and the index."""
-    finished, shards = _resumable(folder, key)
-    known = {shard["file"]: shard for shard in shards}
-    count = -(-len(order) // key["samples_per_shard"])
-    for number in range(count):
-        start = len(order) * number // count
-        mine = order[start : len(order) * (number + 1) // count]
-        path, pictures = folder / f"{number:06d}.tar", _content(mine)
-        if path.name in known and known[path.name]["pictures"] != pictures:
-            raise DataError(path, "the shard", "is of other pictures of the same names",
-                            "Choose another folder, or remove this one")  # fmt: skip
-        if path.name in known or finished:  # a shard without a sound record is not in the index
-            continue
-        samples = _samples_of(mine, start, key["broken"])
-        shards.append({**_write_tar(path, samples), "pictures": pictures})
-        write_text(folder / PROGRESS, json.dumps({"key": key, "shards": shards}))
-        if echo:
-            echo(f"{path.name}: {len(samples)} of {len(mine)} samples, {number + 1} of {count} shards")
-    if not any(shard["samples"] for shard in shards):
-        raise DataError(folder, "the records", "all are broken", "The log says what is wrong with each")
-    if not finished:
-        kept = [shard for shard in shards if shard["samples"]]
-        write_text(folder / INDEX, json.dumps({"key": key, "shards": kept}))
-        (folder / PROGRESS).unlink()
-
-
-def _content(records: Sequence[Record]) -> str:
-    """SHA-256 of the bytes of the pictures; one whose file is not there counts as missing."""
-    there = [record.image for record in records if record.image is not None and record.image.is_file()]
-    found = dict(zip(there, file_digests(there), strict=True))
-    return digest([found.get(record.image) for record in records])
-
-
-def _resumable(folder: Path, key: dict) -> tuple[bool, list[dict]]:
-    """Whether an earlier writer of the same key finished, and the shards that it left whole."""
-    for name in (INDEX, PROGRESS):
-        if (folder / name).exists():
-            state = read_json(folder / name)
-            if state.get("key") != key:
-                raise DataError(folder / name, "the shards", "are of other records, or were cut otherwise",
+    """Write the shard whose first record is number `start`, or see that the one that is there has the same images.
+    No sound record, no shard."""
+    if path.exists():
+        there = {r.image_id: r.image for r in records if r.image is not None and r.image.is_file()}
+        now = dict(zip(there, file_digests(list(there.values())), strict=True))
+        for sample in _read(path, reraise_exception):
+            stored = json.loads(sample["json"])
+            if now.get(stored["image_id"]) != stored["sha256"]:
+                raise DataError(path, "the shard", f"has another image than the records, {stored['image_id']}",
                                 "Choose another folder, or remove this one")  # fmt: skip
-            return name == INDEX, state["shards"]
-    if any(folder.glob("*.tar")):
-        raise DataError(
-            folder, "the folder", "holds shards without an index", "Choose another, or index_shards it"
-        )
-    return False, []
-
-
-def _samples_of(records: Sequence[Record], start: int, broken: str) -> list[dict]:
-    """The samples of a shard whose first record is number `start`."""
+        return
     samples = []
     for place, record in enumerate(records, start):
         try:
@@ -181,7 +163,14 @@ def _samples_of(records: Sequence[Record], start: int, broken: str) -> list[dict
             if broken == "raise":
                 raise
             logger.warning("left out: %s", error)
-    return samples
+    if samples:
+        file = io.BytesIO()
+        with wds.TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
+            for sample in samples:
+                tar.write(sample)
+        write_atomically(path, lambda part: part.write_bytes(file.getvalue()))
+    if echo:
+        echo(f"{path.name}: {len(samples)} of {len(records)} samples")
 
 
 def _sample(record: Record, key: str) -> dict[str, bytes | str]:
@@ -190,34 +179,18 @@ def _sample(record: Record, key: str) -> dict[str, bytes | str]:
     if not record.captions:
         raise DataError(record.image or "(no file)", source, "it has no caption", "Remove the record")
     captions = [clean_caption(caption, record.image or "(no file)", source) for caption in record.captions]
-    picture = record.open()
+    image = record.open()
     data = record.image.read_bytes()
+    about = {"image_id": record.image_id, "captions": captions, "sha256": hashlib.sha256(data).hexdigest()}
+    if record.known_as:
+        about["known_as"] = record.known_as
     with Image.open(io.BytesIO(data)) as opened:
         suffix = {"JPEG": "jpg", "PNG": "png"}.get(opened.format)
     if suffix is None:
         file, suffix = io.BytesIO(), "png"
-        picture.save(file, "PNG")
+        image.save(file, "PNG")
         data = file.getvalue()
-    text = json.dumps({"image_id": record.image_id, "captions": captions}, ensure_ascii=False)
-    return {"__key__": key, suffix: data, "json": text.encode()}
-
-
-def _write_tar(path: Path, samples: list[dict]) -> dict:
-    """Write a shard, flush it to disk and rename it into place; its entry in the index. No samples, no file."""
-    counts = [len(json.loads(sample["json"])["captions"]) for sample in samples]
-    entry = {"file": path.name, "samples": len(samples), "captions": _short(counts), "bytes": 0}
-    if samples:
-        file = io.BytesIO()
-        with wds.TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
-            for sample in samples:
-                tar.write(sample)
-        write_atomically(path, lambda part: part.write_bytes(file.getvalue()))
-        entry["bytes"] = len(file.getvalue())
-    return entry
-
-
-def _short(counts: list[int]) -> int | list[int]:
-    return counts[0] if len(set(counts)) == 1 else counts
+    return {"__key__": key, suffix: data, "json": json.dumps(about, ensure_ascii=False).encode()}
 
 
 # ------------------------------------------------------------------------------------------- the index
@@ -235,10 +208,11 @@ class Shard:
 
 
 def index_shards(folder: str | Path, *, echo: Callable[[str], None] | None = print) -> list[Path]:
-    """Count what is in the shards of a folder that another tool wrote, and write `index.json`.
+    """Read through the shards of a folder, of whatever tool, and write `index.json` and `images.npy`.
 
-    Reads names and texts, no pictures. Every sample should have a picture and a caption (`.json` with `captions` or
-    `caption`, or `.txt`); those without are reported here, and skipped when they are read.
+    Every sample should have an image and a caption (`.json` with `captions` or `caption`, or `.txt`); those without
+    are reported here, and skipped when they are read. An image is known by the SHA-256 of its file (as `sha256` of
+    its json has it, else of the bytes in the shard) and by its ids in COCO and Flickr where the json names them.
 
     Returns:
         The shards.
@@ -246,53 +220,50 @@ def index_shards(folder: str | Path, *, echo: Callable[[str], None] | None = pri
     Raises:
         DataError: for no shards, an empty one, or one that is cut off.
     """
-    folder, shards, lacking = Path(folder), [], 0
+    folder, shards, names, lacking = Path(folder), [], set(), 0
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise DataError(
             folder, "the folder", "holds no .tar file", "Give the folder of the shards themselves"
         )
     for path in paths:
-        counts = []
+        counts, contents = [], []
         try:
-            for sample in group_by_keys(_names_and_texts(path)):
+            for sample in _read(path, reraise_exception):
+                image = _image(sample)
                 try:
-                    if not any(sample.get(suffix) is not None for suffix in PICTURES):
-                        raise DataError(path, sample["__key__"], "no picture", "")
-                    counts.append(len(_described(sample, path)[1]))
+                    about, captions = _described(sample, path)
                 except DataError:
-                    counts.append(1)
-                    lacking += 1
+                    about, captions = {}, []
+                lacking += not (image and captions)
+                counts.append(len(captions) if image and captions else 1)
+                contents.append(about.get("sha256") or hashlib.sha256(image).hexdigest())
+                names.update(number_of(name) for name in (f"sha256:{contents[-1]}", *known_names(about)))
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             raise DataError(
                 path,
                 f"sample {len(counts)}",
-                f"the shard cannot be read ({error})",
+                f"the shard cannot be read ({_said(error)})",
                 "Download it again, or remove it",
             ) from error
         if not counts:
             raise DataError(path, "the shard", "is empty", "Remove it")
-        shards.append({"file": path.name, "samples": len(counts), "captions": _short(counts),
-                       "bytes": path.stat().st_size})  # fmt: skip
+        shards.append({"file": path.name, "samples": len(counts), "bytes": path.stat().st_size,
+                       "captions": counts[0] if len(set(counts)) == 1 else counts,
+                       "images": digest(contents)})  # fmt: skip
     if lacking:
-        logger.warning("%s: %d samples have no picture or no caption; they will be skipped", folder, lacking)
+        logger.warning("%s: %d samples have no image or no caption; they will be skipped", folder, lacking)
+    found = np.sort(np.fromiter(names, np.int64, len(names)))
+    write_atomically(folder / IMAGES, lambda part: _save(part, found))
     write_text(folder / INDEX, json.dumps({"shards": shards}))
     if echo:
         echo(f"{folder}: {len(shards)} shards, {sum(shard['samples'] for shard in shards)} samples")
     return paths
 
 
-def _names_and_texts(path: Path) -> Iterator[dict]:
-    """The files of a shard as webdataset groups them into samples; of pictures the name alone."""
-    with tarfile.open(path) as tar:
-        for member in tar:
-            if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):
-                text = member.name.lower().endswith((".json", ".txt"))
-                yield {
-                    "fname": member.name,
-                    "data": tar.extractfile(member).read() if text else b"",
-                    "__url__": str(path),
-                }
+def _save(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.save(file, array)
 
 
 def read_index(folder: str | Path) -> list[Shard]:
@@ -306,83 +277,81 @@ def read_index(folder: str | Path) -> list[Shard]:
         raise DataError(
             file, "the index", "is missing", "Run write_shards to its end, or index_shards on the folder"
         )
-    shards = []
     with reading(file, "the index"):
         entries = read_json(file)["shards"]
         if not entries:
             raise DataError(file, "the index", "lists no shards", "Write or index them again")
-        for entry in entries:
-            path, samples, counts = (
-                file.parent / Path(entry["file"]).name,
-                int(entry["samples"]),
-                entry["captions"],
-            )
-            if not path.exists():
-                raise DataError(path, "the shard", "is missing", "Restore it, or index the folder again")
-            if path.stat().st_size != entry["bytes"]:
-                raise DataError(
-                    path,
-                    "the shard",
-                    f"has {path.stat().st_size} bytes, {entry['bytes']} when it was indexed",
-                    "Copy it again, or index the folder again",
-                )
-            if samples < 1:
-                raise DataError(path, "the shard", "is empty", "Remove it, and index the folder again")
-            if (isinstance(counts, list) and len(counts) != samples) or min(np.ravel(counts)) < 1:
-                raise DataError(
-                    file, path.name, f"{samples} samples, but captions {counts}", "Index the folder again"
-                )
-            shards.append(Shard(path, samples, counts))
-    return shards
+        return [_shard(file, entry) for entry in entries]
 
 
-# ------------------------------------------------------------------------------------------- one epoch's order
-class Stream(NamedTuple):
-    """Shards that are read one after the other, the number of each one's first pair, and the pairs' order."""
-
-    shards: list[tuple[str, Shard]]
-    first: np.ndarray
-    order: np.ndarray
-
-
-def buffered(n: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """The order in which a shuffle buffer of `size` hands on 0 ... n - 1: the t-th is at most t + size - 1."""
-    held, out = list(range(min(size, n))), np.empty(n, np.int64)
-    for t, lot in enumerate(rng.random(n).tolist()):
-        pick = int(lot * len(held))
-        out[t] = held[pick]
-        if t + size < n:
-            held[pick] = t + size
-        else:
-            held[pick] = held[-1]
-            held.pop()
-    return out
+def _shard(file: Path, entry: Mapping) -> Shard:
+    """A shard of the index; DataError unless it is there as it was indexed."""
+    path, samples, counts = file.parent / Path(entry["file"]).name, int(entry["samples"]), entry["captions"]
+    again = "index the folder again"
+    if not path.exists():
+        problem, remedy = "is missing", f"Restore it, or {again}"
+    elif (size := path.stat().st_size) != entry["bytes"]:
+        problem, remedy = (
+            f"has {size} bytes, {entry['bytes']} when it was indexed",
+            f"Copy it again, or {again}",
+        )
+    elif samples < 1:
+        problem, remedy = "is empty", f"Remove it, and {again}"
+    elif (isinstance(counts, list) and len(counts) != samples) or min(np.ravel(counts)) < 1:
+        problem, remedy = f"has {samples} samples, but captions {counts}", again.capitalize()
+    else:
+        return Shard(path, samples, counts)
+    raise DataError(path, "the shard", problem, remedy)
 
 
-class Turns:
-    """Streams of the given lengths take turns, `CHUNK` each; one that has ended passes.
+def refuse_overlap(sets: Mapping[str, str | Path], records: Sequence[Record], split: str) -> None:
+    """Stop a run whose pretraining shards hold images that it will be judged on.
 
-    Turn k is of stream k mod `streams`, so that workers whose number divides that of the streams share them out.
+    An image is recognised by the bytes of its file, and by its ids in COCO and Flickr where both sides state one: the
+    same photo stands in Visual Genome, COCO and Flickr30k under other names and in other sizes.
+
+    Args:
+        sets: folders of shards by name, as of `ShardPairs`.
+        records: of the held-out split, val or test.
+        split: its name, for the message.
+
+    Raises:
+        DataError: for a set with such an image (they are counted, the first three named), or with an index of before
+            images were listed in it.
     """
-
-    def __init__(self, lengths: Sequence[int]):
-        self.lengths = np.asarray(lengths, np.int64)
-        rounds = -(-int(self.lengths.max(initial=0)) // CHUNK)
-        self.sizes = (self.lengths[None] - CHUNK * np.arange(rounds)[:, None]).clip(0, CHUNK).ravel()
-        self.ends = self.sizes.cumsum()
-
-    def find(self, position: int) -> tuple[int, int]:
-        """The turn in which a position stands, and how many stand before it there."""
-        turn = int(np.searchsorted(self.ends, position, side="right"))
-        return turn, position - int(self.ends[turn - 1] if turn else 0)
-
-    def before(self, turn: int) -> int:
-        """How many its stream has given before a turn."""
-        stream = turn % len(self.lengths)
-        return int(min(self.lengths[stream], turn // len(self.lengths) * CHUNK))
+    files = [record.image for record in records if record.image is not None]
+    content = dict(zip(files, file_digests(files), strict=True))
+    names = [
+        (number_of(name), record.image_id)
+        for record in records
+        for name in (*record.known_as, *([f"sha256:{content[record.image]}"] if record.image else []))
+    ]
+    for folder in map(Path, sets.values()):
+        if not (folder / IMAGES).exists():
+            raise DataError(folder / IMAGES, "the index", "is missing", "Call index_shards on the folder")
+        held = np.isin([number for number, _ in names], np.load(folder / IMAGES))
+        found = sorted({image for (_, image), there in zip(names, held, strict=True) if there})
+        if found:
+            raise DataError(
+                folder,
+                f"images {', '.join(found[:3])}",
+                f"{len(found)} of the {len(records)} images of {split} are in these shards",
+                "Write the shards again without them: pretraining on them would leak what is reported",
+            )
 
 
 # ------------------------------------------------------------------------------------------- reading
+class Raw(NamedTuple):
+    """A pair as it stands in a shard: the sample's encoded files, and which of its captions."""
+
+    set: str
+    shard: Path
+    sample: dict
+    caption: int
+    captions: int  # that the index counts in the sample
+    lot: str  # what its random numbers are seeded with
+
+
 class Broken(NamedTuple):
     """A pair that was skipped, and why."""
 
@@ -392,21 +361,21 @@ class Broken(NamedTuple):
     problem: str
 
 
-class ShardPairs:
-    """Picture-caption pairs of several sets of shards, an epoch of all of them at a time.
+class ShardPairs(Dataset):
+    """Image-caption pairs of several sets of shards, an epoch of all of them at a time.
 
-    `len()` is the number of pairs of an epoch. `batches` is what training reads, `samples` gives one pair at a time.
+    `len()` is the number of pairs of an epoch. `batches` is what training reads.
 
     Args:
         sets: the mixture: a name for each set, and the folder of its shards. Every pair of every set is in an epoch
-            once. Pictures of two sets are never the same one.
-        transform: RGB picture to a tensor, all of one shape. If it draws, then from torch, which is seeded for every
-            pair: a pair is transformed alike wherever a run was broken off.
+            once. Images of two sets are never the same one.
+        transform: RGB image to a tensor, all of one shape. If it draws, then from torch, which is seeded for every
+            pair: a pair is transformed alike wherever a run was stopped.
         tokenizer: of the captions, cut to `max_length` tokens.
-        captions: `one` caption of a picture, another each epoch (ALBEF; the paper's 14M pairs are pictures), or
+        captions: `one` caption of an image, another each epoch (ALBEF; the paper's 14M pairs are images), or
             `every` caption.
-        streams: shards that a process reads side by side. More mix better; there must be as many for each process.
-        buffer: pairs of a stream that are shuffled; their encoded pictures are held in memory.
+        shards_at_once: shards whose pairs a process shuffles together. More mix better; the encoded images of twice
+            as many are in memory.
         tolerance: the share of broken pairs beyond which reading stops (and more than 10 of them): then it is not
             single samples that are broken.
 
@@ -426,20 +395,19 @@ class ShardPairs:
         *,
         captions: str = "one",
         max_length: int = 32,
-        streams: int = 4,
-        buffer: int = 1000,
+        shards_at_once: int = 4,
         tolerance: float = 0.05,
     ):
         if not sets:
             raise ValueError("sets is empty: name at least one set and its folder")
         if captions not in ("one", "every"):
             raise ValueError(f"captions is {captions!r}; use 'one' or 'every'")
-        if streams < 1 or buffer < 1 or not 0 <= tolerance <= 1:
+        if shards_at_once < 1 or not 0 <= tolerance <= 1:
             raise ValueError(
-                f"streams = {streams} and buffer = {buffer} must be at least 1, tolerance = {tolerance} in [0, 1]"
+                f"shards_at_once = {shards_at_once} must be at least 1, tolerance = {tolerance} in [0, 1]"
             )
         self.transform, self.tokenizer, self.max_length = transform, tokenizer, max_length
-        self.captions, self.streams, self.buffer, self.tolerance = captions, streams, buffer, tolerance
+        self.captions, self.shards_at_once, self.tolerance = captions, shards_at_once, tolerance
         self.sets = {name: Path(folder) for name, folder in sets.items()}
         self.shards = [(name, shard) for name, folder in self.sets.items() for shard in read_index(folder)]
         self.broken: Counter[str] = Counter()
@@ -469,52 +437,113 @@ class ShardPairs:
         """Batches of an epoch, the same in every epoch and process: as many as the fewest shards make whole.
 
         Raises:
-            DataError: for too few shards, or pairs for less than one batch.
+            DataError: for fewer shards than processes, or pairs for less than one batch.
             ValueError: for a batch that does not divide among the processes.
         """
-        self._check(world, 0)
         if batch_size % world:
             raise ValueError(f"a batch of {batch_size} does not divide among {world} processes")
-        fewest = sorted(self.pairs_in(shard) for _, shard in self.shards)[: len(self.shards) // world]
-        steps = sum(fewest) // (batch_size // world)
-        if not steps:
-            raise DataError(
-                ", ".join(map(str, self.sets.values())),
-                "the shards",
-                f"a process may have {sum(fewest)} pairs, too few for its share of a batch of {batch_size}",
-                "Lower batch_size, or add pairs",
+        where, shards = ", ".join(map(str, self.sets.values())), len(self.shards)
+        if shards < world:
+            problem, remedy = (
+                f"{shards} are too few for {world} processes",
+                "Write smaller ones (samples_per_shard)",
             )
+            raise DataError(where, "the shards", problem, remedy)
+        fewest = sum(sorted(self.pairs_in(shard) for _, shard in self.shards)[: shards // world])
+        if not (steps := fewest // (batch_size // world)):
+            problem = f"a process may have {fewest} pairs, too few for its share of a batch of {batch_size}"
+            raise DataError(where, "the shards", problem, "Lower batch_size, or add pairs")
         return steps
 
-    def _check(self, world: int, workers: int) -> None:
-        if len(self.shards) < world * self.streams:
-            raise DataError(
-                ", ".join(map(str, self.sets.values())),
-                "the shards",
-                f"{len(self.shards)} are too few for {world} processes with {self.streams} streams each",
-                f"Write smaller ones (samples_per_shard), or use streams={max(1, len(self.shards) // world)}",
-            )
-        if workers and self.streams % workers:
-            raise ValueError(f"{workers} workers cannot share {self.streams} streams evenly: use a divisor")
-
+    # -------------------------------------------------------------------------- the order
     def dealt(self, *, seed: int, epoch: int, rank: int = 0, world: int = 1) -> list[list[tuple[str, Shard]]]:
-        """The shards of a process in an epoch, stream by stream: all processes' together are all shards."""
-        order = np.random.default_rng([seed, epoch]).permutation(len(self.shards))[rank::world]
-        return [[self.shards[i] for i in order[s :: self.streams]] for s in range(self.streams)]
+        """The shards of a process in an epoch, as they are read together: all processes' are all shards, once each.
 
-    # -------------------------------------------------------------------------- pair by pair
-    def samples(
-        self, *, seed: int, epoch: int, first: int = 0, rank: int = 0, world: int = 1, workers: int = 0
-    ) -> Iterator[dict]:
-        """This process's pairs of an epoch, from position `first` on.
+        Every stretch of the epoch has the sets in their proportion: shard k of a set's n, in random order, stands at
+        a random place of the k-th n-th of the epoch.
+        """
+        rng, names = np.random.default_rng([seed, epoch]), np.array([name for name, _ in self.shards])
+        place = np.empty(len(names))
+        for name in self.sets:
+            n = int((names == name).sum())
+            place[names == name] = (rng.permutation(n) + rng.random(n)) / n
+        mine = [self.shards[i] for i in place.argsort(kind="stable")[rank::world]]
+        return [mine[i : i + self.shards_at_once] for i in range(0, len(mine), self.shards_at_once)]
+
+    def _todo(
+        self, dealt: list[list[tuple[str, Shard]]], key: tuple[int, ...], first: int
+    ) -> list[tuple[list[tuple[str, Shard]], tuple[int, ...], int]]:
+        """What is left of an epoch at position `first`, as arguments of `_shuffled`; DataError for a missing shard."""
+        todo = []
+        for number, group in enumerate(dealt):
+            n = sum(self.pairs_in(shard) for _, shard in group)
+            if first < n:
+                todo.append((group, (*key, number), first))
+            first = max(0, first - n)
+        for shard in (shard for group, *_ in todo for _, shard in group):
+            if not shard.path.exists():
+                raise DataError(
+                    shard.path, "the shard", "is missing", "Restore it, or index the folder again"
+                )
+        return todo
+
+    def _pairs(self, todo: list[tuple]) -> Iterator[Raw]:
+        """Pairs read and in order, decoded later. One thread reads the next shards while these are handed on."""
+        with ThreadPoolExecutor(1) as thread:
+            ahead = thread.submit(self._shuffled, *todo[0])
+            for following in [*todo[1:], None]:
+                pairs = ahead.result()
+                ahead = following and thread.submit(self._shuffled, *following)
+                yield from pairs
+
+    def _shuffled(self, group: list[tuple[str, Shard]], key: tuple[int, ...], first: int) -> list[Raw]:
+        """All pairs of some shards, shuffled together, without the `first` ones."""
+        pairs = []
+        for name, shard in group:
+            for number, sample in enumerate(_samples(shard)):
+                captions, lot = int(shard.captions[number]), f"{key[:2]} {name} {shard.path.name} {number}"
+                which = range(1 if self.captions == "one" else captions)
+                pairs += [Raw(name, shard.path, sample, i, captions, f"{lot} {i}") for i in which]
+        return [pairs[i] for i in np.random.default_rng(key).permutation(len(pairs))[first:]]
+
+    # -------------------------------------------------------------------------- group by group
+    def groups(
+        self,
+        size: int,
+        *,
+        seed: int,
+        epoch: int,
+        first: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+    ) -> Iterator[tuple[list[dict | Broken], Tensor]]:
+        """This process's pairs of an epoch from position `first` on, `size` at a time.
+
+        Broken ones are logged and counted.
 
         Yields:
-            `pixels`, `caption`, `input_ids` and `special` (lists), `image_id` (a number of 63 bits, the same for all
-            captions of a picture), `set`, `key`, and `position`: `first = position + 1` goes on after it.
+            Of every pair `caption`, `input_ids` and `special` (lists), `image_id` (a number of 63 bits, the same for
+            all captions of an image), `set` and `key`, or what is broken; and the pixels "b 3 h w" of the sound ones.
         """
-        for position, found in self._outcomes(seed, epoch, first, rank, world, workers, 2):
-            if isinstance(found, dict):
-                yield {**found, "position": position}
+        dealt = self.dealt(seed=seed, epoch=epoch, rank=rank, world=world)
+        total = sum(self.pairs_in(shard) for group in dealt for _, shard in group)
+        if not 0 <= first <= total:
+            raise ValueError(f"first = {first}: this process's epoch has {total} pairs")
+        if first == total:
+            return
+        pairs = self._pairs(self._todo(dealt, (seed, epoch, rank), first))
+        # What a sampler gives the loader are numbers as a rule; here, encoded pairs: this process reads, others decode.
+        # A generator of its own: a loader must not draw from the random state that the model uses.
+        loader = DataLoader(self, batch_sampler=iter(lambda: list(islice(pairs, size)), []), num_workers=workers,
+                            collate_fn=_as_it_is, generator=torch.Generator())  # fmt: skip
+        with contextlib.closing(pairs):
+            for rows, pixels in loader:
+                for row in rows:
+                    self.read += 1
+                    if isinstance(row, Broken):
+                        self._skip(row)
+                yield rows, pixels
 
     def batches(
         self,
@@ -541,176 +570,77 @@ class ShardPairs:
             DataError, ValueError: as `steps`; a batch of which every pair is broken.
         """
         steps, share = self.steps(batch_size, world), batch_size // world
-        ahead = -(-2 * share // (CHUNK * max(1, workers)))
-        found = self._outcomes(seed, epoch, first * share, rank, world, workers, max(2, ahead))
-        with contextlib.closing(found):  # workers go with it
-            for step in range(first, steps):
-                rows = [outcome for _, outcome in islice(found, share)]
-                good = [row for row in rows if isinstance(row, dict)]
-                if not good:
-                    raise DataError(
-                        rows[0].shard,
-                        rows[0].key,
-                        f"all pairs of batch {step} are broken, the first: {rows[0].problem}",
-                        "Write or download the shards again",
-                    )
-                spare = iter(good * len(rows))
-                batch = self._collate([row if isinstance(row, dict) else next(spare) for row in rows])
+        place = {"seed": seed, "epoch": epoch, "first": first * share, "rank": rank, "world": world}
+        with contextlib.closing(self.groups(share, **place, workers=workers)) as groups:  # workers go with it
+            for step, (rows, pixels) in enumerate(islice(groups, steps - first), first):
+                batch = self._collate(rows, pixels, step)
                 yield _pinned(batch) if pin_memory else batch
 
-    def _collate(self, rows: list[dict]) -> dict:
-        start = np.cumsum([0, *(len(row["input_ids"]) for row in rows)])
-        ids = np.concatenate([row["input_ids"] for row in rows]).astype(np.int32)
-        special = np.concatenate([row["special"] for row in rows]).astype(bool)
+    def _collate(self, rows: list[dict | Broken], pixels: Tensor, step: int) -> dict:
+        good = [row for row in rows if isinstance(row, dict)]
+        if not good:
+            problem = f"all pairs of batch {step} are broken, the first: {rows[0].problem}"
+            raise DataError(rows[0].shard, rows[0].key, problem, "Write or download the shards again")
+        if len(good) < len(rows):
+            own, spare = iter(range(len(good))), cycle(range(len(good)))
+            index = [next(own if isinstance(row, dict) else spare) for row in rows]
+            good, pixels = [good[i] for i in index], pixels[index]
+        start = np.cumsum([0, *(len(row["input_ids"]) for row in good)])
+        ids = np.concatenate([row["input_ids"] for row in good]).astype(np.int32)
+        special = np.concatenate([row["special"] for row in good]).astype(bool)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         return {
-            "image": {"pixels": torch.stack([row["pixels"] for row in rows])},
-            "text": Ragged(ids, special, start, pad).batch(np.arange(len(rows))),
-            "image_id": torch.tensor([row["image_id"] for row in rows]),
+            "image": {"pixels": pixels},
+            "text": Ragged(ids, special, start, pad).batch(np.arange(len(good))),
+            "image_id": torch.tensor([row["image_id"] for row in good]),
         }
-
-    def _outcomes(
-        self, seed: int, epoch: int, first: int, rank: int, world: int, workers: int, ahead: int
-    ) -> Iterator[tuple[int, dict | Broken]]:
-        """Position by position, what was read there; broken pairs are logged and counted here, in the main process."""
-        self._check(world, workers)
-        dealt = self.dealt(seed=seed, epoch=epoch, rank=rank, world=world)
-        turns = Turns([sum(self.pairs_in(shard) for _, shard in shards) for shards in dealt])
-        total = int(turns.ends[-1])
-        if not 0 <= first <= total:
-            raise ValueError(f"first = {first}: this process's epoch has {total} pairs")
-        if first == total:
-            return
-        reader = _Reader(self, dealt, turns, first, (seed, epoch, rank))
-        # a generator of its own: a loader must not draw from the random state that the model uses
-        loader = DataLoader(reader, batch_size=None, num_workers=workers, collate_fn=_as_it_is,
-                            prefetch_factor=ahead if workers else None, generator=torch.Generator())  # fmt: skip
-        position = first
-        for rows, pixels in loader:
-            pictures = iter(() if pixels is None else pixels)
-            for row in rows:
-                if isinstance(row, DataError):
-                    raise row
-                self.read += 1
-                if isinstance(row, Broken):
-                    self._skip(row)
-                yield position, row if isinstance(row, Broken) else {**row, "pixels": next(pictures)}
-                position += 1
 
     def _skip(self, row: Broken) -> None:
         self.broken[row.set] += 1
-        total = sum(self.broken.values())
+        lost, read = sum(self.broken.values()), self.read
         logger.warning(
-            "%s: %s: skipped, %s (%d broken of %d read)", row.shard, row.key, row.problem, total, self.read
+            "%s: %s: skipped, %s (%d broken of %d read)", row.shard, row.key, row.problem, lost, read
         )
-        if total > 10 and total > self.tolerance * self.read:
-            raise DataError(
-                row.shard,
-                row.key,
-                f"{total} of {self.read} pairs read are broken, the last: {row.problem}",
-                f"Look after the shards, or raise tolerance ({self.tolerance})",
-            )
+        if lost > 10 and lost > self.tolerance * read:
+            problem = f"{lost} of {read} pairs read are broken, the last: {row.problem}"
+            remedy = f"Look after the shards, or raise tolerance ({self.tolerance})"
+            raise DataError(row.shard, row.key, problem, remedy)
 
     # -------------------------------------------------------------------------- in a worker
-    def _stream(self, shards: list[tuple[str, Shard]], key: tuple[int, ...]) -> Stream:
-        lengths = [self.pairs_in(shard) for _, shard in shards]
-        order = buffered(sum(lengths), self.buffer, np.random.default_rng(key))
-        return Stream(shards, np.cumsum([0, *lengths[:-1]]), order)
-
-    def _emit(self, stream: Stream, begin: int, key: tuple[int, ...]) -> Iterator[dict | Broken]:
-        """A stream's pairs in their order from the `begin`-th on, reading no shard of which nothing is left."""
-        due = np.empty_like(stream.order)
-        due[stream.order] = np.arange(len(due))
-        waiting, at = {}, begin
-        for (name, shard), first in zip(stream.shards, stream.first.tolist(), strict=True):
-            if due[first : first + self.pairs_in(shard)].max() < begin:
+    def __getitems__(self, pairs: list[Raw]) -> tuple[list[dict | Broken], Tensor]:
+        """Pairs decoded, tokenised and transformed, and the pixels "b 3 h w" of those that are sound."""
+        rows, pixels = [], []
+        for pair in pairs:
+            lot = random.Random(pair.lot)
+            try:
+                image, row = self._pair(pair, lot)
+            except ValueError as error:
+                problem = error.problem if isinstance(error, DataError) else str(error)
+                rows.append(Broken(pair.set, str(pair.shard), pair.sample["__key__"], problem))
                 continue
-            pair = first
-            for number, sample in enumerate(_samples(name, shard)):
-                for caption in range(1 if self.captions == "one" else int(shard.captions[number])):
-                    if due[pair] >= begin:
-                        waiting[pair] = (name, shard, number, sample, caption)
-                    pair += 1
-                while at < len(due) and stream.order[at] in waiting:
-                    yield self._pair(*waiting.pop(stream.order[at]), key)
-                    at += 1
+            with _seeded(lot.getrandbits(63)):
+                pixels.append(self.transform(image))
+            rows.append(row)
+        return rows, torch.stack(pixels) if pixels else torch.empty(0)
 
-    def _pair(
-        self, name: str, shard: Shard, number: int, sample: dict | Broken, caption: int, key: tuple[int, ...]
-    ) -> dict | Broken:
-        """One pair, decoded, tokenised and transformed."""
-        if isinstance(sample, Broken):
-            return sample
-        try:
-            picture, (image_id, captions) = _decoded(sample, shard.path), _described(sample, shard.path)
-            lot = random.Random(f"{key} {name} {shard.path.name} {number} {caption}")
-            if self.captions == "one":
-                caption = lot.randrange(len(captions))
-            elif len(captions) != shard.captions[number]:
-                raise DataError(
-                    shard.path, sample["__key__"], "its captions are not as many as the index says", ""
-                )
-            ids = tokenise([captions[caption]], self.tokenizer, max_length=self.max_length)
-        except (DataError, ValueError) as error:  # of tokenise: no known word
-            problem = error.problem if isinstance(error, DataError) else str(error)
-            return Broken(name, str(shard.path), sample["__key__"], problem)
-        with _seeded(lot.getrandbits(63)):
-            pixels = self.transform(picture)
-        return {
-            "pixels": pixels,
-            "caption": captions[caption],
+    def _pair(self, pair: Raw, lot: random.Random) -> tuple[Image.Image, dict]:
+        """The image and what belongs to it; ValueError if the pair is broken."""
+        image, (about, captions), which = _rgb(pair.sample), _described(pair.sample, pair.shard), pair.caption
+        if self.captions == "one":
+            which = lot.randrange(len(captions))
+        elif len(captions) != pair.captions:
+            raise ValueError("its captions are not as many as the index says")
+        ids = tokenise(
+            [captions[which]], self.tokenizer, max_length=self.max_length
+        )  # ValueError: no known word
+        return image, {
+            "caption": captions[which],
             "input_ids": ids.ids.tolist(),
             "special": ids.special.tolist(),
-            "image_id": number_of(f"{name}/{image_id}"),
-            "set": name,
-            "key": f"{shard.path.stem}/{sample['__key__']}",
+            "image_id": number_of(f"{pair.set}/{about['image_id']}"),
+            "set": pair.set,
+            "key": f"{pair.shard.stem}/{pair.sample['__key__']}",
         }
-
-
-class _Reader(IterableDataset):
-    """The turns of a process's epoch, shared out among its workers: `(rows, pixels)`, pixels in one tensor a turn."""
-
-    def __init__(
-        self,
-        pairs: ShardPairs,
-        dealt: list[list[tuple[str, Shard]]],
-        turns: Turns,
-        first: int,
-        key: tuple[int, ...],
-    ):
-        super().__init__()
-        self.pairs, self.dealt, self.turns, self.first, self.key = pairs, dealt, turns, first, key
-
-    def __iter__(self) -> Iterator[tuple[list, Tensor | None]]:
-        info = get_worker_info()
-        me, workers = (info.id, info.num_workers) if info else (0, 1)
-        start, skip = self.turns.find(self.first)
-        emitters: dict[int, Iterator] = {}
-        for turn in range(start + me, len(self.turns.sizes), workers):
-            stream, gone = turn % len(self.dealt), skip if turn == start else 0
-            if stream not in emitters:
-                made = self.pairs._stream(self.dealt[stream], (*self.key, stream))
-                emitters[stream] = self.pairs._emit(made, self.turns.before(turn) + gone, self.key[:2])
-            rows, pixels = [], []
-            try:
-                for row in islice(emitters[stream], int(self.turns.sizes[turn]) - gone):
-                    if isinstance(row, dict):
-                        pixels.append(row.pop("pixels"))
-                    rows.append(row)
-            except DataError as error:  # the loader would make another exception of it
-                yield [*rows, _Passed(error)], torch.stack(pixels) if pixels else None
-                return
-            yield rows, torch.stack(pixels) if pixels else None
-
-
-class _Passed(DataError):
-    """A DataError that survives the way from a worker."""
-
-    def __init__(self, error: DataError):
-        super().__init__(error.file, error.record, error.problem, error.remedy)
-
-    def __reduce__(self):
-        return DataError, (self.file, self.record, self.problem, self.remedy)
 
 
 def _as_it_is(x):
@@ -724,7 +654,7 @@ def _pinned(batch: dict) -> dict:
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """torch's generator of the CPU seeded for a while. (`torch.manual_seed` also seeds GPUs that nothing has used yet,
-    which costs more than to decode a picture.)"""
+    which costs more than to decode an image.)"""
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -733,61 +663,63 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(before)
 
 
-def _samples(name: str, shard: Shard) -> Iterator[dict | Broken]:
-    """The samples of a shard as webdataset groups them, exactly as many as the index says."""
+def _read(path: Path, handler: Callable[[Exception], bool]) -> Iterator[dict]:
+    """The samples of a shard as webdataset groups them: `__key__`, and the bytes of each file by its suffix."""
+    urls = wds.SimpleShardList([str(path.absolute())])
+    return iter(wds.DataPipeline(urls, wds.tarfile_to_samples(handler=handler)))
+
+
+def _said(error: Exception) -> str:
+    """The message of an error, without the file objects that webdataset adds to it."""
+    return str(error.args[0] if error.args else error).partition(" @ <")[0]
+
+
+def _samples(shard: Shard) -> Iterator[dict]:
+    """The samples of a shard, exactly as many as the index says; those that are missing say so as `problem`."""
     problems: list[str] = []
-
-    def note(error: Exception) -> bool:
-        problems.append(str(error))
-        return True
-
-    if not shard.path.exists():
-        raise DataError(shard.path, "the shard", "is missing", "Restore it, or index the folder again")
-    urls = wds.SimpleShardList([str(shard.path.absolute())])
     number = 0
-    for sample in wds.DataPipeline(urls, wds.tarfile_to_samples(handler=note)):
+    for sample in _read(shard.path, lambda error: not problems.append(_said(error))):  # true: it is handled
         if number == shard.samples:
-            raise DataError(
-                shard.path,
-                sample["__key__"],
-                f"the shard holds more samples than the {number} of its index",
-                "Index the folder again",
-            )
+            problem = f"the shard holds more samples than the {number} of its index"
+            raise DataError(shard.path, sample["__key__"], problem, "Index the folder again")
         number += 1
         yield sample
     why = f" ({problems[0]})" if problems else ""
     for missing in range(number, shard.samples):
-        yield Broken(name, str(shard.path), f"sample {missing}", f"the shard ends before it{why}")
+        yield {"__key__": f"sample {missing}", "problem": f"the shard ends before it{why}"}
 
 
-def _decoded(sample: dict, path: Path) -> Image.Image:
-    """The picture of a sample as RGB; DataError if there is none or it cannot be decoded."""
-    key = sample["__key__"]
-    data = next((sample[suffix] for suffix in PICTURES if sample.get(suffix)), None)
-    if data is None:
-        raise DataError(path, key, f"it has no picture ({', '.join(PICTURES)})", "Write the shard again")
+def _image(sample: Mapping) -> bytes:
+    """The encoded image of a sample, empty if it has none."""
+    return next((sample[suffix] for suffix in SUFFIXES if sample.get(suffix)), b"")
+
+
+def _rgb(sample: Mapping) -> Image.Image:
+    """The image of a sample as RGB; ValueError if there is none or it cannot be decoded."""
+    if not (data := _image(sample)):
+        raise ValueError(sample.get("problem", f"it has no image ({', '.join(SUFFIXES)})"))
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.load()
-            return picture.convert("RGB")
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return image.convert("RGB")
     except Exception as error:  # PIL raises whatever its decoders do
-        raise DataError(
-            path, key, f"the picture cannot be decoded ({error})", "Write the shard again"
-        ) from error
+        raise ValueError(f"the image cannot be decoded ({error})") from error
 
 
-def _described(sample: dict, path: Path) -> tuple[str, list[str]]:
-    """The picture's id and captions: of our json, of another tool's, or of a .txt; DataError if there is no caption."""
+def _described(sample: Mapping, path: Path) -> tuple[dict, list[str]]:
+    """What the json of a sample says, with `image_id`, and its captions: of our json, of another tool's, or of a .txt;
+    DataError if there is no caption."""
     key = sample["__key__"]
     with reading(path, key):
-        meta = json.loads(sample["json"]) if sample.get("json") else {}
-        captions = meta.get("captions") or meta.get("caption") or sample.get("txt", b"").decode("utf-8")
+        about = json.loads(sample["json"]) if sample.get("json") else {}
+        captions = about.get("captions") or about.get("caption") or sample.get("txt", b"").decode("utf-8")
         captions = [
             clean_caption(c, path, key) for c in ([captions] if isinstance(captions, str) else captions)
         ]
-        return str(meta.get("image_id", meta.get("key", f"{path.stem}/{key}"))), captions
+        image_id = str(about.get("image_id", about.get("key", f"{path.stem}/{key}")))
+        return {**about, "image_id": image_id}, captions
 
 
 def number_of(name: str) -> int:
-    """A number in [0, 2^63) for a picture's name: a hash, so that sets need no common numbering."""
+    """A number in [0, 2^63) for an image's name: a hash, so that sets need no common numbering."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
