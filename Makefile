@@ -19,6 +19,8 @@ PROFILE ?= default
 CORES ?=
 THREADS ?=
 GPUS ?=
+# boxes of a detector (COCO results), or FELGA's DETReg checkpoint, for all rows of a grid
+PROPOSALS ?=
 # anything: runs of seconds, under names of their own; repeat finished runs
 SMOKE ?=
 FORCE ?=
@@ -30,7 +32,7 @@ SNAKEMAKE = $(BIN)/snakemake --workflow-profile profiles/$(PROFILE) \
   $(if $(CORES),--cores $(CORES)) $(if $(THREADS),--set-threads run=$(THREADS)) \
   $(if $(GPUS),--set-resources run:gpu=1 --resources gpu=$(GPUS)) \
   --config grid=$(GRID) dataset=$(DATASET) scale=$(SCALE) seeds=$(SEEDS) 'data_root=$(DATA_ROOT)' \
-  $(if $(SMOKE),smoke=1) $(if $(FORCE),force=1)
+  $(if $(SMOKE),smoke=1) $(if $(FORCE),force=1) $(if $(PROPOSALS),'proposals=$(PROPOSALS)')
 INSTALLED := .venv/.installed
 WORKBOOK := papermill_runs/workbook
 
@@ -81,7 +83,7 @@ walk: $(INSTALLED) notebooks  ## start every row of every grid (or of GRID) once
 	$(BIN)/python -m finematch walk $(if $(GRID),--grid $(GRID),--table benchmarks/walk.json --page docs/paper_scale.md)
 
 # Twice, for only the second look sees that a run builds on one that the first has repeated.
-grid: named notebooks data  ## run a grid and draw its table: GRID=mvam_views (DATASET DATA_ROOT SCALE SEEDS CORES THREADS GPUS SMOKE FORCE PROFILE)
+grid: named notebooks data  ## run a grid and draw its table: GRID=mvam_views (DATASET DATA_ROOT SCALE SEEDS CORES THREADS GPUS SMOKE FORCE PROPOSALS PROFILE)
 	stale=$$($(BIN)/python -m finematch stale $(GRID) --dataset $(DATASET) --scale $(if $(SMOKE),smoke,$(SCALE))); \
 	  $(SNAKEMAKE) --until run $(if $(FORCE),--forceall,$${stale:+--forcerun $$stale})
 	$(SNAKEMAKE) --forcerun table

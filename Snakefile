@@ -29,6 +29,7 @@ METHOD = GRID.split("_")[0]
 DATASET = config.get("dataset", "scenes")
 SCALE = config.get("scale", "tiny")
 DATA_ROOT = config.get("data_root", "data")
+PROPOSALS = config.get("proposals", "")  # a file or folder of boxes, or FELGA's DETReg checkpoint, for every row
 SMOKE = "-p smoke True" if config.get("smoke") else ""
 NAME = f"{DATASET}.{'smoke' if SMOKE else SCALE}"
 RUN = f"papermill_runs/{METHOD}/{NAME}.{{row}}.s{{seed}}"
@@ -92,6 +93,7 @@ rule run:
         notebook=f"{RUN}/run.ipynb",
     params:
         cells=cells,
+        proposals=["-p", "proposals", PROPOSALS] if PROPOSALS else [],
         upstream=lambda wildcards: [ROWS[row] for row in links(wildcards.row)],
         out=RUN,
     threads: 1
@@ -100,4 +102,4 @@ rule run:
         "mkdir -p {params.out} && "
         "{PAPERMILL} {TRAIN} {log.notebook} -p out {params.out}"
         " -p dataset {DATASET} -p scale {SCALE} -p data_root {DATA_ROOT:q} -p seed {wildcards.seed}"
-        " {params.cells:q} {SMOKE} {RESUME}"
+        " {params.proposals:q} {params.cells:q} {SMOKE} {RESUME}"

@@ -11,6 +11,11 @@ waits; CPU seconds are what the process itself used, which says more where the m
 wait for one another count too). Each number of threads has a fresh process; its peak memory during the evaluation
 is given whole (Python, torch and the features included) and as the growth.
 
+FELGA reports three kinds of relevance. `relevances` measures them over a gallery of distinct keywords, as a run has it
+(`evaluation.fragments`): scored once for all three, against a scoring for each, alternately in one process, on a part
+of the boxes.
+
+    python benchmarks/average_precision.py --only relevances     measures and replaces that part alone
     python benchmarks/average_precision.py      writes benchmarks/average_precision.json (best on a quiet machine)
 """
 
@@ -27,7 +32,15 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from finematch.evaluation.average_precision import BLOCK, SCORES, TILE, average_precision
+from finematch.evaluation.average_precision import (
+    BLOCK,
+    SCORES,
+    TILE,
+    average_precision,
+    average_precision_blocks,
+)
+from finematch.evaluation.fragments import best_fragments, crop_scores, frozen
+from finematch.features.fragments import Fragments
 from finematch.files import write_json
 from finematch.runs import git_commit, versions
 from finematch.training import device_name
@@ -35,6 +48,9 @@ from finematch.training import device_name
 CLASSES = 80
 SIDE = 2048  # of the square product that gives the machine's rate
 SAMPLE = 40  # queries checked against a plain sort
+DISTINCT = 12_000  # keywords of all texts; a keyword's share of the texts falls with its rank
+PART = 20  # of the boxes one in so many is measured in `relevances`
+ROUNDS = 2
 
 
 def features(options) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,6 +144,52 @@ def measure(options, threads: int) -> dict:
     }
 
 
+def relevances(options) -> dict:
+    """Description assignment under category, lexical and instance relevance, by one scoring and by three."""
+    torch.set_num_threads(options.threads or 2)
+    options.boxes //= PART
+    g = torch.Generator().manual_seed(2)
+    boxes = F.normalize(torch.randn(options.boxes, options.width, generator=g), dim=1).numpy()
+    words = F.normalize(torch.randn(DISTINCT, options.width, generator=g), dim=1)
+    share = (1 / torch.arange(1, DISTINCT + 1).double()).expand(options.texts, -1)
+    index = torch.multinomial(share, options.keywords, generator=g).numpy()
+    texts = Fragments(words.numpy(), index, index >= 0)
+    relevant, class_of = labels(options)
+    kinds = {"category": relevant, "lexical": relevant.roll(1, 1),
+             "instance": torch.randint(options.texts, (options.boxes,), generator=g)}  # fmt: skip
+
+    def score(rows):
+        return best_fragments(crop_scores(boxes[rows.numpy()], words, frozen), texts)
+
+    def each():
+        return {
+            name: average_precision_blocks(score, options.texts, one, class_of) for name, one in kinds.items()
+        }
+
+    def once():
+        return average_precision_blocks(score, options.texts, kinds, class_of)
+
+    assert once() == each(), "one scoring changes no number"
+    found = {"once": [], "each": []}
+    for _ in range(ROUNDS):
+        for name, way in (("each", each), ("once", once)):
+            one = clock(way)
+            found[name].append({kind: one[kind] for kind in ("wall", "cpu")})
+    best = {
+        name: {kind: min(run[kind] for run in runs) for kind in ("wall", "cpu")}
+        for name, runs in found.items()
+    }
+    return {
+        "boxes": options.boxes,
+        "distinct_keywords": DISTINCT,
+        "threads": options.threads or 2,
+        "seconds": best,
+        "times_faster": {kind: best["each"][kind] / best["once"][kind] for kind in ("wall", "cpu")},
+        "peak_bytes": own_peak(),
+        "commit": git_commit(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--boxes", type=int, default=36800)
@@ -135,8 +197,13 @@ def main() -> None:
     parser.add_argument("--keywords", type=int, default=10)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--threads", type=int, help="measure in this process, print, and stop")
+    parser.add_argument("--only", choices=["relevances"], help="measure this part alone")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
+    if options.only:
+        content = json.loads(options.out.read_text()) if options.out.exists() else {}
+        write_json(options.out, content | {"relevances": relevances(options)})
+        return
     if options.threads:
         print(json.dumps(measure(options, options.threads)))
         return
@@ -158,6 +225,7 @@ def main() -> None:
         "parameters": sizes | {"classes": CLASSES, "block": BLOCK, "scores": SCORES, "tile": TILE},
         "operations": 2 * options.boxes * options.texts * options.keywords * options.width,
         "threads": by_threads,
+        "relevances": relevances(options),
         "device": device_name(),
         "machine_was_shared": by_threads["2"]["load_average"][0] > 0.5,  # before any of this began
         "versions": versions(),

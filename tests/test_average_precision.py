@@ -365,7 +365,7 @@ def test_bad_arguments_are_refused():
         ("one relevant item, 0 to 5", lambda: from_scores(scores, torch.tensor([0, 1, 2, 6]), class_of)),
         (
             "one relevant item, 0 to 5",
-            lambda: module._evaluate(lambda i: scores[i], 6, torch.tensor([0, 1]), class_of, None, 4),
+            lambda: module._evaluate(lambda i: scores[i], 6, {"": torch.tensor([0, 1])}, class_of, None, 4),
         ),
         ("none of 4 queries", lambda: from_scores(scores, ~relevant, class_of)),
         ("none of 0 queries", lambda: from_scores(scores[:0], relevant, class_of[:0])),
@@ -545,3 +545,59 @@ def test_an_oracle_and_a_random_scorer_on_the_embedded_set(scenes, tmp_path):
     )
     assert result["map"] == 100
     assert write_metrics(tmp_path, {"seed": 0}, result, seconds=1).exists()
+
+
+# ------------------------------------------------------------------------------------------ several relevances at once
+def test_several_relevances_share_their_scores_and_change_no_number():
+    """One scoring for all of them gives what a scoring for each gives; each query is asked for once."""
+    queries, fragments, mask, relevant, class_of = some(q=90)
+    scores = all_scores(queries, fragments, mask).float().round(decimals=2)  # with ties
+    lexical = relevant.roll(1, 0)
+    lexical[2] = False  # its queries count in the others alone
+    own = torch.arange(90) % 45
+    kinds = {"category": relevant, "lexical": lexical, "instance": own}
+    asked = []
+
+    def score(rows):
+        asked.extend(rows.tolist())
+        return scores[rows]
+
+    found = average_precision_blocks(score, 45, kinds, class_of, block=16)
+    assert sorted(asked) == sorted(set(asked)), "nothing is scored twice"
+    for name, one in kinds.items():
+        assert found[name] == average_precision_blocks(lambda i: scores[i], 45, one, class_of, block=16)
+    assert len({result["queries"] for result in found.values()}) == 3
+    none = {"category": relevant, "lexical": torch.zeros_like(relevant)}
+    with pytest.raises(ValueError, match="none of 90 queries"):
+        average_precision_blocks(score, 45, none, class_of)
+
+
+def test_relevant_items_by_group_are_those_of_a_matrix():
+    """`Items` by class are the bool matrix; by query they may be several, which the naive loop counts as well."""
+    queries, fragments, mask, relevant, class_of = some()
+    scores = all_scores(queries, fragments, mask)
+    by_class = module.Items([row.nonzero().flatten() for row in relevant], class_of)
+    same = [average_precision_blocks(lambda i: scores[i], 45, one, class_of) for one in (relevant, by_class)]
+    same[1]["map_macro"] = pytest.approx(same[0]["map_macro"])
+    assert same[0] == same[1]
+    group = torch.arange(70) % 7  # seven pictures with several texts each
+    of = [torch.arange(p, 45, 7) for p in range(7)]
+    found = average_precision_blocks(lambda i: scores[i], 45, module.Items(of, group), class_of)
+    expected = [
+        naive(row, [g % 7 == p for g in range(45)])
+        for row, p in zip(scores.tolist(), group.tolist(), strict=True)
+    ]
+    assert found["map"] == pytest.approx(100 * sum(expected) / 70, abs=1e-4)
+
+
+def test_a_box_of_exactly_one_pixel_is_a_query():
+    """x + 1 - x is less than 1 for many x; such a box is a query and a crop, or the two would not pair up."""
+    from finematch.features.proposals import given
+
+    boxes = [(x, 0.1, x + 1.0, 9.1) for x in (0.3, 7.3, 127.7, 250.7)] + [(3.0, 4.0, 3.9, 9.0)]
+    record = Record(
+        "1", "val", ("a cat",), size=(300, 20), objects=tuple(Object(box, "cat") for box in boxes)
+    )
+    assert any(x2 - x1 < 1 for x1, _, x2, _ in boxes[:4])
+    assert [query.object for query in query_boxes([record], ["cat"])] == [0, 1, 2, 3]
+    assert given([record]).mask.tolist() == [[True] * 4]

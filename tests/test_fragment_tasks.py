@@ -245,7 +245,7 @@ def test_keybert_finds_keywords_too(reopen, data):
     [
         ({"keywords": "yake"}, "keywords is 'yake'"),
         ({"proposals": "detreg.pth"}, "proposals is 'detreg.pth'"),
-        ({"proposals": "auto", "scale": "paper"}, "proposals=a DETReg checkpoint"),
+        ({"proposals": "boxes.json"}, "there is no such file"),
     ],
 )
 def test_names_that_are_not_known_are_refused(reopen, options, message):

@@ -44,7 +44,7 @@ lambda2: float = None  # margin of Eq. 12; no gradient without hinge; default 0.
 lambda3: float = None  # weight of the global loss in Eq. 13; default 0.2
 same_keyword_positives: bool = None  # the same keyword in other texts is a positive; default False (F10)
 vlp: str = ""  # frozen model: clip, blip, blip2, hub name or folder; empty: small CLIP at tiny, else clip
-proposals: str = "auto"  # auto, selective_search, grid or a DETReg checkpoint
+proposals: str = "auto"  # auto, selective_search, grid, a DETReg checkpoint, or boxes (COCO results)
 keywords: str = "keybert"  # how keywords are found: keybert | words
 keyword_model: str = ""  # model of KeyBERT: hub name or folder; empty: the packaged MiniLM
 regions: int = None  # proposals per image; default 10
@@ -130,7 +130,9 @@ print(f"{len(sets.train)} image-text pairs to train on; gallery: {sets.name}, {l
 small = not files["vlp"] and s.scale == "tiny"
 vlp = open_vlp(open_small_clip(sets, s.dataset, cache, smoke=s.smoke) if small else files["vlp"] or "clip")
 vlp.to(accelerator())
-detector = open_proposals(files["proposals"], scale=s.scale, device=accelerator())
+detector = open_proposals(
+    files["proposals"], scale=s.scale, weights=root() / s.data_root / "weights", device=accelerator()
+)
 texts = [document(record) for record in sets.train]
 minilm = (files["keyword_model"] or minilm_folder()) if s.keywords == "keybert" else ""
 keywords_of = keyword_method(s.keywords, model=minilm, train=texts, top=s.words)

@@ -60,7 +60,7 @@ from finematch.data.record import DataError
 from finematch.evaluation.average_precision import (
     average_precision_blocks, category_relevance, description_assignment, expected_random, object_discovery, query_boxes,
 )  # fmt: skip
-from finematch.evaluation.fragments import embed, frozen, phrase_grounding, tasks
+from finematch.evaluation.fragments import embed, embed_rows, frozen, phrase_grounding, tasks
 from finematch.runs import Run, open_run, write_metrics
 from finematch.tables import to_markdown
 
@@ -164,9 +164,12 @@ if gained < 5:
 # %%
 sides = {}  # embeddings of everything that is asked with or ranked, before and after
 for when, (of_regions, of_words) in EMBEDDERS.items():
-    boxes, real = embed(gallery.boxes, of_regions)
+    of_box = torch.from_numpy(
+        gallery.boxes.index[gallery.boxes.mask]
+    )  # one row a box, no padding to the fullest image
     sides[when] = {"pictures": embed(gallery.regions, of_regions), "texts": embed(keywords, of_words),
-                   "classes": embed(gallery.classes, of_words)[0][:, 0], "boxes": boxes[real]}  # fmt: skip
+                   "classes": embed(gallery.classes, of_words)[0][:, 0],
+                   "boxes": embed_rows(gallery.boxes, of_regions)[of_box]}  # fmt: skip
 
 shows = category_relevance(records, categories)
 chance = 100 * expected_random(shows.sum(1).clamp(min=1), len(records))

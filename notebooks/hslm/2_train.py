@@ -56,7 +56,7 @@ dropout: float = None  # dropout of the word embeddings; tiny 0, photos 0.2, pap
 vision: str = ""  # a timm name in place of the scale's backbone
 vision_weights: str = ""  # safetensors file of the network `vision`, or hub
 text_weights: str = ""  # folder or hub name whose WordPiece vocabulary is used
-proposals: str = "auto"  # what proposes the regions: auto | selective_search | grid
+proposals: str = "auto"  # auto, selective_search, grid, or a file or folder of boxes (COCO results)
 regions: int = None  # proposals per image; tiny 20, photos 36, paper 36
 width: int = None  # d_1, width of the joint space; tiny 64, photos 128, paper 1024
 embed: int = None  # d_2, width of the word embeddings; tiny 64, photos 128, paper 300
@@ -111,7 +111,7 @@ if s.threads:
 # Regions are extracted once and shared by all runs: the published detector's arrays at scale `paper`; elsewhere proposals, with the pooled
 # features of a frozen network. On scenes this network was trained on the ground-truth boxes of the train split and their attributes: shape, colour, size and
 # texture (`told="attributes"`). It stands in for bottom-up attention, a detector that was trained on labelled boxes; the matcher itself sees only captions.
-# Captions are token ids.
+# Captions are token ids. With `proposals=<file>` the regions are boxes of a detector, in COCO's results format, at either scale.
 
 # %%
 cache = root() / s.cache
@@ -127,6 +127,7 @@ else:
         data_root,
         cache,
         told="attributes",
+        scale=s.scale,
         vision=s.vision,
         weights=s.vision_weights,
         smoke=s.smoke,

@@ -49,7 +49,7 @@ vision: str = ""  # a timm name in place of the scale's backbone
 vision_weights: str = ""  # safetensors file of the network `vision`, or hub
 text_weights: str = ""  # folder or hub name of the text model
 clip_weights: str = ""  # folder or hub name of a CLIP; empty trains a small one from scratch
-proposals: str = "auto"  # what proposes the regions: auto | selective_search | grid
+proposals: str = "auto"  # auto, selective_search, grid, or a file or folder of boxes (COCO results)
 regions: int = None  # proposals per image; tiny 20, photos 36, paper 36
 width: int = None  # width of the Transformers trained from scratch; tiny 128, photos 256, paper 768
 depth: int = None  # layers of the Transformers trained from scratch; tiny 1, photos 0, paper 12
@@ -106,6 +106,7 @@ started = time.monotonic()
 # them. On scenes this network was trained on the ground-truth boxes of the train split and their attributes: shape, colour, size and texture
 # (`told="attributes"`). It stands in for bottom-up attention, a detector that was trained on labelled boxes; the matcher itself sees only captions. At scale `paper`
 # the regions are the published arrays of a detector, which carry captions of their own. A CLIP reads pixels.
+# With `proposals=<file>` the regions are boxes of a detector, in COCO's results format, at either scale.
 
 # %%
 cache = root() / s.cache

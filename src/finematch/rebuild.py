@@ -302,7 +302,13 @@ def felga_networks(s: Settings, root: Path, sets: FragmentSets) -> Networks:
     name = files["vlp"] or "clip"
     if not files["vlp"] and s.scale == "tiny":
         name = open_small_clip(sets, s.dataset, cache, smoke=s.smoke, echo=None)
-    detector = open_proposals(files["proposals"], scale=s.scale, device=accelerator())
+    detector = open_proposals(
+        files["proposals"],
+        scale=s.scale,
+        weights=root / s.data_root / "weights",
+        device=accelerator(),
+        echo=None,
+    )
     minilm = (files["keyword_model"] or minilm_folder()) if s.keywords == "keybert" else ""
     texts = [document(record) for record in sets.train]
     keywords_of = keyword_method(s.keywords, model=minilm, train=texts, top=s.words)

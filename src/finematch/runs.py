@@ -237,6 +237,34 @@ def identity_of(method: str, s, *, data: Mapping, features: Mapping | str = "") 
     )
 
 
+# What a table has to say beside a run's numbers, by label.
+LABELS = {
+    "supervised proposals": "its regions are boxes of a detector that was trained on annotated boxes",
+    "selective search": "its proposals are selective search's, where the paper's are DETReg's (register F18)",
+}
+
+
+def labels_of(identity: Mapping) -> list[str]:
+    """The `LABELS` of a run, by the source of the proposals that its numbers depend on."""
+    settings = identity["settings"]
+    if settings.get("features") == "whole":
+        return []
+    by = set(_proposals(identity["features"]))
+    found = ["supervised proposals"] if "detections" in by or settings.get("proposals") == "given" else []
+    paper = identity["method"] == "felga" and settings.get("scale") == "paper"
+    return found + (["selective search"] if paper and "selective_search" in by else [])
+
+
+def _proposals(features) -> Iterator[str]:
+    """What proposed the regions of all features of an identity."""
+    if isinstance(features, Mapping):
+        for name, value in features.items():
+            yield from [value] if name == "proposals" and isinstance(value, str) else _proposals(value)
+    elif isinstance(features, (list, tuple)):
+        for value in features:
+            yield from _proposals(value)
+
+
 def default_folder(run: Run) -> Path:
     """`papermill_runs/<method>/<dataset>.<scale>.<8 digits of the identity>`; a smoke run's scale is `smoke`."""
     p = run.parameters
@@ -496,6 +524,7 @@ def write_metrics(
     }
     if identity:
         content |= {"identity": dict(identity), "digest": digest(identity), "weights": dict(weights or {}),
+                    "labels": labels_of(identity),
                     "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}  # fmt: skip
     write_json(path, content)
     return path
@@ -557,7 +586,8 @@ def measured(runs: str | Path | Iterable[str | Path]) -> pd.DataFrame:
     Returns:
         Columns: parameters and metrics under their names; `run_protocol`, `run_seconds`,
         `run_peak_memory_bytes`, `run_device`, `run_commit`, `run_file`, `version_<package>`; `run_status`
-        (`current`, or `legacy: ` and why) and `run_digest` (of its identity, "" without). Empty if nothing was run.
+        (`current`, or `legacy: ` and why), `run_digest` (of its identity, "" without), `run_labels` (see `LABELS`).
+        Empty if nothing was run.
 
     Raises:
         DataError: a file that is missing, is cut off or malformed, lacks a field or holds a NaN.
@@ -581,6 +611,7 @@ def measured(runs: str | Path | Iterable[str | Path]) -> pd.DataFrame:
                 "run_file": str(file),
                 "run_status": status_of(content),
                 "run_digest": content.get("digest", ""),
+                "run_labels": ", ".join(content.get("labels", ())),
             }
         )
     return pd.DataFrame(rows)

@@ -20,7 +20,7 @@ from scipy import stats
 from finematch.config import OUTSIDE_IDENTITY
 from finematch.files import DataError, write_text
 from finematch.grids import Grid, metrics_files, mismatches
-from finematch.runs import measured
+from finematch.runs import LABELS, measured
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 
@@ -330,9 +330,29 @@ def beside(grid: Grid, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _status(grid: Grid, runs: pd.DataFrame) -> dict[str, str]:
-    """By the paper's row: "legacy" if any run of it is, "" if all are current."""
-    return {grid.names[row]: "legacy" if of_row["run_status"].astype(str).str.startswith("legacy").any() else "current"
-            for row, of_row in runs.groupby("row")}  # fmt: skip
+    """By the paper's row: "legacy" if any run of it is, else "current"; and the labels of its runs."""
+    found = {}
+    for row, of_row in runs.groupby("row"):
+        old = of_row["run_status"].astype(str).str.startswith("legacy").any()
+        found[grid.names[row]] = "; ".join(["legacy" if old else "current", *_labels(of_row)])
+    return found
+
+
+def _labels(runs: pd.DataFrame) -> list[str]:
+    """The labels of any of the runs, in the order of `LABELS`."""
+    stated = set(", ".join(map(str, runs.get("run_labels", ()))).split(", "))
+    return [label for label in LABELS if label in stated]
+
+
+def footnotes(grid: Grid, runs: pd.DataFrame) -> tuple[dict[str, str], list[str]]:
+    """The paper's rows whose runs have labels, with a mark for each label, and what the marks mean."""
+    signs, used = dict(zip(LABELS, "†‡", strict=True)), {}
+    for row, of_row in runs.groupby("row"):
+        if labels := _labels(of_row):
+            used[grid.names[row]] = labels
+    marked = {name: f"{name} {''.join(signs[label] for label in labels)}" for name, labels in used.items()}
+    said = {label for labels in used.values() for label in labels}
+    return marked, [f"{signs[label]} {label}: {LABELS[label]}." for label in LABELS if label in said]
 
 
 def also(grid: Grid, runs: pd.DataFrame) -> pd.DataFrame:
@@ -505,13 +525,18 @@ def page(grid: Grid, dataset: str, runs: pd.DataFrame) -> str:
         frame = frame.drop(columns="status")
     if not grid.table:
         frame = frame.drop(columns=[f"{column} published" for column in grid.columns])
-    parts = [f"Published: {source}. Measured: {dataset}.", to_markdown(frame)]
-    if len(remarks := [*grid.remarks, *oddities(grid)]):
+    marks, notes = footnotes(grid, runs)
+
+    def shown(frame: pd.DataFrame) -> pd.DataFrame:
+        return frame.assign(row=frame["row"].replace(marks))
+
+    parts = [f"Published: {source}. Measured: {dataset}.", to_markdown(shown(frame))]
+    if len(remarks := [*notes, *grid.remarks, *oddities(grid)]):
         parts.append("\n".join(f"* {remark}" for remark in remarks))
     if len(more := also(grid, runs)):
-        parts.append(f"Measured only:\n\n{to_markdown(more)}")
+        parts.append(f"Measured only:\n\n{to_markdown(shown(more))}")
     if len(found := grounding(runs, grid.names)):
-        parts.append(f"Annotated phrases found:\n\n{to_markdown(found, digits=1)}")
+        parts.append(f"Annotated phrases found:\n\n{to_markdown(shown(found), digits=1)}")
     parts.append(verdict_table(verdicts(grid, runs)))
     return "\n\n".join(parts)
 

@@ -27,6 +27,15 @@ class Object:
     crowd: bool = False
 
 
+def is_entity(thing: Object, min_side: float | int = 1) -> bool:
+    """Whether a box is one thing, no crowd, with both sides of `min_side` pixels or more.
+
+    A thousandth of a pixel is left to rounding: x + 1 - x is less than 1 for many x.
+    """
+    x1, y1, x2, y2 = thing.box
+    return not thing.crowd and min(x2 - x1, y2 - y1) >= min_side - 1e-3
+
+
 @dataclass(frozen=True, slots=True)
 class Phrase:
     """Characters `[start, end)` of caption number `caption`, and the boxes they name (none for "scene")."""

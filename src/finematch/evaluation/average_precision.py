@@ -45,7 +45,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from finematch.data.coco import SYNONYMS
-from finematch.data.record import Record
+from finematch.data.record import Record, is_entity
 from finematch.evaluation.retrieval import full_precision
 
 READINGS = [
@@ -67,6 +67,16 @@ NO_PLURAL = ("sheep", "skis", "scissors", "cattle", "luggage", "aircraft")
 
 
 # ------------------------------------------------------------------------------------------------- the tasks
+class Items(NamedTuple):
+    """Relevant items of groups of queries: those of query q are `items[row_of[q]]`, ascending."""
+
+    items: list[Int[Tensor, " _"]]
+    row_of: Int[Tensor, " q"]
+
+
+Relevant = Bool[Tensor, "k g"] | Int[Tensor, " q"] | Items
+
+
 class QueryBox(NamedTuple):
     """A box that is a query of description assignment, as positions in records, objects and categories."""
 
@@ -82,13 +92,12 @@ def query_boxes(records: Sequence[Record], categories: Sequence[str]) -> list[Qu
         ValueError: as `category_relevance`.
     """
     index = _index(categories)
-    found = []
-    for i, record in enumerate(records):
-        for j, thing in enumerate(record.objects):
-            x1, y1, x2, y2 = thing.box
-            if not thing.crowd and min(x2 - x1, y2 - y1) >= 1:
-                found.append(QueryBox(i, j, _category(index, thing.category, record)))
-    return found
+    return [
+        QueryBox(i, j, _category(index, thing.category, record))
+        for i, record in enumerate(records)
+        for j, thing in enumerate(record.objects)
+        if is_entity(thing)
+    ]
 
 
 def category_relevance(
@@ -222,22 +231,33 @@ def relevant_texts(
     categories: Sequence[str],
     queries: Sequence[QueryBox],
     *,
+    texts: Sequence[Record] | None = None,
     crowd: bool = True,
     synonyms: Mapping[str, Sequence[str]] = SYNONYMS,
-) -> Bool[Tensor, "k g"] | Int[Tensor, " q"]:
+) -> Relevant:
     """Which texts (a record's captions joined) are relevant to which class, or, for `instance`, to which query.
+
+    Args:
+        texts: a record a text where a picture has several (register F20); by default the records themselves.
 
     Raises:
         ValueError: A relevance that is not in RELEVANCE.
     """
     if relevance not in RELEVANCE:
         raise ValueError(f"unknown relevance {relevance!r}: choose one of {', '.join(RELEVANCE)}")
+    read = records if texts is None else texts
     if relevance == "category":
-        return category_relevance(records, categories, crowd=crowd)
+        return category_relevance(read, categories, crowd=crowd)
     if relevance == "lexical":
-        texts = [" ".join(record.captions) for record in records]
-        return lexical_relevance(texts, categories, synonyms=synonyms)
-    return torch.tensor([query.picture for query in queries])
+        said = [" ".join(record.captions) for record in read]
+        return lexical_relevance(said, categories, synonyms=synonyms)
+    pictures = torch.tensor([query.picture for query in queries])
+    if texts is None:
+        return pictures
+    of: dict[str, list[int]] = {record.image_id: [] for record in records}
+    for g, text in enumerate(texts):
+        of[text.image_id].append(g)
+    return Items([torch.tensor(own, dtype=torch.long) for own in of.values()], pictures)
 
 
 def discovery_protocol(result: dict, *, crowd: bool = True, split: str = "", scores: str = "") -> str:
@@ -329,14 +349,14 @@ def average_precision(
         return scores
 
     with torch.no_grad(), full_precision(device):
-        result = _evaluate(score, g, relevant, class_of, names, block, empty=count == 0)
+        result = _evaluate(score, g, {"": relevant}, class_of, names, block, empty=count == 0)[""]
     return result | {"without_fragments": int((count == 0).sum())}
 
 
 def average_precision_blocks(
     score_block: Callable[[Tensor], Tensor],
     g: int,
-    relevant: Bool[Tensor, "k g"] | Int[Tensor, " q"],
+    relevant: Relevant | Mapping[str, Relevant],
     class_of: Int[Tensor, " q"],
     *,
     names: Sequence[str] | None = None,
@@ -345,14 +365,18 @@ def average_precision_blocks(
     """As `average_precision`, for other scores: BLIP-2's maximum over 32 query vectors, or a given matrix.
 
     Args:
-        score_block: takes indices of queries `i` and returns their scores of all items, `i g`; every query is
-            asked for once.
+        score_block: takes indices of queries `i` and returns their scores of all items, `i g`, on any device, where
+            they are ranked; every query is asked for once at most.
         g: number of items.
+        relevant: as of `average_precision`, or `Items`; or several of them by name, which share the scores: the result
+            then has a result for each name.
     """
+    several = relevant if isinstance(relevant, Mapping) else {"": relevant}
     with torch.no_grad():
-        return _evaluate(
-            lambda index: score_block(index).float(), g, relevant, class_of, names, _block(block, g)
+        found = _evaluate(
+            lambda index: score_block(index).float(), g, several, class_of, names, _block(block, g)
         )
+    return found if isinstance(relevant, Mapping) else found[""]
 
 
 def expected_random(relevant: Int[Tensor, " k"], g: int) -> Float[Tensor, " k"]:
@@ -367,42 +391,36 @@ def expected_random(relevant: Int[Tensor, " k"], g: int) -> Float[Tensor, " k"]:
 def _evaluate(
     score: Callable[[Tensor], Tensor],
     g: int,
-    relevant: Tensor,
+    relevant: Mapping[str, Relevant],
     class_of: Tensor,
     names: Sequence[str] | None,
     block: int,
     empty: Tensor | None = None,
-) -> dict:
-    relevant, class_of = relevant.cpu(), class_of.cpu()
-    q, by_class = len(class_of), relevant.dtype == torch.bool
-    if not by_class and (len(relevant) != q or (q and not 0 <= relevant.min() <= relevant.max() < g)):
-        raise ValueError(
-            f"each of {q} queries has one relevant item, 0 to {g - 1}; got {relevant.tolist()[:9]}"
-        )
-    k = (
-        len(relevant)
-        if by_class
-        else len(names)
-        if names is not None
-        else int(class_of.max()) + 1
-        if q
-        else 0
+) -> dict[str, dict]:
+    class_of = class_of.cpu()
+    q = len(class_of)
+    known = {name: _items(one, class_of, g) for name, one in relevant.items()}
+    k = max(
+        (len(one) for one in relevant.values() if isinstance(one, Tensor) and one.dtype == torch.bool),
+        default=None,
     )
+    if k is None:
+        k = len(names) if names is not None else int(class_of.max()) + 1 if q else 0
     if q and not 0 <= class_of.min() <= class_of.max() < k:
         raise ValueError(
             f"a query's class is {int(class_of.max())} or {int(class_of.min())}, classes are 0 to {k - 1}"
         )
     if names is not None and len(names) != k:
         raise ValueError(f"{len(names)} names for {k} classes")
-    each = relevant.sum(1)[class_of] if by_class else torch.ones(q, dtype=torch.long)
+    each = {name: _counts(one) for name, one in known.items()}
     # queries of a class follow one another: they share their relevant items
     order = torch.argsort(class_of, stable=True)
-    order = order[each[order] > 0]
-    if not len(order):
-        raise ValueError(f"none of {q} queries has a relevant item among {g}")
+    order = order[torch.stack([count[order] > 0 for count in each.values()]).any(0)]
+    for count in each.values():
+        if not (count > 0).any():
+            raise ValueError(f"none of {q} queries has a relevant item among {g}")
 
-    ap, tied = torch.empty(q, dtype=torch.float64), torch.zeros(q, dtype=torch.bool)
-    fair = torch.empty(q, dtype=torch.float64)
+    values = {name: _Values.of(q) for name in known}
     harmonic = torch.cat([torch.zeros(1), (1 / torch.arange(1, g + 1, dtype=torch.float64)).cumsum(0)])
     for index in order.split(block):
         scores = score(index)
@@ -413,33 +431,96 @@ def _evaluate(
         _check_rows(scores.sum(1), "score row of query", scores, index)
         if empty is not None and empty.any():
             scores[:, empty] = -torch.inf
-        if not by_class:
-            ap[index], fair[index], tied[index] = _of_one(scores, relevant[index].to(scores.device), harmonic)
-            continue
-        for c in class_of[index].unique_consecutive():
-            here = class_of[index] == c
-            hits, misses = (columns.nonzero().flatten() for columns in (relevant[c], ~relevant[c]))
-            own = scores[here.to(scores.device)] if not here.all() else scores
-            mine = index[here]
-            ap[mine], fair[mine], tied[mine] = _of_many(own, hits, misses, harmonic)
+        for name, one in known.items():
+            _rank(scores, index, one, each[name], values[name], harmonic)
+    return {
+        name: _means(values[name], order[each[name][order] > 0], class_of, each[name], names, (k, g))
+        for name in known
+    }
 
-    scored, chance = class_of[order], expected_random(each, g)
-    mean = {"map": ap, "map_expected": fair, "random": chance, "prevalence": each.double() / g}
+
+class _Values(NamedTuple):
+    """By query: AP with ties against it, with ties in random order, and whether a tie lowered it."""
+
+    ap: Float[Tensor, " q"]
+    fair: Float[Tensor, " q"]
+    tied: Bool[Tensor, " q"]
+
+    @classmethod
+    def of(cls, q: int) -> _Values:
+        return cls(*(torch.empty(q, dtype=torch.float64) for _ in range(2)), torch.zeros(q, dtype=torch.bool))
+
+
+def _items(relevant: Relevant, class_of: Tensor, g: int) -> Items | Int[Tensor, " q"]:
+    """Relevant items by group of queries; a bool matrix is one by class."""
+    if isinstance(relevant, Items):
+        return relevant
+    relevant, q = relevant.cpu(), len(class_of)
+    if relevant.dtype == torch.bool:
+        return Items([row.nonzero().flatten() for row in relevant], class_of)
+    if len(relevant) != q or (q and not 0 <= relevant.min() <= relevant.max() < g):
+        raise ValueError(
+            f"each of {q} queries has one relevant item, 0 to {g - 1}; got {relevant.tolist()[:9]}"
+        )
+    return relevant
+
+
+def _counts(relevant: Items | Int[Tensor, " q"]) -> Int[Tensor, " q"]:
+    """Relevant items of each query."""
+    if isinstance(relevant, Items):
+        return torch.tensor([len(items) for items in relevant.items], dtype=torch.long)[relevant.row_of]
+    return torch.ones(len(relevant), dtype=torch.long)
+
+
+def _rank(
+    scores: Float[Tensor, "i g"],
+    index: Int[Tensor, " i"],
+    relevant: Items | Int[Tensor, " q"],
+    each: Int[Tensor, " q"],
+    values: _Values,
+    harmonic: Float[Tensor, " n"],
+) -> None:
+    """Fill in the values of the queries `index`, of those that have relevant items."""
+    if not isinstance(relevant, Items):
+        found = _of_one(scores, relevant[index].to(scores.device), harmonic)
+        for kept, one in zip(values, found, strict=True):
+            kept[index] = one
+        return
+    rows = relevant.row_of[index]
+    for row in rows[each[index] > 0].unique():
+        here, hits = rows == row, relevant.items[row]
+        misses = torch.ones(scores.shape[1], dtype=torch.bool).index_fill_(0, hits, False).nonzero().flatten()
+        own = scores[here.to(scores.device)] if not here.all() else scores
+        for kept, one in zip(values, _of_many(own, hits, misses, harmonic), strict=True):
+            kept[index[here]] = one
+
+
+def _means(
+    values: _Values,
+    order: Int[Tensor, " n"],
+    class_of: Int[Tensor, " q"],
+    each: Int[Tensor, " q"],
+    names: Sequence[str] | None,
+    sizes: tuple[int, int],
+) -> dict:
+    """Means over the queries `order`, which have relevant items, and over their classes; `sizes`: classes, items."""
+    (k, g), scored, chance = sizes, class_of[order], expected_random(each, sizes[1])
+    mean = {"map": values.ap, "map_expected": values.fair, "random": chance, "prevalence": each.double() / g}
     result = {}
-    for name, values in mean.items():
-        result[name] = 100 * float(values[order].mean())
+    for name, one in mean.items():
+        result[name] = 100 * float(one[order].mean())
         if name in ("map", "random"):
-            total = torch.zeros(k, dtype=torch.float64).index_add(0, scored, values[order])
+            total = torch.zeros(k, dtype=torch.float64).index_add(0, scored, one[order])
             per_class = total / torch.bincount(scored, minlength=k)  # NaN for a class without queries
             result[f"{name}_macro"] = 100 * float(per_class.nanmean())
             if names is not None and name == "map":
                 result |= {f"map/{names[c]}": 100 * float(per_class[c]) for c in scored.unique().tolist()}
     result |= {
         "queries": len(order),
-        "skipped": q - len(order),
+        "skipped": len(class_of) - len(order),
         "classes": len(scored.unique()),
         "gallery": g,
-        "ties": int(tied.sum()),
+        "ties": int(values.tied[order].sum()),
     }
     return result | {"protocol": f"{len(order)} queries x {g} items, " + _ending(result)}
 

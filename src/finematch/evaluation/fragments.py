@@ -51,6 +51,9 @@ class Gallery:
     keywords: Fragments  # the keywords of each text
     synonyms: Mapping[str, tuple[str, ...]]  # other words for a category
     name: str = ""  # for protocols
+    texts: list[Record] | None = (
+        None  # a record a text, where an image has several (F20); else the images' own
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,11 +114,13 @@ def tasks(gallery: Gallery, embed_regions: Embed, embed_words: Embed) -> dict:
         crops = gallery.boxes.features[boxes[rows.numpy()]]
         return best_fragments(crop_scores(crops, words, embed_regions), gallery.keywords)
 
-    for relevance in RELEVANCE:
-        relevant = relevant_texts(relevance, records, names, queries, synonyms=gallery.synonyms)
-        result = average_precision_blocks(
-            score, n, relevant, torch.tensor([query.category for query in queries])
-        )
+    relevant = {
+        one: relevant_texts(one, records, names, queries, texts=gallery.texts, synonyms=gallery.synonyms)
+        for one in RELEVANCE
+    }
+    category_of = torch.tensor([query.category for query in queries])
+    assigned = average_precision_blocks(score, len(gallery.keywords), relevant, category_of)
+    for relevance, result in assigned.items():
         protocol = assignment_protocol(result, relevance, split=gallery.name, scores=scores)
         task = "assignment" + ("" if relevance == "category" else f"_{relevance}")
         found[task] = result | {"protocol": protocol}
@@ -142,7 +147,7 @@ def phrase_grounding(annotated: AnnotatedPhrases | None, embed_regions: Embed, e
     found = []
     for i, record in enumerate(annotated.records):
         crops = regions.features[regions.index[i, regions.mask[i]]]
-        scores = crop_scores(crops, said[i, : len(record.phrases)], embed_regions).T
+        scores = crop_scores(crops, said[i, : len(record.phrases)], embed_regions).T.cpu()
         places = torch.from_numpy(annotated.proposals.of(i))
         for phrase, score in zip(record.phrases, scores, strict=True):
             found.append(GroundedPhrase(places, score, phrase.boxes, record.size, phrase.kind))
@@ -192,12 +197,14 @@ def crop_scores(
     """How well texts fit crops: the dot product, of crops of several vectors the largest (register F16).
 
     Crops are read and embedded in blocks. All products of a call have one shape, so that equal crops tie exactly.
+    The scores stay on a GPU, where they are ranked; those of any other accelerator come to the CPU.
     """
     crops = crops[:, None] if crops.ndim == 2 else crops
     (r, q, d), u, device = crops.shape, len(texts), accelerator()
     block = max(1, min(r, PRODUCT // (q * max(u, d))))
     height = -(-block * q // 16) * 16  # thinner products are made in another way
-    found, right = torch.empty(r, u), F.pad(texts.to(device), (0, 0, 0, -u % 16)).T
+    found = torch.empty(r, u, device=device if device.type == "cuda" else "cpu")
+    right = F.pad(texts.to(device), (0, 0, 0, -u % 16)).T
     with torch.no_grad(), full_precision(device):
         for i in range(0, r, block):
             part = np.asarray(crops[i : i + block], np.float32).reshape(-1, d)
@@ -213,6 +220,6 @@ def best_fragments(scores: Float[Tensor, "i u"], fragments: Fragments) -> Float[
     least = torch.finfo(scores.dtype).min
     best = scores.new_full((len(scores), len(fragments)), least)
     for index, mask in zip(fragments.index.T, fragments.mask.T, strict=True):
-        found = scores[:, torch.from_numpy(index.copy())]
-        torch.maximum(best, found.masked_fill_(torch.from_numpy(~mask), least), out=best)
+        found = scores[:, torch.from_numpy(index.copy()).to(scores.device)]
+        torch.maximum(best, found.masked_fill_(torch.from_numpy(~mask).to(scores.device), least), out=best)
     return best

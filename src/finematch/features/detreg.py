@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from finematch.boxes import clip, convert
 from finematch.encoders import deformable_detr
+from finematch.features.detections import Detections, is_detections
 from finematch.files import file_digest
 
 ENCODER = {
@@ -127,16 +129,35 @@ class DETReg:
         return torch.from_numpy((array - np.float32(MEAN)) / np.float32(SD)).permute(2, 0, 1)
 
 
-def open_proposals(name: str, *, scale: str = "tiny", device: torch.device | str = "cpu") -> DETReg | str:
-    """What `features.proposals.extract_proposals` takes: a DETReg checkpoint, opened, or the name of another method.
+def open_proposals(
+    name: str,
+    *,
+    scale: str = "tiny",
+    weights: str | Path = "",
+    device: torch.device | str = "cpu",
+    echo: Callable[[str], None] | None = print,
+) -> DETReg | Detections | str:
+    """What `features.proposals.extract_proposals` takes, by the parameter `proposals` of FELGA's pages.
+
+    A checkpoint is opened as DETReg's, a `.json` file or a folder as boxes in COCO's results format, any other name is
+    that of a method. At scale `paper` `auto` is the paper's DETReg, whose checkpoint is looked for in `weights` as
+    detreg.pth or detreg.safetensors; without one it is selective search, the fallback of register F18, which is said,
+    and recorded by the run.
 
     Raises:
-        ValueError: For `auto` at scale `paper`: the paper's proposals are DETReg's, whose checkpoint has to be named.
+        DataError: For a file of boxes that is none.
+        ValueError: For a checkpoint that is none.
     """
-    if scale == "paper" and name == "auto":
-        raise ValueError(
-            "the paper's proposals are DETReg's: give proposals=a DETReg checkpoint, or say selective_search"
-        )
+    if name == "auto" and scale == "paper":
+        files = [Path(weights) / f"detreg{ending}" for ending in (".pth", ".safetensors")]
+        name = str(next((file for file in files if file.is_file()), ""))
+        if not name and echo:
+            echo(
+                f"proposals=auto: there is no DETReg checkpoint {files[0]}; selective search stands in for it (F18)"
+            )
+        name = name or "selective_search"
+    if is_detections(name):
+        return Detections(name)
     return DETReg(name).to(device) if Path(name).is_file() else name
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from finematch.config import Settings
+from finematch.config import Settings, root
 from finematch.data import load
 from finematch.data.fragment_sets import open_fragment_sets
 from finematch.data.pairs import MapSource, PixelSource, RegionSource, Source, StateSource, to_pixels
@@ -31,6 +31,7 @@ from finematch.data.splits import SMOKE, open_records
 from finematch.encoders import BertTower, config_of, small_clip
 from finematch.features.attribute_net import attribute_backbone
 from finematch.features.backbones import Backbone, fingerprint, mobilenet, timm_backbone
+from finematch.features.detections import Detections, is_detections
 from finematch.features.regions import extract
 from finematch.features.texts import text_states
 from finematch.features.word_net import caption_backbone
@@ -58,11 +59,12 @@ def check_together(backbone: str, text: str) -> None:
 # ------------------------------------------------------------------------------------------- which data
 def reads(s: Settings) -> str:
     """What a run with the settings `s` reads: `fragments` (FELGA: training captions, a gallery with boxes), `arrays`
-    (published region features with captions of their own, and no images), or `images` and their captions."""
+    (published region features with captions of their own, and no images; where `proposals` is left at `auto`), or
+    `images` and their captions."""
     if s.method == "felga":
         return "fragments"
     regions = s.method == "hslm" or (s.method == "mvam" and s.backbone == "regions")
-    return "arrays" if regions and s.scale == "paper" else "images"
+    return "arrays" if regions and s.scale == "paper" and s.proposals == "auto" else "images"
 
 
 def check_data(s: Settings, base: str | Path) -> dict[str, int]:
@@ -163,7 +165,12 @@ def region_images(
     proposals: str = "auto",
     echo: Echo = print,
 ) -> dict[str, RegionSource]:
-    """Features of `regions` proposals an image (`kind="regions"`), or of the network's grid cells (`kind="cells"`)."""
+    """Features of `regions` proposals an image (`kind="regions"`), or of the network's grid cells (`kind="cells"`).
+
+    `proposals` may be a file (or folder) of boxes in COCO's results format, relative to the workbook.
+    """
+    if kind == "regions" and is_detections(root() / proposals):
+        proposals = Detections(root() / proposals)
     return {
         split: RegionSource(
             extract(part, network, cache, split, kind=kind, regions=regions, proposals=proposals, echo=echo)

@@ -1,4 +1,4 @@
-"""Region proposals: up to `m` boxes a picture with scores, from a detector, from OpenCV, or as annotated.
+"""Region proposals: up to `m` boxes a picture with scores, from a detector or its file, from OpenCV, or as annotated.
 
 FELGA 3.2.1. One function, `extract_proposals`, whatever finds the boxes; what it finds is cached on disk, keyed by
 what made it. A picture may have fewer boxes than `m`, or none: rows beyond them are padding, and a mask says so.
@@ -22,8 +22,9 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 
 from finematch.boxes import clip, iou, multi_scale_grid
-from finematch.data.record import DataError, Object, Record, digests
+from finematch.data.record import DataError, Object, Record, digests, is_entity
 from finematch.features.blockwise import write_rows
+from finematch.features.detections import Detections
 from finematch.files import cached
 
 BLOCK = 32  # pictures that are searched before their boxes are written
@@ -137,7 +138,7 @@ class _Ranked:
 
 def extract_proposals(
     records: list[Record],
-    method: str | Detector,
+    method: str | Detector | Detections,
     cache: str | Path,
     split: str,
     *,
@@ -151,8 +152,8 @@ def extract_proposals(
     the `top` are taken, so that a box that nothing could be read from takes no place.
 
     Args:
-        method: a `Detector` (`DETReg`), or `"selective_search"`, `"grid"`, `"auto"` (see `features.propose`), or
-            `"given"`: the records' own objects (see `given`), which are not cached.
+        method: a `Detector` (`DETReg`), the `Detections` of a file, or `"selective_search"`, `"grid"`, `"auto"` (see
+            `features.propose`), or `"given"`: the records' own objects (see `given`), which are not cached.
         cache: they are found there by the pictures' content and all settings.
         split: what messages call the pictures.
         min_side: 8 is for photos; pictures of 64 pixels need less.
@@ -167,8 +168,12 @@ def extract_proposals(
         try:
             name, search = propose(method)
         except ValueError as error:
-            raise ValueError(f"{error}; or 'given', or a detector such as DETReg") from error
+            raise ValueError(f"{error}; or a file of boxes, or a detector such as DETReg") from error
         method = _Ranked(search, SURPLUS * top, {"proposals": name, "asked": SURPLUS * top})
+    if isinstance(method, Detections):
+        without = method.check(records, split)
+        if echo and without:
+            echo(f"{split}: {without} of {len(records)} images have no box in {method.path.name}")
     meta = {**method.key, "top": top, "min_side": float(min_side)}
     ids = [r.image_id for r in records]
     if not records:
@@ -193,14 +198,14 @@ def extract_proposals(
 
 
 def _best(
-    method: Detector, records: list[Record], top: int, min_side: float | int
+    method: Detector | Detections, records: list[Record], top: int, min_side: float | int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scores "b top 1", boxes "b top 4" and sizes "b 2" of a few pictures."""
     pictures = [record.open() for record in records]
     boxes = np.zeros((len(pictures), top, 4), np.float32)
     scores = np.zeros((len(pictures), top, 1), np.float32)
     for i, (record, picture) in enumerate(zip(records, pictures, strict=True)):
-        found, score = method(picture)
+        found, score = method.of(record, picture.size) if isinstance(method, Detections) else method(picture)
         if not (np.isfinite(found).all() and np.isfinite(score).all()):
             raise DataError(
                 record.image or "(no file)",
@@ -228,16 +233,10 @@ def usable_boxes(
 def usable_objects(record: Record, *, min_side: float | int = 1) -> list[Object]:
     """The objects of a record that are boxes of one thing (no crowd) and large enough, in its order.
 
-    With the default these are the queries of FELGA's description assignment. The j-th box that `given` finds on a
-    picture is that of the j-th of them.
+    With the default these are the queries of FELGA's description assignment (`query_boxes`, by the same rule). The j-th
+    box that `given` finds on a picture is that of the j-th of them.
     """
-    single = [o for o in record.objects if not o.crowd]
-    if not single:
-        return []
-    _, usable = usable_boxes(
-        np.array([o.box for o in single], np.float32), record.size or record.open().size, min_side
-    )
-    return [o for o, keep in zip(single, usable, strict=True) if keep]
+    return [thing for thing in record.objects if is_entity(thing, min_side)]
 
 
 def given(records: list[Record], *, top: int | None = None, min_side: float | int = 1) -> Proposals:
@@ -245,15 +244,22 @@ def given(records: list[Record], *, top: int | None = None, min_side: float | in
 
     Args:
         top: at most so many a picture; None for all.
+
+    Raises:
+        DataError: For an object outside its picture, which could be no crop.
     """
     objects = [usable_objects(r, min_side=min_side)[:top] for r in records]
-    sizes = [r.size or r.open().size for r in records]
+    sizes, ids = [r.size or r.open().size for r in records], [r.image_id for r in records]
     m = top if top is not None else max(map(len, objects), default=0)
     boxes, mask = np.zeros((len(records), m, 4), np.float32), np.zeros((len(records), m), bool)
     for i, (mine, size) in enumerate(zip(objects, sizes, strict=True)):
         if mine:
-            boxes[i, : len(mine)] = usable_boxes(np.array([o.box for o in mine], np.float32), size, 0)[0]
-            mask[i, : len(mine)] = True
+            own, usable = usable_boxes(np.array([o.box for o in mine], np.float32), size, 0)
+            if not usable.all():
+                outside = mine[int(usable.argmin())].box
+                raise DataError(records[i].source or "(records)", f"image {ids[i]}",
+                                f"box {outside} has no area on the {size[0]} x {size[1]} picture",
+                                "Correct or remove the object")  # fmt: skip
+            boxes[i, : len(mine)], mask[i, : len(mine)] = own, True
     meta = {"proposals": "given", "top": top, "min_side": float(min_side)}
-    return Proposals(boxes, mask.astype(np.float32), mask, np.array(sizes, np.int32),
-                     [r.image_id for r in records], meta)  # fmt: skip
+    return Proposals(boxes, mask.astype(np.float32), mask, np.array(sizes, np.int32), ids, meta)

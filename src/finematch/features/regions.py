@@ -18,11 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from finematch.boxes import grid_boxes, roi_align
+from finematch.boxes import grid_boxes, multi_scale_grid, roi_align
 from finematch.data.precomp import Regions, load_regions, write_layout
 from finematch.data.record import DataError, Record, digests
 from finematch.features.backbones import Backbone, fingerprint
 from finematch.features.blockwise import write_rows
+from finematch.features.detections import Detections
 from finematch.features.proposals import propose
 from finematch.files import cached
 
@@ -38,13 +39,14 @@ def extract(
     *,
     kind: str = "cells",
     regions: int = 36,
-    proposals: str = "auto",
+    proposals: str | Detections = "auto",
     echo: Callable[[str], None] | None = print,
 ) -> Regions:
     """Features of every picture, read back memory-mapped; finished work is reused, broken off work resumed.
 
     `cells`: the backbone's feature map, a box a cell. `regions`: `regions` proposals a picture, each the
-    mean of a 3 x 3 RoI-align of the map (aligned, 2 samples a bin and axis).
+    mean of a 3 x 3 RoI-align of the map (aligned, 2 samples a bin and axis). An image with fewer `Detections` than
+    `regions` is filled up from the multi-scale grid, as with selective search: all images have as many.
 
     They are found in the cache by their content: the pictures' bytes, ids and captions, the network's weights and all
     settings. `meta["content"]` holds the digests.
@@ -63,8 +65,15 @@ def extract(
         raise DataError(
             cache, f"split {split}", "there are no pictures to extract", "Check the dataset's split"
         )
-    method, search = ("cells", None) if kind == "cells" else propose(proposals)
-    meta = {**backbone.key, "kind": kind, "proposals": method, "regions": 0 if kind == "cells" else regions}
+    meta = {**backbone.key, "kind": kind, "proposals": "cells", "regions": 0 if kind == "cells" else regions}
+    search = None
+    if kind == "regions" and isinstance(proposals, Detections):
+        meta |= {"proposals": proposals.key["proposals"], "boxes": proposals.key["weights"]}
+        without = proposals.check(records, split)
+        if echo and without:
+            echo(f"{split}: {without} of {len(records)} images have no box in {proposals.path.name}")
+    elif kind == "regions":
+        meta["proposals"], search = propose(proposals)
     found = digests(records)
     content = {
         "network": fingerprint(backbone.net),
@@ -74,11 +83,19 @@ def extract(
     def block_of(items: range) -> dict[str, np.ndarray]:
         pictures = [records[i].open() for i in items]
         maps, sizes = backbone(pictures), np.array([p.size for p in pictures], np.int32)
-        if search is None:
+        if kind == "cells":
             features = maps.flatten(2).transpose(1, 2)
             boxes = np.stack([grid_boxes(*p.size, maps.shape[2], maps.shape[3]).numpy() for p in pictures])
         else:
-            boxes = np.stack([search(p, regions) for p in pictures])
+            found = (
+                [search(p, regions) for p in pictures]
+                if search
+                else [
+                    _filled(proposals, records[i], p.size, regions)
+                    for i, p in zip(items, pictures, strict=True)
+                ]
+            )
+            boxes = np.stack(found)
             features = pool_regions(maps, torch.from_numpy(boxes), torch.from_numpy(sizes))
         arrays = {
             "ims": features.cpu().numpy().astype(np.float16),
@@ -89,7 +106,7 @@ def extract(
 
     def say(done: int) -> None:
         if echo:
-            echo(f"{split}: {done} of {len(records)} pictures ({method})")
+            echo(f"{split}: {done} of {len(records)} pictures ({meta['proposals']})")
 
     def make(folder: Path) -> None:
         ids = [record.image_id for record in records]
@@ -98,6 +115,14 @@ def extract(
 
     folder = cached(cache, kind, {**meta, "content": content, "dtype": "float16"}, make)
     return replace(load_regions(folder, FILES), split=split)
+
+
+def _filled(
+    detections: Detections, record: Record, size: tuple[int, int], regions: int
+) -> Float[np.ndarray, "r 4"]:
+    """The `regions` best boxes of an image, then those of the grid."""
+    boxes = detections.of(record, size)[0][:regions]
+    return np.concatenate([boxes, multi_scale_grid(*size, regions).numpy()])[:regions]
 
 
 def pool_regions(
