@@ -169,6 +169,18 @@ def test_fenet_is_eq_8_in_steps():
     assert not torch.equal(net.train()(x), net(x))  # dropout draws
 
 
+def test_a_relu_behind_the_last_layer_gives_eq_9_its_range():
+    """F13, F7: with `every` the same weights give cosines in [0, 1]; without, some are negative."""
+    x = noise(40, 6)
+    between, every = (FENet(6, hidden_dim=9, out_dim=4, activation=a).eval() for a in ("between", "every"))
+    every.load_state_dict(between.state_dict())
+    out = between(x)
+    torch.testing.assert_close(every(x), F.normalize(out.relu(), dim=-1))
+    assert (out @ out.T).min() < 0 <= (every(x) @ every(x).T).min()
+    assert [type(layer).__name__ for layer in every][-3:] == ["Linear", "ReLU", "Dropout"]
+    assert model(activation="every").region_net.eval()(noise(9, 8)).min() >= 0
+
+
 def test_affinity_is_eq_9_and_11_in_loops():
     a, b = F.normalize(noise(3, 4, 8), dim=-1), F.normalize(noise(3, 5, 8, seed=1), dim=-1)
     similarity = affinity(a, b)
@@ -649,6 +661,17 @@ def test_a_batch_is_the_rows_asked_for():
     assert "keyword_id" not in without[0]["text"]
 
 
+def test_several_texts_of_a_picture_share_its_regions():
+    """F20, a caption is a text: a picture's regions are kept once and stand in a pair for each of its texts."""
+    data = pairs(6)
+    arrays = (data.regions[:2], data.keywords, data.region_mask[:2], data.keyword_mask, data.keyword_id)
+    several = FragmentPairs(*arrays, picture_of=torch.tensor([0, 0, 0, 1, 1, 1]))
+    assert len(several) == 6
+    got = several.to("cpu").__getitems__([4, 1])
+    assert torch.equal(got["image"]["features"], data.regions[[1, 0]])
+    assert torch.equal(got["text"]["features"], data.keywords[[4, 1]])
+
+
 def test_moved_pairs_are_the_same():
     data = pairs()
     moved = data.to("cpu")
@@ -734,7 +757,7 @@ def test_the_literal_reading_is_the_papers_text():
     """METHODS 3.2. The constant of the outer sums (`literal_scale`) is left out: with it training diverges (F6)."""
     text = {
         "label_features": "frozen", "fenet": "shared", "input_scale": "rms", "loss": "batch", "literal_scale": False,
-        "hinge": False, "tau": 1.0, "empty": "skip", "same_keyword_positives": False,
+        "hinge": False, "tau": 1.0, "empty": "skip", "same_keyword_positives": False, "activation": "between",
     }  # fmt: skip
     assert FELGAConfig.literal() == text
     assert Settings("felga", {"scale": "paper"}).as_dict().items() >= text.items()

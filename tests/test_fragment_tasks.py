@@ -31,6 +31,7 @@ from finematch.features.fragments import (
     picture_fragments,
     provenance,
     text_fragments,
+    text_records,
 )
 from finematch.features.proposals import extract_proposals
 from finematch.features.small_clip import open_small_clip
@@ -251,6 +252,59 @@ def test_keybert_finds_keywords_too(reopen, data):
 def test_names_that_are_not_known_are_refused(reopen, options, message):
     with pytest.raises(ValueError, match=message):
         reopen(**options)
+
+
+# ------------------------------------------------------------------------------------------ what a text is, and a query
+def test_each_caption_may_be_a_text(reopen, data):
+    """F20: five texts an image. Relevance is the image's; under `instance` its own captions are relevant, by loops."""
+    gallery = reopen(text="captions").gallery
+    records, texts = gallery.records, gallery.texts
+    assert [t.captions[0] for t in texts] == [c for r in records for c in r.captions]
+    assert (len(gallery.keywords), data.gallery.texts) == (len(texts), None)
+    found, joined = (B.tasks(g, B.frozen, B.frozen) for g in (gallery, data.gallery))
+    assert found["discovery_map"] == joined["discovery_map"], "texts are not read there"
+
+    def unit(fragments, rows):
+        return F.normalize(torch.from_numpy(fragments.features[rows].astype(np.float32)), dim=-1)
+
+    aps = {"category": [], "instance": []}
+    for i, record in enumerate(records):
+        for thing, box in zip(record.objects, gallery.boxes.index[i][gallery.boxes.mask[i]], strict=True):
+            crop = unit(gallery.boxes, [box])[0]
+            scores = [float((unit(gallery.keywords, index[own]) @ crop).max()) if own.any() else -9.0
+                      for index, own in zip(gallery.keywords.index, gallery.keywords.mask, strict=True)]  # fmt: skip
+            shows = {r.image_id: any(o.category == thing.category for o in r.objects) for r in records}
+            aps["category"].append(naive_ap(scores, [shows[t.image_id] for t in texts]))
+            aps["instance"].append(naive_ap(scores, [t.image_id == record.image_id for t in texts]))
+    assert found["assignment_map"] == pytest.approx(100 * np.mean(aps["category"]), abs=1e-3)
+    assert found["assignment_instance_map"] == pytest.approx(100 * np.mean(aps["instance"]), abs=1e-3)
+    assert f"x {len(texts)} texts" in found["protocol"]
+
+
+def test_texts_are_captions_joined_or_each_of_them(data):
+    records = data.sets.train[:3]
+    assert text_records(records) == (records, None)
+    texts, picture_of = text_records(records, "captions")
+    assert [document(t) for t in texts] == [c for r in records for c in r.captions]
+    assert [records[i].image_id for i in picture_of] == [t.image_id for t in texts]
+    with pytest.raises(ValueError, match="text is 'both'"):
+        text_records(records, "both")
+
+
+def test_class_names_may_be_asked_for_in_a_prompt(reopen):
+    """F21."""
+    asked = reopen(prompt="photo").gallery.classes
+    assert [asked.texts[i] for i in asked.index[:, 0]] == [f"a photo of a {name}" for name in CATEGORIES]
+
+
+def test_the_arithmetic_of_the_frozen_model_is_the_runs(reopen, blip2, data):
+    """`auto` is fp32 on a CPU; a run whose features are bf16 is opened in bf16 wherever it is opened."""
+    assert Settings("felga", {"scale": "paper"}).vlp_precision == "auto"
+    assert reopen(vlp=str(blip2), vlp_precision="auto").networks.vlp.precision == "no"
+    again = reopen(vlp=str(blip2), vlp_precision="auto", vlp_arithmetic="bf16")
+    assert again.networks.vlp.key["precision"] == "bf16"
+    a, b = (np.asarray(d.gallery.regions.features, np.float32) for d in (again, reopen(vlp=str(blip2))))
+    assert 0 < np.abs(a - b).max() < 0.1
 
 
 # ------------------------------------------------------------------------------------------ several vectors a crop

@@ -429,7 +429,7 @@ def test_bf16_is_near(folders, vlp):
             assert a.dtype == torch.float32
             assert not torch.equal(a, b)
             assert (a * b).sum(1).min() > 0.98
-    with pytest.raises(ValueError, match="'fp8'; use 'no' or 'bf16'"):
+    with pytest.raises(ValueError, match="'fp8'; use one of 'no', 'bf16', 'fp16'"):
         G.VLP(folders["clip"], precision="fp8")
 
 

@@ -1461,7 +1461,7 @@ for _, argument, values_, _ in metric.READINGS:
 
 # %% [markdown]
 # Besides: `labels` and `alignment`, which make the rows of the tables; `lambda3`; and what the bench decides before any training: proposals,
-# keywords, the frozen model (F14 to F21).
+# keywords, the frozen model, what a text is and how a class is asked for (F14 to F21; `text` is F20, `prompt` F21).
 #
 # ## 14. Tables 1 to 5 are two switches
 #

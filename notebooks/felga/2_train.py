@@ -34,6 +34,7 @@ alignment: str = None  # losses: local (Eq. 10), global (Eq. 12) or both (Eq. 13
 label_features: str = None  # features that Eq. 4-6 compare: frozen | online; default frozen (F9)
 fenet: str = None  # one FENet for both modalities, or one each: shared | separate; default shared (F12)
 input_scale: str = None  # length of the vectors that FENet takes: rms | unit | raw; default rms (F13)
+activation: str = None  # layers of FENet with ReLU and dropout behind them: between | every; default between (F13)
 loss: str = None  # over what Eq. 10 and 12 sum: anchor | batch | pair; default anchor; literal batch (F1)
 literal_scale: bool = None  # keep the outer sums of Eq. 10 and 12, for batch alone; default False (F1)
 hinge: bool = None  # use the hinge of the lifted structured loss; default False (F2)
@@ -44,6 +45,9 @@ lambda2: float = None  # margin of Eq. 12; no gradient without hinge; default 0.
 lambda3: float = None  # weight of the global loss in Eq. 13; default 0.2
 same_keyword_positives: bool = None  # the same keyword in other texts is a positive; default False (F10)
 vlp: str = ""  # frozen model: clip, blip, blip2, hub name or folder; empty: small CLIP at tiny, else clip
+vlp_precision: str = None  # arithmetic of the frozen model; auto: bf16 on a GPU with it, else no: auto | no | bf16 | fp16; tiny no, photos no, paper auto
+text: str = "joined"  # a text: the captions of an image, joined, or each of its captions (F20)
+prompt: str = "name"  # class names as queries: the bare name, or a photo of a ... (F21)
 proposals: str = "auto"  # auto, selective_search, grid, a DETReg checkpoint, or boxes (COCO results)
 keywords: str = "keybert"  # how keywords are found: keybert | words
 keyword_model: str = ""  # model of KeyBERT: hub name or folder; empty: the packaged MiniLM
@@ -81,7 +85,8 @@ from finematch.data.fragment_sets import open_fragment_sets
 from finematch.evaluation.fragments import AnnotatedPhrases, Gallery, frozen, phrase_grounding, tasks, vectors
 from finematch.features.detreg import open_proposals
 from finematch.features.fragments import (
-    document, extract_keywords, open_vlp, picture_fragments, provenance, text_fragments, whole_pictures, whole_texts,
+    PROMPTS, document, extract_keywords, open_vlp, picture_fragments, provenance, text_fragments, text_records,
+    whole_pictures, whole_texts,
 )  # fmt: skip
 from finematch.features.inputs import minilm_folder
 from finematch.features.proposals import extract_proposals, given
@@ -96,6 +101,7 @@ from finematch.training import (
     fit,
     join_processes,
     leave_to_first,
+    precision_on,
     seed_everything,
 )
 
@@ -128,12 +134,13 @@ print(f"{len(sets.train)} image-text pairs to train on; gallery: {sets.name}, {l
 
 # %%
 small = not files["vlp"] and s.scale == "tiny"
-vlp = open_vlp(open_small_clip(sets, s.dataset, cache, smoke=s.smoke) if small else files["vlp"] or "clip")
-vlp.to(accelerator())
+name = open_small_clip(sets, s.dataset, cache, smoke=s.smoke) if small else files["vlp"] or "clip"
+vlp = open_vlp(name, precision=precision_on(accelerator(), s.vlp_precision)).to(accelerator())
 detector = open_proposals(
     files["proposals"], scale=s.scale, weights=root() / s.data_root / "weights", device=accelerator()
 )
-texts = [document(record) for record in sets.train]
+train_texts, picture_of = text_records(sets.train, s.text)
+texts = [document(record) for record in train_texts]
 minilm = (files["keyword_model"] or minilm_folder()) if s.keywords == "keybert" else ""
 keywords_of = keyword_method(s.keywords, model=minilm, train=texts, top=s.words)
 
@@ -160,7 +167,8 @@ width = train_regions.features.shape[-1]
 # %%
 several = not trained and s.crop_score == "max" and vlp.queries > 1
 crops = partial(crops, queries=several)
-gallery_texts = [document(record) for record in sets.gallery]
+gallery_records, several_texts = text_records(sets.gallery, s.text)
+gallery_texts = [document(record) for record in gallery_records]
 if s.features == "whole":
     regions = whole_pictures(sets.gallery, vlp, cache / "fragments", f"{s.report}_whole", queries=several)
     keywords = whole_texts(gallery_texts, vlp, cache / "fragments", f"{s.report}_whole")
@@ -171,8 +179,8 @@ else:
 gallery = Gallery(
     sets.gallery, sets.categories, regions=regions, keywords=keywords,
     boxes=crops(sets.gallery, given(sets.gallery), split=f"{s.report}_objects"),
-    classes=words([[name] for name in sets.categories], split="classes"),
-    synonyms=sets.synonyms, name=sets.name,
+    classes=words([[PROMPTS[s.prompt].format(name)] for name in sets.categories], split="classes"),
+    synonyms=sets.synonyms, name=sets.name, texts=gallery_records if several_texts else None,
 )  # fmt: skip
 annotated = None
 if sets.annotated and s.features != "whole":
@@ -262,7 +270,7 @@ beside(frozen=before).round(2)
 # %%
 model = None
 if trained:
-    data = FragmentPairs.of(train_regions, train_keywords).to(accelerator())
+    data = FragmentPairs.of(train_regions, train_keywords, picture_of).to(accelerator())
     seed_everything(s.seed)
     model = FELGA(width, FELGAConfig.of(s))
     size = sum(q.numel() for q in model.parameters()) / 1e6
@@ -276,7 +284,7 @@ if trained and s.alignment != "global" and s.label_features == "frozen":
         of_pair = model.pseudo_labels(image["features"], text["features"], image["mask"], text["mask"])
         positive += int(of_pair.sum())
         alone += int((image["mask"] & ~of_pair.any(2)).sum())
-    seen = train_regions.mask
+    seen = train_regions.mask if picture_of is None else train_regions.mask[picture_of]
     real = (seen.sum(1) * train_keywords.mask.sum(1)).sum()
     share = {"labels_positive": 100 * positive / real, "labels_empty_regions": 100 * alone / seen.sum()}
     print(f"{s.labels} labels: {share['labels_positive']:.1f} % of the pairs of fragments are positive, "

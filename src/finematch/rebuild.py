@@ -36,6 +36,7 @@ from finematch.evaluation.fragments import AnnotatedPhrases, Gallery
 from finematch.features.backbones import Backbone
 from finematch.features.detreg import open_proposals
 from finematch.features.fragments import (
+    PROMPTS,
     VLP,
     document,
     extract_keywords,
@@ -43,6 +44,7 @@ from finematch.features.fragments import (
     picture_fragments,
     provenance,
     text_fragments,
+    text_records,
     whole_pictures,
     whole_texts,
 )
@@ -71,7 +73,7 @@ from finematch.models.mvam import MVAM
 from finematch.models.slan.objective import SLAN, Words
 from finematch.models.slan.start import train_encoders
 from finematch.text import KeywordMethod, keyword_method
-from finematch.training import Plan, accelerator, seed_everything
+from finematch.training import Plan, accelerator, precision_on, seed_everything
 
 
 def rebuild(run) -> tuple[Any, nn.Module]:
@@ -291,8 +293,11 @@ class RunData:
         return self.gallery.classes.features.shape[-1]
 
 
-def felga_networks(s: Settings, root: Path, sets: FragmentSets) -> Networks:
-    """The frozen networks of a run of FELGA with the settings `s`; the small CLIP is trained where it is not cached."""
+def felga_networks(s: Settings, root: Path, sets: FragmentSets, *, arithmetic: str = "") -> Networks:
+    """The frozen networks of a run of FELGA with the settings `s`; the small CLIP is trained where it is not cached.
+
+    `arithmetic` is that of the run's features where it is known; the device's otherwise (`vlp_precision`).
+    """
     # a name of a file or folder is a path below the workbook's folder; any other name stays as it is
     named = {"vlp": s.vlp, "proposals": s.proposals, "keyword_model": s.keyword_model}
     files = {
@@ -310,11 +315,12 @@ def felga_networks(s: Settings, root: Path, sets: FragmentSets) -> Networks:
         echo=None,
     )
     minilm = (files["keyword_model"] or minilm_folder()) if s.keywords == "keybert" else ""
-    texts = [document(record) for record in sets.train]
+    texts = [document(record) for record in text_records(sets.train, s.text)[0]]
     keywords_of = keyword_method(s.keywords, model=minilm, train=texts, top=s.words)
     propose = partial(extract_proposals, method=detector, cache=cache / "proposals", top=s.regions,
                       min_side=5 if s.dataset == "scenes" else 8)  # fmt: skip
-    return Networks(open_vlp(name).to(accelerator()), propose, keywords_of, cache)
+    precision = arithmetic or precision_on(accelerator(), s.vlp_precision)
+    return Networks(open_vlp(name, precision=precision).to(accelerator()), propose, keywords_of, cache)
 
 
 def open_gallery(s: Settings, root: Path, was: dict) -> RunData:
@@ -327,9 +333,10 @@ def open_gallery(s: Settings, root: Path, was: dict) -> RunData:
         DataError: If networks or methods are not those that the run used: its weights do not fit their features.
     """
     sets = open_fragment_sets(s.dataset, root / s.data_root, root / s.cache, report=s.report, smoke=s.smoke)
-    networks, split = felga_networks(s, root, sets), s.report
+    networks, split = felga_networks(s, root, sets, arithmetic=was.get("vlp_arithmetic", "")), s.report
     vlp, rows = networks.vlp, networks.cache / "fragments"
-    texts = [document(record) for record in sets.gallery]
+    text_of, several_texts = text_records(sets.gallery, s.text)
+    texts = [document(record) for record in text_of]
     several = s.features != "fenet" and s.crop_score == "max" and vlp.queries > 1
     crops = partial(picture_fragments, model=vlp, cache=rows, queries=several)
     words = partial(text_fragments, model=vlp, cache=rows)
@@ -351,8 +358,8 @@ def open_gallery(s: Settings, root: Path, was: dict) -> RunData:
     gallery = Gallery(
         sets.gallery, sets.categories, regions=regions, keywords=keywords,
         boxes=crops(sets.gallery, given(sets.gallery), split=f"{split}_objects"),
-        classes=words([[name] for name in sets.categories], split="classes"),
-        synonyms=sets.synonyms, name=sets.name,
+        classes=words([[PROMPTS[s.prompt].format(name)] for name in sets.categories], split="classes"),
+        synonyms=sets.synonyms, name=sets.name, texts=text_of if several_texts else None,
     )  # fmt: skip
     if not sets.annotated or s.features == "whole":
         return RunData(sets, networks, proposals, gallery, None)

@@ -41,6 +41,8 @@ PUBLISHED = {
     "blip2": "Salesforce/blip2-itm-vit-g",
 }
 
+ARITHMETIC = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROMPTS = {"name": "{}", "photo": "a photo of a {}"}  # around a class name (register F21)
 BLOCK = {"crops": 32, "texts": 256}  # pictures, or texts, whose rows are made and written at once
 
 Echo = Callable[[str], None] | None
@@ -72,7 +74,7 @@ class VLP:
 
     Args:
         model: as `PUBLISHED` has them, or a folder with the model, its tokenizer and its image processor.
-        precision: `"no"` or `"bf16"`, the arithmetic of the forward pass.
+        precision: `"no"` (fp32), `"bf16"` or `"fp16"`, the arithmetic of the forward pass; weights stay fp32.
         batch: crops or texts a forward pass.
 
     Raises:
@@ -82,8 +84,8 @@ class VLP:
     def __init__(self, model: str | Path, *, precision: str = "no", batch: int = 128):
         from transformers import AutoTokenizer
 
-        if precision not in ("no", "bf16"):
-            raise ValueError(f"precision is {precision!r}; use 'no' or 'bf16'")
+        if precision not in ARITHMETIC:
+            raise ValueError(f"precision is {precision!r}; use one of {', '.join(map(repr, ARITHMETIC))}")
         self.net, self.precision, self.batch = open_vision_language(model), precision, batch
         self.tokenizer = AutoTokenizer.from_pretrained(str(model))
         self.key = {
@@ -179,7 +181,8 @@ class VLP:
         return torch.cat(found)
 
     def _arithmetic(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        kind = ARITHMETIC[self.precision]
+        return torch.autocast(self.device.type, kind or torch.bfloat16, enabled=kind is not None)
 
 
 class CellVLP(VLP):
@@ -217,14 +220,14 @@ class CellVLP(VLP):
             yield from crop_maps(self.backbone, pictures, boxes, self.side).split(self.batch)
 
 
-def open_vlp(name: str | Path) -> VLP:
+def open_vlp(name: str | Path, *, precision: str = "no") -> VLP:
     """A frozen vision-language model: `clip`, `blip` or `blip2` (the published ones), a hub name, or a folder.
 
-    The folder of `small_clip.train_small_clip` is opened with the backbone beside it.
+    The folder of `small_clip.train_small_clip` is opened with the backbone beside it. `precision` as of `VLP`.
     """
     if (Path(name) / "cells.json").is_file():
-        return CellVLP(name, open_backbone(name))
-    return VLP(PUBLISHED.get(str(name), name))
+        return CellVLP(name, open_backbone(name), precision=precision)
+    return VLP(PUBLISHED.get(str(name), name), precision=precision)
 
 
 def crop_maps(
@@ -289,6 +292,7 @@ def provenance(vlp: VLP, proposals: Proposals, keywords: KeywordMethod) -> dict[
     return {
         "vlp_kind": vlp.key["model"],
         "vlp_weights": vlp.key["weights"][:8],
+        "vlp_arithmetic": vlp.precision,
         "vlp_cells": str(vlp.key.get("backbone", {}).get("weights", ""))[:8],
         "proposals_by": proposals.meta["proposals"],
         "proposals_weights": str(proposals.meta.get("weights", ""))[:8],
@@ -300,6 +304,20 @@ def provenance(vlp: VLP, proposals: Proposals, keywords: KeywordMethod) -> dict[
 def document(record: Record) -> str:
     """A picture's text: its captions, joined by a space (FELGA 4.3)."""
     return " ".join(record.captions)
+
+
+def text_records(records: list[Record], text: str = "joined") -> tuple[list[Record], list[int] | None]:
+    """A record for each text, and the image of each: by position, None where text n is that of image n (register F20).
+
+    Args:
+        text: `joined`, the captions of an image are one text; or `captions`, each is a text.
+    """
+    if text == "joined":
+        return records, None
+    if text != "captions":
+        raise ValueError(f"text is {text!r}; use 'joined' or 'captions'")
+    each = [(i, replace(r, captions=(caption,))) for i, r in enumerate(records) for caption in r.captions]
+    return [record for _, record in each], [i for i, _ in each]
 
 
 def extract_keywords(
@@ -408,7 +426,7 @@ def text_fragments(
 ) -> Fragments:
     """Features of every text's keywords (Eq. 2), or of other words, with or without scores; each word is embedded once.
 
-    Words go in as they are, without a prompt around them (register F21).
+    Words go in as they are; a prompt around class names is the caller's (`PROMPTS`, register F21).
 
     Raises:
         DataError: If there is no word at all, or a feature that is not finite.

@@ -168,6 +168,10 @@ class FELGAConfig(Config):
     input_scale: str = switch(
         "F13", "rms", "unit", "raw", says="does not say how long the vectors are that FENet takes",
         help="length of the vectors that FENet takes")
+    activation: str = switch(
+        "F13", "between", "every",
+        says="one ReLU and one dropout between every two layers; Eq. 9's range [0, 1] needs a ReLU after the last too",
+        help="layers of FENet with ReLU and dropout behind them")
     loss: str = switch(
         "F1", "anchor", "batch", "pair", literal="batch", says="the sums inside Eq. 10 and 12 have no free index",
         help="over what Eq. 10 and 12 sum")

@@ -89,14 +89,24 @@ def global_labels(n: int, device: torch.device | None = None) -> Bool[Tensor, "b
 class FENet(nn.Sequential):
     """Eq. 8: d -> 4096 -> 4096 -> 512, ReLU and dropout between, then length one (4.5).
 
-    With d = 512 these are 21.0 M parameters.
+    With d = 512 these are 21.0 M parameters. With `activation="every"` ReLU and dropout follow the last layer too: then
+    Eq. 9's cosine lies in [0, 1], as printed (F7).
     """
 
-    def __init__(self, width: int, *, hidden_dim: int = 4096, out_dim: int = 512, dropout: float = 0.2):
+    def __init__(
+        self,
+        width: int,
+        *,
+        hidden_dim: int = 4096,
+        out_dim: int = 512,
+        dropout: float = 0.2,
+        activation: str = "between",
+    ):
+        last = [nn.ReLU(inplace=True), nn.Dropout(dropout)] if activation == "every" else []
         super().__init__(
             nn.Linear(width, hidden_dim), nn.ReLU(inplace=True), nn.Dropout(dropout),
             nn.Linear(hidden_dim, hidden_dim), nn.ReLU(inplace=True), nn.Dropout(dropout),
-            nn.Linear(hidden_dim, out_dim),
+            nn.Linear(hidden_dim, out_dim), *last,
         )  # fmt: skip
 
     def forward(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n e"]:
@@ -229,7 +239,7 @@ class FELGA(nn.Module):
                 f"regions are {width} wide, keywords {text_width}: frozen features have no cosine; "
                 "use label_features='online'"
             )
-        form = {"hidden_dim": c.hidden_dim, "out_dim": c.out_dim, "dropout": c.dropout}
+        form = {name: getattr(c, name) for name in ("hidden_dim", "out_dim", "dropout", "activation")}
         self.region_net = FENet(width, **form)
         self.word_net = FENet(text_width, **form) if c.fenet == "separate" else self.region_net
         self.form = {
@@ -332,13 +342,15 @@ def _known(**switches: tuple[str, tuple[str, ...]]) -> None:
 class FragmentPairs(Dataset):
     """Frozen fragment features of all pairs on one device; a batch is an index gather, made where they lie.
 
-    Pair n is picture n with text n (the paper's text is the five captions of a picture, joined). They may be kept
+    Pair n is text n with its picture, picture n unless `picture_of` says another: the paper's text is the five captions
+    of a picture, joined; where each caption is a text (F20) a picture is in as many pairs. They may be kept
     in fp16: a batch is fp32. 118,287 pairs of 10 + 10 fragments of 512 are 2.4 GB in fp16.
 
     Args:
         regions, keywords: features; shorter lists are padded, with anything.
         region_mask, keyword_mask: which are real. A pair may lack all of either: it then has no loss of its own.
         keyword_id: equal numbers for equal keyword strings, for `same_keyword_positives`.
+        picture_of: the picture of each text.
 
     Raises:
         ValueError: For arrays of different lengths, or a real fragment that is not finite (the pair is named).
@@ -351,8 +363,9 @@ class FragmentPairs(Dataset):
         region_mask: Bool[Tensor, "p r"],
         keyword_mask: Bool[Tensor, "q k"],
         keyword_id: Int[Tensor, "q k"] | None = None,
+        picture_of: Int[Tensor, " q"] | None = None,
     ):
-        if len(regions) != len(keywords):
+        if len(regions) != len(keywords) and picture_of is None:
             raise ValueError(f"{len(regions)} pictures' regions, but keywords of {len(keywords)} texts")
         for name, features, mask in (("regions", regions, region_mask), ("keywords", keywords, keyword_mask)):
             # a sum is finite if its summands are; it needs no second array of their size
@@ -362,12 +375,14 @@ class FragmentPairs(Dataset):
                 raise ValueError(f"{name} of pair {pair} are not finite: extract its features again")
         self.regions, self.keywords = regions, keywords
         self.region_mask, self.keyword_mask, self.keyword_id = region_mask, keyword_mask, keyword_id
+        self.picture_of = picture_of
 
     @classmethod
-    def of(cls, regions, keywords) -> FragmentPairs:
-        """The pairs of two `features.fragments.Fragments`, of images and of their texts."""
+    def of(cls, regions, keywords, picture_of=None) -> FragmentPairs:
+        """The pairs of two `features.fragments.Fragments`, of images and of their texts; `picture_of` as in `Texts`."""
         masks = (torch.from_numpy(a.copy()) for a in (regions.mask, keywords.mask, keywords.index))
-        return cls(regions.dense()[0], keywords.dense()[0], *masks)
+        picture_of = None if picture_of is None else torch.tensor(picture_of)
+        return cls(regions.dense()[0], keywords.dense()[0], *masks, picture_of=picture_of)
 
     @property
     def device(self) -> torch.device:
@@ -382,7 +397,7 @@ class FragmentPairs(Dataset):
         return moved
 
     def __len__(self) -> int:
-        return len(self.regions)
+        return len(self.keywords)
 
     def __getitem__(self, index: int) -> dict:
         return self.__getitems__([index])
@@ -392,6 +407,7 @@ class FragmentPairs(Dataset):
         text = {"features": self.keywords[where].float(), "mask": self.keyword_mask[where]}
         if self.keyword_id is not None:
             text["keyword_id"] = self.keyword_id[where]
+        where = where if self.picture_of is None else self.picture_of[where]
         return {
             "image": {"features": self.regions[where].float(), "mask": self.region_mask[where]},
             "text": text,
