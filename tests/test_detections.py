@@ -213,6 +213,8 @@ def test_auto_at_scale_paper_is_detreg_or_says_what_stands_in(tmp_path):
     assert open_proposals("auto", scale="paper", weights=tmp_path, echo=said.append) == "selective_search"
     assert said == [f"proposals=auto: there is no DETReg checkpoint {tmp_path / 'detreg.pth'}; selective search "
                     "stands in for it (F18)"]  # fmt: skip
+    with pytest.raises(ValueError, match="proposals=given: name the file"):
+        open_proposals("given")
     (tmp_path / "detreg.pth").write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match=r"detreg\.pth cannot be read as a checkpoint"):
         open_proposals("auto", scale="paper", weights=tmp_path)

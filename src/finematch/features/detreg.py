@@ -146,7 +146,7 @@ def open_proposals(
 
     Raises:
         DataError: For a file of boxes that is none.
-        ValueError: For a checkpoint that is none.
+        ValueError: For a checkpoint that is none, or `given` without a file: ground truth is never a proposal.
     """
     if name == "auto" and scale == "paper":
         files = [Path(weights) / f"detreg{ending}" for ending in (".pth", ".safetensors")]
@@ -156,6 +156,8 @@ def open_proposals(
                 f"proposals=auto: there is no DETReg checkpoint {files[0]}; selective search stands in for it (F18)"
             )
         name = name or "selective_search"
+    if name == "given":
+        raise ValueError("proposals=given: name the file (or folder) of the boxes, in COCO's results format")
     if is_detections(name):
         return Detections(name)
     return DETReg(name).to(device) if Path(name).is_file() else name

@@ -168,7 +168,7 @@ def extract_proposals(
         try:
             name, search = propose(method)
         except ValueError as error:
-            raise ValueError(f"{error}; or a file of boxes, or a detector such as DETReg") from error
+            raise ValueError(f"{error}; or 'given', or a detector such as DETReg, or Detections") from error
         method = _Ranked(search, SURPLUS * top, {"proposals": name, "asked": SURPLUS * top})
     if isinstance(method, Detections):
         without = method.check(records, split)

@@ -171,7 +171,7 @@ class FELGAConfig(Config):
     activation: str = switch(
         "F13", "between", "every",
         says="one ReLU and one dropout between every two layers; Eq. 9's range [0, 1] needs a ReLU after the last too",
-        help="layers of FENet with ReLU and dropout behind them")
+        help="place of ReLU and dropout in FENet")
     loss: str = switch(
         "F1", "anchor", "batch", "pair", literal="batch", says="the sums inside Eq. 10 and 12 have no free index",
         help="over what Eq. 10 and 12 sum")
