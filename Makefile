@@ -76,7 +76,8 @@ bench: $(INSTALLED)  ## measure speed and memory; results are written as data
 	for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark; done
 
 data: $(INSTALLED)  ## draw the embedded set, or see whether a real one can be read (DATASET, DATA_ROOT; GRID, SCALE: what its rows read)
-	$(BIN)/python -m finematch data $(GRID) --dataset $(DATASET) --data-root '$(DATA_ROOT)' --scale $(SCALE)
+	$(BIN)/python -m finematch data $(GRID) --dataset $(DATASET) --data-root '$(DATA_ROOT)' --scale $(SCALE) \
+	  $(if $(PROPOSALS),--proposals '$(PROPOSALS)')
 
 # Rows that were walked with the same code are not walked again: a walk that was stopped goes on.
 walk: $(INSTALLED) notebooks  ## start every row of every grid (or of GRID) once at scale paper, on stand-ins, and say what it took

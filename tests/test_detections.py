@@ -199,7 +199,7 @@ def test_boxes_of_the_command_line_do_not_make_a_row_stale(tmp_path):
     from finematch.config import Settings
 
     file = tmp_path / "coco.paper.a.s0" / "metrics.json"
-    for proposals, stale in (("boxes/coco.json", False), ("auto", False), ("grid", True)):
+    for proposals, stale in (("boxes/coco.json", False), ("boxes", False), ("auto", False), ("grid", True)):
         given = {"dataset": "coco", "scale": "paper", "proposals": proposals, "seed": 0}
         parameters = Settings("felga", given).as_dict()
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in parameters.items()}

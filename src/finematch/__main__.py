@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     data.add_argument("--dataset", default="scenes")
     data.add_argument("--data-root", default="data")
     data.add_argument("--scale", default="tiny", help="tiny or paper")
+    data.add_argument("--proposals", default="", help="boxes of a detector, as of make grid")
     data.set_defaults(run=_data)
 
     _add_walk(commands.add_parser("walk", help="start every row of every grid at scale paper, on stand-ins"))
@@ -73,6 +74,8 @@ def _data(options: argparse.Namespace) -> int:
 
     one = grid(options.grid, options.dataset)
     of = {"dataset": options.dataset, "data_root": options.data_root, "scale": options.scale}
+    if options.proposals:  # whose boxes need the images, at either scale
+        of["proposals"] = options.proposals
     rows = [settings(one, row, **of) for row in one.rows]
     for kind, s in {reads(s): s for s in rows}.items():
         counts = ", ".join(f"{name} {count:,}" for name, count in check_data(s, root()).items())

@@ -283,7 +283,8 @@ def mismatches(grid: Grid, file: Path) -> list[str]:
         wanted = _resolved(grid, wanted) | wanted
     if wanted.get("precision") == "auto":  # whatever the run's device made of it
         del wanted["precision"]
-    if "proposals" not in grid.rows[row] and Path(str(parameters.get("proposals", ""))).suffix:
+    named = parameters.get("proposals") not in (None, "auto", "selective_search", "grid")
+    if named and grid.method != "slan" and "proposals" not in grid.rows[row]:
         wanted.pop("proposals", None)  # PROPOSALS=<file>: as DATA_ROOT, it is for whoever runs
     return [f"{key} is {parameters.get(key)!r}, the row says {value!r}" for key, value in wanted.items()
             if not _same(parameters.get(key), value)]  # fmt: skip
