@@ -63,7 +63,7 @@ batch_size: int = None  # pairs per step; default 8
 lr: float = None  # learning rate; default 0.1
 momentum: float = None  # momentum of SGD; default 0.9
 weight_decay: float = None  # weight decay of SGD; default 0.0005
-precision: str = None  # mixed precision; auto: bf16 on a GPU with it, else no: auto | no | bf16 | fp16; default auto
+precision: str = None  # mixed precision; auto: bf16 if a GPU has it: auto | no | bf16 | fp16; default auto
 threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number
 
 # %% jupyter={"source_hidden": true}

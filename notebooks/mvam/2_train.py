@@ -60,7 +60,7 @@ lr: float = None  # learning rate (stage 2); tiny 0.001, photos 0.001, paper 0.0
 stage1_lr: float = None  # learning rate of stage 1, with clip_weights; default 0.001
 weight_decay: float = None  # weight decay of AdamW; tiny 0.05, photos 0.05, paper 0.01
 warmup: float = None  # share of the steps with a rising learning rate; default 0.1
-precision: str = None  # mixed precision; auto: bf16 on a GPU with it, else no: auto | no | bf16 | fp16; default auto
+precision: str = None  # mixed precision; auto: bf16 if a GPU has it: auto | no | bf16 | fp16; default auto
 workers: int = 0  # processes that read the data beside the training process
 threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number
 
