@@ -25,6 +25,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -172,7 +173,8 @@ def main() -> None:
         content["bf16_on_a_run"] = bf16_on_run(options.run)
     elif options.out.exists():  # kept: it says what it was measured on
         content["bf16_on_a_run"] = json.loads(options.out.read_text())["bf16_on_a_run"]
-    content |= {"device": device_name(), "versions": versions(), "commit": git_commit()}
+    content |= {"device": device_name(), "versions": versions(), "commit": git_commit(), "date": str(date.today()),
+                "load_average": os.getloadavg()[0]}  # fmt: skip
     write_json(options.out, content)
     rows = [
         [cross, *content[cross]["microseconds_a_pair"].values(), content[cross]["times_faster"],

@@ -12,6 +12,7 @@ The training step is forward and backward at the same batch, without the optimis
 
 * towers: both encoders and their pooled tokens, random gradients from above.
 * locator: the same, and one pass of the self-locator on the true pairs (prepare, locate, Eq. 3).
+* objective, no levels: as the next, of a locator whose proposals are its regions (Table 6, row 2).
 * objective: Eq. 9 as `SLAN` computes it: three kinds of pairs, two texts; at the paper's size with momentum encoders
   and full queues of 65,536, at the tiny one within the batch.
 
@@ -36,6 +37,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from datetime import date
 from itertools import pairwise
 from pathlib import Path
 
@@ -88,8 +90,12 @@ def image_encoder(backbone: str, size: int) -> Stages:
     return Stages(Cells(name, options=options), stages)
 
 
-def self_locator(scale: str, version: str, channels: tuple[int, ...]) -> SelfLocator:
-    return SelfLocator(channels, LocatorConfig.of(run_settings(scale, version)))
+def self_locator(
+    scale: str, version: str, channels: tuple[int, ...], levels: int | None = None
+) -> SelfLocator:
+    """With as many adaptors as a run has, or `levels`."""
+    s = run_settings(scale, version)
+    return SelfLocator(channels, LocatorConfig.of(s, levels=s.levels if levels is None else levels))
 
 
 def run_settings(scale: str, version: str) -> Settings:
@@ -233,6 +239,7 @@ class Step:
         *,
         size: int = 0,
         batch: int = 0,
+        levels: int | None = None,
         towers: Towers | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -248,7 +255,7 @@ class Step:
             bert = small_bert(vocabulary, width=s.width, depth=s.text_depth, heads=s.text_heads)
             towers = Towers(image, BertTower(bert if tiny else BertConfig()), s.width)
         self.towers = towers.train().to(self.device)
-        self.locator = self_locator(scale, version, towers.channels).train().to(self.device)
+        self.locator = self_locator(scale, version, towers.channels, levels).train().to(self.device)
         # all four losses, also at the small scale, whose runs leave two of them out
         config = SLANConfig.of(s, mlm_weight=1.0, reg_weight=1.0)
         words = Words(vocabulary, 4, (0, 1, 2, 3, 4))
@@ -348,7 +355,9 @@ def measure(scale: str, repeats: int, *, batch: int = 0, device: torch.device | 
         step = Step(scale, version, batch=batch, towers=shared, device=device, dtype=dtype)
         if shared is None:
             shared, jobs["towers"] = step.towers, step.bare
-        jobs |= {f"locator {version}": step.one_pass, f"objective {version}": step.objective}
+        flat = Step(scale, version, batch=batch, levels=0, towers=shared, device=device, dtype=dtype)
+        jobs |= {f"locator {version}": step.one_pass, f"objective {version}, no levels": flat.objective,
+                 f"objective {version}": step.objective}  # fmt: skip
     runs, peak = in_turn(jobs, repeats, device)
     torch.manual_seed(0)  # of which words are hidden
     operations = {name: cost(job, modules=())["flops"] for name, job in jobs.items()} if count else {}
@@ -367,7 +376,11 @@ def measure(scale: str, repeats: int, *, batch: int = 0, device: torch.device | 
         if peak:
             line["peak_growth_bytes"] = peak[name]
         lines[name] = line
+    objective = {
+        v: [[run["step"] for run in runs[f"objective {v}{n}"]] for n in ("", ", no levels")] for v in VERSIONS
+    }
     return {
+        "levels_over_none": {v: spread([a / b for a, b in zip(*both, strict=True)]) for v, both in objective.items()},
         "batch": len(step.pixels), "size": step.pixels.shape[-1], "tokens": step.text["mask"].shape[1],
         "dtype": str(dtype).removeprefix("torch."), "steps": lines,
         "reached": {v: lines[f"locator {v}"]["over_towers"]["median"] <= GOAL for v in VERSIONS},
@@ -391,6 +404,7 @@ def main() -> None:
             "paper", 3 * options.repeats, batch=64, device="cuda", dtype=torch.bfloat16, count=False
         )
     content = {
+        "date": str(date.today()),
         "parameters": {"threads": options.threads, "repeats": options.repeats, "goal": GOAL,
                        "clock": "CPU seconds" if options.threads == 1 else "wall seconds"},
         "table8": {"size": SIZE, "tokens": TOKENS, "rows": rows, "published_over_ours": fits},
