@@ -39,6 +39,14 @@ def test_records_carry_their_names(tmp_path):
         ("coco:70",),
         ("coco:71",),
     ]
+    path.write_text(path.read_text().replace('"cocoid": 70', '"cocoid": "70"'))  # read entry by entry then
+    assert [r.known_as for r in load_karpathy(path, tmp_path / "images", "test")] == [
+        ("coco:70",),
+        ("coco:71",),
+    ]
+    path = karpathy(tmp_path, [karpathy_entry(0, "test", five(0), filename="1000268201_693b08cb0e.jpg")])
+    path.write_text(path.read_text().replace('"dataset": "tiny"', '"dataset": "flickr8k"'))
+    assert [r.known_as for r in load_karpathy(path, tmp_path / "images", "test")] == [("flickr:1000268201",)]
     captions, _ = coco(tmp_path, captions=[(7, "one"), (14, "two")])
     data = json.loads(captions.read_text())
     data["images"][1]["coco_url"] = "http://images.cocodataset.org/val2017/000000000014.jpg"

@@ -20,6 +20,7 @@ from finematch.data.checks import (
     require_pictures,
     require_unique,
 )
+from finematch.data.names import known_names
 from finematch.data.record import DataError, Record
 
 
@@ -37,14 +38,22 @@ class _Entry(msgspec.Struct, gc=False):
     sentids: list[int | str]
     sentences: list[_Sentence]
     filepath: str = ""
+    cocoid: int | None = None
 
     @property
     def name(self) -> str:
         return f"image {self.filename} (imgid {self.imgid})"
 
+    def known_as(self, dataset: str) -> tuple[str, ...]:
+        """By which ids other datasets know the image (`data.names`)."""
+        if self.cocoid is not None:
+            return (f"coco:{self.cocoid}",)
+        return known_names({"filename": self.filename}, dataset)
+
 
 class _File(msgspec.Struct, gc=False):
     images: list[_Entry]
+    dataset: str = ""
 
 
 def load_karpathy(
@@ -76,7 +85,7 @@ def load_karpathy(
     if max_captions is not None and max_captions < 1:
         raise ValueError(f"max_captions is at least 1 or None, not {max_captions}")
     wanted = ("train", "restval") if split == "trainrestval" else (split,)
-    entries = _read(json_path, wanted)
+    entries, dataset = _read(json_path, wanted)
     available = list(dict.fromkeys(entry.split for entry in entries))
     if not set(wanted) <= set(available):
         raise DataError(
@@ -91,20 +100,22 @@ def load_karpathy(
         if entry.split in wanted:
             folder = folders.setdefault(entry.filepath, root / entry.filepath)
             captions, source = _captions(entry, json_path, max_captions), f"{json_path}: {entry.name}"
-            records.append(Record(image_id, entry.split, captions, folder / entry.filename, source=source))
+            records.append(Record(image_id, entry.split, captions, folder / entry.filename, source=source,
+                                  known_as=entry.known_as(dataset)))  # fmt: skip
     require_unique(records, json_path)
     if check_images:
         require_pictures((record.image for record in records), json_path)
     return records
 
 
-def _read(json_path: str | Path, wanted: tuple[str, ...]) -> list[_Entry]:
-    """All entries; those of other splits than `wanted` may lack sentences.
+def _read(json_path: str | Path, wanted: tuple[str, ...]) -> tuple[list[_Entry], str]:
+    """All entries, those of other splits than `wanted` perhaps without sentences; and what the file calls its dataset.
 
     A file that is not as it should be is read again, entry by entry, to say what is wrong and where.
     """
     try:
-        return msgspec.json.decode(read_bytes(json_path), type=_File).images
+        file = msgspec.json.decode(read_bytes(json_path), type=_File)
+        return file.images, file.dataset
     except (msgspec.DecodeError, UnicodeDecodeError):
         data = read_json(json_path)
     with reading(json_path, "the list `images`"):
@@ -113,7 +124,8 @@ def _read(json_path: str | Path, wanted: tuple[str, ...]) -> list[_Entry]:
     for number, one in enumerate(listed):
         with reading(json_path, f"entry {number}"):
             path = PurePosixPath(one.get("filepath", ""), one["filename"])  # both are text
-            entry = _Entry(one["split"], one["filename"], one["imgid"], [], [], one.get("filepath", ""))
+            entry = _Entry(one["split"], one["filename"], one["imgid"], [], [], one.get("filepath", ""),
+                           None if one.get("cocoid") is None else int(one["cocoid"]))  # fmt: skip
             hash((entry.split, entry.imgid, path))
         if entry.split in wanted:
             with reading(json_path, entry.name):
@@ -121,7 +133,7 @@ def _read(json_path: str | Path, wanted: tuple[str, ...]) -> list[_Entry]:
                 entry.sentids = list(one["sentids"])
                 hash(tuple(entry.sentids + [said.sentid for said in entry.sentences]))
         entries.append(entry)
-    return entries
+    return entries, str(data.get("dataset", ""))
 
 
 def _check_unique(entries: list[_Entry], json_path: str | Path) -> None:

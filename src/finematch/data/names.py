@@ -23,14 +23,12 @@ def known_names(entry: Mapping, dataset: str = "") -> tuple[str, ...]:
             sample in shards (our `known_as`; the `url` that img2dataset keeps).
         dataset: `dataset` of Karpathy's file: Flickr30k and Flickr8k name their files by Flickr's photo id.
     """
-    names = set(entry.get("known_as", ()))
     coco = entry.get("cocoid", entry.get("coco_id", entry.get("id") if "coco_url" in entry else None))
-    if coco is not None:
-        names.add(f"coco:{int(coco)}")
+    names = {*entry.get("known_as", ()), *([] if coco is None else [f"coco:{int(coco)}"])}
     if entry.get("flickr_id") is not None:
         names.add(f"flickr:{int(entry['flickr_id'])}")
-    for url in ("flickr_url", "url"):
-        if found := FLICKR_URL.search(str(entry.get(url, ""))):
+    for url in {"flickr_url", "url"} & entry.keys():
+        if found := FLICKR_URL.search(str(entry[url])):
             names.add(f"flickr:{found[1]}")
     if dataset.startswith("flickr") and (found := re.match(r"\d+", str(entry.get("filename", "")))):
         names.add(f"flickr:{found[0]}")
