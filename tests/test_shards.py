@@ -521,22 +521,28 @@ def test_a_pair_is_transformed_without_touching_the_model_s_random_state(two):
 
 
 # ------------------------------------------------------------------------------------------- processes
-def read_share(rank, world, sets, out):
+def read_share(rank, sets):
+    source = pairs(sets, captions="every")
+    found = [listed(source, epoch=epoch, rank=rank, world=2, workers=2) for epoch in (0, 1)]
+    batches = list(source.batches(8, seed=0, epoch=0, rank=rank, world=2, workers=2))
+    return found, [b["image_id"] for b in batches]
+
+
+def other_process(_, sets, out):
     torch.set_num_threads(1)
     torch.multiprocessing.set_start_method(
         "fork", force=True
     )  # of workers, as everywhere but in a spawned process
-    source = pairs(sets, captions="every")
-    found = [listed(source, epoch=epoch, rank=rank, world=world, workers=2) for epoch in (0, 1)]
-    batches = list(source.batches(8, seed=0, epoch=0, rank=rank, world=world, workers=2))
-    torch.save([found, [b["image_id"] for b in batches]], f"{out}/{rank}.pt")
+    torch.save(read_share(1, sets), out)
 
 
 def test_two_processes_with_two_workers_each_read_every_pair_once(two, tmp_path):
-    torch.multiprocessing.spawn(read_share, args=(2, two, str(tmp_path)), nprocs=2)
-    (one, rows_one), (other, rows_other) = (
-        torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1)
-    )
+    """This one and a spawned one, which has nothing of this one's state."""
+    spawned = torch.multiprocessing.spawn(other_process, args=(two, str(tmp_path / "1.pt")), join=False)
+    one, rows_one = read_share(0, two)
+    while not spawned.join():
+        pass
+    other, rows_other = torch.load(tmp_path / "1.pt", weights_only=True)
     whole = sorted(listed(pairs(two, captions="every")))
     for epoch in (0, 1):
         assert sorted([*one[epoch], *other[epoch]]) == whole
