@@ -34,7 +34,7 @@ def root(tmp_path_factory):
         ("flickr8k", {"train": 2, "val": 2, "test": 2}),
         ("flickr30k", {"train": 2, "val": 2, "test": 2}),
         ("coco_karpathy", {"train": 2, "restval": 2, "trainrestval": 4, "val": 2, "test": 2}),
-        ("coco", {"train": 2, "val": 6}),
+        ("coco", {"train": 2, "val": 2}),
         ("visual_genome", {"train": 2}),
     ],
 )

@@ -76,7 +76,7 @@ def write_data(
     if dataset in ("flickr8k", "flickr30k", "coco_karpathy"):
         folder = {"flickr30k": "f30k", "coco_karpathy": "coco"}.get(dataset, dataset)
         _precomp(root / f"{folder}_precomp", pictures, seed, whole_test=dataset == "coco_karpathy")
-    rest = _drawn(seed, "val", images, size, first=images) if year else []
+    rest = _drawn(seed, "val", images, size, first=images) if dataset == "coco_karpathy" else []
     for picture in pictures["train"] + rest:
         picture["captions"] = picture["captions"][:captions]
     if dataset == "visual_genome":
@@ -135,7 +135,10 @@ def _coco(folder: Path, year: str, pictures: dict[str, list[dict]], rest: list[d
           karpathy: bool) -> None:  # fmt: skip
     """Captions and instances of a year, train and val; with `karpathy` his file, whose val, test and restval lie in
     COCO's val."""
-    parts = {"train": pictures["train"], "val": pictures["val"] + rest + pictures["test"]}
+    parts = {
+        "train": pictures["train"],
+        "val": pictures["val"] + (rest + pictures["test"] if karpathy else []),
+    }
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     for split, part in parts.items():
         for picture in part:
