@@ -106,7 +106,11 @@ def test_a_row_that_fails_says_how_and_is_walked_again(tmp_path):
     assert found["did"] == "failed"
     assert "margin" in found["error"]
     assert said(found).startswith("FAILED: ")
-    assert summary([found]).loc[0, "failed"] == 1
+    again = walk(
+        ["hslm_main"], "row-1", out=tmp_path, shrink={"hslm": SHRINK["hslm"]}, echo=lambda *words, **_: None
+    )
+    assert [result["did"] for result in again] == ["step"]
+    assert summary([found], ["hslm_main"]).loc[0, ["walked", "failed"]].tolist() == [1, 1]
     write([found], tmp_path / "walk.json")
     content = json.loads((tmp_path / "walk.json").read_text())
     assert content["rows"] == [found]

@@ -102,7 +102,7 @@ def _walk(options: argparse.Namespace) -> int:
 
     results = walk(options.grid, options.row, out=options.out, again=options.again, keep=options.keep,
                    limit=options.limit)  # fmt: skip
-    page = to_markdown(summary(results), digits=1)
+    page = to_markdown(summary(results, options.grid), digits=1)
     print(page)
     if options.table:
         write(results, options.table)

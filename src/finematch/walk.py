@@ -5,7 +5,8 @@ parameters: the published architecture, with stand-ins for what a machine may la
 format of the paper's set, and networks of random weights. Only what makes the run small is set (`SMALL`), never what
 makes the model. The table says what a row did, not how good it is: its numbers mean nothing.
 
-A row that was walked with the same parameters, page and code is not walked again, so a walk that was stopped goes on.
+A row that was walked with the same parameters, page and code is not walked again unless it failed, so a walk that was
+stopped goes on.
 Rows of two grids that are one run (same method, data and parameters) are walked once.
 """
 
@@ -156,10 +157,13 @@ def walk(
         key = {"cells": dict(row.cells), "dataset": row.dataset, "small": SMALL, "shrink": smaller}
         code = code_of(page)
         result = json.loads((where / RESULT).read_text()) if (where / RESULT).is_file() else None
-        stands = result and result["key"] == key and (keep or result["code"] == code)
-        if not stands or again:
-            if limit and time.monotonic() - begun > limit:
-                continue
+        stands = (
+            result and result["key"] == key and (keep or result["code"] == code) and result["did"] != "failed"
+        )
+        late = limit and time.monotonic() - begun > limit
+        if late and not result:
+            continue
+        if not late and (again or not stands):
             echo(f"{number}/{len(chosen)} {row.method} {row.name} on {row.dataset}", end=": ", flush=True)
             result = {"key": key, "code": code} | _walk(row, where, page, folder, smaller)
             write_json(where / RESULT, result)
@@ -269,21 +273,23 @@ def write(results: list[dict[str, Any]], path: str | Path) -> None:
     )
 
 
-def summary(results: list[dict[str, Any]]):
-    """A line a grid: rows walked and failed, distinct architectures, what was done, the worst memory and time."""
+def summary(results: list[dict[str, Any]], names: Iterable[str] = ()):
+    """A line a grid (of all, or of `names`): how many of its rows were walked, distinct architectures among them, what
+    was done, the worst memory and time. Seconds are the processor's own: other work on the machine does not count."""
     import pandas as pd
 
     lines = []
-    for name in sorted({grid for result in results for grid in result["grids"]}):
+    for name in names or grids.names():
+        grid = grids.grid(name)
         of = [result for result in results if name in result["grids"]]
         lines.append({
-            "grid": name, "data": of[0]["dataset"], "rows": len(of),
+            "grid": name, "data": grid.dataset, "rows": len(grid.rows), "walked": len(of),
             "architectures": len({result["shapes"] or json.dumps(result["cells"]) for result in of}),
             "training steps": sum(result["did"] == "step" for result in of),
             "forward pass": sum(result["did"] == "forward" for result in of),
             "failed": sum(result["did"] == "failed" for result in of),
             "parameters (M), largest": max((r["parameters"] or 0 for r in of), default=0),
-            "peak memory (GiB)": max(r["peak_gib"] for r in of),
-            "seconds, longest": max(r["seconds"] for r in of),
+            "peak memory (GiB)": max((r["peak_gib"] for r in of), default=0),
+            "CPU seconds, longest": max((r["cpu_seconds"] for r in of), default=0),
         })  # fmt: skip
     return pd.DataFrame(lines)
