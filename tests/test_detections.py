@@ -245,3 +245,50 @@ def test_real_boxes_of_every_dataset_lie_on_their_photos():
             assert 0 < len(boxes) <= 40
             assert (np.diff(scores) <= 0).all()
             assert (boxes[:, 2:] <= np.array(size) + 1e-3).all()
+
+
+# ------------------------------------------------------------------------------------------ SLAN's level 0
+def test_slan_takes_given_boxes_as_its_proposals(records, tmp_path, monkeypatch):
+    """Boxes and scores reach the filter as they are in the file, and nothing trains them; padding is no region."""
+    from finematch.data.pairs import BoxedSource, PixelSource, to_pixels
+    from finematch.features import inputs
+    from finematch.models.configs import LocatorConfig
+    from finematch.models.slan.locator import SelfLocator
+    from finematch.models.slan.objective import Boxed, pixels_or_maps
+
+    monkeypatch.setattr(inputs, "root", lambda: tmp_path)
+    write(tmp_path / "boxes.json", BOXES)
+    pixels, said = {"train": PixelSource(records, to_pixels(16, (0.0,) * 3, (1.0,) * 3))}, []
+    assert inputs.given_images({"train": records}, pixels, "", count=4) is pixels
+    assert inputs.given_images({"train": records}, pixels, "weights.pth", count=4) is pixels
+    images = inputs.given_images({"train": records}, pixels, "boxes.json", count=4, echo=said.append)
+    assert said == ["train: 1 of 4 images have no box; the whole image is their proposal"]
+    source = images["train"]
+    assert isinstance(source, BoxedSource)
+    assert labels_of({"method": "slan", "settings": {}, "features": inputs.origin(images)}) == [
+        "supervised proposals"
+    ]
+    batch = source.batch([0, 3])
+    torch.testing.assert_close(batch["given"][0, 0], torch.tensor([1.5 / W, 2 / H, 21.5 / W, 11 / H, 0.9]))
+    assert batch["given"][0, 3].tolist() == [0] * 5
+    assert batch["given"][1, :, 4].tolist() == [1, 0, 0, 0], "the whole image"
+    seen = pixels_or_maps(**batch)
+    assert isinstance(seen, Boxed)
+    assert torch.equal(seen.seen, batch["pixels"])
+
+    config = LocatorConfig(width=8, levels=1, decoder_levels=1, pyramid=8, count=4, heads=2, top=3, samples=2)
+    locator = SelfLocator((6,), config)
+    before = sum(1 for _ in locator.parameters())
+    locator.take_given()
+    assert sum(1 for _ in locator.parameters()) < before, "no proposals of its own"
+    maps = [torch.randn(2, 6, 4, 4)]
+    pictures = locator.prepare(maps, None, seen.given)
+    assert pictures.valid.tolist() == [[True, True, False], [True, False, False]], "0.4 / 0.9 is below h"
+    torch.testing.assert_close(pictures.boxes[0, :2], batch["given"][0, :2, :4])
+    torch.testing.assert_close(pictures.boxes[1, 0], torch.tensor([0.0, 0, 1, 1]))
+    torch.testing.assert_close(pictures.scores[0, :2], torch.tensor([1, 0.7 / 0.9]))
+    with pytest.raises(ValueError, match="which has none of these images"):
+        locator.prepare(maps)
+    write(tmp_path / "boxes.json", [entry(139, [1, 2, 3, 4], 7.5)])
+    with pytest.raises(DataError, match=r"image 139: a score is 7\.5"):
+        inputs.given_images({"train": records}, pixels, "boxes.json", count=4)

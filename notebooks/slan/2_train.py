@@ -38,7 +38,7 @@ top: int = None  # regions that the filter keeps, T; 0 keeps all; default 10
 threshold: float = None  # lowest score that the filter keeps, h; default 0.5
 source: str = None  # source of the feature maps of all levels: decoder | encoder; default decoder (A.3)
 frozen: bool = None  # the proposals are not trained (Table 6, row 1); default False
-detector: str = ""  # file of weights of the proposals; boxes: train them on ground-truth boxes
+detector: str = ""  # weights of the proposals; boxes: train them on ground truth; a .json: its boxes
 pretrained: str = ""  # best.safetensors of the run to begin with
 zero_shot: bool = False  # evaluate `pretrained` as it is; nothing is trained
 shards: str = ""  # pretraining data, as name:folder pairs with commas, in place of the train split
@@ -137,7 +137,7 @@ import pandas as pd
 import torch
 
 from finematch.data import digests, load
-from finematch.data.pairs import to_pixels
+from finematch.data.pairs import BoxedSource, to_pixels
 from finematch.data.shards import ShardPairs, refuse_overlap
 from finematch.data.splits import data_folder, open_records, open_splits, reported_split, selection
 from finematch.encoders import BertTower, Cells, small_bert
@@ -200,6 +200,8 @@ else:
     network = inputs.frozen_network(s.dataset, data_root, cache, told="captions", vision=s.vision, weights=s.vision_weights,
                                     smoke=s.smoke)  # fmt: skip
     images = inputs.map_images(records, network, cache, stages=s.maps)
+images = inputs.given_images(records, images, s.detector, count=s.count)  # where `detector` is a file of boxes
+boxed = isinstance(images["train"], BoxedSource)
 tokenizer = inputs.open_tokenizer(s.dataset, data_root, scale=s.scale, weights=s.text_weights)
 splits, reported = (
     open_splits(records, images, inputs.caption_tokens(records, tokenizer)),
@@ -231,9 +233,11 @@ if shards:  # `data.shards.write_shards` makes them; held-out images must not be
 #
 # Table 6 begins with proposals that were "loaded from COCO detection" and the appendix's Table 9 goes on from them. On scenes a detector is trained for it:
 # the same proposal network, on the ground-truth boxes of the train split. All other runs never see a box.
+# A file of boxes in COCO's results format (`detector=<file>.json`, any detector's output) takes the place of the proposals: level 0 is fixed, and
+# the filter reads the file's scores.
 
 # %%
-weights = root() / s.detector if s.detector else None
+weights = root() / s.detector if s.detector and not boxed else None
 if s.detector == "boxes":
     boxes = {name: load(f"{s.dataset}_coco", data_root, name) for name in ("train", "val")}
     weights = train_detector(cache, {name: images[name] for name in boxes}, boxes, LocatorConfig.of(s))
@@ -258,6 +262,10 @@ else:
     towers = Towers(CachedStages(images["train"].channels), text, s.width)
 scales = s.scales if len(towers.channels) == 1 else ()
 locator = SelfLocator(towers.channels, LocatorConfig.of(s, scales=scales), encoder=towers.image_encoder)
+if boxed:
+    if shards:
+        raise ValueError("images of shards bring no boxes: use detector=<file of boxes> without shards")
+    locator.take_given()
 model = SLAN(
     towers, locator, SLANConfig.of(s, reg_weight=s.reg_weight if s.levels else 0.0), words=Words.of(tokenizer),
     random_steps=round(s.random_negatives * s.epochs * steps_per_epoch),

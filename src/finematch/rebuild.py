@@ -18,7 +18,7 @@ from finematch.checkpoints import load_best
 from finematch.config import Settings, root
 from finematch.data import digests, load
 from finematch.data.fragment_sets import FragmentSets, open_fragment_sets
-from finematch.data.pairs import RegionSource
+from finematch.data.pairs import BoxedSource, RegionSource
 from finematch.data.record import DataError
 from finematch.data.splits import Split, data_folder, open_records, open_splits, reported_split, selection
 from finematch.encoders import (
@@ -54,6 +54,7 @@ from finematch.features.inputs import (
     check_together,
     clip_images,
     frozen_network,
+    given_images,
     map_images,
     minilm_folder,
     open_clip,
@@ -163,6 +164,8 @@ def open_inputs(s, root: Path) -> Inputs:
     else:
         tokenizer = tokenizer or open_tokenizer(s.dataset, data_root, scale=s.scale, weights=s.text_weights)
         texts = caption_tokens(records, tokenizer)
+    if s.method == "slan":
+        images = given_images(records, images, s.detector, count=s.count, echo=None)
     splits = open_splits(records, images, texts)
     return Inputs(splits, reported_split(records), data_root, tokenizer, network, clip, processor)
 
@@ -216,6 +219,8 @@ def slan_model(s, inputs: Inputs, *, steps_per_epoch: int | None = None) -> SLAN
     encoders = Towers(image, text, s.width)
     scales = s.scales if len(encoders.channels) == 1 else ()
     locator = SelfLocator(encoders.channels, LocatorConfig.of(s, scales=scales), encoder=image)
+    if isinstance(inputs.splits["train"].images, BoxedSource):
+        locator.take_given()
     steps = (
         len(inputs.splits["train"].captions) // s.batch_size if steps_per_epoch is None else steps_per_epoch
     )
@@ -244,7 +249,7 @@ def slan_begun(s, inputs: Inputs, base: Path, *, echo=None) -> SLAN:
         maps = {name: inputs.splits[name].images for name in boxes}
         weights = train_detector(cache, maps, boxes, LocatorConfig.of(s))
     model = slan_model(s, inputs)
-    if s.detector:
+    if s.detector and not isinstance(inputs.splits["train"].images, BoxedSource):
         load_proposals(model.locator.proposals, weights, decoder=model.locator.decoder)
         model.locator.keep(model.encoders.towers.image_encoder)
     if s.pretrained:

@@ -250,7 +250,7 @@ def labels_of(identity: Mapping) -> list[str]:
     if settings.get("features") == "whole":
         return []
     by = set(_proposals(identity["features"]))
-    found = ["supervised proposals"] if "detections" in by or settings.get("proposals") == "given" else []
+    found = ["supervised proposals"] if "detections" in by else []
     paper = identity["method"] == "felga" and settings.get("scale") == "paper"
     return found + (["selective search"] if paper and "selective_search" in by else [])
 

@@ -131,6 +131,29 @@ class PixelSource:
         return {"pixels": torch.stack([self.transform(self.records[i].open()) for i in index])}
 
 
+class BoxedSource:
+    """Another source, and beside it the proposals of each image: `given` "b q 5", boxes (x1, y1, x2, y2) as fractions
+    of the image and their scores in [0, 1], the best first; where the score is 0 there is none.
+
+    Args:
+        meta: what made the boxes.
+    """
+
+    def __init__(self, images: Source, given: Tensor, meta: dict):
+        self.images, self.given, self.meta = images, given, meta
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Of the other source's maps."""
+        return self.images.channels
+
+    def batch(self, index: Index) -> dict[str, Tensor]:
+        return self.images.batch(index) | {"given": self.given[torch.as_tensor(np.asarray(index))]}
+
+
 @dataclass
 class StateSource:
     """Cached token states of a frozen text model, ragged: `features` "b n d", `mask`, `special`."""

@@ -19,12 +19,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from finematch.config import Settings, root
 from finematch.data import load
 from finematch.data.fragment_sets import open_fragment_sets
-from finematch.data.pairs import MapSource, PixelSource, RegionSource, Source, StateSource, to_pixels
+from finematch.data.pairs import (
+    BoxedSource,
+    MapSource,
+    PixelSource,
+    RegionSource,
+    Source,
+    StateSource,
+    to_pixels,
+)
 from finematch.data.precomp import Regions, load_regions
 from finematch.data.record import DataError, Record, pairs
 from finematch.data.splits import SMOKE, open_records
@@ -194,6 +204,34 @@ def map_images(
     return {split: MapSource(maps) for split, maps in found.items()}
 
 
+def given_images(
+    records: Records, images: Mapping[str, Source], detector: str, *, count: int, echo: Echo = print
+) -> Mapping[str, Source]:
+    """The images, and beside them the `count` best boxes of each where `detector` names a file (or folder) of boxes in
+    COCO's results format, relative to the workbook: SLAN's level 0. An image without any has itself as its only box.
+
+    Raises:
+        DataError: A score outside [0, 1]: the filter reads it as a probability (S17); and as `Detections`.
+    """
+    if not detector or not is_detections(root() / detector):
+        return images
+    found, boxed = Detections(root() / detector), {}
+    for split, part in records.items():
+        without, given = found.check(part, split), torch.zeros(len(part), count, 5)
+        given[:, 0] = torch.tensor([0.0, 0, 1, 1, 1])
+        for i, record in enumerate(part):
+            size = record.size or Image.open(record.image).size
+            boxes, scores = (torch.from_numpy(x[:count]) for x in found.of(record, size))
+            if len(scores) and not 0 < scores.min() <= scores.max() <= 1:
+                raise DataError(found.path, f"image {record.image_id}", f"a score is {float(scores.max())}",
+                                "Give scores above 0, at most 1")  # fmt: skip
+            given[i, : len(boxes)] = torch.cat([boxes / torch.tensor([*size, *size]), scores[:, None]], 1)
+        if echo and without:
+            echo(f"{split}: {without} of {len(part)} images have no box; the whole image is their proposal")
+        boxed[split] = BoxedSource(images[split], given, {**found.key, "count": count})
+    return boxed
+
+
 def pixel_images(
     records: Records,
     size: int,
@@ -278,10 +316,12 @@ def origin(images: Mapping[str, Source]) -> dict:
     """
     found = {}
     for split, source in images.items():
+        boxes = [source.meta] if isinstance(source, BoxedSource) else []
+        source = source.images if boxes else source
         parts = source.stages if isinstance(source, MapSource) else [getattr(source, "regions", None)]
         found[split] = [
             part.meta or file_digest(part.features.filename) for part in parts if part is not None
-        ]
+        ] + boxes
     return found
 
 

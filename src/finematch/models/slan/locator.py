@@ -1131,6 +1131,10 @@ class SelfLocator(nn.Module):
             self.proposals.train(False)
         return self
 
+    def take_given(self) -> None:
+        """Do without proposals of its own: every image brings its boxes (`prepare`)."""
+        self.proposals, self.kept = nn.Identity(), None
+
     def keep(self, encoder: nn.Module) -> None:
         """Frozen proposals read the decoder and the encoder as they are now: call it when other weights were loaded."""
         if self.kept is not None:
@@ -1144,26 +1148,40 @@ class SelfLocator(nn.Module):
         features: list[Float[Tensor, "b _ _ _"]],
         maps: list[Float[Tensor, "b _ _ _"]],
         pixels: Tensor | list[Tensor] | None,
+        given: Float[Tensor, "b q 5"] | None = None,
     ) -> Proposals:
-        """The proposals of the decoder's `maps`; frozen ones are those of the maps that were kept."""
+        """The proposals of the decoder's `maps`; frozen ones are those of the maps that were kept.
+
+        What is `given` takes their place: boxes that nothing trains, and the scores as the saliency that the filter
+        reads (S17: divided by the largest); Table 6's "loaded from COCO detection", with any detector.
+        """
+        if given is not None:
+            boxes = cut(convert(given[..., :4], "xyxy", "cxcywh"), self.config.smallest)
+            return Proposals(boxes, torch.logit(wide(given[..., 4]), 1e-6), given[..., 4] > 0)
+        if isinstance(self.proposals, nn.Identity):
+            raise ValueError("this locator takes its proposals from a file, which has none of these images")
         if self.kept is None:
             return self.proposals(maps)
         with torch.no_grad(), torch.autocast(maps[0].device.type, enabled=False):
             return self.proposals(self.kept(features, pixels))
 
     def prepare(
-        self, features: list[Float[Tensor, "b _ _ _"]], pixels: Tensor | list[Tensor] | None = None
+        self,
+        features: list[Float[Tensor, "b _ _ _"]],
+        pixels: Tensor | list[Tensor] | None = None,
+        given: Float[Tensor, "b q 5"] | None = None,
     ) -> Pictures:
         """Lines 2 and 3: what no text changes, from the encoder's maps (fine to coarse).
 
         Args:
             pixels: what the maps were made of, for frozen proposals whose encoder is trained.
+            given: proposals that were found elsewhere, see `data.pairs.BoxedSource`.
 
         Raises:
             ValueError: such proposals, and no pixels.
         """
         maps = self.decoder(features)
-        boxes, scores, valid = self.propose(features, maps, pixels)
+        boxes, scores, valid = self.propose(features, maps, pixels, given)
         slots = torch.arange(boxes.shape[1], device=boxes.device).expand(boxes.shape[:2])
         if self.filter.ask is None:
             slots, scores, valid = self.filter(scores, valid)

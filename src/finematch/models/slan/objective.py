@@ -135,11 +135,12 @@ class Encoders(nn.Module):
 
     def image(self, pixels: Tensor | list[Tensor], locator: nn.Module | None = None) -> Picture:
         """Pictures; what only a locator can prepare is None without one."""
+        pixels, given = pixels if isinstance(pixels, Boxed) else (pixels, None)
         maps = self.towers.vision(pixels)
         prepared, pooled = None, self.towers.pooled(maps)
         token = pooled
         if locator is not None:
-            prepared = locator.prepare(maps, pixels)
+            prepared = locator.prepare(maps, pixels, given)
             token = locator.visual_token(prepared, pooled)
             if (
                 locator.token != "map"
@@ -154,9 +155,19 @@ class Encoders(nn.Module):
         return Caption(words, mask, special, unit(self.project_text(words[:, 0])))
 
 
-def pixels_or_maps(pixels: Tensor | None = None, **maps: Tensor) -> Tensor | list[Tensor]:
+class Boxed(NamedTuple):
+    """What towers take, and the images' proposals, see `data.pairs.BoxedSource`."""
+
+    seen: Tensor | list[Tensor]
+    given: Float[Tensor, "b q 5"]
+
+
+def pixels_or_maps(
+    pixels: Tensor | None = None, given: Tensor | None = None, **maps: Tensor
+) -> Tensor | list[Tensor] | Boxed:
     """What towers take: pixels, or maps that were made before, in the order in which they are given."""
-    return list(maps.values()) if pixels is None else pixels
+    seen = list(maps.values()) if pixels is None else pixels
+    return seen if given is None else Boxed(seen, given)
 
 
 def unit(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
