@@ -97,7 +97,7 @@ class TinyLocator(nn.Module):
         self.score, self.size = nn.Linear(width, 1), nn.Linear(width, 2)
         self.to_words, self.to_regions = nn.Linear(width, width), nn.Linear(width, width)
 
-    def prepare(self, features, pixels):
+    def prepare(self, features, pixels, given=None):
         h, w = features[-1].shape[-2:]
         y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         centre = (torch.stack([x, y], -1).flatten(0, 1) + 0.5) / torch.tensor([w, h])

@@ -74,9 +74,11 @@ class Locator(Protocol):
 
     token: str
 
-    def prepare(self, features: list[Tensor], pixels: Tensor | list[Tensor]) -> Any:
+    def prepare(
+        self, features: list[Tensor], pixels: Tensor | list[Tensor], given: Float[Tensor, "b q 5"] | None
+    ) -> Any:
         """What a picture gives before any text is known; can be indexed by picture. `pixels` are what the maps
-        `features` were made of."""
+        `features` were made of, `given` its proposals where they were found elsewhere."""
 
     def visual_token(self, pictures: Any, pooled: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         """T_v before any text: `pooled` as it is, or the mean of the regions (S20)."""
