@@ -47,12 +47,8 @@ node_weights: str = None  # normalisation of the gates of Eq. 21: raw | l1; defa
 loss_score: str = None  # score in the loss (Eq. 23): sigmoid | logit; default sigmoid; literal logit (H17)
 include_special: bool = None  # [CLS] and [SEP] count as words; default True (H24)
 margin: float = None  # margin of the loss, beta of Eq. 23; default 0.2
-negatives: str = (
-    None  # negatives of the loss (Eq. 23): contrastive | hardest | mean | random; default hardest
-)
-start: str = (
-    None  # the same, for the first epochs (warmup_epochs): contrastive | random; default random (H26)
-)
+negatives: str = None  # negatives of Eq. 23: contrastive | hardest | mean | random; default hardest
+start: str = None  # the same, in the first epochs (warmup_epochs): contrastive | random; default random (H26)
 start_scale: float = None  # factor on the scores of the contrastive loss; default 10
 rivals: int = None  # hardest of so many random negatives; 0: of the batch; tiny 0, photos 4, paper 0 (H26)
 warmup_epochs: float = None  # first epochs, trained by `start`; tiny 2, photos 1, paper 0 (H26)

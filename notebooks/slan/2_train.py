@@ -200,7 +200,8 @@ else:
     network = inputs.frozen_network(s.dataset, data_root, cache, told="captions", vision=s.vision, weights=s.vision_weights,
                                     smoke=s.smoke)  # fmt: skip
     images = inputs.map_images(records, network, cache, stages=s.maps)
-images = inputs.given_images(records, images, s.detector, count=s.count)  # where `detector` is a file of boxes
+# where `detector` is a file of boxes
+images = inputs.given_images(records, images, s.detector, count=s.count)
 boxed = isinstance(images["train"], BoxedSource)
 tokenizer = inputs.open_tokenizer(s.dataset, data_root, scale=s.scale, weights=s.text_weights)
 splits, reported = (

@@ -133,9 +133,9 @@ class HSLMConfig(Config):
     margin: float = setting(0.2, (1e-6, 100), "margin of the loss, beta of Eq. 23")
     negatives: str = setting(
         "hardest", {"hardest", "mean", "random", "contrastive"},
-        "negatives of the loss (Eq. 23)")
+        "negatives of Eq. 23")
     start: str = setting(
-        "random", {"random", "contrastive"}, "the same, for the first epochs (warmup_epochs)", register="H26",
+        "random", {"random", "contrastive"}, "the same, in the first epochs (warmup_epochs)", register="H26",
         says="how training starts is not said; the hinge on the hardest negatives plateaus")
     start_scale: float = setting(10.0, (1e-6, 1e6), "factor on the scores of the contrastive loss")
     rivals: int = setting(
