@@ -7,7 +7,7 @@ alternately, from the page cache, from beginning to end; the ratio is of median 
 "resume" is the time to the first batch of an epoch entered in the middle: by skipping shards, and by decoding and
 dropping what lies before it.
 
-    python benchmarks/shards.py --vocabulary <BERT's vocab.txt>       writes benchmarks/shards.json
+    python benchmarks/shards.py       writes benchmarks/shards.json
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from finematch.data.pairs import to_pixels
 from finematch.data.shards import ShardPairs, write_shards
 from finematch.files import write_json
 from finematch.runs import git_commit, versions
-from finematch.text import tokenise, wordpiece
+from finematch.scenes.generator import TOKENIZER
+from finematch.text import tokenise, word_level
 from finematch.training import device_name
 
 BATCH, SIDE = 64, 224
@@ -49,7 +50,7 @@ def drawn(folder: Path, images: int) -> list[Record]:
         noise = rng.integers(0, 256, (120, 160, 3), np.uint8)
         picture = Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC)
         picture.filter(ImageFilter.GaussianBlur(1)).save(folder / f"{k}.jpg", quality=90)
-        captions = tuple(f"a man with a red hat rides a brown horse on the beach , {k} {c}" for c in range(5))
+        captions = tuple(f"a small red thing left of a large blue thing {k} {c}" for c in range(5))
         records.append(Record(str(k), "train", captions, image=folder / f"{k}.jpg"))
     return records
 
@@ -86,17 +87,16 @@ def first_batch(batches: Iterator) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vocabulary", type=Path, required=True, help="BERT's vocab.txt")
-    parser.add_argument("--images", type=int, default=1024)
-    parser.add_argument("--samples-per-shard", type=int, default=128)
+    parser.add_argument("--images", type=int, default=384)
+    parser.add_argument("--samples-per-shard", type=int, default=48)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
 
     transform = to_pixels(SIDE, (0.5,) * 3, (0.5,) * 3)
-    tokenizer = wordpiece(options.vocabulary)
+    tokenizer = word_level(TOKENIZER)
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "shards"
         records = drawn(Path(root) / "images", options.images)
