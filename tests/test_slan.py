@@ -39,7 +39,9 @@ from finematch.models.slan.locator import (
     decode,
     ends,
     load_proposals,
+    locator_config,
     offset,
+    pixel_stages,
     regression_loss,
     regression_target,
     similarity,
@@ -540,8 +542,9 @@ def test_weights_of_torchvisions_detector_are_loaded(tmp_path, old, suffix):
         assert "backbone.fpn.inner_blocks.3.weight" in state
     path = tmp_path / f"detector{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    model = SelfLocator((512, 1024, 2048), LocatorConfig(width=16, heads=2, pyramid=256, anchor_offset=0.0))
-    load_proposals(model.proposals, path, decoder=model.decoder)
+    model = SelfLocator((512, 1024, 2048), LocatorConfig(width=16, heads=2, pyramid=256, anchor=3.0))
+    said = load_proposals(model.proposals, path, decoder=model.decoder)
+    assert said == f"{path.name}: decoder, proposals, anchors of 8 cells at 0"
     maps = {str(i): torch.randn(1, c, s, s) for i, (c, s) in enumerate(zip((256, 512, 1024, 2048), (16, 8, 4, 2),
                                                                           strict=True))}  # fmt: skip
     with torch.no_grad():
@@ -556,6 +559,91 @@ def test_weights_of_torchvisions_detector_are_loaded(tmp_path, old, suffix):
     (grid,) = generator(images, ours[::-1])
     anchors = convert(model.proposals.anchors(ours[::-1]), "cxcywh", "xyxy") * 64
     torch.testing.assert_close(anchors, grid, atol=0.51, rtol=0)  # torchvision rounds anchors to pixels
+
+
+def test_a_whole_detector_of_torchvisions_gives_its_maps_and_proposals(tmp_path):
+    """With its ResNet-50, its pyramid and its anchors the locator proposes what the detector's own RPN does."""
+    torch.manual_seed(0)
+    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).eval()
+    theirs.rpn.head.bbox_pred.weight.data.normal_(std=0.01)
+    torch.save(theirs.state_dict(), tmp_path / "detector.pth")
+    image = pixel_stages("resnet50")
+    model = SelfLocator(image.channels, LocatorConfig(width=16, heads=2, pyramid=256, count=30)).eval()
+    said = load_proposals(model.proposals, tmp_path / "detector.pth", decoder=model.decoder, encoder=image)
+    assert said == "detector.pth: image network, decoder, proposals, anchors of 8 cells at 0"
+    pixels = torch.rand(1, 3, 128, 128)
+    mean, sd = (
+        torch.tensor(v).reshape(3, 1, 1) for v in (theirs.transform.image_mean, theirs.transform.image_std)
+    )
+    with torch.no_grad():
+        found = model.decoder(image.eval()(pixels))[::-1]
+        wanted = theirs.backbone((pixels - mean) / sd)
+        for a, b in zip(found, (wanted[name] for name in "123"), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+        boxes, logits, _ = model.proposals(found[::-1])
+        scores, deltas = theirs.rpn.head([wanted[name] for name in "123"])
+        images = ImageList(torch.zeros(1, 3, 128, 128), [(128, 128)])
+        (grid,) = AnchorGenerator(((64,), (128,), (256,)), ((0.5, 1.0, 2.0),) * 3)(images, found)
+        scores, deltas = (torch.cat([x.unflatten(1, (3, -1)).permute(0, 3, 4, 1, 2).reshape(-1, n) for x in part])
+                          for part, n in ((scores, 1), (deltas, 4)))  # fmt: skip
+        (boxes_of,) = theirs.rpn.box_coder.decode(deltas, [grid]).unbind(1)
+    best = scores[:, 0].topk(30)
+    torch.testing.assert_close(logits[0], best.values, rtol=1e-3, atol=1e-4)
+    clipped = boxes_of[best.indices].clamp(0, 128)
+    large = (clipped[:, 2:] - clipped[:, :2]).amin(1) > 8  # those below 4 px have that side here
+    assert large.sum() >= 10
+    # torchvision rounds anchors to pixels
+    assert iou(boxes[0] * 128, clipped).diagonal()[large].min() > 0.9
+
+
+def test_anchors_keep_their_share_of_an_image_of_any_size():
+    """A locator pretrained at 224 px proposes the same shares of the image at 384 px."""
+    image = pixel_stages("test_resnet", stages=(1, 2, 3)).eval()
+    shares = []
+    for size in (224, 384):
+        config = locator_config(
+            Settings("slan", {"scale": "paper", "dataset": "flickr30k", "size": size}), image.channels
+        )
+        rpn = RPN(4, anchor=config.anchor)
+        assert config.anchor == pytest.approx(8 * size / 224)
+        maps = [torch.zeros(1, 4, size // stride, size // stride) for stride in (32, 16, 8)]
+        shares.append(rpn.anchors(maps)[:, 2:].unique(dim=0))
+    torch.testing.assert_close(*shares)
+    assert shares[0].max() == pytest.approx(256 / 224 * 2**0.5)  # 8 cells of stride 32, twice as wide as high
+    tiny = Settings("slan", {})
+    assert locator_config(tiny, (8, 8)).anchor == tiny.anchor == 4
+    assert locator_config(tiny.replace(scale="paper", scales="0.5, 1, 4"), (8,)).scales == (0.5, 1, 4)
+    assert locator_config(tiny.replace(scale="paper", scales="0.5, 1, 4"), (8, 8)).scales == ()
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    """Of a ViT and of BERT; a network with batch norm is left as it is, or its running means would count twice."""
+    torch.manual_seed(0)
+    text = small_bert(20, width=16, depth=2, heads=2)
+    pixels, ids = torch.rand(2, 3, 32, 32), torch.randint(0, 20, (2, 5))
+    towers = Towers(pixel_stages("vit_tiny_patch16_224"), BertTower(text), 16).train()
+
+    def step() -> tuple[int, dict[str, torch.Tensor]]:
+        """How many numbers wait for the backward pass, and the gradients."""
+        saved: list[int] = []
+        towers.zero_grad()
+        torch.manual_seed(1)  # of BERT's dropout
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+            words = towers.text(ids, torch.ones_like(ids).bool())
+            loss = towers.pooled(towers.vision(pixels)).sum() + words.square().sum()
+        loss.backward()
+        return sum(saved), {n: p.grad.clone() for n, p in towers.named_parameters() if p.grad is not None}
+
+    kept, gradients = step()
+    towers.recompute_activations()
+    fewer, same = step()
+    assert fewer < kept / 3
+    assert same.keys() == gradients.keys()
+    for name, gradient in same.items():
+        torch.testing.assert_close(gradient, gradients[name], msg=name)
+    net = pixel_stages("test_resnet", stages=(1, 2, 3))
+    Towers(net, BertTower(text), 16).recompute_activations()
+    assert not net.cells.net.grad_checkpointing
 
 
 @pytest.mark.parametrize("kind", ["rpn", "queries"])

@@ -3,6 +3,7 @@ it finds things."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -11,18 +12,37 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finematch.boxes import iou
+from finematch import standins
+from finematch.boxes import convert, iou
 from finematch.checkpoints import TrainingError
 from finematch.data import load, splits
 from finematch.data.pairs import MapSource
 from finematch.data.precomp import Regions
 from finematch.data.record import DataError, Object, Record
-from finematch.features.inputs import frozen_network, map_images
+from finematch.features.inputs import boxed_images, frozen_network, map_images, pixel_images
 from finematch.models.configs import LocatorConfig
-from finematch.models.slan.detector import PLAN, Detector, MapBoxes, recall, train_detector, untaught
-from finematch.models.slan.locator import SelfLocator, cut, decode, load_proposals
+from finematch.models.slan.detector import (
+    PLAN,
+    BoxedImages,
+    Detector,
+    recall,
+    set_loss,
+    train_detector,
+    untaught,
+)
+from finematch.models.slan.locator import (
+    CachedStages,
+    Proposals,
+    SelfLocator,
+    cut,
+    decode,
+    load_proposals,
+    pixel_stages,
+)
 from finematch.training import Plan, fit, seed_everything
 
 CHANNELS = (3, 4, 5)
@@ -59,7 +79,7 @@ RECORDS = [
 def moved(seed=0, **options) -> Detector:
     """A detector away from its start, where all deltas are nearly zero."""
     torch.manual_seed(seed)
-    model = Detector(CHANNELS, LocatorConfig(**{"pyramid": 6, "anchor": 1.0, **options}))
+    model = Detector(CachedStages(CHANNELS), LocatorConfig(**{"pyramid": 6, "anchor": 1.0, **options}))
     for layer in (model.proposals.head.cls_logits, model.proposals.head.bbox_pred):
         nn.init.normal_(layer.weight, std=0.3)
     return model
@@ -67,43 +87,43 @@ def moved(seed=0, **options) -> Detector:
 
 # ------------------------------------------------------------------------------------------- data
 def test_pictures_find_their_records_whatever_their_order():
-    data = MapBoxes(source(), RECORDS)
-    assert (len(data), data.channels) == (3, CHANNELS)
+    data = BoxedImages(source(), RECORDS)
+    assert len(data) == 3
     batch = data.__getitems__([1, 0, 2])
-    assert [tuple(m.shape) for m in batch["maps"].values()] == [(3, 3, 4, 4), (3, 4, 2, 2), (3, 5, 1, 1)]
-    assert batch["maps"]["map0"].dtype == torch.float16
+    assert [tuple(m.shape) for m in batch["picture"].values()] == [(3, 3, 4, 4), (3, 4, 2, 2), (3, 5, 1, 1)]
+    assert batch["picture"]["map0"].dtype == torch.float16
     assert batch["real"].tolist() == [[True, False], [True, True], [False, False]]
     torch.testing.assert_close(batch["boxes"][0, 0], torch.tensor([0.25, 0.125, 0.953125, 0.84375]))
     torch.testing.assert_close(batch["boxes"][1, 1], torch.tensor([0.0, 0.03125, 0.25, 0.9375]))
-    cells = data.maps.stages[1].features[1]
-    assert batch["maps"]["map1"][0].flatten(1).T.tolist() == cells.tolist()
+    cells = data.images.stages[1].features[1]
+    assert batch["picture"]["map1"][0].flatten(1).T.tolist() == cells.tolist()
 
 
 def test_pictures_are_found_by_the_name_of_their_file_and_crowds_are_left_out(tmp_path):
     numbered = [
         replace(r, image_id=str(i), image=tmp_path / f"{r.image_id}.png") for i, r in enumerate(RECORDS)
     ]
-    plain, named = MapBoxes(source(), RECORDS), MapBoxes(source(), numbered)
+    plain, named = BoxedImages(source(), RECORDS), BoxedImages(source(), numbered)
     assert torch.equal(named.boxes, plain.boxes)
     assert torch.equal(named.real, plain.real)
     crowd = replace(RECORDS[1], objects=(RECORDS[1].objects[0], replace(RECORDS[1].objects[1], crowd=True)))
-    data = MapBoxes(source(), [RECORDS[0], crowd, RECORDS[2]])
+    data = BoxedImages(source(), [RECORDS[0], crowd, RECORDS[2]])
     assert data.real.tolist() == [[True], [True], [False]]
 
 
 def test_bad_records_are_named():
     with pytest.raises(DataError, match="picture p1: has no record"):
-        MapBoxes(source(), RECORDS[:2])
+        BoxedImages(source(), RECORDS[:2])
     with pytest.raises(DataError, match="p1: has boxes but no size"):
-        MapBoxes(source(), [*RECORDS[:2], replace(RECORDS[2], size=None)])
+        BoxedImages(source(), [*RECORDS[:2], replace(RECORDS[2], size=None)])
     with pytest.raises(DataError, match="no picture has a box"):
-        MapBoxes(source(), [replace(r, objects=()) for r in RECORDS])
+        BoxedImages(source(), [replace(r, objects=()) for r in RECORDS])
 
 
 # ------------------------------------------------------------------------------------------- targets and losses
 @pytest.mark.parametrize("offset", [0.0, 0.5])
 def test_a_box_encoded_against_any_anchor_is_decoded_by_the_rpn_to_itself(offset):
-    model = Detector(CHANNELS, LocatorConfig(pyramid=6, anchor=1.5, anchor_offset=offset))
+    model = Detector(CachedStages(CHANNELS), LocatorConfig(pyramid=6, anchor=1.5, anchor_offset=offset))
     maps = [torch.zeros(1, 6, 1, 2), torch.zeros(1, 6, 3, 4)]
     anchors = model.proposals.anchors(maps)
     true = torch.tensor([[[0.3, 0.2, 0.7, 0.9]]])
@@ -158,8 +178,8 @@ def naive_targets(anchors, boxes):
 
 
 def test_targets_are_those_of_loops():
-    data, model = MapBoxes(source(), RECORDS), moved()
-    maps = model.read(data.maps.batch([0, 1, 2]))
+    data, model = BoxedImages(source(), RECORDS), moved()
+    maps = model.read(data.images.batch([0, 1, 2]))
     anchors = model.proposals.anchors(maps)
     labels, wanted = model.targets(anchors, data.boxes, data.real)
     kinds = set()
@@ -176,11 +196,11 @@ def test_targets_are_those_of_loops():
 
 def test_the_loss_is_that_of_loops():
     """Few enough anchors that all positive and negative ones are taken: nothing is left to chance."""
-    data, model = MapBoxes(source(), RECORDS), moved()
+    data, model = BoxedImages(source(), RECORDS), moved()
     batch = data.__getitems__([0, 1, 2])
     with torch.no_grad():
         terms = model(batch)
-        maps = model.read(batch["maps"])
+        maps = model.read(batch["picture"])
         logits, deltas = model.proposals.predict(maps)
     anchors = model.proposals.anchors(maps).tolist()
     assert len(anchors) == 3 * (16 + 4 + 1) < 128
@@ -209,7 +229,7 @@ def test_of_each_picture_256_anchors_are_sampled_at_most_half_of_them_positive()
     maps = source(2, sides=(16, 8, 4))
     # a box as large as the anchors about it, and one picture that is all such boxes
     crowd = [(x, y, x + 4, y + 4) for x in range(0, 60, 2) for y in range(0, 60, 2)]
-    data = MapBoxes(maps, [record("p0", [(20, 20, 24, 24)], (64, 64)), record("p1", crowd, (64, 64))])
+    data = BoxedImages(maps, [record("p0", [(20, 20, 24, 24)], (64, 64)), record("p1", crowd, (64, 64))])
     read = model.read(maps.batch([0, 1]))
     labels, wanted = model.targets(model.proposals.anchors(read), data.boxes, data.real)
     logits = torch.zeros(2, len(labels[0]), requires_grad=True)
@@ -236,10 +256,10 @@ def test_recall_by_hand():
 
 def test_what_is_untaught_is_anchors_and_the_grid():
     truth = record("p0", [(0, 0, 64, 64), (0, 0, 32, 32), (3, 3, 6, 6)], (64, 64))
-    data, model = MapBoxes(source(1), [truth]), moved()
+    data, model = BoxedImages(source(1), [truth]), moved()
     found = untaught(model, data)
     assert found["grid"] == {"recall_10": 2 / 3, "recall_50": 2 / 3}
-    maps = model.read(data.maps.batch([0]))
+    maps = model.read(data.images.batch([0]))
     every = iou(data.boxes[0], cut(model.proposals.anchors(maps))).amax(1) >= 0.5
     assert found["random anchors"]["recall_50"] <= every.float().mean()
     assert found == untaught(model, data)
@@ -361,11 +381,11 @@ def test_its_weights_load_into_the_locator(drawn, tmp_path, source_of):
     torch.manual_seed(5)
     locator = SelfLocator((1, 1, 1), LocatorConfig(width=16, **options)).eval()
     load_proposals(locator.proposals, path, decoder=locator.decoder)
-    val = MapBoxes(maps["val"], records["val"])
+    val = BoxedImages(maps["val"], records["val"])
     seed_everything(0)
-    same = Detector((1, 1, 1), LocatorConfig(pyramid=16, anchor=3.0, source=source_of))
+    same = Detector(CachedStages((1, 1, 1)), LocatorConfig(pyramid=16, anchor=3.0, source=source_of))
     plan = Plan(epochs=1, batch_size=8, lr=1e-2, warmup=0.1)
-    fit(same, MapBoxes(maps["train"], records["train"]), plan, tmp_path / "same", echo=None)
+    fit(same, BoxedImages(maps["train"], records["train"]), plan, tmp_path / "same", echo=None)
     wanted = same.propose(val, nms=0.0)
     with torch.no_grad():
         found = locator.proposals(locator.decoder([m.float() for m in maps["val"].batch(range(32)).values()]))
@@ -397,6 +417,170 @@ def test_it_trains_on_the_maps_of_a_frozen_network(tmp_path, monkeypatch):
     channels = maps["train"].channels
     locator = SelfLocator(channels, LocatorConfig(width=16, pyramid=32, anchor=4.0, count=50, heads=2))
     load_proposals(locator.proposals, path, decoder=locator.decoder)
-    assert MapBoxes(maps["train"], boxes["train"]).channels == channels
     told = json.loads(path.with_name("recall.json").read_text())["recall"]
     assert all(0 <= value <= 1 for row in told.values() for value in row.values())
+
+
+# ------------------------------------------------------------------------------------------- queries and pixels
+def test_the_set_loss_takes_the_best_of_all_assignments():
+    """By every assignment of queries to boxes, as loops; a picture without boxes teaches its queries to be silent."""
+    generator = torch.Generator().manual_seed(0)
+    low = torch.rand(3, 4, 2, generator=generator) * 0.5
+    boxes = torch.cat([low, low + 0.1 + 0.4 * torch.rand(3, 4, 2, generator=generator)], -1)
+    logits = torch.randn(3, 4, generator=generator)
+    true = boxes.roll(1, 0)[:, [2, 0]]
+    real = torch.tensor([[True, True], [False, True], [False, False]])
+    objectness, box = set_loss(Proposals(boxes, logits, torch.ones(3, 4, dtype=torch.bool)), true, real)
+
+    def apart(a, b):
+        x1, y1, x2, y2 = torch.maximum(a[:2], b[:2]).tolist() + torch.minimum(a[2:], b[2:]).tolist()
+        inter = max(x2 - x1, 0) * max(y2 - y1, 0)
+        union = sum(float((c[2] - c[0]) * (c[3] - c[1])) for c in (a, b)) - inter
+        hull = float((torch.maximum(a[2:], b[2:]) - torch.minimum(a[:2], b[:2])).prod())
+        near = (convert(a, "xyxy", "cxcywh") - convert(b, "xyxy", "cxcywh")).abs().sum()
+        return 5 * float(near), inter / union - (hull - union) / hull
+
+    terms, wanted, total = [], torch.zeros(3, 4), 0.0
+    for i in range(3):
+        there = true[i, real[i]]
+        costs = {}
+        for chosen in itertools.permutations(range(4), len(there)):
+            pairs = [apart(boxes[i, q], there[j]) for j, q in enumerate(chosen)]
+            certain = sum(logits[i, q].sigmoid().item() for q in chosen)
+            costs[chosen] = sum(near - 2 * overlap for near, overlap in pairs) - certain
+        best = min(costs, key=costs.get)
+        wanted[i, list(best)] = 1
+        total += sum(near + 2 * (1 - overlap) for near, overlap in
+                     (apart(boxes[i, q], there[j]) for j, q in enumerate(best)))  # fmt: skip
+    weight = 0.1 + 0.9 * wanted
+    for logit, one, w in zip(logits.flatten(), wanted.flatten(), weight.flatten(), strict=True):
+        p = logit.sigmoid()
+        terms.append(-w * (one * p.log() + (1 - one) * (1 - p).log()))
+    assert box.item() == pytest.approx(total / 3, rel=1e-4)
+    assert objectness.item() == pytest.approx(sum(terms).item() / weight.sum().item(), rel=1e-4)
+
+
+def test_queries_learn_boxes_and_load_into_the_locator(drawn, tmp_path):
+    """Table 9 of arXiv: DETR's queries, trained on boxes first."""
+    maps, records = drawn
+    options = {"proposals": "queries", "count": 12, "query_depth": 1, "query_heads": 2}
+    path = taught(tmp_path, maps, records, epochs=12, **FAST | {"lr": 3e-3}, **options)
+    table = json.loads(path.with_name("recall.json").read_text())["recall"]
+    assert set(table) == {"detector", "detector, nothing suppressed", "untrained", "grid"}
+    rest = [table[name]["recall_10"] for name in ("grid", "untrained")]
+    assert table["detector"]["recall_10"] > max(rest) + 0.1, table
+    locator = SelfLocator((1, 1, 1), LocatorConfig(width=16, pyramid=16, heads=2, scaling="query", **options))
+    said = load_proposals(locator.proposals, path, decoder=locator.decoder, encoder=CachedStages((1, 1, 1)))
+    assert said == "detector.safetensors: decoder, proposals"
+    saved = load_file(path)
+    assert torch.equal(locator.proposals.reference, saved["reference"])
+
+
+def photographed(folder, count, split, seed):
+    """`squares` as pictures on disk."""
+    rng, records = np.random.default_rng(seed), []
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        side = int(rng.integers(16, 40))
+        x, y = (int(v) for v in rng.integers(0, SIZE - side, 2))
+        pixels = np.zeros((SIZE, SIZE, 3), np.uint8)
+        pixels[y : y + side, x : x + side] = 255
+        path = folder / f"{split}{i}.png"
+        Image.fromarray(pixels).save(path)
+        records.append(replace(record(f"{split}{i}", [(x, y, x + side, y + side)], (SIZE, SIZE)), image=path))
+    return records
+
+
+def test_a_detector_of_pixels_brings_its_image_network(tmp_path):
+    """Scale `paper`: the image encoder is trained with the proposals, and is loaded with them."""
+    records = {
+        s: photographed(tmp_path / "images", n, s, i) for i, (s, n) in enumerate((("train", 64), ("val", 16)))
+    }
+    images = pixel_images(records, SIZE)
+
+    def encoder(seed=0):
+        torch.manual_seed(seed)
+        return pixel_stages("test_resnet", stages=(1, 2, 3))
+
+    config = LocatorConfig(width=16, heads=2, pyramid=16, anchor=3.0, count=20)
+    plan = Plan(epochs=6, batch_size=8, lr=5e-3, warmup=0.1)
+    path = train_detector(tmp_path, images, records, config, encoder=encoder(), plan=plan, echo=None)
+    table = json.loads(path.with_name("recall.json").read_text())["recall"]
+    assert table["detector"]["recall_10"] > table["untrained"]["recall_10"] + 0.2, table
+    written = path.stat().st_mtime_ns
+    again = train_detector(tmp_path, images, records, config, encoder=encoder(), plan=plan, echo=None)
+    assert (again, again.stat().st_mtime_ns) == (path, written)
+    other = train_detector(
+        tmp_path, images, records, config, encoder=encoder(1), plan=replace(plan, epochs=1), echo=None
+    )
+    assert other != path, "other first weights make another detector"
+    image = encoder(7)
+    locator = SelfLocator(image.channels, replace(config, anchor=5.0, anchor_offset=0.0)).eval()
+    said = load_proposals(locator.proposals, path, decoder=locator.decoder, encoder=image)
+    assert said == "detector.safetensors: image network, decoder, proposals, anchors of 3 cells at 0.5"
+    assert (locator.proposals.anchor, locator.proposals.anchor_offset) == (3.0, 0.5)
+    with torch.no_grad():
+        pixels = images["val"].batch(range(16))["pixels"]
+        boxes, _, valid = locator.proposals(locator.decoder(image.eval()(pixels)))
+    data = BoxedImages(images["val"], records["val"])
+    found = recall(boxes, valid, data.boxes, data.real)["recall_10"]
+    assert found == pytest.approx(table["detector, nothing suppressed"]["recall_10"], abs=0.07)
+    with pytest.raises(ValueError, match=r"image network of its own.*scale='paper'"):
+        load_proposals(locator.proposals, path, decoder=locator.decoder, encoder=CachedStages(image.channels))
+    with pytest.raises(ValueError, match=r"does not fit.*vision='resnet50'.*detector='boxes'"):
+        load_proposals(locator.proposals, path, encoder=pixel_stages("resnet18"))
+    state = {k: v for k, v in load_file(path).items() if not k.startswith("image_encoder.")}
+    save_file(state, tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match=r"no image network.*whole detector"):
+        load_proposals(
+            locator.proposals, tmp_path / "bare.safetensors", decoder=locator.decoder, encoder=image
+        )
+
+
+def test_a_plain_vit_has_a_detector_too(tmp_path):
+    records = {
+        s: photographed(tmp_path / "images", n, s, i) for i, (s, n) in enumerate((("train", 8), ("val", 4)))
+    }
+    images = pixel_images(records, 64)
+    image = pixel_stages("vit_tiny_patch16_224")
+    config = LocatorConfig(pyramid=8, anchor=2.0, scales=(0.5, 1.0, 4.0))
+    plan = Plan(epochs=1, batch_size=4, lr=1e-3)
+    path = train_detector(tmp_path, images, records, config, encoder=image, plan=plan, echo=None)
+    locator = SelfLocator(image.channels, replace(config, width=16, heads=2))
+    assert "image network" in load_proposals(locator.proposals, path, decoder=locator.decoder, encoder=image)
+
+
+def test_boxes_come_from_the_images_that_a_run_trains_on(tmp_path):
+    """COCO's own images with their boxes, so none of test's; of a set without boxes, COCO's images of 2017."""
+
+    def refuse(records: dict) -> dict:
+        raise AssertionError("the run's own images are there")
+
+    root = standins.write_data("coco_karpathy", tmp_path / "karpathy", images=4, size=(96, 64))
+    records = splits.open_records("coco_karpathy", root)
+    images, boxes = boxed_images("coco_karpathy", root, pixel_images(records, 32), refuse)
+    train = BoxedImages(images["train"], boxes["train"])
+    assert train.ids == [r.image_id for r in records["train"]]
+    assert len(train) == 8  # train and restval
+    assert {r.image_id for r in records["test"]} & set(train.ids) == set()
+    of = {r.image.stem: r for r in boxes["train"]}
+    first = [o.box for o in of[train.ids[0]].objects]
+    assert (train.boxes[0, : len(first)] * torch.tensor([96, 64, 96, 64])).tolist() == [
+        pytest.approx(box) for box in first
+    ]
+    folder = root / "coco" / "annotations"
+    for split in ("train", "val"):  # the names of 2017 are the numbers alone
+        text = (folder / f"instances_{split}2014.json").read_text().replace(f"COCO_{split}2014_", "")
+        (folder / f"instances_{split}2014.json").unlink()
+        (folder / f"instances_{split}2017.json").write_text(text)
+    images, boxes = boxed_images("coco_karpathy", root, images, refuse)
+    assert torch.equal(BoxedImages(images["train"], boxes["train"]).boxes, train.boxes)
+
+    root = standins.write_data("coco", tmp_path / "coco", images=3, size=(96, 64))
+    images, boxes = boxed_images("flickr30k", root, {}, lambda records: pixel_images(records, 32))
+    train = BoxedImages(images["train"], boxes["train"])
+    assert len(train) == 3
+    assert train.__getitems__([0, 2])["picture"]["pixels"].shape == (2, 3, 32, 32)
+    (root / "coco" / "annotations" / "instances_val2017.json").unlink()
+    with pytest.raises(DataError, match="instances"):
+        boxed_images("flickr30k", root, {}, lambda records: pixel_images(records, 32))

@@ -38,7 +38,7 @@ top: int = None  # regions that the filter keeps, T; 0 keeps all; default 10
 threshold: float = None  # lowest score that the filter keeps, h; default 0.5
 source: str = None  # source of the feature maps of all levels: decoder | encoder; default decoder (A.3)
 frozen: bool = None  # the proposals are not trained (Table 6, row 1); default False
-detector: str = ""  # weights of the proposals; boxes: train them on ground truth; a .json: its boxes
+detector: str = ""  # a detector's weights; boxes: train one on ground truth; a .json: its boxes
 pretrained: str = ""  # best.safetensors of the run to begin with
 zero_shot: bool = False  # evaluate `pretrained` as it is; nothing is trained
 shards: str = ""  # pretraining data, as name:folder pairs with commas, in place of the train split
@@ -46,7 +46,7 @@ proposals: str = None  # source of the region proposals: rpn | queries; default 
 anchor_offset: float = None  # place of an anchor in its cell; 0: as in torchvision; default 0.5
 query_heads: int = None  # attention heads of the query Transformer; tiny 4, photos 4, paper 8
 query_depth: int = None  # layers of the query Transformer; tiny 1, photos 1, paper 6
-anchor: float = None  # side of an anchor, in cells of its map; tiny 4, photos 4, paper 8
+anchor: float = None  # side of an anchor, in cells of its map (paper: at 224 px); tiny 4, photos 4, paper 8
 count: int = None  # proposals per image; tiny 32, photos 100, paper 100
 attn: str = None  # attention of Eq. 1: transformer | literal; default transformer; literal literal (S1)
 dropout: float = None  # dropout of the adaptors' attention; tiny 0, photos 0.1, paper 0
@@ -121,6 +121,7 @@ weight_decay: float = None  # weight decay of AdamW; default 0.02
 precision: str = None  # mixed precision; auto: bf16 if a GPU has it: auto | no | bf16 | fp16; default auto
 workers: int = None  # processes that read images; tiny 0, photos 0, paper 4
 checkpoint_steps: int = None  # steps between checkpoints; 0: one per epoch; tiny 0, photos 0, paper 500
+activation_checkpointing: bool = False  # recompute activations of ViT and BERT: less memory, more time
 threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number
 
 # %% jupyter={"source_hidden": true}
@@ -132,15 +133,16 @@ s
 # %%
 import json
 import time
+from functools import partial
 
 import pandas as pd
 import torch
 
-from finematch.data import digests, load
+from finematch.data import digests
 from finematch.data.pairs import BoxedSource, to_pixels
 from finematch.data.shards import ShardPairs, refuse_overlap
 from finematch.data.splits import data_folder, open_records, open_splits, reported_split, selection
-from finematch.encoders import BertTower, Cells, small_bert
+from finematch.encoders import BertTower, small_bert
 from finematch.evaluation.embedding import embed as embedded, validation
 from finematch.evaluation.grounding import grounding
 from finematch.evaluation.phrases import annotated_phrases, located_phrases
@@ -148,9 +150,16 @@ from finematch.evaluation.reranking import reranked_retrieval
 from finematch.evaluation.retrieval import retrieval
 from finematch.features import inputs
 from finematch.files import file_digest
-from finematch.models.configs import LocatorConfig, SLANConfig
+from finematch.models.configs import SLANConfig
 from finematch.models.slan.detector import train_detector
-from finematch.models.slan.locator import CachedStages, SelfLocator, Stages, Towers, load_proposals
+from finematch.models.slan.locator import (
+    CachedStages,
+    SelfLocator,
+    Towers,
+    load_proposals,
+    locator_config,
+    pixel_stages,
+)
 from finematch.models.slan.objective import SLAN, Words, pair_scorer, world
 from finematch.models.slan.start import train_encoders
 from finematch.runs import begin
@@ -195,13 +204,13 @@ cache = root() / s.cache
 data_root = data_folder(s.dataset, root() / s.data_root, cache, smoke=s.smoke)
 records = open_records(s.dataset, data_root, smoke=s.smoke)
 if s.scale == "paper":
-    images = inputs.pixel_images(records, s.size)
+    see = partial(inputs.pixel_images, size=s.size)
 else:
     network = inputs.frozen_network(s.dataset, data_root, cache, told="captions", vision=s.vision, weights=s.vision_weights,
                                     smoke=s.smoke)  # fmt: skip
-    images = inputs.map_images(records, network, cache, stages=s.maps)
+    see = partial(inputs.map_images, network=network, cache=cache, stages=s.maps)
 # where `detector` is a file of boxes
-images = inputs.given_images(records, images, s.detector, count=s.count)
+images = inputs.given_images(records, see(records), s.detector, count=s.count)
 boxed = isinstance(images["train"], BoxedSource)
 tokenizer = inputs.open_tokenizer(s.dataset, data_root, scale=s.scale, weights=s.text_weights)
 splits, reported = (
@@ -232,16 +241,27 @@ if shards:  # `data.shards.write_shards` makes them; held-out images must not be
 # %% [markdown]
 # ## A detector
 #
-# Table 6 begins with proposals that were "loaded from COCO detection" and the appendix's Table 9 goes on from them. On scenes a detector is trained for it:
-# the same proposal network, on the ground-truth boxes of the train split. All other runs never see a box.
+# Table 6 begins with proposals that were "loaded from COCO detection" and the appendix's Table 9 goes on from them. No published detector fits small images
+# or a ViT, so `detector=boxes` trains one: the same proposal module (RPN or queries), on the ground-truth boxes of the train split. On scenes these are the
+# boxes that were drawn; COCO needs `instances_train2014.json` and `instances_val2014.json` (or 2017's) for the images of its own train split; any other photo
+# set needs COCO's train2017 and val2017 themselves. At scale `paper` it is trained on pixels, with the image encoder, for as long as the run. A file of weights
+# may be torchvision's `fasterrcnn_resnet50_fpn`, with its image network and its anchors, for `vision=resnet50`. All other runs never see a box.
 # A file of boxes in COCO's results format (`detector=<file>.json`, any detector's output) takes the place of the proposals: level 0 is fixed, and
 # the filter reads the file's scores.
 
 # %%
+schedule = {name: getattr(s, name) for name in ("batch_size", "lr", "weight_decay", "schedule", "warmup", "clip_norm", "precision",
+                                                "workers", "checkpoint_steps", "seed")}  # fmt: skip
 weights = root() / s.detector if s.detector and not boxed else None
 if s.detector == "boxes":
-    boxes = {name: load(f"{s.dataset}_coco", data_root, name) for name in ("train", "val")}
-    weights = train_detector(cache, {name: images[name] for name in boxes}, boxes, LocatorConfig.of(s))
+    taught, boxes = inputs.boxed_images(s.dataset, data_root, images, see)
+    if s.scale == "paper":
+        seed_everything(s.seed)
+        encoder = pixel_stages(s.vision, weights=s.vision_weights, stages=s.stages)
+        weights = train_detector(cache, taught, boxes, locator_config(s, encoder.channels), encoder=encoder,
+                                 plan=Plan(epochs=s.epochs, **schedule))  # fmt: skip
+    else:
+        weights = train_detector(cache, taught, boxes, locator_config(s, images["train"].channels))
     print(json.loads((weights.parent / "recall.json").read_text()))
 
 # %% [markdown]
@@ -251,18 +271,16 @@ if s.detector == "boxes":
 
 # %%
 seed_everything(s.seed)
-if s.scale == "paper":  # no classifier, which nothing would train; a ViT for images of any size
-    options = {"num_classes": 0} | ({"dynamic_img_size": True} if s.vision.startswith("vit_") else {})
-    cells = Cells(s.vision or "resnet50", weights=s.vision_weights, options=options)
-    # a plain ViT's blocks are no stages: their maps are all of one size, and only the last is V
-    plain = len({stage["reduction"] for stage in cells.net.feature_info}) == 1
+if s.scale == "paper":
+    image = pixel_stages(s.vision, weights=s.vision_weights, stages=s.stages)
     text = BertTower(s.text_weights or "bert-base-uncased")
-    towers = Towers(Stages(cells, (-1,) if plain else s.stages), text, s.width)
 else:
+    image = CachedStages(images["train"].channels)
     text = BertTower(small_bert(len(tokenizer), width=s.width, depth=s.text_depth, heads=s.text_heads))
-    towers = Towers(CachedStages(images["train"].channels), text, s.width)
-scales = s.scales if len(towers.channels) == 1 else ()
-locator = SelfLocator(towers.channels, LocatorConfig.of(s, scales=scales), encoder=towers.image_encoder)
+towers = Towers(image, text, s.width)
+if s.activation_checkpointing:
+    towers.recompute_activations()
+locator = SelfLocator(towers.channels, locator_config(s, towers.channels), encoder=image)
 if boxed:
     if shards:
         raise ValueError("images of shards bring no boxes: use detector=<file of boxes> without shards")
@@ -272,8 +290,8 @@ model = SLAN(
     random_steps=round(s.random_negatives * s.epochs * steps_per_epoch),
 ).to(accelerator())  # fmt: skip
 if weights:
-    load_proposals(model.locator.proposals, weights, decoder=model.locator.decoder)
-    model.locator.keep(towers.image_encoder)  # frozen proposals read a copy of all that lies below them
+    print(load_proposals(locator.proposals, weights, decoder=locator.decoder, encoder=image))
+    locator.keep(image)  # frozen proposals read a copy of all that lies below them
 if s.pretrained:
     print(
         f"Begins with {s.pretrained}; heads of only one of the two: {model.load_pretrained(root() / s.pretrained)}"
@@ -302,8 +320,6 @@ run.folder
 # without a locator. Runs of one seed share this: it stands in the cache.
 
 # %%
-schedule = {name: getattr(s, name) for name in ("batch_size", "lr", "weight_decay", "schedule", "warmup", "clip_norm", "workers",
-                                                "checkpoint_steps", "seed")}  # fmt: skip
 schedule["precision"] = run.precision
 if s.encoder_epochs and not s.pretrained:
     key = {"shape": [s.width, s.text_depth, s.text_heads, s.embed], "maps": inputs.origin(images),

@@ -48,6 +48,7 @@ OUTSIDE_IDENTITY = {
     "out": "where the run is written",
     "resume": "what happens to an earlier run of the same folder",
     "threads": "speed alone",
+    "activation_checkpointing": "memory and speed alone",
     "workers": "processes that read the data in the same order",
     "checkpoint_steps": "how often a run is saved, which resumes with the same numbers",
 }

@@ -16,14 +16,13 @@ from torch import nn
 
 from finematch.checkpoints import load_best
 from finematch.config import Settings, root
-from finematch.data import digests, load
+from finematch.data import digests
 from finematch.data.fragment_sets import FragmentSets, open_fragment_sets
 from finematch.data.pairs import BoxedSource, RegionSource
 from finematch.data.record import DataError
 from finematch.data.splits import Split, data_folder, open_records, open_splits, reported_split, selection
 from finematch.encoders import (
     BertTower,
-    Cells,
     CLIPText,
     CLIPVision,
     TokenTransformer,
@@ -49,6 +48,7 @@ from finematch.features.fragments import (
     whole_texts,
 )
 from finematch.features.inputs import (
+    boxed_images,
     caption_states,
     caption_tokens,
     check_together,
@@ -67,7 +67,7 @@ from finematch.features.inputs import (
 )
 from finematch.features.proposals import Proposals, extract_proposals, given
 from finematch.features.small_clip import open_small_clip
-from finematch.models.configs import FELGAConfig, HSLMConfig, LocatorConfig, MVAMConfig, SLANConfig
+from finematch.models.configs import FELGAConfig, HSLMConfig, MVAMConfig, SLANConfig
 from finematch.models.felga import FELGA
 from finematch.models.hslm import HSLM
 from finematch.models.mvam import MVAM
@@ -192,15 +192,14 @@ def map_towers(s, inputs: Inputs) -> tuple[nn.Module, nn.Module]:
     At scale `paper` an image network is trained, a ResNet-50 unless named, with random weights ("all random
     initialized") unless `s` names some.
     """
-    from finematch.models.slan.locator import CachedStages, Stages  # torchvision: as long to import as torch
+    from finematch.models.slan.locator import (
+        CachedStages,
+        pixel_stages,
+    )  # torchvision: as long to import as torch
 
     if s.scale == "paper":
-        # no classifier, which nothing would train; a ViT for images of any size
-        options = {"num_classes": 0} | ({"dynamic_img_size": True} if s.vision.startswith("vit_") else {})
-        cells = Cells(s.vision or "resnet50", weights=s.vision_weights, options=options)
-        # a plain ViT's blocks are no stages: their maps are all of one size, and only the last is V
-        plain = len({stage["reduction"] for stage in cells.net.feature_info}) == 1
-        return Stages(cells, (-1,) if plain else s.stages), BertTower(s.text_weights or "bert-base-uncased")
+        image = pixel_stages(s.vision, weights=s.vision_weights, stages=s.stages)
+        return image, BertTower(s.text_weights or "bert-base-uncased")
     text = small_bert(len(inputs.tokenizer), width=s.width, depth=s.text_depth, heads=s.text_heads)
     return CachedStages(inputs.splits["train"].images.channels), BertTower(text)
 
@@ -212,13 +211,12 @@ def slan_model(s, inputs: Inputs, *, steps_per_epoch: int | None = None) -> SLAN
         steps_per_epoch: by which `random_negatives`, a share of the run, becomes a number of steps; without it that of
             the dataset's own pairs.
     """
-    from finematch.models.slan.locator import SelfLocator, Towers
+    from finematch.models.slan.locator import SelfLocator, Towers, locator_config
 
     seed_everything(s.seed)
     image, text = map_towers(s, inputs)
     encoders = Towers(image, text, s.width)
-    scales = s.scales if len(encoders.channels) == 1 else ()
-    locator = SelfLocator(encoders.channels, LocatorConfig.of(s, scales=scales), encoder=image)
+    locator = SelfLocator(encoders.channels, locator_config(s, encoders.channels), encoder=image)
     if isinstance(inputs.splits["train"].images, BoxedSource):
         locator.take_given()
     steps = (
@@ -228,6 +226,29 @@ def slan_model(s, inputs: Inputs, *, steps_per_epoch: int | None = None) -> SLAN
         encoders, locator, SLANConfig.of(s, reg_weight=s.reg_weight if s.levels else 0.0),
         words=Words.of(inputs.tokenizer), random_steps=round(s.random_negatives * s.epochs * steps),
     )  # fmt: skip
+
+
+def slan_detector(s, inputs: Inputs, cache: Path) -> Path:
+    """The weights of the detector of a run with `detector=boxes`."""
+    from finematch.models.slan.detector import train_detector
+    from finematch.models.slan.locator import locator_config, pixel_stages
+
+    images = {name: part.images for name, part in inputs.splits.items()}
+
+    def see(records):
+        if s.scale == "paper":
+            return pixel_images(records, s.size)
+        return map_images(records, inputs.network, cache, stages=s.maps)
+
+    boxed, boxes = boxed_images(s.dataset, inputs.data_root, images, see)
+    if s.scale != "paper":
+        channels = inputs.splits["train"].images.channels
+        return train_detector(cache, boxed, boxes, locator_config(s, channels))
+    seed_everything(s.seed)
+    encoder = pixel_stages(s.vision, weights=s.vision_weights, stages=s.stages)
+    return train_detector(
+        cache, boxed, boxes, locator_config(s, encoder.channels), encoder=encoder, plan=slan_plan(s)
+    )
 
 
 def slan_plan(s, *, epochs: int | None = None) -> Plan:
@@ -240,18 +261,16 @@ def slan_plan(s, *, epochs: int | None = None) -> Plan:
 def slan_begun(s, inputs: Inputs, base: Path, *, echo=None) -> SLAN:
     """The model of a run before its first step with the locator: a detector's proposals, a pretrained run's weights, or
     encoders that the contrast has trained."""
-    from finematch.models.slan.detector import train_detector
     from finematch.models.slan.locator import load_proposals
 
     cache, weights = base / s.cache, base / s.detector
     if s.detector == "boxes":
-        boxes = {name: load(f"{s.dataset}_coco", inputs.data_root, name) for name in ("train", "val")}
-        maps = {name: inputs.splits[name].images for name in boxes}
-        weights = train_detector(cache, maps, boxes, LocatorConfig.of(s))
+        weights = slan_detector(s, inputs, cache)
     model = slan_model(s, inputs)
     if s.detector and not isinstance(inputs.splits["train"].images, BoxedSource):
-        load_proposals(model.locator.proposals, weights, decoder=model.locator.decoder)
-        model.locator.keep(model.encoders.towers.image_encoder)
+        image, locator = model.encoders.towers.image_encoder, model.locator
+        load_proposals(locator.proposals, weights, decoder=locator.decoder, encoder=image)
+        locator.keep(image)
     if s.pretrained:
         model.load_pretrained(base / s.pretrained)
     elif s.encoder_epochs:

@@ -193,6 +193,8 @@ def _walk(
     where.mkdir(parents=True)
     size = SIZE if shrink is None else (80, 64)
     write_data(row.dataset, folder / "data" / row.dataset, images=IMAGES, captions=1, size=size)
+    if row.cells.get("detector") == "boxes" and not row.dataset.startswith("coco"):  # trained on COCO's boxes
+        write_data("coco", folder / "data" / row.dataset, images=IMAGES, captions=1, size=size)
     hub = write_hub(folder / "hub", only=tuple(_named(row)), tiny=shrink is not None)
     given = parameters(row, where, folder, shrink or {})
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(page), str(where / "run.ipynb")]

@@ -24,7 +24,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from finematch.config import Settings, root
-from finematch.data import load
+from finematch.data import load, load_coco
 from finematch.data.fragment_sets import open_fragment_sets
 from finematch.data.pairs import (
     BoxedSource,
@@ -246,6 +246,42 @@ def pixel_images(
         split: PixelSource(part, transform, keep=keep and len(part) * 3 * size**2 * 4 < KEEP)
         for split, part in records.items()
     }
+
+
+def boxed_images(
+    dataset: str,
+    data_root: str | Path,
+    images: dict[str, Source],
+    see: Callable[[Records], dict[str, Source]],
+) -> tuple[dict[str, Source], Records]:
+    """Images and records with ground-truth boxes of `train` and `val`, to train a detector on.
+
+    * scenes: the run's own images, and the boxes that were drawn.
+    * COCO: the run's own images, so that no image of test is among them, and their boxes of both files
+      `instances_{train,val}2014.json`, or 2017's, whose images are the same.
+    * any other set: COCO's train2017 and val2017 ("loaded from COCO Detection"), images and boxes.
+
+    Args:
+        images: of the run.
+        see: makes images of records as the run sees its own.
+
+    Raises:
+        DataError: as `data.load`; it names the files that are missing.
+    """
+    if dataset.startswith("scenes"):
+        records = {split: load(f"{dataset}_coco", data_root, split) for split in ("train", "val")}
+    elif dataset.startswith("coco"):
+        folder = Path(data_root) / "coco"
+        year = "2014" if (folder / "annotations" / "instances_train2014.json").is_file() else "2017"
+        known = []
+        for split in ("train", "val"):
+            boxes = folder / "annotations" / f"instances_{split}{year}.json"
+            known += load_coco(folder / f"{split}{year}", instances=boxes, split=split, check_images=False)
+        records = {"train": known, "val": known}
+    else:
+        records = {split: load("coco", data_root, split, captions=None) for split in ("train", "val")}
+        images = see(records)
+    return {split: images[split] for split in records}, records
 
 
 def published_regions(dataset: str, data_root: str | Path, *, smoke: bool = False) -> dict[str, Regions]:

@@ -211,7 +211,7 @@ class LocatorConfig(Config):
         "S28", "rpn", "queries", says="ICCV: region proposal network; arXiv: DETR",
         help="source of the region proposals")
     count: int = setting(100, (1, 10000), "proposals per image")
-    anchor: float = setting(8.0, (0.01, 1000), "side of an anchor, in cells of its map")
+    anchor: float = setting(8.0, (0.01, 1000), "side of an anchor, in cells of its map (paper: at 224 px)")
     anchor_offset: float = setting(0.5, (0, 1), "place of an anchor in its cell; 0: as in torchvision")
     nms: float = setting(
         0.0, (0, 0.99), "IoU of non-maximum suppression; 0: none", register="S16", literal=0.0,

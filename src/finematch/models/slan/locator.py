@@ -48,6 +48,7 @@ from finematch.models.configs import LocatorConfig
 
 # The least side of a box: a smaller one is inside a cell of every map, where its size gets no gradient.
 SMALLEST = LocatorConfig.smallest
+PRETRAINED = 224  # px, the side of the images of pretraining (4.1)
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> str:
@@ -118,6 +119,23 @@ class Stages(nn.Module):
                 (pixels - self.cells.mean) / self.cells.sd, indices=self.stages, intermediates_only=True,
                 norm=bool(self.cells.prefix), stop_early=True,
             )  # fmt: skip
+
+
+def pixel_stages(name: str, *, weights: str | Path = "", stages: tuple[int, ...] = (2, 3, 4)) -> Stages:
+    """The image encoder of scale `paper`: a timm network that is trained, without the classifier.
+
+    A plain ViT takes images of any size; its blocks are no stages (their maps are all of one size), and only the last
+    is V, whatever `stages` says.
+
+    Args:
+        name: a timm name; empty: `resnet50`.
+        weights: as of `Cells`; empty: random ("all random initialized").
+    """
+    name = name or "resnet50"
+    options = {"num_classes": 0} | ({"dynamic_img_size": True} if name.startswith("vit_") else {})
+    cells = Cells(name, weights=weights, options=options)
+    plain = len({stage["reduction"] for stage in cells.net.feature_info}) == 1
+    return Stages(cells, (-1,) if plain else stages)
 
 
 class CachedStages(nn.Module):
@@ -208,6 +226,16 @@ class Towers(nn.Module):
     def pooled(self, maps: list[Float[Tensor, "b _ _ _"]]) -> Float[Tensor, "b d"]:
         """T_v before any text (ICCV 3.2): global average pooling of V, and a linear layer."""
         return self.project_image(maps[-1].mean((2, 3)))
+
+    def recompute_activations(self) -> None:
+        """Activation checkpointing of ViT and BERT: less memory for one more forward pass, and the same gradients.
+
+        A network with batch norm keeps its activations: its running means would count each batch twice.
+        """
+        net = self.image_encoder.cells.net if isinstance(self.image_encoder, Stages) else None
+        if net is not None and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
+            net.set_grad_checkpointing()
+        self.text_encoder.net.gradient_checkpointing_enable({"use_reentrant": False})
 
     def text(self, input_ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         """E^T: word embeddings of BERT; position 0 is T_t before any picture."""
@@ -485,18 +513,34 @@ def positions(channels: int, h: int, w: int, *, like: Tensor) -> Float[Tensor, "
 
 
 def load_proposals(
-    proposals: RPN | QueryProposals, path: str | Path, *, decoder: VisionDecoder | None = None
-) -> None:
+    proposals: RPN | QueryProposals,
+    path: str | Path,
+    *,
+    decoder: VisionDecoder | None = None,
+    encoder: nn.Module | None = None,
+) -> str:
     """Load weights of a detector (Table 6, row 1; arXiv, Table 9) into a proposal module, as fp32, in place.
 
     Two layouts, in a safetensors file or one that `torch.load(weights_only=True)` opens:
 
-    * torchvision's Faster R-CNN (`fasterrcnn_resnet50_fpn`, 256 channels): `rpn.head.conv.0.0.*` (`rpn.head.conv.*` in
-      older files), `rpn.head.cls_logits.*`, `rpn.head.bbox_pred.*`, for an `RPN` with `anchor_offset=0`; and, for
-      `decoder`, `backbone.fpn.inner_blocks.<i>.0.*` and `layer_blocks.<i>.0.*` (older: without `.0`), of which the
-      coarsest are taken, as many as it has levels. All other weights of the file are left alone.
+    * torchvision's Faster R-CNN (`fasterrcnn_resnet50_fpn`, 256 channels), for an `RPN`: `rpn.head.conv.0.0.*`
+      (`rpn.head.conv.*` in older files), `rpn.head.cls_logits.*`, `rpn.head.bbox_pred.*`; for `decoder`,
+      `backbone.fpn.inner_blocks.<i>.0.*` and `layer_blocks.<i>.0.*` (older: without `.0`), of which the coarsest are
+      taken, as many as it has levels; for `encoder`, `backbone.body.*`. All other weights of the file are left alone.
     * our own names: what `proposals.state_dict()` gives, of an `RPN` or of `QueryProposals`; of a decoder, too, under
-      `pyramid.`.
+      `pyramid.`, and of an image network under `image_encoder.`.
+
+    An RPN's deltas are steps from its anchors, so the file's anchors take the place of those that were set:
+    torchvision's are 8 cells wide and stand in the upper left corners of their cells; a file of our own says which
+    (`anchors`: side and offset), and one that does not leaves them as they are.
+
+    Args:
+        encoder: what gives the maps. A file's image network is loaded into `Stages`; maps of another network than the
+            detector's are refused, because its proposals would mean nothing on them. Without it the file's image
+            network is left alone.
+
+    Returns:
+        A line that says what was loaded.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -516,15 +560,49 @@ def load_proposals(
         state = from_torchvision(state, decoder)
     if isinstance(proposals, QueryProposals) and any(k.startswith("head.") for k in state):
         raise ValueError(f"{path} holds an RPN, but these proposals are queries: use proposals='rpn'")
+    anchors, parts = state.pop("anchors", None), {"image_encoder": {}, "pyramid": {}, "": {}}
+    for key, value in state.items():
+        part, _, name = key.partition(".")
+        parts[part if part in parts else ""][name if part in parts else key] = value
+    loaded = ["proposals"]
+    if encoder is not None and (parts["image_encoder"] or isinstance(encoder, Stages)):
+        _load_encoder(encoder, parts["image_encoder"], path)
+        loaded.insert(0, "image network")
     if decoder is not None:
-        own = {k[len("pyramid.") :]: v for k, v in state.items() if k.startswith("pyramid.")}
-        _load_all(decoder, own, path, "pyramid.")
-    _load_all(proposals, {k: v for k, v in state.items() if not k.startswith("pyramid.")}, path, "")
+        _load_all(decoder, parts["pyramid"], path, "pyramid.")
+        loaded.insert(-1, "decoder")
+    _load_all(proposals, parts[""], path, "")
+    if anchors is not None and isinstance(proposals, RPN):
+        proposals.anchor, proposals.anchor_offset = anchors.tolist()
+        loaded.append(f"anchors of {proposals.anchor:g} cells at {proposals.anchor_offset:g}")
+    return f"{path.name}: {', '.join(loaded)}"
+
+
+def _load_encoder(encoder: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """A detector's image network into `Stages`; ValueError where the two have not looked at the same maps."""
+    remedy = "detector='boxes' trains one for this image encoder"
+    if not isinstance(encoder, Stages):
+        raise ValueError(
+            f"{path} is a detector with an image network of its own, but this run reads the maps of another: "
+            f"use scale='paper'; or {remedy}"
+        )
+    if not state:
+        raise ValueError(f"{path} has no image network, and its proposals mean nothing on the maps of another: "
+                         f"give the file of a whole detector; or {remedy}")  # fmt: skip
+    net = encoder.cells.net
+    # torchvision's frozen batch norms do not count their batches
+    counts = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}
+    try:
+        _load_all(net, counts | state, path, "image_encoder.")
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. A fasterrcnn_resnet50_fpn needs vision='resnet50', stages='2, 3, 4'; {remedy}"
+        ) from error
 
 
 def from_torchvision(state: dict[str, Tensor], decoder: VisionDecoder | None) -> dict[str, Tensor]:
-    """torchvision's names of an RPN's head and an FPN to ours."""
-    found = {}
+    """torchvision's names of an RPN's head, an FPN and a ResNet to ours, and its anchors."""
+    found = {"anchors": torch.tensor([8.0, 0.0])}
     stages = {int(k.split(".")[3]) for k in state if k.startswith("backbone.fpn.inner_blocks.")}
     skipped = len(stages) - (decoder.levels if decoder else 0)
     for key, value in state.items():
@@ -536,6 +614,8 @@ def from_torchvision(state: dict[str, Tensor], decoder: VisionDecoder | None) ->
             )
         elif key.startswith("backbone.fpn.") and len(parts) in (5, 6) and int(parts[3]) >= skipped:
             found[f"pyramid.fpn.{parts[2]}.{int(parts[3]) - skipped}.0.{parts[-1]}"] = value
+        elif key.startswith("backbone.body."):
+            found["image_encoder." + key.removeprefix("backbone.body.")] = value
     return found
 
 
@@ -1062,6 +1142,22 @@ class Located(NamedTuple):
     text: Float[Tensor, "b d"]
     reg_loss: Float[Tensor, "b"]
     cosine: Float[Tensor, "l b t n"]
+
+
+def locator_config(s, channels: tuple[int, ...]) -> LocatorConfig:
+    """The settings of the locator of a run.
+
+    `scales` are of a single map; an encoder with stages has none. At scale `paper` `anchor` counts the cells of an
+    image of 224 px (4.1), and a larger image has larger anchors: they keep their share of it, as all of SLAN's regions
+    are shares (r_i), so a locator that was pretrained at 224 px proposes the same regions of the image at 384 px.
+
+    Args:
+        s: settings of the training page.
+        channels: of the encoder's maps.
+    """
+    scales = s.scales if len(channels) == 1 else ()
+    anchor = s.anchor * s.size / PRETRAINED if s.scale == "paper" else s.anchor
+    return LocatorConfig.of(s, scales=scales, anchor=anchor)
 
 
 class SelfLocator(nn.Module):
