@@ -128,7 +128,7 @@ def one(kind: str, images: int, threads: int) -> None:
 
 
 def draw(content: dict, path: Path) -> None:
-    """Seconds and megabytes against the number of images, both axes logarithmic."""
+    """Seconds, on two logarithmic axes, and megabytes against the number of images."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -141,13 +141,13 @@ def draw(content: dict, path: Path) -> None:
         for kind, label in WHAT.items():
             images = [row["images"] for row in content[kind]]
             left.plot(images, [row["seconds"] for row in content[kind]], label=label)
-            right.plot(
-                images, [max(row["peak_growth_bytes"] / 1e6, 0.1) for row in content[kind]], label=label
-            )
+            right.plot(images, [row["peak_growth_bytes"] / 1e6 for row in content[kind]], label=label)
         for axes, name in ((left, "time (CPU s)"), (right, "memory beyond the inputs (MB)")):
             axes.set(xscale="log", yscale="log", xlabel="images, with five captions each", ylabel=name)
             axes.grid(axis="y")
-        left.legend(loc="best")
+        right.set_yscale("linear")
+        right.set_ylim(bottom=0)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3)
         save(figure, path)
         plt.close(figure)
 
