@@ -38,7 +38,7 @@ SNAKEMAKE = $(BIN)/snakemake --workflow-profile profiles/$(PROFILE) \
 INSTALLED := .venv/.installed
 WORKBOOK := papermill_runs/workbook
 
-.PHONY: help install git-filter notebooks workbook test lab bench data walk grid named unlock results lint clean
+.PHONY: help install git-filter notebooks workbook test lab bench data walk rehearse grid named unlock results lint clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -86,6 +86,10 @@ data: $(INSTALLED)  ## draw the embedded set, or see whether a real one can be r
 # Rows that were walked with the same code are not walked again: a walk that was stopped goes on.
 walk: $(INSTALLED) notebooks  ## start every row of every grid (or of GRID) once at scale paper, on stand-ins, and say what it took
 	$(BIN)/python -m finematch walk $(if $(GRID),--grid $(GRID),--table benchmarks/walk.json --page docs/paper_scale.md)
+
+rehearse: named notebooks  ## predict what a grid costs here: hours, memory, disk, largest batch (GRID SCALE DATASET DATA_ROOT)
+	$(BIN)/python -m finematch rehearse $(GRID) --scale $(SCALE) --data-root '$(DATA_ROOT)' \
+	  $(if $(filter file,$(origin DATASET)),,--dataset $(DATASET))
 
 # Twice, for only the second look sees that a run builds on one that the first has repeated.
 grid: named notebooks data  ## run a grid and draw its table: GRID=mvam_views (DATASET DATA_ROOT SCALE SEEDS CORES THREADS GPUS SMOKE FORCE PROPOSALS PROFILE)

@@ -34,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     data.set_defaults(run=_data)
 
     _add_walk(commands.add_parser("walk", help="start every row of every grid at scale paper, on stand-ins"))
+    _add_rehearse(
+        commands.add_parser("rehearse", help="predict what a grid costs here: hours, memory, disk, batch")
+    )
     _add_cache(commands.add_parser("cache", help="list or clear what runs have cached"))
 
     options = parser.parse_args(arguments)
@@ -80,6 +83,35 @@ def _data(options: argparse.Namespace) -> int:
     for kind, s in {reads(s): s for s in rows}.items():
         counts = ", ".join(f"{name} {count:,}" for name, count in check_data(s, root()).items())
         print(f"{one.name} reads {kind} of {options.dataset}: {counts}")
+    return 0
+
+
+def _add_rehearse(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("grid", help="name of a grid")
+    parser.add_argument("--dataset", default="", help="the paper's at scale paper, else scenes")
+    parser.add_argument("--data-root", default="data")
+    parser.add_argument("--scale", default="tiny", help="tiny or paper")
+    parser.add_argument("--row", default="", help="this row alone")
+    parser.add_argument(
+        "--out", type=Path, help="write the table here, as data (papermill_runs/rehearsal/...)"
+    )
+    parser.set_defaults(run=_rehearse)
+
+
+def _rehearse(options: argparse.Namespace) -> int:
+    """Prints a line a row, and the grid's total over its seeds."""
+    from finematch.config import root
+    from finematch.grids import grid
+    from finematch.rehearsal import main as rehearse
+    from finematch.tables import to_markdown
+
+    dataset = options.dataset or (options.scale == "paper" and grid(options.grid).dataset) or "scenes"
+    name = f"{options.grid}.{dataset}.{options.scale}{options.row and '.' + options.row}.json"
+    out = options.out or root() / "papermill_runs" / "rehearsal" / name
+    frame = rehearse(
+        options.grid, dataset, options.scale, data_root=options.data_root, row=options.row, out=out
+    )
+    print(f"{to_markdown(frame, digits=3)}\n\nWritten to {out}")
     return 0
 
 

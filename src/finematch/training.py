@@ -295,7 +295,8 @@ def validate(model: nn.Module, evaluate: Callable, select: str, line: dict) -> d
 class Loop:
     """The parts of one `fit`, and the place where it is: `at` holds epoch, step and what was summed up so far."""
 
-    def __init__(self, model: nn.Module, data, plan: Plan, accelerator: Accelerator, checkpoint: Checkpoint):
+    def __init__(self, model: nn.Module, data, plan: Plan, accelerator: Accelerator,
+                 checkpoint: Checkpoint | None):  # fmt: skip
         self.plain, self.data, self.plan = model, data, plan
         self.accelerator, self.checkpoint = accelerator, checkpoint
         self.parameters = [p for p in model.parameters() if p.requires_grad]
