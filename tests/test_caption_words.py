@@ -12,7 +12,14 @@ from PIL import Image
 
 from finematch.data import Record
 from finematch.encoders import Cells
-from finematch.features.word_net import PictureWords, WordNet, caption_backbone, log_mean_exp, picture_words
+from finematch.features.word_net import (
+    MINI_VITS,
+    PictureWords,
+    WordNet,
+    caption_backbone,
+    log_mean_exp,
+    picture_words,
+)
 from finematch.scenes.generator import TOKENIZER
 from finematch.text import tokenise, word_level
 from finematch.training import Plan
@@ -66,7 +73,8 @@ def _record(i: int, captions: tuple[str, ...]) -> Record:
     return Record(str(i), "train", captions)
 
 
-def test_it_learns_which_pictures_are_red_from_captions_alone(tmp_path):
+@pytest.mark.parametrize("name", ["resnet18", *MINI_VITS])
+def test_it_learns_which_pictures_are_red_from_captions_alone(tmp_path, name):
     """Two kinds of pictures and of captions; after a few epochs its cells tell the kinds apart."""
     rng = np.random.default_rng(0)
     tokenizer = word_level(TOKENIZER)
@@ -85,12 +93,13 @@ def test_it_learns_which_pictures_are_red_from_captions_alone(tmp_path):
 
     train, val = side(48, "train"), side(16, "val")
     plan = Plan(epochs=6, batch_size=8, lr=2e-3, weight_decay=0.02, warmup=0.1)
-    net = caption_backbone(tmp_path / "run", train, val, len(tokenizer), plan, echo=None)
+    net = caption_backbone(tmp_path / "run", train, val, len(tokenizer), plan, name=name, echo=None)
     assert net.key["trained_on"] == "words of the train captions"
     assert not any(p.requires_grad for p in net.net.parameters())
     maps = net([r.open() for r in val[0]]).flatten(2).amax(2)
     kind = torch.arange(16) % 2
     centre = torch.stack([maps[kind == k].mean(0) for k in (0, 1)])
     assert ((torch.cdist(maps, centre).argmin(1)) == kind).all()
-    again = caption_backbone(tmp_path / "run", train, val, len(tokenizer), plan, echo=None)
+    assert net.net.stage == (2 if name == "resnet18" else -1)
+    again = caption_backbone(tmp_path / "run", train, val, len(tokenizer), plan, name=name, echo=None)
     assert again.key == net.key, "a finished run is opened, not repeated"

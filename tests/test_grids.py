@@ -15,6 +15,7 @@ from finematch.__main__ import main
 from finematch.config import Settings
 from finematch.files import DataError
 from finematch.grids import grid, mismatches, names, stale
+from finematch.tables import printed
 
 TRAIN = """# %% [markdown]
 # # A training notebook that trains nothing
@@ -240,6 +241,52 @@ def test_a_toml_that_speaks_of_what_is_not_there_is_refused(book, more, message)
     write_grid(book, "mvam_mine", "name,views\none,16\ntwo,8\n", **more)
     with pytest.raises(DataError, match=message):
         grid("mvam_mine", folder=book / "grids")
+
+
+def test_a_row_has_parameters_of_its_own_at_a_scale(book, monkeypatch):
+    monkeypatch.chdir(book)
+    scale = "{ paper = { views = 32, tau = 0.5, two = { views = 64 } }, tiny = { one = { tau = 0.1 } } }"
+    write_grid(book, "mvam_mine", "name,views\none,16\ntwo,8\n", scale=scale)
+    found = grid("mvam_mine", folder=book / "grids")
+    assert found.cells("one", "tiny") == {"views": "16", "tau": "0.1"}
+    assert found.cells("two", "tiny") == {"views": "8"}
+    assert found.cells("one", "paper") == {"views": "16", "tau": "0.5"}
+    assert found.cells("two", "paper") == {"views": "64", "tau": "0.5"}  # before its cell
+    assert (
+        "-p views 64 -p tau 0.5"
+        in snakemake(book, "-n", "-p", grid="mvam_mine", scale="paper", seeds="0").stdout
+    )
+    for wrong, message in (
+        ("{ three = { views = 1 } }", r"\[scale\.paper\]: is not a section"),
+        ("{ two = { seed = 1 } }", r"\[scale\.paper\.two\] seed: is not for a grid to set"),
+    ):
+        write_grid(book, "mvam_mine", "name,views\none,16\ntwo,8\n", scale=f"{{ paper = {wrong} }}")
+        with pytest.raises(DataError, match=message):
+            grid("mvam_mine", folder=book / "grids")
+
+
+def test_slans_zero_shot_rows_and_backbones_are_asked_for_at_both_scales():
+    retrieval, coco = grid("slan_retrieval"), grid("slan_retrieval", "coco_karpathy")
+    for row in retrieval.rows:
+        tiny, paper = retrieval.cells(row, "tiny"), retrieval.cells(row, "paper")
+        assert tiny["unseen"] == ("pretrain" if row.startswith("pretrain") else "test")
+        assert "unseen" not in paper
+        assert ("shards" in paper) == row.startswith("pretrain")
+        assert paper["vision"] == "vit_huge_patch14_224"
+    assert set(printed(retrieval)["row"]) == {"Zero-shot Ours", "Fine-tune Ours"}
+    cells = printed(retrieval).set_index(["row", "column"])["value"]
+    assert (cells["Zero-shot Ours", "i2t@1"], cells["Fine-tune Ours", "t2i@1"]) == (96.0, 90.2)
+    cells = printed(coco).set_index(["row", "column"])["value"]
+    assert dict(cells) == {("Ours", "i2t@1"): 85.7, ("Ours", "t2i@1"): 69.2}
+    backbones = grid("slan_backbones")
+    order = [
+        Settings("slan", {"scale": "paper", "dataset": "flickr30k", "vision": cells.get("vision", "")})
+        for cells in (backbones.cells(row, "paper") for row in backbones.rows)
+    ]
+    assert [s.batch_size for s in order] == [1280, 960, 640, 640]
+    found = printed(backbones).set_index(["row", "column"])["value"]
+    assert [found[name, "R@1"] for name in backbones.names.values()] == [86.8, 87.4, 89.1, 90.6]
+    assert set(printed(grid("slan_backbones", "coco_karpathy"))["row"]) == {"Ours"}
 
 
 def test_a_scale_has_parameters_for_all_rows_and_a_cell_goes_before_them(book, monkeypatch):

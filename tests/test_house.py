@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -215,12 +216,16 @@ def test_a_grid_resolves_to_its_runs(grid, profile):
         for seed in (0, 1):
             run = f"papermill_runs/{grid.stem.split('_')[0]}/flickr8k.paper.{row['name']}.s{seed}"
             (line,) = (line for line in said.splitlines() if f"-p out {run} " in line and "papermill" in line)
-            for key, cell in row.items():
+            at_paper = tomllib.loads(grid.with_suffix(".toml").read_text()).get("scale", {}).get("paper", {})
+            for key, cell in {
+                **row,
+                **at_paper.get(row["name"], {}),
+            }.items():  # a row's own there go before its cells
                 if key != "name" and cell:
                     linked = re.sub(
                         r"\{run:([^}]*)\}",
                         rf"papermill_runs/{grid.stem.split('_')[0]}/flickr8k.paper.\1.s{seed}",
-                        cell,
+                        str(cell),
                     )
                     assert f"-p {key} {linked}" in line
 

@@ -537,3 +537,32 @@ def test_a_whole_run(root, tmp_path, pooling):
     assert found["rsum"] == pytest.approx(max(line["rsum"] for line in summary["history"]))
     after = model(split.pairs().__getitems__(list(range(0, 200, 5))))["contrastive"].item()
     assert after < before
+
+
+@pytest.mark.parametrize("vision", ["", "mini_vit_base"])
+def test_the_network_of_zero_shot_runs_saw_no_unseen_combination(tmp_path, monkeypatch, vision):
+    """The same one for the run that pretrains and for those that are tested; another one for all other runs."""
+    seen = []
+
+    def backbone(cache, train, val, vocabulary, plan, *, name):
+        seen.append((name, [r.image_id for r in train[0]], [r.image_id for r in val[0]]))
+        raise StopIteration
+
+    monkeypatch.setattr(features_inputs, "caption_backbone", backbone)
+    root = splits.data_folder("scenes", tmp_path, tmp_path, smoke=True)
+    for unseen in ("", "pretrain", "test"):
+        with pytest.raises(StopIteration):
+            features_inputs.frozen_network(
+                "scenes", root, tmp_path, told="captions", vision=vision, unseen=unseen, smoke=True
+            )
+    whole, pretrain = (splits.open_records("scenes", root, unseen=unseen) for unseen in ("", "pretrain"))
+    wanted = [
+        [[r.image_id for r in part[split]] for split in ("train", "val")]
+        for part in (whole, pretrain, pretrain)
+    ]
+    assert [list(rest) for _, *rest in seen] == wanted
+    assert {name for name, *_ in seen} == {vision or "resnet18"}
+    with pytest.raises(ValueError, match=r"mini_vit_base.*captions of scenes"):
+        features_inputs.frozen_network("flickr8k", root, tmp_path, told="captions", vision="mini_vit_base")
+    with pytest.raises(ValueError, match=r"mini_vit_base.*captions of scenes"):
+        features_inputs.frozen_network("scenes", root, tmp_path, vision="mini_vit_base")

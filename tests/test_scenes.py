@@ -21,6 +21,7 @@ from finematch.data.coco import categories, load_coco
 from finematch.data.entities import load_entities
 from finematch.data.karpathy import load_karpathy
 from finematch.data.record import DataError
+from finematch.data.splits import open_records
 from finematch.scenes import generator as scenes_module
 from finematch.scenes.baselines import bag_of_words, difficulty, full_oracle, recalls
 from finematch.scenes.generator import (
@@ -40,7 +41,16 @@ from finematch.scenes.generator import (
     part_digests,
     picture_of,
 )
-from finematch.scenes.language import TABLES, labels, noun_phrase, plural, solutions, vocabulary
+from finematch.scenes.language import (
+    TABLES,
+    UNSEEN,
+    labels,
+    noun_phrase,
+    plural,
+    solutions,
+    unseen,
+    vocabulary,
+)
 
 COUNTS = {"train": 60, "val": 20, "test": 20}
 
@@ -362,6 +372,55 @@ def test_published_details_of_the_formats(small):
             assert all(value.text.isdigit() for value in box)
 
 
+def test_every_shape_and_every_colour_is_held_out_once():
+    assert set(UNSEEN) == set(TABLES["shape"])
+    assert sorted(UNSEEN.values()) == sorted(TABLES["colour"])
+    assert unseen({"shape": "circle", "colour": UNSEEN["circle"]})
+    for claim in (
+        {"shape": "circle"},
+        {"colour": "blue"},
+        {"shape": "star", "colour": "blue"},
+        {"size": "small"},
+    ):
+        assert not unseen(claim)
+
+
+def test_unseen_combinations_are_in_no_image_of_pretraining_and_in_every_test_image(small):
+    whole = open_records("scenes", small.parent)
+    seen, tested = (open_records("scenes", small.parent, unseen=which) for which in ("pretrain", "test"))
+    for split in SPLITS:
+        truths = {Path(one["filename"]).stem: one for one in attributes(small, split)}
+        left = {record.image_id for record in seen[split]}
+        for name, truth in truths.items():
+            pairs = {(thing["shape"], thing["colour"]) for thing in truth["objects"]}
+            assert (name in left) == (not pairs & set(UNSEEN.items()))
+            if name in left:  # no caption can mention what the image does not show
+                assert not any(unseen(m) for caption in truth["captions"] for m in caption["mentions"])
+        assert [r for r in whole[split] if r.image_id in left] == seen[split]  # whole records, in their order
+    assert (tested["train"], tested["val"]) == (whole["train"], whole["val"])
+    truths = {Path(one["filename"]).stem: one for one in attributes(small, "test")}
+    told = {
+        name
+        for name, one in truths.items()
+        if any(
+            (m.get("shape"), m.get("colour")) in set(UNSEEN.items())
+            for c in one["captions"]
+            for m in c["mentions"]
+        )
+    }
+    assert 0 < len(told) < len(truths)
+    assert {record.image_id for record in tested["test"]} == told
+    assert not told & {record.image_id for record in seen["test"]}
+    with pytest.raises(ValueError, match=r"unseen='test' is of dataset 'scenes'.*flickr30k"):
+        open_records("flickr30k", small.parent, unseen="test")
+
+
+def test_the_difficulty_of_unseen_combinations_is_that_of_their_images(small):
+    count = len(open_records("scenes", small.parent, unseen="test")["test"])
+    chance = difficulty(small, "test", which="unseen")["chance"]
+    assert chance["t2i R@1 expected"] == pytest.approx(100 / count)
+
+
 def test_an_existing_set_is_reused(small):
     before = {path: path.stat().st_mtime_ns for path in small.rglob("*")}
     assert generate(small, **COUNTS) == small
@@ -506,7 +565,10 @@ def test_the_stated_digests_are_those_of_the_set_that_is_drawn(tmp_path):
     assert stated["version"] == scenes_module.VERSION, "another version: compute digests.json again"
     generate(tmp_path / "scenes")
     for name, parts in stated["digests"].items():
-        dataset, split = name.split()
-        found = digests_of_parts(load(dataset, tmp_path, split))
+        dataset, split, *part = name.split()  # "scenes train pretrain": what `open_records` leaves of it
+        records = (
+            open_records(dataset, tmp_path, unseen=part[0])[split] if part else load(dataset, tmp_path, split)
+        )
+        found = digests_of_parts(records)
         found.pop("images")  # the bytes of the files depend on Pillow's release as well
         assert found == parts, name

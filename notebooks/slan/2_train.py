@@ -41,6 +41,7 @@ frozen: bool = None  # the proposals are not trained (Table 6, row 1); default F
 detector: str = ""  # a detector's weights; boxes: train one on ground truth; a .json: its boxes
 pretrained: str = ""  # best.safetensors of the run to begin with
 zero_shot: bool = False  # evaluate `pretrained` as it is; nothing is trained
+unseen: str = ""  # scenes' held-out combinations; empty: all; pretrain: none; test: in every test image
 shards: str = ""  # pretraining data, as name:folder pairs with commas, in place of the train split
 proposals: str = None  # source of the region proposals: rpn | queries; default rpn (S28)
 anchor_offset: float = None  # place of an anchor in its cell; 0: as in torchvision; default 0.5
@@ -101,7 +102,7 @@ region_word: float = None  # weight of the region-word contrast; default 0 (S41)
 reg_weight: float = None  # weight of Eq. 3; tiny 0, photos 0, paper 1 (S37)
 rerank: int = None  # candidates that are re-ranked; tiny 16, photos 16, paper 128
 rank_score: str = "itm"  # score of a re-ranked pair: itm | itm+itc
-vision: str = ""  # a timm name in place of the scale's backbone (resnet50 in the paper)
+vision: str = ""  # timm name of another backbone than the default; on scenes mini_vit_base, _large, _huge
 vision_weights: str = ""  # safetensors file of the network `vision`, or hub; empty: random at scale paper
 text_weights: str = ""  # folder or hub name of the BERT, or of its vocabulary
 size: int = None  # side of the images in pixels, at scale paper; tiny 64, photos 224, paper 224
@@ -202,12 +203,12 @@ if s.threads:
 # %%
 cache = root() / s.cache
 data_root = data_folder(s.dataset, root() / s.data_root, cache, smoke=s.smoke)
-records = open_records(s.dataset, data_root, smoke=s.smoke)
+records = open_records(s.dataset, data_root, smoke=s.smoke, unseen=s.unseen)
 if s.scale == "paper":
     see = partial(inputs.pixel_images, size=s.size)
 else:
     network = inputs.frozen_network(s.dataset, data_root, cache, told="captions", vision=s.vision, weights=s.vision_weights,
-                                    smoke=s.smoke)  # fmt: skip
+                                    smoke=s.smoke, unseen=s.unseen)  # fmt: skip
     see = partial(inputs.map_images, network=network, cache=cache, stages=s.maps)
 # where `detector` is a file of boxes
 images = inputs.given_images(records, see(records), s.detector, count=s.count)

@@ -60,7 +60,7 @@ class Grid:
     paper: str = ""
     table: str = ""
     dataset: str = ""
-    prefix: str = ""
+    prefix: str | tuple[str, ...] = ""
     ylabel: str = ""
     plot: tuple[str, ...] = ()
     also: Mapping[str, str] = field(default_factory=dict)
@@ -77,8 +77,9 @@ class Grid:
         return self.name.split("_")[0]
 
     def cells(self, row: str, scale: str) -> dict[str, str]:
-        """A row's parameters at a scale, as cells are written: what its own leave unset, `[scale.<scale>]` may set."""
-        return {**self.scales.get(scale, {}), **self.rows[row]}
+        """A row's parameters at a scale, as cells are written: what its own leave unset, `[scale.<scale>]` may set, and
+        `[scale.<scale>.<row>]` goes before both."""
+        return {**self.scales.get(scale, {}), **self.rows[row], **self.scales.get(f"{scale}.{row}", {})}
 
 
 def names(folder: str | Path | None = None) -> list[str]:
@@ -185,8 +186,13 @@ def _checked(path: Path, name: str, rows: dict, content: dict) -> Grid:
         raise DataError(path, unknown[0], "is no key of a grid", f"Known: {', '.join(sorted(known))}")
     if missing := [key for key in ("title", "axis", "seeds", "rows", "columns") if key not in content]:
         raise DataError(path, missing[0], "is missing", "See docs/adding_a_table.md")
-    scales = {scale: _parameters(path, f"[scale.{scale}]", found)
-              for scale, found in content.pop("scale", {}).items()}  # fmt: skip
+    scales = {}
+    for scale, found in content.pop("scale", {}).items():
+        of_rows = {row: one for row, one in found.items() if row in rows} if isinstance(found, dict) else {}
+        for row, one in of_rows.items():
+            scales[f"{scale}.{row}"] = _parameters(path, f"[scale.{scale}.{row}]", one)
+        of_all = {key: value for key, value in found.items() if key not in of_rows} if of_rows else found
+        scales[scale] = _parameters(path, f"[scale.{scale}]", of_all)
     ours = content.pop("rows")
     if ours.keys() != rows.keys():
         odd = sorted(ours.keys() ^ rows.keys())

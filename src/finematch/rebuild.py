@@ -144,7 +144,8 @@ def open_inputs(s, root: Path) -> Inputs:
         records = {split: a.records() for split, a in arrays.items()}
         images = {split: RegionSource(a) for split, a in arrays.items()}
     else:
-        records = open_records(s.dataset, data_root, smoke=s.smoke)
+        unseen = s.unseen if s.method == "slan" else ""
+        records = open_records(s.dataset, data_root, smoke=s.smoke, unseen=unseen)
     if backbone == "clip":
         clip, tokenizer, processor = open_clip(s.dataset, data_root, weights=s.clip_weights, scale=s.scale)
         images = clip_images(records, clip, processor)
@@ -152,7 +153,7 @@ def open_inputs(s, root: Path) -> Inputs:
         images = pixel_images(records, s.size)
     elif backbone == "maps":
         network = frozen_network(s.dataset, data_root, cache, told="captions", vision=s.vision,
-                                 weights=s.vision_weights, smoke=s.smoke)  # fmt: skip
+                                 weights=s.vision_weights, smoke=s.smoke, unseen=s.unseen)  # fmt: skip
         images = map_images(records, network, cache, stages=s.maps)
     elif not published:
         network = frozen_network(s.dataset, data_root, cache, scale=s.scale, vision=s.vision, weights=s.vision_weights,

@@ -308,13 +308,20 @@ def about(grid: Grid, runs: pd.DataFrame) -> str:
 
 
 def printed(grid: Grid) -> pd.DataFrame:
-    """The paper's cells that the grid's columns name, without the prefix; empty cells if there is no table."""
+    """The paper's cells that the grid's columns name, without the prefix; empty cells if there is no table.
+
+    Of several prefixes each gives rows of its own, the prefix before the paper's row: "Zero-shot Ours".
+    """
     if not grid.table:
         cells = [{"row": row, "column": column} for row in grid.names.values() for column in grid.columns]
         return pd.DataFrame(cells).assign(value=float("nan"), note="")
-    frame = published(grid.paper, grid.table)
-    frame = frame[frame["column"].str.startswith(grid.prefix) & frame["row"].isin(grid.names.values())]
-    return frame.assign(column=frame["column"].str.removeprefix(grid.prefix)).reset_index(drop=True)
+    frame, parts = published(grid.paper, grid.table), []
+    for prefix in [grid.prefix] if isinstance(grid.prefix, str) else grid.prefix:
+        part = frame[frame["column"].str.startswith(prefix)]
+        named = part["row"] if isinstance(grid.prefix, str) else prefix + part["row"]
+        parts.append(part.assign(row=named, column=part["column"].str.removeprefix(prefix)))
+    frame = pd.concat(parts)
+    return frame[frame["row"].isin(grid.names.values())].reset_index(drop=True)
 
 
 def beside(grid: Grid, runs: pd.DataFrame) -> pd.DataFrame:
@@ -519,7 +526,8 @@ def page(grid: Grid, dataset: str, runs: pd.DataFrame) -> str:
     """The whole table as Markdown: published beside measured, what else was measured, grounding, claims."""
     source = f"{grid.paper}, Table {grid.table}" if grid.table else "no table of a paper"
     if grid.prefix:
-        source += f" ({grid.prefix.strip()})"
+        several = [grid.prefix] if isinstance(grid.prefix, str) else grid.prefix
+        source += f" ({', '.join(prefix.strip() for prefix in several)})"
     frame = beside(grid, runs)
     if (frame["status"].dropna() == "current").all():
         frame = frame.drop(columns="status")

@@ -92,6 +92,8 @@ def parameters(row: Row, out: Path, folder: Path, shrink: Mapping[str, Any]) -> 
     }
     known = declared(row.method)
     given |= {key: value for key, value in SMALL.items() if key in known} | dict(shrink)
+    if "shards" in given:  # of caption sets beside the paper's: its own train split takes their place
+        given["shards"] = ""
     if row.method == "felga" and "proposals" not in given:
         given["proposals"] = write_network(
             "detreg-r50", folder / "detreg"

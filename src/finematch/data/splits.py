@@ -15,7 +15,7 @@ import numpy as np
 from finematch.data import load
 from finematch.data.pairs import Pairs, Source
 from finematch.data.record import DataError, Record, pairs
-from finematch.scenes.generator import generate
+from finematch.scenes.generator import attributes, choose, generate
 
 SMOKE = {"train": 160, "val": 40, "test": 40}  # images of a run that only shows that everything works
 
@@ -30,15 +30,25 @@ def data_folder(dataset: str, data_root: str | Path, cache: str | Path, *, smoke
     return folder
 
 
-def open_records(dataset: str, data_root: str | Path, *, smoke: bool = False) -> dict[str, list[Record]]:
+def open_records(
+    dataset: str, data_root: str | Path, *, smoke: bool = False, unseen: str = ""
+) -> dict[str, list[Record]]:
     """The records of train, val and, where the dataset has it, test. COCO trains on train and restval, as papers do.
 
     Args:
         smoke: only the first images of each split.
+        unseen: of scenes, what becomes of the combinations of shape and colour in `scenes.language.UNSEEN`. `pretrain`:
+            no image of any split has one. `test`: every image of test has one in a caption; train and val are whole.
 
     Raises:
         DataError: If the dataset is not there, or a split is broken.
+        ValueError: `unseen` for another dataset, which does not say what its images show.
     """
+    if unseen and dataset != "scenes":
+        raise ValueError(
+            f"unseen={unseen!r} is of dataset 'scenes', which says what each image shows; for {dataset!r} pretrain on "
+            "other data (shards) and give the run as `pretrained`"
+        )
     train = "trainrestval" if dataset == "coco_karpathy" else "train"
     records = {"train": load(dataset, data_root, train), "val": load(dataset, data_root, "val")}
     try:
@@ -46,7 +56,14 @@ def open_records(dataset: str, data_root: str | Path, *, smoke: bool = False) ->
     except DataError as error:
         if error.record != "split 'test'":  # there is one, and it is broken
             raise
-    return {split: r[: SMOKE[split]] for split, r in records.items()} if smoke else records
+    records = {split: r[: SMOKE[split]] for split, r in records.items()} if smoke else records
+    for split in {"pretrain": list(records), "test": ["test"], "": []}[unseen]:
+        pictures = choose(
+            attributes(Path(data_root) / "scenes", split), "seen" if unseen == "pretrain" else "unseen"
+        )
+        names = {Path(picture["filename"]).stem for picture in pictures}
+        records[split] = [record for record in records[split] if record.image_id in names]
+    return records
 
 
 def reported_split(records: Mapping) -> str:

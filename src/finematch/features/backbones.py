@@ -81,7 +81,8 @@ def taught_backbone(
     """A network that was trained here, frozen, for pictures with values about 0.5; made by `teach` if not cached.
 
     Args:
-        kind, key: of the cache's entry, see `files.cached`. `backbone` and `stage` in the key name the network.
+        kind, key: of the cache's entry, see `files.cached`. `backbone`, `stage` and, where timm is given any, `options`
+            in the key make the network.
         teach: trains in the folder that it is given, and goes on there if it was broken off.
 
     Raises:
@@ -97,11 +98,12 @@ def taught_backbone(
             (folder / name).unlink(missing_ok=True)
 
     kept, name, stage = cached(cache, kind, key, make) / "cells.safetensors", key["backbone"], key["stage"]
-    net = Cells(name, stage=stage, mean=0.5, sd=0.25)
+    options = {"options": key["options"]} if "options" in key else {}
+    net = Cells(name, stage=stage, mean=0.5, sd=0.25, **options)
     net.load_state_dict(load_file(kept))
     net.eval().requires_grad_(False)
     return Backbone(net, size, {"backbone": name, "weights": fingerprint(net), "size": size, "stage": stage,
-                                "trained_on": trained_on}, kept.parent)  # fmt: skip
+                                "trained_on": trained_on, **options}, kept.parent)  # fmt: skip
 
 
 def whole_batches(data, device: torch.device, size: int = 100) -> Iterator[dict[str, Tensor]]:

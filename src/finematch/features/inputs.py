@@ -44,7 +44,7 @@ from finematch.features.backbones import Backbone, fingerprint, mobilenet, timm_
 from finematch.features.detections import Detections, is_detections
 from finematch.features.regions import extract
 from finematch.features.texts import text_states
-from finematch.features.word_net import caption_backbone
+from finematch.features.word_net import MINI_VITS, caption_backbone
 from finematch.files import file_digest
 from finematch.scenes.generator import TOKENIZER, attributes
 from finematch.scenes.language import TABLES
@@ -102,25 +102,38 @@ def frozen_network(
     vision: str = "",
     weights: str = "",
     smoke: bool = False,
+    unseen: str = "",
 ) -> Backbone:
     """The frozen network that looks at the images of a dataset, on the accelerator.
 
-    A timm network where `vision` names one. Else at scale `paper` the published ViT-B/16, on photos a MobileNetV2 that
-    was trained on ImageNet, and on scenes a small network that is trained here, once.
+    A timm network where `vision` names one; one of `word_net.MINI_VITS` is trained here, for scenes. Else at scale
+    `paper` the published ViT-B/16, on photos a MobileNetV2 that was trained on ImageNet, and on scenes a small network
+    that is trained here, once.
 
     Args:
         told: what the network of scenes learned from: the `attributes` of the ground-truth boxes of the train split (it
             stands in for bottom-up attention, which was trained on labelled boxes), or the train `captions` alone.
         weights: safetensors file of the named network, or `hub`.
+        unseen: as of `open_records`; where it is set, the network of scenes saw none of the held-out combinations.
 
     Raises:
         DataError: If the data or the weights are not where they are looked for.
+        ValueError: One of `MINI_VITS` for another dataset, or where another network was told the attributes.
     """
-    if vision or scale == "paper":
+    mini = vision in MINI_VITS
+    if mini and (told != "captions" or not dataset.startswith("scenes")):
+        raise ValueError(
+            f"vision={vision!r} is trained on the captions of scenes: use it in a run of SLAN on scenes"
+        )
+    if (vision and not mini) or scale == "paper":
         net = timm_backbone(vision or "vit_base_patch16_224", weights=weights or ("" if vision else "hub"))
     elif dataset.startswith("scenes"):
-        teach = {"attributes": _attribute_network, "captions": _caption_network}[told]
-        net = teach(data_root, cache, smoke)
+        if told == "attributes":
+            net = _attribute_network(data_root, cache, smoke)
+        else:
+            net = _caption_network(
+                data_root, cache, smoke, vision or "resnet18", "pretrain" if unseen else ""
+            )
     else:
         net = mobilenet(_mobilenet_file(data_root, weights))
     net.net.to(accelerator())
@@ -139,11 +152,16 @@ def _attribute_network(data_root: str | Path, cache: str | Path, smoke: bool) ->
     return attribute_backbone(cache, labelled["train"], labelled["val"], classes, _plan(1 if smoke else 6))
 
 
-def _caption_network(data_root: str | Path, cache: str | Path, smoke: bool) -> Backbone:
+def _caption_network(
+    data_root: str | Path, cache: str | Path, smoke: bool, name: str, unseen: str
+) -> Backbone:
     tokenizer = word_level(TOKENIZER)
-    records = {split: load("scenes", data_root, split) for split in ("train", "val")}
-    read = {s: (r, tokenise([c for _, c in pairs(r)], tokenizer, max_length=64)) for s, r in records.items()}
-    return caption_backbone(cache, read["train"], read["val"], len(tokenizer), _plan(1 if smoke else 12))
+    records = open_records("scenes", data_root, unseen=unseen)
+    read = {s: (records[s], tokenise([c for _, c in pairs(records[s])], tokenizer, max_length=64))
+            for s in ("train", "val")}  # fmt: skip
+    return caption_backbone(
+        cache, read["train"], read["val"], len(tokenizer), _plan(1 if smoke else 12), name=name
+    )
 
 
 def _plan(epochs: int) -> Plan:

@@ -28,6 +28,13 @@ from finematch.files import digest
 from finematch.text import Ragged
 from finematch.training import Plan, fit, seed_everything
 
+# ViT-Base, -Large and -Huge with a quarter of their layers and an eighth of their width, for images of 64 px
+MINI_VITS = {
+    f"mini_vit_{name}": {"img_size": 64, "patch_size": 8, "depth": depth, "embed_dim": width, "num_heads": heads,
+                         "num_classes": 0}
+    for name, depth, width, heads in (("base", 3, 96, 3), ("large", 6, 128, 4), ("huge", 8, 160, 4))
+}  # fmt: skip
+
 
 def log_mean_exp(logits: Float[Tensor, "b v h w"], sharpness: float = 3.0) -> Float[Tensor, "b v"]:
     """A picture's logit of a word from its cells': between their mean (0) and their maximum (infinity)."""
@@ -88,15 +95,20 @@ def caption_backbone(
     vocabulary: int,
     plan: Plan,
     *,
+    name: str = "resnet18",
     echo: Callable[[str], None] | None = print,
 ) -> Backbone:
     """Train `WordNet` on the captions of the *train* split and return its network, frozen.
 
     Args:
+        name: of the network: a ResNet, of which stages 0 to 2 are trained, or one of `MINI_VITS`.
         cache: a finished network is found there by pictures, captions and settings, a broken off one resumed.
         train, val: records and their tokenised captions. Val chooses the epoch, by its loss.
         vocabulary: number of word ids.
     """
+
+    vit = {"options": MINI_VITS[name]} if name in MINI_VITS else {}
+    shape = {"backbone": "vit_tiny_patch16_224" if vit else name, "stage": -1 if vit else 2, **vit}
 
     def words_of(records: list[Record], captions: Ragged) -> PictureWords:
         arrays = [np.asarray(r.open()) for r in records]
@@ -106,7 +118,9 @@ def caption_backbone(
     def teach(folder: Path) -> Cells:
         seed_everything(plan.seed)
         data, held = words_of(*train), words_of(*val)
-        cells = Cells("resnet18", stage=2, mean=0.5, sd=0.25)
+        cells = Cells(
+            shape["backbone"], stage=shape["stage"], mean=0.5, sd=0.25, options=shape.get("options")
+        )
 
         def evaluate(m: nn.Module) -> dict[str, float]:
             total = 0.0
@@ -120,6 +134,6 @@ def caption_backbone(
 
     data = [[digests(records)["images"], digest([captions.ids.tolist(), captions.start.tolist()])]
             for records, captions in (train, val)]  # fmt: skip
-    key = {"plan": asdict(plan), "data": data, "vocabulary": vocabulary, "backbone": "resnet18", "stage": 2}
+    key = {"plan": asdict(plan), "data": data, "vocabulary": vocabulary, **shape}
     size, said = train[0][0].open().width, "words of the train captions"
     return taught_backbone(cache, "word_net", key, teach, size=size, trained_on=said)

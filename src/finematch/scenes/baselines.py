@@ -22,7 +22,7 @@ import numpy as np
 
 from finematch.data.checks import read_json, reading
 from finematch.data.record import DataError
-from finematch.scenes.generator import attributes
+from finematch.scenes.generator import attributes, choose
 from finematch.scenes.language import TABLES, labels, solutions
 
 RANKS = (1, 5, 10)
@@ -103,10 +103,11 @@ def full_oracle(pictures: list[dict], meanings: list[dict]) -> np.ndarray:
     return np.where(true, np.log(len(pictures) / np.maximum(true.sum(0), 1)), -1.0)
 
 
-def difficulty(root: str | Path, split: str = "test") -> dict[str, dict[str, float]]:
+def difficulty(root: str | Path, split: str = "test", *, which: str = "") -> dict[str, dict[str, float]]:
     """Recalls of chance, bag of words and full oracle on a split of a scenes set.
 
-    Captions come from dataset_scenes.json, truths and meanings from attributes.json.
+    Captions come from dataset_scenes.json, truths and meanings from attributes.json. `which` takes a part of the split,
+    see `generator.choose`.
 
     Raises:
         DataError: a file is missing or the two disagree.
@@ -116,6 +117,10 @@ def difficulty(root: str | Path, split: str = "test") -> dict[str, dict[str, flo
     data = read_json(path)
     with reading(path, "the list `images`"):
         images = [image for image in data["images"] if image["split"] == split]
+    if which:
+        pictures = choose(pictures, which)
+        names = {picture["filename"] for picture in pictures}
+        images = [image for image in images if image["filename"] in names]
     texts = [sentence["raw"] for image in images for sentence in image["sentences"]]
     meanings = [caption for picture in pictures for caption in picture["captions"]]
     if texts != [caption["text"] for caption in meanings]:

@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from finematch.data.checks import read_json, reading
 from finematch.files import DataError, digest, file_digests
-from finematch.scenes.language import SHAPES, TABLES, captions, pick, vocabulary
+from finematch.scenes.language import SHAPES, TABLES, captions, pick, unseen, vocabulary
 
 VERSION = 2  # raise it when anything that is drawn or written changes, or a part comes
 FORMAT = 1  # as meta.json and COCO's `info` have had it; version.json says which generator drew a set
@@ -716,6 +716,17 @@ def attributes(root: str | Path, split: str) -> list[dict]:
     if not found:
         raise DataError(path, f"split {split}", "no pictures", f"Use one of {', '.join(SPLITS)}")
     return found
+
+
+def choose(pictures: list[dict], which: str) -> list[dict]:
+    """The pictures without a combination of `language.UNSEEN` (`which="seen"`), whose captions then mention none, or
+    those with one in a caption (`which="unseen"`)."""
+
+    def has(picture: dict) -> bool:
+        claims = [m for caption in picture["captions"] for m in caption["mentions"]]
+        return any(map(unseen, picture["objects"] if which == "seen" else claims))
+
+    return [picture for picture in pictures if has(picture) == (which == "unseen")]
 
 
 def build_tokenizer() -> Tokenizer:

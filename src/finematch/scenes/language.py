@@ -155,6 +155,16 @@ WEIGHTS = {
 # How often a mention names an attribute.
 DETAIL = {"shape": 0.9, "colour": 0.67, "size": 0.32, "texture": 0.36}
 TABLES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "texture": TEXTURES}
+# Held out in zero-shot runs: shape and colour, each of them in one pair, so that either alone is seen as often as any.
+UNSEEN = {
+    "circle": "blue", "square": "yellow", "triangle": "red", "star": "green", "heart": "black", "cross": "orange",
+    "ring": "purple", "diamond": "white",
+}  # fmt: skip
+
+
+def unseen(claim: dict) -> bool:
+    """Whether an object, or what a caption claims of one, has a shape and a colour that are held out together."""
+    return "shape" in claim and claim.get("colour") == UNSEEN[claim["shape"]]
 
 
 def plural(noun: str) -> str:
