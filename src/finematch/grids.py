@@ -304,7 +304,9 @@ def _resolved(grid: Grid, given: Mapping[str, Any]) -> dict[str, Any]:
         raise DataError(
             f"grids/{grid.name}.csv", "a row", f"is refused: {error}", "Correct the row"
         ) from error
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    # numbers with commas, as a metrics file has them
+    return {name: ", ".join(map(str, value)) if isinstance(value, tuple) else value
+            for name, value in settings.items()}  # fmt: skip
 
 
 def stale(grid: Grid, dataset: str, scale: str, *, runs: str | Path | None = None) -> list[Path]:
