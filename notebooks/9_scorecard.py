@@ -236,14 +236,26 @@ rehearsed = root() / "benchmarks" / "rehearsal.json"
 if rehearsed.exists():
     of = json.loads(rehearsed.read_text())["methods"]
     ratios = ", ".join(f"{name.upper()} {one['predicted_to_real']:.2f}" for name, one in of.items())
-    speed.append(f"* **What `make rehearse` predicts** of a tiny run on scenes (training, evaluation), relative to a real one: {ratios}.")
+    speed.append(
+        f"* **What `make rehearse` predicts** of a tiny run on scenes (training, evaluation), relative to a real one: {ratios}."
+    )
 checked = root() / "benchmarks" / "gpu_check.json"
 if checked.exists():
     of = json.loads(checked.read_text())
-    said = "passed" if of["passed"] else "FAILED: " + ", ".join(
-        f"{part} {name}" for part, methods in of["parts"].items() for name, one in methods.items() if not one["passed"]
+    said = (
+        "passed"
+        if of["passed"]
+        else "FAILED: "
+        + ", ".join(
+            f"{part} {name}"
+            for part, methods in of["parts"].items()
+            for name, one in methods.items()
+            if not one["passed"]
+        )
     )
-    speed.append(f"* **On a GPU** (`benchmarks/gpu_check.sh`, {of['device']}, {of['seconds'] / 60:.0f} minutes): {said}.")
+    speed.append(
+        f"* **On a GPU** (`benchmarks/gpu_check.sh`, {of['device']}, {of['seconds'] / 60:.0f} minutes): {said}."
+    )
 else:
     speed.append("* **On a GPU** (`benchmarks/gpu_check.sh`): not run.")
 sections["Speed"] = "\n".join(speed)

@@ -49,7 +49,8 @@ def train(out: Path, sides: dict, **options):
             **options,
         }
     )
-    return attribute_backbone(out, sides["train"], sides["val"], CLASSES, plan, **NETWORK)
+    train, val = ((records, lambda made=labels: made) for records, labels in (sides["train"], sides["val"]))
+    return attribute_backbone(out, train, val, CLASSES, plan, **NETWORK)
 
 
 def log(out: Path) -> list[dict]:

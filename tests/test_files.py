@@ -354,3 +354,23 @@ def test_what_is_being_made_is_not_cleared(tmp_path):
     go.set()
     thread.join()
     assert is_cached(root, "thing", KEY)
+
+
+def test_a_digest_of_what_a_file_holds_is_remembered_until_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "RECENT", -1.0)
+    monkeypatch.setenv("FINEMATCH_CACHE", str(tmp_path / "memory"))
+    path, made = tmp_path / "labels.json", []
+    path.write_text("one")
+
+    def make() -> str:
+        made.append(path.read_text())
+        return made[-1] * 2
+
+    assert [files.digest_within(path, "a", make) for _ in range(2)] == ["oneone"] * 2
+    files._known.clear()  # another process
+    assert files.digest_within(path, "a", make) == "oneone"
+    assert made == ["one"]
+    files.digest_within(path, "b", make)
+    path.write_text("three")
+    assert files.digest_within(path, "a", make) == "threethree"
+    assert made == ["one", "one", "three"]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch.utils.data import Subset
 from transformers import AutoTokenizer, BertModel, CLIPImageProcessor, CLIPModel
 
-from finematch import rebuild
+from finematch import files, rebuild
 from finematch.data import splits
 from finematch.data.pairs import PixelSource, RegionSource, StateSource, to_pixels
 from finematch.data.record import DataError
@@ -170,6 +170,27 @@ def test_maps_at_paper_scale_are_a_network_s_to_train(root, bert, tmp_path, monk
     pixels = opened().splits["val"].images.batch([0, 1])["pixels"]
     maps = eye(opened(), 0).forward_intermediates(pixels, indices=[1, 2, 3, 4], intermediates_only=True)
     assert [tuple(m.shape) for m in maps] == [(2, 256 * 2**i, 16 // 2**i, 16 // 2**i) for i in range(4)]
+
+
+def test_cached_features_are_found_without_their_network(root, monkeypatch):
+    """Nor are the labels read that it learned from; what it is stays part of the features' key."""
+
+    def refuse(*_, **__):
+        raise AssertionError("nobody needs this")
+
+    monkeypatch.setattr(files, "RECENT", -1.0)  # the data were drawn a moment ago: remember their digests
+    made = (scene_maps(root), scenes(root, backbone="regions"))
+    monkeypatch.setattr("finematch.features.backbones.Cells", refuse)
+    monkeypatch.setattr(features_inputs, "attributes", refuse)
+    again = (scene_maps(root), scenes(root, backbone="regions"))
+    for before, now in zip(made, again, strict=True):
+        one, two = (
+            features_inputs.origin({n: s.images for n, s in of.splits.items()}) for of in (before, now)
+        )
+        assert one == two
+        assert before.network.digest == now.network.digest == now.network.key["weights"]
+    with pytest.raises(AssertionError, match="nobody needs this"):
+        again[1].network.net  # noqa: B018
 
 
 def test_located_phrases_are_level_by_level(root):

@@ -148,6 +148,13 @@ def test_a_small_clip_is_trained_once_for_each_setting(scenes, cache, vlp):
         open_small_clip(sets, "scenes", cache, epoch=1)
 
 
+def test_a_small_clip_shares_its_backbone_with_other_methods(scenes, cache, vlp, tmp_path):
+    sets = open_fragment_sets("scenes", scenes.parent, cache)
+    made = open_small_clip(sets, "scenes", tmp_path, networks=cache, echo=None, **SMALL)
+    assert made.name == vlp.name
+    assert not list(tmp_path.glob("word_net-*")), "the network was trained a second time"
+
+
 def test_a_small_clip_carries_its_backbone(vlp):
     """Opened without data, the backbone is the one that the model was trained on."""
     backbone = open_vlp(vlp).backbone

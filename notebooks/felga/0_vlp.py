@@ -98,7 +98,7 @@ config
 # settings, the images, the captions and the network's weights.
 
 # %%
-folder = open_small_clip(sets, p.dataset, cache, smoke=p.smoke, **changes)
+folder = open_small_clip(sets, p.dataset, cache, networks=root() / p.cache, smoke=p.smoke, **changes)
 display(Markdown(f"`{folder.name}`: " + ", ".join(f"`{path.name}`" for path in sorted(folder.iterdir()))))
 lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
 history = pd.DataFrame([json.loads(line) for line in lines]).set_index("epoch")

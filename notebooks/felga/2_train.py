@@ -134,7 +134,8 @@ print(f"{len(sets.train)} image-text pairs to train on; gallery: {sets.name}, {l
 
 # %%
 small = not files["vlp"] and s.scale == "tiny"
-name = open_small_clip(sets, s.dataset, cache, smoke=s.smoke) if small else files["vlp"] or "clip"
+name = (open_small_clip(sets, s.dataset, cache, networks=root() / s.cache, smoke=s.smoke) if small
+        else files["vlp"] or "clip")  # fmt: skip
 vlp = open_vlp(name, precision=precision_on(accelerator(), s.vlp_precision)).to(accelerator())
 detector = open_proposals(
     files["proposals"], scale=s.scale, weights=root() / s.data_root / "weights", device=accelerator()

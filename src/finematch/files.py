@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,11 @@ def file_digests(paths: Sequence[str | Path], *, remember: bool = True) -> list[
     """
     names = [os.path.abspath(path) for path in paths]
     with ThreadPoolExecutor(THREADS) as pool:
-        stamps = dict(zip(names, pool.map(_stamp, names), strict=True))
+        blocks = [
+            names[i : i + 128] for i in range(0, len(names), 128)
+        ]  # a task a file costs more than its stamp
+        stamped = chain.from_iterable(pool.map(lambda block: [_stamp(name) for name in block], blocks))
+        stamps = dict(zip(names, stamped, strict=True))
         found = _recall(stamps)
         missing = [name for name in stamps if name not in found]
         read = dict(zip(missing, pool.map(_sha256, missing), strict=True))
@@ -166,6 +171,17 @@ def file_digests(paths: Sequence[str | Path], *, remember: bool = True) -> list[
         _remember({name: (stamps[name], read[name]) for name in missing if stamps[name] == _stamp(name)})
     found |= read
     return [found[name] for name in names]
+
+
+def digest_within(path: str | Path, what: str, make: Callable[[], str]) -> str:
+    """The digest of something that a file holds, `make()`; remembered by its name `what` until the file changes."""
+    file = os.path.abspath(path)
+    name, stamp = f"{file}: {what}", _stamp(file)
+    if not (found := _recall({name: stamp})):
+        found = {name: make()}
+        if stamp == _stamp(file):
+            _remember({name: (stamp, found[name])})
+    return found[name]
 
 
 _known: dict[str, tuple[str, str]] = {}  # of this process: path to stamp and digest

@@ -331,7 +331,7 @@ def felga_networks(s: Settings, root: Path, sets: FragmentSets, *, arithmetic: s
     cache = root / s.cache / (s.dataset + ("-smoke" if s.smoke else ""))
     name = files["vlp"] or "clip"
     if not files["vlp"] and s.scale == "tiny":
-        name = open_small_clip(sets, s.dataset, cache, smoke=s.smoke, echo=None)
+        name = open_small_clip(sets, s.dataset, cache, networks=root / s.cache, smoke=s.smoke, echo=None)
     detector = open_proposals(
         files["proposals"],
         scale=s.scale,

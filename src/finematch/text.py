@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -93,20 +94,20 @@ def tokenise(captions: list[str], tokenizer: PreTrainedTokenizerBase, *, max_len
     """
     if not captions:
         raise ValueError("no captions to tokenise")
-    encoded = tokenizer(captions, truncation=True, max_length=max_length, return_special_tokens_mask=True)
-    ids, special, start, unknown = [], [], [0], tokenizer.unk_token_id  # which looks it up at every call
-    for i, (row, mask) in enumerate(zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)):
-        words = [t for t, m in zip(row, mask, strict=True) if not m and t != unknown]
-        if not words:
-            raise ValueError(
-                f"caption {i} ({captions[i]!r}) has no known word in this vocabulary: "
-                "check that the tokenizer belongs to the data"
-            )
-        ids.extend(row)
-        special.extend(mask)
-        start.append(len(ids))
+    encoded = tokenizer(captions, truncation=True, max_length=max_length, return_special_tokens_mask=True,
+                        return_attention_mask=False, return_token_type_ids=False)  # fmt: skip
+    start = np.cumsum([0, *map(len, encoded["input_ids"])])
+    ids = np.fromiter(chain.from_iterable(encoded["input_ids"]), np.int32, start[-1])
+    special = np.fromiter(chain.from_iterable(encoded["special_tokens_mask"]), bool, start[-1])
+    unknown = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
+    words = np.concatenate([[0], np.cumsum(~special & (ids != unknown))])
+    if len(empty := np.flatnonzero(words[start[1:]] == words[start[:-1]])):
+        raise ValueError(
+            f"caption {empty[0]} ({captions[empty[0]]!r}) has no known word in this vocabulary: "
+            "check that the tokenizer belongs to the data"
+        )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return Ragged(np.asarray(ids, np.int32), np.asarray(special, bool), np.asarray(start, np.int64), pad)
+    return Ragged(ids, special, start, pad)
 
 
 # ------------------------------------------------------------------------------------------- keywords

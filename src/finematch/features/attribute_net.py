@@ -6,7 +6,7 @@ anyone trained a matcher on its regions. It sees boxes and labels of the train s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -85,28 +85,34 @@ class BoxLabels:
 
 def attribute_backbone(
     cache: str | Path,
-    train: tuple[list[Record], list[list[dict]]],
-    val: tuple[list[Record], list[list[dict]]],
+    train: tuple[list[Record], Callable[[], list[list[dict]]]],
+    val: tuple[list[Record], Callable[[], list[list[dict]]]],
     classes: dict[str, list[str]],
     plan: Plan,
     *,
     name: str = "resnet18",
     stage: int = 2,
+    known: Sequence[str] = (),
     echo: Callable[[str], None] | None = print,
 ) -> Backbone:
     """Train `AttributeNet` on labelled boxes of the *train* split and return its network, frozen.
 
     Args:
-        train, val: records, and for each picture its labelled boxes: dicts with `box` (xyxy pixels) and a
-            value for every name in `classes`. Val chooses the epoch, by the mean accuracy of the attributes.
+        train, val: records, and what reads for each picture its labelled boxes: dicts with `box` (xyxy pixels) and
+            a value for every name in `classes`; they are read to train. Val chooses the epoch, by the mean accuracy of
+            the attributes.
         cache: a finished network is found there by the pictures, labels and settings, a broken off one resumed.
+        known: digests of the labels of train and of val; without them they are read.
     """
 
     def teach(folder: Path) -> Cells:
         seed_everything(plan.seed)
         cells = Cells(name, stage=stage, mean=0.5, sd=0.25)
         model = AttributeNet(cells, {k: len(v) for k, v in classes.items()})
-        data, held = BoxLabels(*train, classes, jitter=True), BoxLabels(*val, classes, jitter=False)
+        data, held = (
+            BoxLabels(records, labels(), classes, jitter=jitter)
+            for (records, labels), jitter in ((train, True), (val, False))
+        )
 
         def evaluate(m: nn.Module) -> dict[str, float]:
             right: dict[str, int] = dict.fromkeys(classes, 0)
@@ -119,7 +125,8 @@ def attribute_backbone(
         fit(model, data, plan, folder, evaluate=evaluate, select="accuracy", echo=echo)
         return cells
 
-    data = [[digests(records)["images"], digest(labels)] for records, labels in (train, val)]
+    known = known or [digest(labels()) for _, labels in (train, val)]
+    data = [[digests(records)["images"], of] for (records, _), of in zip((train, val), known, strict=True)]
     key = {"plan": asdict(plan), "data": data, "classes": classes, "backbone": name, "stage": stage}
     said = "attributes of the train split"
     return taught_backbone(cache, "attribute_net", key, teach, size=64, trained_on=said)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +18,48 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finematch.encoders import Cells
-from finematch.files import cached, file_digest, write_atomically
+from finematch.files import cached, digest_within, file_digest, write_atomically
 from finematch.training import by_one_process
 
 
-@dataclass
 class Backbone:
     """A frozen `Cells` network, the side (pixels) that pictures are squashed to, and the key of its weights.
 
-    `folder` is where it and the log of its training lie, if it was trained here.
+    Args:
+        net: the network, or what opens it: features that were made before are found without it.
+        folder: where it and the log of its training lie, if it was trained here.
+        digest: `fingerprint` of the network, where it is known before it is opened.
     """
 
-    net: Cells
-    size: int
-    key: dict = field(default_factory=dict)
-    folder: Path | None = None
+    def __init__(
+        self,
+        net: Cells | Callable[[], Cells],
+        size: int,
+        key: dict | None = None,
+        folder: Path | None = None,
+        *,
+        digest: str = "",
+    ):
+        self._net, self.size, self.key, self.folder = net, size, {} if key is None else key, folder
+        self._digest, self._device = digest, None
+
+    @property
+    def net(self) -> Cells:
+        if not isinstance(self._net, torch.nn.Module):
+            self._net = self._net().to(self._device)
+        return self._net
+
+    @property
+    def digest(self) -> str:
+        """`fingerprint` of the network."""
+        return self._digest or fingerprint(self.net)
+
+    def to(self, device: torch.device) -> Backbone:
+        """The same, with its network on a device, now or when it is opened."""
+        self._device = device
+        if isinstance(self._net, torch.nn.Module):
+            self._net.to(device)
+        return self
 
     @torch.no_grad()
     def __call__(self, pictures: list[Image.Image]) -> Float[Tensor, "b d h w"]:
@@ -99,11 +125,22 @@ def taught_backbone(
 
     kept, name, stage = cached(cache, kind, key, make) / "cells.safetensors", key["backbone"], key["stage"]
     options = {"options": key["options"]} if "options" in key else {}
-    net = Cells(name, stage=stage, mean=0.5, sd=0.25, **options)
-    net.load_state_dict(load_file(kept))
-    net.eval().requires_grad_(False)
-    return Backbone(net, size, {"backbone": name, "weights": fingerprint(net), "size": size, "stage": stage,
-                                "trained_on": trained_on, **options}, kept.parent)  # fmt: skip
+
+    def build() -> Cells:
+        net = Cells(name, stage=stage, mean=0.5, sd=0.25, **options)
+        net.load_state_dict(load_file(kept))
+        return net.eval().requires_grad_(False)
+
+    digest = digest_within(kept, "fingerprint", lambda: fingerprint(build()))
+    key = {
+        "backbone": name,
+        "weights": digest,
+        "size": size,
+        "stage": stage,
+        "trained_on": trained_on,
+        **options,
+    }
+    return Backbone(build, size, key, kept.parent, digest=digest)
 
 
 def whole_batches(data, device: torch.device, size: int = 100) -> Iterator[dict[str, Tensor]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,14 @@ from finematch.data.pairs import (
 from finematch.data.precomp import Regions, load_regions
 from finematch.data.record import DataError, Record, pairs
 from finematch.data.splits import SMOKE, open_records
-from finematch.encoders import BertTower, config_of, small_clip
+from finematch.encoders import BertTower, Cells, config_of, small_clip
 from finematch.features.attribute_net import attribute_backbone
 from finematch.features.backbones import Backbone, fingerprint, mobilenet, timm_backbone
 from finematch.features.detections import Detections, is_detections
 from finematch.features.regions import extract
 from finematch.features.texts import text_states
 from finematch.features.word_net import MINI_VITS, caption_backbone
-from finematch.files import file_digest
+from finematch.files import digest, digest_within, file_digest
 from finematch.scenes.generator import TOKENIZER, attributes
 from finematch.scenes.language import TABLES
 from finematch.text import Ragged, tokenise, word_level, wordpiece
@@ -136,20 +137,23 @@ def frozen_network(
             )
     else:
         net = mobilenet(_mobilenet_file(data_root, weights))
-    net.net.to(accelerator())
-    return net
+    return net.to(accelerator())
 
 
 def _attribute_network(data_root: str | Path, cache: str | Path, smoke: bool) -> Backbone:
     classes = {name: list(values) for name, values in TABLES.items()}
-    labelled = {}
+    folder, labelled, known = Path(data_root) / "scenes", [], []
     for split in ("train", "val"):
-        truth = {
-            Path(t["filename"]).stem: t["objects"] for t in attributes(Path(data_root) / "scenes", split)
-        }
         records = load("scenes", data_root, split)
-        labelled[split] = (records, [truth[r.image_id] for r in records])
-    return attribute_backbone(cache, labelled["train"], labelled["val"], classes, _plan(1 if smoke else 6))
+
+        def labels(split: str = split, records: list[Record] = records) -> list[list[dict]]:
+            truth = {Path(t["filename"]).stem: t["objects"] for t in attributes(folder, split)}
+            return [truth[record.image_id] for record in records]
+
+        named = f"labels of {split} {digest([record.image_id for record in records])}"
+        labelled.append((records, labels))
+        known.append(digest_within(folder / "attributes.json", named, lambda made=labels: digest(made())))
+    return attribute_backbone(cache, *labelled, classes, _plan(1 if smoke else 6), known=known)
 
 
 def _caption_network(
@@ -211,12 +215,13 @@ def map_images(
     records: Records, network: Backbone, cache: str | Path, *, stages: int = 3, echo: Echo = print
 ) -> dict[str, MapSource]:
     """The last `stages` maps of a frozen network up to its own stage, fine to coarse; each is kept as cells."""
-    last = range(len(network.net.net.feature_info))[network.net.stage]
+    last = network.key.get("stage", -1)
+    if last < 0:
+        last = range(len(network.net.net.feature_info))[network.net.stage]
     found: dict[str, list[Regions]] = {split: [] for split in records}
     for stage in range(last + 1 - stages, last + 1):
-        cells = copy.copy(network.net)
-        cells.stage = stage
-        one = Backbone(cells, network.size, {**network.key, "stage": stage})
+        one = Backbone(partial(_at_stage, network, stage), network.size, {**network.key, "stage": stage},
+                       digest=network.digest).to(accelerator())  # fmt: skip
         for split, part in records.items():
             found[split].append(extract(part, one, cache, split, kind="cells", echo=echo))
     return {split: MapSource(maps) for split, maps in found.items()}
@@ -248,6 +253,12 @@ def given_images(
             echo(f"{split}: {without} of {len(part)} images have no box; the whole image is their proposal")
         boxed[split] = BoxedSource(images[split], given, {**found.key, "count": count})
     return boxed
+
+
+def _at_stage(network: Backbone, stage: int) -> Cells:
+    cells = copy.copy(network.net)
+    cells.stage = stage
+    return cells
 
 
 def pixel_images(

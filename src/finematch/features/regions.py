@@ -21,7 +21,7 @@ from torch import Tensor
 from finematch.boxes import grid_boxes, multi_scale_grid, roi_align
 from finematch.data.precomp import Regions, load_regions, write_layout
 from finematch.data.record import DataError, Record, digests
-from finematch.features.backbones import Backbone, fingerprint
+from finematch.features.backbones import Backbone
 from finematch.features.blockwise import write_rows
 from finematch.features.detections import Detections
 from finematch.features.proposals import propose
@@ -76,7 +76,7 @@ def extract(
         meta["proposals"], search = propose(proposals)
     found = digests(records)
     content = {
-        "network": fingerprint(backbone.net),
+        "network": backbone.digest,
         **{k: found[k] for k in ("images", "captions") if k in found},
     }
 

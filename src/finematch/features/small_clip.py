@@ -231,11 +231,16 @@ def open_small_clip(
     dataset: str,
     cache: str | Path,
     *,
+    networks: str | Path | None = None,
     smoke: bool = False,
     echo: Callable[[str], None] | None = print,
     **changes,
 ) -> Path:
     """`train_small_clip` on a dataset with its default backbone, tokenizer and settings, the settings with `changes`.
+
+    Args:
+        networks: cache of the backbone, which takes longer to train than the CLIP: that of other methods' runs, so that
+            all share one. `cache` unless given.
 
     Raises:
         DataError: If the dataset has no val, or a file is not where it is looked for.
@@ -245,7 +250,7 @@ def open_small_clip(
         raise DataError(sets.data_root, dataset, "has no val to choose the epoch of a small CLIP by",
                         "Name a published model (vlp=...)")  # fmt: skip
     config = small_clip_config(dataset, smoke=smoke, **changes)
-    backbone = frozen_network(dataset, sets.data_root, cache, told="captions", smoke=smoke)
+    backbone = frozen_network(dataset, sets.data_root, networks or cache, told="captions", smoke=smoke)
     tokenizer = open_tokenizer(dataset, sets.data_root)
     return train_small_clip(sets.train, sets.val, backbone, tokenizer, cache, config, echo=echo)
 
