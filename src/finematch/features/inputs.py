@@ -68,7 +68,7 @@ def check_together(backbone: str, text: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------- which data
-def reads(s: Settings) -> str:
+def reads(s) -> str:
     """What a run with the settings `s` reads: `fragments` (FELGA: training captions, a gallery with boxes), `arrays`
     (published region features with captions of their own, and no images; where `proposals` is left at `auto`), or
     `images` and their captions."""
