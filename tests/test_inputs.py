@@ -85,6 +85,7 @@ def scenes(root: Path, **options) -> SimpleNamespace:
 def scene_maps(root: Path, **options) -> SimpleNamespace:
     """As `scenes`, of a run that reads feature maps, or pixels at scale `paper`."""
     shape = {"method": "slan", "maps": 3, "size": 64, "text_depth": 1, "text_heads": 4, "stages": (2, 3, 4)}
+    shape |= {"detector": "", "count": 10}
     s = SimpleNamespace(**SETTINGS | shape | {"smoke": True} | options)
     inputs = rebuild.open_inputs(s, root)
     return SimpleNamespace(**vars(inputs), select=inputs.select, towers=lambda: rebuild.map_towers(s, inputs))
@@ -180,7 +181,7 @@ def test_cached_features_are_found_without_their_network(root, monkeypatch):
 
     monkeypatch.setattr(files, "RECENT", -1.0)  # the data were drawn a moment ago: remember their digests
     made = (scene_maps(root), scenes(root, backbone="regions"))
-    monkeypatch.setattr("finematch.features.backbones.Cells", refuse)
+    monkeypatch.setattr("finematch.features.backbones.Cells.__init__", refuse)
     monkeypatch.setattr(features_inputs, "attributes", refuse)
     again = (scene_maps(root), scenes(root, backbone="regions"))
     for before, now in zip(made, again, strict=True):
