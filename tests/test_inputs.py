@@ -85,7 +85,7 @@ def scenes(root: Path, **options) -> SimpleNamespace:
 def scene_maps(root: Path, **options) -> SimpleNamespace:
     """As `scenes`, of a run that reads feature maps, or pixels at scale `paper`."""
     shape = {"method": "slan", "maps": 3, "size": 64, "text_depth": 1, "text_heads": 4, "stages": (2, 3, 4)}
-    shape |= {"detector": "", "count": 10}
+    shape |= {"detector": "", "count": 10, "unseen": ""}
     s = SimpleNamespace(**SETTINGS | shape | {"smoke": True} | options)
     inputs = rebuild.open_inputs(s, root)
     return SimpleNamespace(**vars(inputs), select=inputs.select, towers=lambda: rebuild.map_towers(s, inputs))
