@@ -138,7 +138,7 @@ def test_parameters_reach_the_model(inputs):
     asked = {
         "levels": 2, "top": 5, "threshold": 0.25, "reg_weight": 0.5, "queue": 64, "itc_weight": 2.0, "mlm_weight": 0.25,
         "itm_weight": 3.0, "reduction": "mean", "same_picture": False, "distil": 0.1, "match_score": "logit",
-        "random_negatives": 0.5, "epochs": 3, "cell_weights": "raw", "nms": 0.5, "frozen": True,
+        "random_negatives": 0.5, "epochs": 3, "cell_weights": "raw", "nms": 0.5, "frozen": True, "region_word": 0.75,
     }  # fmt: skip
     model = made(inputs, **asked)
     assert (len(model.locator.adaptors), model.locator.filter.top, model.locator.filter.threshold) == (
@@ -146,7 +146,7 @@ def test_parameters_reach_the_model(inputs):
         5,
         0.25,
     )
-    assert model.weights == {"itc": 2.0, "itm": 3.0, "mlm": 0.25, "reg": 0.5}
+    assert model.weights == {"itc": 2.0, "itm": 3.0, "mlm": 0.25, "reg": 0.5, "word": 0.75}
     assert model.form == {"same_picture": False, "distil": 0.1, "reduction": "mean"}
     assert (model.match_score, model.random_steps, len(model.queue.image)) == ("logit", 15, 64)
     assert not any(p.requires_grad for p in model.locator.proposals.parameters())

@@ -98,8 +98,9 @@ class HSLMConfig(Config):
         help="how Eq. 6 relates the words")
     self_residual: bool = switch("H2", False, True, says="Eq. 6 has no residual", help="residual connection in Eq. 6")
     relation: str = switch(
-        "H4", "nodes", "raw", "softmax", literal="raw",
-        says="Eq. 7-8 do not normalise A; the cited VSRN divides by the nodes", help="normalisation of A (Eq. 7-8)")
+        "H4", "nodes", "raw", "softmax",  # raw words are infinite after 2 to 4 steps at the paper's widths (lr 2e-4)
+        says="Eq. 7-8 do not normalise A, which then overflows; the cited VSRN divides by the nodes",
+        help="normalisation of A (Eq. 7-8)")
     graph_norm: str = switch(
         "H5", "none", "layer", "batch", says="no normalisation in Eq. 8-9; VSRN's code has one of the batch",
         help="norm after W_r")
