@@ -649,7 +649,7 @@ def test_the_literal_reading_is_the_papers_text():
 
 
 def test_relations_that_are_not_normalised_overflow_at_the_papers_size():
-    """H4: Eq. 7-9 as printed. Words are not of unit length, each layer is cubic in them, and W_r leaves zero at step 1."""
+    """H4, Eq. 7-9 as printed: words are not of unit length, each layer is cubic in them, and W_r soon leaves zero."""
     for relation, finite in (("raw", False), ("nodes", True)):
         torch.manual_seed(0)
         paper = Settings("hslm", {"scale": "paper", "relation": relation})

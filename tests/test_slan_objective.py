@@ -494,6 +494,37 @@ def test_the_last_layer_can_share_the_word_embedding():
         MaskedWordHead(4, 9, form="x")
 
 
+@pytest.mark.parametrize(("same_picture", "reduction"), [(True, "sum"), (False, "mean")])
+def test_the_contrast_of_fused_tokens_in_loops(same_picture, reduction):
+    """S20: image i with caption j is located for itself, and Eq. 5 compares the pair's own two tokens."""
+    options = {"same_picture": same_picture, "reduction": reduction}
+    model, batch = tiny(contrast="fused", queue=0, **options).double().eval(), pairs(4, ids=[0, 1, 0, 2])
+    batch["image"]["pixels"] = batch["image"]["pixels"].double()
+    picture, caption = model.encode_image(**batch["image"]), model.encode_text(**batch["text"])
+    table = torch.zeros(4, 4).double()
+    for i in range(4):
+        for j in range(4):
+            at = model.locate(picture[[i]], caption[[j]])
+            image, text = model.encoders.project_image(at.picture), model.encoders.project_text(at.text)
+            table[i, j] = F.cosine_similarity(image, text)[0] / 0.07
+    total = 0.0
+    for s in (table, table.T):
+        for i in range(4):
+            own = [
+                j
+                for j in range(4)
+                if (batch["image_id"][j] == batch["image_id"][i] if same_picture else j == i)
+            ]
+            total += sum(torch.logsumexp(s[i], 0) - s[i, j] for j in own) / len(own) / 4
+    torch.testing.assert_close(model(batch)["itc"], total / (2 if reduction == "mean" else 1))
+
+
+def test_the_contrast_of_fused_tokens_knows_no_queue():
+    for wrong in ({"queue": 12}, {"queue": 0, "distil": 0.4}, {"queue": 0, "weights": {"itm": 0}}):
+        with pytest.raises(ValueError, match="contrast='fused' compares"):
+            tiny(contrast="fused", **wrong)
+
+
 # ------------------------------------------------------------------------------------------- region-word contrast
 def test_the_region_word_contrast_in_loops():
     g = torch.Generator().manual_seed(0)
@@ -634,7 +665,7 @@ def test_masked_words_pass_the_towers_and_the_locator_masked():
 
 READ = [{}, {"queue": 0}, {"momentum": 0.0}, {"queue": 0, "distil": 0.4}, {"distil": 0.4}, {"same_picture": False},
         {"reduction": "mean"}, {"mlm": "pooled"}, {"mlm_picture": False}, {"embed": 0},
-        {"match_score": "logit"}, {"random_steps": 10}]  # fmt: skip
+        {"match_score": "logit"}, {"random_steps": 10}, {"contrast": "fused", "queue": 0}]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", READ, ids=str)

@@ -70,8 +70,8 @@ box_grad: bool = None  # gradients reach the boxes; default True (S12)
 detach_target: bool = None  # the target of Eq. 3 is held fixed; default True (S13)
 reg_reduction: str = None  # reduction of Eq. 3 over regions: sum | mean; default sum (S14)
 reg_part: str = None  # what Eq. 3 compares: box | centre; default box (S41)
-giou_weight: float = None  # weight of the GIoU term of Eq. 3; default 1
-l1_weight: float = None  # weight of the L1 term of Eq. 3; default 1
+giou_weight: float = None  # weight of the GIoU term of Eq. 3; default 1 (S14)
+l1_weight: float = None  # weight of the L1 term of Eq. 3; default 1 (S14)
 nms: float = None  # IoU of non-maximum suppression; 0: none; default 0 (S16)
 score_norm: str = None  # normalisation of the filter's scores: max | minmax | sigmoid; default max (S17)
 filter_text: bool = None  # the filter reads the text; default False (S19)
@@ -83,6 +83,7 @@ embed_norm: str = None  # normalisation of region embeddings: layer | none; defa
 roi: str = None  # implementation of RoI pooling: align | table; default align (-)
 samples: int = None  # sampling points of RoIAlign per side; tiny 4, photos 6, paper 14
 queue: int = None  # pairs in the contrast's queues; 0: the batch alone; tiny 0, photos 0, paper 65536 (S21)
+contrast: str = None  # tokens of the contrast: unimodal | fused; default unimodal (S20)
 embed: int = None  # width of the contrast's vectors; 0: the tokens'; tiny 64, photos 128, paper 256 (S37)
 momentum: float = None  # decay of the momentum encoders; 0: none; default 0.995 (S21)
 same_picture: bool = None  # captions of one image are all positives; default True; literal False (S21)
@@ -370,12 +371,12 @@ LOOK = ("pointing", "chance_pointing", "r1", "chance_r1", "upper_bound", "centre
 #
 # Three passes through the locator a step: the true pair, two wrong ones for each (matching), and the masked sentence. The log has each term. The
 # epoch with the best rsum on *val* is kept (the contrast alone, of all of val: re-ranking it each epoch would take as long as training); where val
-# itself is reported, the last one. With `zero_shot` there is nothing to train, and the "after" of the boxes is their "before".
+# itself is reported, or where the contrast is of fused tokens, the last one. With `zero_shot` there is nothing to train, and the "after" of the boxes is their "before".
 
 # %%
 summary = {"best_epoch": 0, "seconds": 0.0} if s.zero_shot else fit(
     model, data, Plan(epochs=s.epochs, **schedule), run.folder, identity=run.digest, evaluate=lambda m: validation(m, val),
-    select=selection(records),
+    select="epoch" if s.contrast == "fused" else selection(records),
 )  # fmt: skip
 leave_to_first()  # of several processes (torchrun); else nothing
 
@@ -389,10 +390,12 @@ leave_to_first()  # of several processes (torchrun); else nothing
 started = time.monotonic()
 image, text = embedded(model, test)
 contrast = retrieval(image, text, test.image_of, split=f"{s.dataset} {reported}")
-metrics = {f"itc_{name}": contrast[name] for name in ("i2t_r1", "t2i_r1", "rsum")}
+fused = s.contrast == "fused"  # then the vectors above are untrained, and every pair passes the locator
+metrics = {} if fused else {f"itc_{name}": contrast[name] for name in ("i2t_r1", "t2i_r1", "rsum")}
 if s.itm_weight:
     scorer = pair_scorer(model, test.images.batch, test.texts.batch, block=256)
-    metrics |= reranked_retrieval(image, text, test.image_of, scorer, k=s.rerank, score=s.rank_score,
+    k = max(len(image), len(text)) if fused else s.rerank
+    metrics |= reranked_retrieval(image, text, test.image_of, scorer, k=k, score=s.rank_score,
                                   split=f"{s.dataset} {reported}", progress=s.scale == "paper")  # fmt: skip
     seconds = time.monotonic() - started
     print(f"{metrics['pairs']:,} pairs in {seconds:.1f} s: {metrics['pairs'] / seconds:,.0f} a second")

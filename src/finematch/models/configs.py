@@ -295,8 +295,12 @@ class LocatorConfig(Config):
     reg_part: str = switch(
         "S41", "box", "centre", says="Eq. 3 is of (x, y, w, h); scaled sides have no optimum",
         help="what Eq. 3 compares")
-    l1_weight: float = setting(1.0, (0, 100), "weight of the L1 term of Eq. 3")
-    giou_weight: float = setting(1.0, (0, 100), "weight of the GIoU term of Eq. 3")
+    l1_weight: float = setting(
+        1.0, (0, 100), "weight of the L1 term of Eq. 3", register="S14", literal=1.0,
+        says="Eq. 3 has no weights; DETR has 5 and 2")
+    giou_weight: float = setting(
+        1.0, (0, 100), "weight of the GIoU term of Eq. 3", register="S14", literal=1.0,
+        says="Eq. 3 has no weights; DETR has 5 and 2")
     token: str = switch(
         "S20", "map", "regions", says="T_v is the mean of V (ICCV) or of the region embeddings (arXiv)",
         help="image token T_v of the contrast")
@@ -324,6 +328,9 @@ class SLANConfig(Config):
     region_word: float = setting(
         0.0, (0, 100), "weight of the region-word contrast", register="S41", literal=0.0,
         says="no loss trains the cosine of a region and a word, by which Eq. 2 moves regions")
+    contrast: str = switch(
+        "S20", "unimodal", "fused", says="Eq. 5 compares T_v and T_t: of the encoders, or after the locator (Algorithm 1)",
+        help="tokens of the contrast")
     embed: int = setting(
         256, (0, 65536), "width of the contrast's vectors; 0: the tokens'", register="S37",
         says="a dot product of D-d tokens; ALBEF projects them to 256")

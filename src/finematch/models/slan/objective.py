@@ -375,6 +375,17 @@ def itc(
     return total if reduction == "sum" else total / 2
 
 
+def softmax_both_ways(
+    table: Float[Tensor, "b b"], image_id: Int[Tensor, " b"], same_picture: bool, reduction: str
+) -> Float[Tensor, ""]:
+    """Eq. 5-6 of a table of sim / tau, images in rows, captions in columns: targets and reduction as in `itc`."""
+    same = image_id[:, None] == image_id[None]
+    positive = (same if same_picture else torch.eye(len(table), device=table.device)).to(table.dtype)
+    target = positive / positive.sum(1, keepdim=True)  # symmetric: it serves both directions
+    total = F.cross_entropy(table, target) + F.cross_entropy(table.T, target)
+    return total if reduction == "sum" else total / 2
+
+
 # ------------------------------------------------------------------------------ region-word contrast (S41)
 def region_word_scores(
     regions: Float[Tensor, "b t d"],
@@ -414,14 +425,11 @@ def region_word(
         counted: which of them are words.
         scale: 1 / tau.
     """
-    same = (image_id[:, None] == image_id[None]).to(torch.float32)
-    target = same / same.sum(1, keepdim=True)  # symmetric: it serves both directions
     total = torch.zeros((), device=image_id.device)
     with torch.autocast(image_id.device.type, enabled=False):
         for regions in levels:
             scores = scale * region_word_scores(regions, valid, words, counted)
-            goal = target.to(scores)
-            total = total + (F.cross_entropy(scores, goal) + F.cross_entropy(scores.T, goal)) / 2
+            total = total + softmax_both_ways(scores, image_id, True, "mean")
     return total / len(levels)
 
 
@@ -665,6 +673,12 @@ class SLAN(nn.Module):
             raise ValueError(f"the weights of {TERMS} are all 0: give one at least")
         if c.distil and not c.momentum:
             raise ValueError("distil needs momentum encoders: give momentum=0.995")
+        if c.contrast == "fused" and (c.queue or c.distil or not c.itm_weight):
+            raise ValueError(
+                "contrast='fused' compares tokens that every pair has for itself: give queue=0, distil=0 and a weight "
+                "of itm, whose head ranks the pairs"
+            )
+        self.fused_contrast = c.contrast == "fused"
         self.match_score, self.mask_share, self.words = c.match_score, c.mask_share, words
         self.form = {"same_picture": c.same_picture, "distil": c.distil, "reduction": c.reduction}
         contrast = self.weights["itc"] > 0
@@ -778,6 +792,8 @@ class SLAN(nn.Module):
 
     def _contrast(self, batch: dict, picture: Picture, caption: Caption) -> Tensor:
         image_id = batch["image_id"]
+        if self.fused_contrast:
+            return shared(self._contrast_of_fused(picture, caption, image_id))
         if self.momentum is None:
             image, text = picture.vector, caption.vector
         else:
@@ -793,6 +809,18 @@ class SLAN(nn.Module):
         if self.queue is not None and self.training:
             self.queue.enqueue(image, text, image_id)
         return shared(loss)
+
+    def _contrast_of_fused(self, picture: Picture, caption: Caption, image_id: Tensor) -> Tensor:
+        """Eq. 5-6 of the tokens after the locator (S20): sim(T_v, T_t) of a pair is known to that pair alone, so that
+        b x b pairs pass the locator, of this process's own batch; nothing could wait in a queue."""
+        b = len(image_id)
+        rows = torch.arange(b, device=image_id.device)
+        i, j = rows.repeat_interleave(b), rows.repeat(b)
+        at = self.locate(picture[i], caption[j])
+        image = unit(self.encoders.project_image(at.picture))
+        text = unit(self.encoders.project_text(at.text))
+        table = self.temperature() * (image * text).sum(1).view(b, b)
+        return softmax_both_ways(table, image_id, self.form["same_picture"], self.form["reduction"])
 
     def _matching(self, picture: Picture, caption: Caption, located: Located, image_id: Tensor) -> Tensor:
         """One true pair to two hard ones, from this process's own batch (as ALBEF)."""
