@@ -36,8 +36,11 @@ READINGS = [(method, reading) for method in SMALL for reading in ("default", "li
 
 
 def settings_of(method, reading):
-    """A reading's settings; `frozen` is the default reading of SLAN over frozen proposals."""
+    """A reading's settings; `frozen` is the default reading of SLAN over frozen proposals. HSLM's literal one is held
+    with the relations that the paper prints, which a run of full size cannot have."""
     chosen = {"frozen": True} if reading == "frozen" else {"reading": reading}
+    if (method, reading) == ("hslm", "literal"):
+        chosen["relation"] = "raw"
     return Settings(method, chosen | SMALL[method])
 
 

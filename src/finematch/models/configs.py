@@ -329,7 +329,7 @@ class SLANConfig(Config):
         0.0, (0, 100), "weight of the region-word contrast", register="S41", literal=0.0,
         says="no loss trains the cosine of a region and a word, by which Eq. 2 moves regions")
     contrast: str = switch(
-        "S20", "unimodal", "fused", says="Eq. 5 compares T_v and T_t: of the encoders, or after the locator (Algorithm 1)",
+        "S20", "unimodal", "fused", says="Eq. 5 compares T_v and T_t; Algorithm 1 ends with others",
         help="tokens of the contrast")
     embed: int = setting(
         256, (0, 65536), "width of the contrast's vectors; 0: the tokens'", register="S37",
