@@ -304,6 +304,7 @@ RATIOS = [
         "times_faster_than_torchvision",
         FASTER,
     ),
+    ("batches of shards", "webdataset's own pipeline", "shards", "0_workers", "ratio", FASTER),
     ("MVAM's step, CLIP ViT-B/32", "its bare towers", "mvam_step", "paper", "method_over_towers", COSTS),
     ("MVAM's step, scenes", "its bare towers", "mvam_step", "scenes", "method_over_towers", COSTS),
     ("SLAN's step, ResNet-50 and BERT", "no levels", "slan_cost", "steps", "paper", COSTS),

