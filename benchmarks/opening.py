@@ -15,11 +15,12 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from finematch.files import write_json
+from finematch.files import DataError, write_json
 from finematch.runs import git_commit, latest, versions
 from finematch.training import device_name
 
@@ -48,22 +49,32 @@ def opened(folder: Path) -> tuple[float, float]:
     return float(imports), float(seconds)
 
 
+def newest() -> Iterator[Path]:
+    """The newest finished run of each method that has one."""
+    for method in METHODS:
+        try:
+            yield latest(method)
+        except DataError as error:
+            print(f"{method}: not measured. {error}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", nargs="+", type=Path, default=[], help="folders of finished runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     found = {}
-    for folder in options.runs or [latest(method) for method in METHODS]:
+    for folder in options.runs or list(newest()):
         opened(folder)  # fills the caches
         imports, seconds = zip(*(opened(folder) for _ in range(3)), strict=True)
         was = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         method, p = was["identity"]["method"], was["parameters"]
         found[method] = {"seconds": min(seconds), "all": seconds, "imports": min(imports), "goal": 2.0,
                          "dataset": p["dataset"], "scale": "smoke" if p["smoke"] else p["scale"]}  # fmt: skip
-        print(
-            f"{method}: {min(seconds):.2f} CPU s ({', '.join(f'{s:.2f}' for s in seconds)}), imports {min(imports):.2f}"
-        )
+        each = ", ".join(f"{s:.2f}" for s in seconds)
+        print(f"{method}: {min(seconds):.2f} CPU s ({each}), imports {min(imports):.2f}")
+    if not found:
+        return
     about = {
         "device": device_name(),
         "versions": versions(),
