@@ -1632,17 +1632,17 @@ print(
 show(pd.DataFrame(SLANConfig.readings(), columns=columns).set_index("reading"))
 # one other value of each; `queue` and `embed` are small here
 OTHERS = {
-    "itc_weight": 0.1, "itm_weight": 0.1, "mlm_weight": 0.1, "reg_weight": 0.1, "embed": 0, "queue": 0, "momentum": 0.0,
-    "distil": 0.4, "same_picture": False, "reduction": "mean", "tau": 0.2, "mlm": "pooled", "mlm_picture": False,
-    "match_score": "logit",
+    "itc_weight": 0.1, "itm_weight": 0.1, "mlm_weight": 0.1, "reg_weight": 0.1, "region_word": 0.1,
+    "contrast": "fused", "embed": 0, "queue": 0, "momentum": 0.0, "distil": 0.4, "same_picture": False,
+    "reduction": "mean", "tau": 0.2, "mlm": "pooled", "mlm_picture": False, "match_score": "logit",
 }  # fmt: skip
 default_loss = step_of(second=True)
 assert list(OTHERS) == [argument for _, argument, *_ in SLANConfig.readings()]
 for argument, other in OTHERS.items():
-    changed = step_of(objective={argument: other}, second=True)
-    assert (changed == default_loss) == (argument == "match_score"), (
-        argument
-    )  # which is a matter of ranking alone
+    needs = {"queue": 0} if argument == "contrast" else {}  # fused tokens cannot wait in a queue
+    before = step_of(objective=needs, second=True) if needs else default_loss
+    changed = step_of(objective={argument: other, **needs}, second=True)
+    assert (changed == before) == (argument == "match_score"), argument  # a matter of ranking alone
 assert (
     step_of(objective={"random_steps": 9}, second=True) != default_loss
 )  # `random_negatives` of 2_train (S24)
