@@ -23,6 +23,7 @@ from finematch.models.felga import (
     global_labels,
     lifted,
     real_pairs,
+    share_keyword,
     sparse,
 )
 from finematch.training import EpochBatches, Plan, fit, whole
@@ -481,6 +482,28 @@ def test_online_labels_come_from_the_embeddings():
     assert frozen(x)["fragment"].item() == pytest.approx(online(x)["fragment"].item(), rel=1e-5)
 
 
+def test_texts_that_share_a_keyword_are_no_negatives_of_each_other():
+    """F26: Eq. 12 with a pair left out by hand; padding shares nothing."""
+    g = torch.Generator().manual_seed(0)
+    batch = {
+        "image": {"features": torch.randn(3, 2, 8, generator=g), "mask": torch.ones(3, 2, dtype=torch.bool)},
+        "text": {"features": torch.randn(3, 2, 8, generator=g), "mask": torch.tensor([[1, 1], [1, 0], [1, 1]]).bool(),
+                 "keyword_id": torch.tensor([[4, 5], [6, 4], [5, 7]])},  # texts 0 and 2 share 5; 4 of text 1 is padding
+    }  # fmt: skip
+    m = model(alignment="global", global_negatives="distinct", hidden_dim=16, out_dim=8, dropout=0.0).eval()
+    shared = share_keyword(batch["text"]["keyword_id"], batch["text"]["mask"])
+    assert shared.tolist() == [[True, False, True], [False, True, False], [True, False, True]]
+    regions, words = m.encode(batch["image"]["features"], batch["text"]["features"])
+    real = batch["image"]["mask"][:, :, None, None] & batch["text"]["mask"][None, None]
+    table, known = global_affinity(affinity(regions, words), real)
+    known[0, 2] = known[2, 0] = False
+    wanted = lifted(table, torch.eye(3, dtype=torch.bool), known, margin=m.config.lambda2, **m.form)
+    torch.testing.assert_close(m(batch)["global"], wanted)
+    every = model(alignment="global", hidden_dim=16, out_dim=8, dropout=0.0).eval()
+    every.load_state_dict(m.state_dict())
+    assert abs(every(batch)["global"] - wanted) > 1e-4
+
+
 def test_same_keyword_switch():
     x = batch()
     off, on = model(labels="dense"), model(labels="dense", same_keyword_positives=True)
@@ -758,6 +781,7 @@ def test_the_literal_reading_is_the_papers_text():
     text = {
         "label_features": "frozen", "fenet": "shared", "input_scale": "rms", "loss": "batch", "literal_scale": False,
         "hinge": False, "tau": 1.0, "empty": "skip", "same_keyword_positives": False, "activation": "between",
+        "global_negatives": "all",
     }  # fmt: skip
     assert FELGAConfig.literal() == text
     assert Settings("felga", {"scale": "paper"}).as_dict().items() >= text.items()

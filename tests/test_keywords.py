@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,9 +20,12 @@ from finematch.encoders import small_bert
 from finematch.features.fragments import document, extract_keywords
 from finematch.features.inputs import minilm_folder
 from finematch.files import entries
+from finematch.scenes.language import COLOURS, SHAPES, SIZES, TEXTURES, GrammarNouns
 from finematch.text import (
     KeyBERTKeywords,
     KeywordMethod,
+    Nouns,
+    TaggedNouns,
     TfIdfKeywords,
     keyword_method,
     wordpiece,
@@ -53,6 +57,55 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def keybert(model) -> KeyBERTKeywords:
     return KeyBERTKeywords(model)
+
+
+# ------------------------------------------------------------------------------------------ nouns (F25)
+class Given:
+    key = "given"
+
+    def __init__(self, *nouns):
+        self.nouns = nouns
+
+    def __call__(self, text):
+        return [word for word in text.lower().split() if word in self.nouns]
+
+
+def test_a_tagger_finds_the_nouns_of_captions():
+    nouns = TaggedNouns()
+    assert isinstance(nouns, Nouns)
+    assert nouns("A brown dog runs on the beach . Two dogs play with a red ball .") == [
+        "dog",
+        "beach",
+        "dogs",
+        "ball",
+    ]
+    assert nouns("red and small") == []
+    assert nouns.key == f"HanTa {version('HanTa')}"
+
+
+def test_the_grammar_knows_its_nouns():
+    nouns = GrammarNouns()
+    assert nouns("A tiny red ball with dots sits to the left of two striped plus signs on the grass") == [
+        "ball", "dots", "signs", "grass",
+    ]  # fmt: skip
+    colours = {word for words in (*COLOURS.values(), *SIZES.values(), *TEXTURES.values()) for word in words}
+    assert not colours & nouns.nouns
+    assert {word.split()[-1] for words in SHAPES.values() for word in words} <= nouns.nouns
+
+
+@pytest.mark.parametrize("name", ["keybert", "words"])
+def test_nouns_alone_can_be_keywords(model, name):
+    given = {"model": model} if name == "keybert" else {"train": TEXTS}
+    plain, some = (
+        keyword_method(name, nouns=nouns, **given) for nouns in (None, Given("dog", "ball", "horse"))
+    )
+    assert plain.key != some.key
+    assert "nouns" not in plain.key
+    assert {word for word, _ in some(TEXTS[0])} == {"dog", "ball"}
+    assert {word for word, _ in plain(TEXTS[0])} > {"dog", "ball"}
+    assert some("man beach fence") == []  # not all words, which KeyBERT makes of no candidates
+    # the score of a word does not depend on what else may be one
+    assert dict(some(TEXTS[0]))["dog"] == pytest.approx(dict(plain(TEXTS[0]))["dog"], abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------ KeyBERT

@@ -43,6 +43,7 @@ empty: str = None  # fragments without positives or negatives: skip | keep; defa
 lambda1: float = None  # margin of Eq. 10; no gradient without hinge; default 0.5
 lambda2: float = None  # margin of Eq. 12; no gradient without hinge; default 0.5
 lambda3: float = None  # weight of the global loss in Eq. 13; default 0.2
+global_negatives: str = None  # negatives of Eq. 12; distinct: share no keyword: all | distinct; default all (F26)
 same_keyword_positives: bool = None  # the same keyword in other texts is a positive; default False (F10)
 vlp: str = ""  # frozen model: clip, blip, blip2, hub name or folder; empty: small CLIP at tiny, else clip
 vlp_precision: str = None  # of the frozen model: auto | no | bf16 | fp16; tiny no, photos no, paper auto
@@ -50,6 +51,7 @@ text: str = "joined"  # a text: the captions of an image, joined, or each of its
 prompt: str = "name"  # class names as queries: the bare name, or a photo of a ... (F21)
 proposals: str = "auto"  # auto, selective_search, grid, a DETReg checkpoint, or boxes (COCO results)
 keywords: str = "keybert"  # how keywords are found: keybert | words
+train_keywords: str = "all"  # keywords that FENet learns from; the gallery keeps all: all | nouns (F25)
 keyword_model: str = ""  # model of KeyBERT: hub name or folder; empty: the packaged MiniLM
 regions: int = None  # proposals per image; default 10
 words: int = None  # keywords per text; default 10
@@ -85,7 +87,7 @@ from finematch.data.fragment_sets import open_fragment_sets
 from finematch.evaluation.fragments import AnnotatedPhrases, Gallery, frozen, phrase_grounding, tasks, vectors
 from finematch.features.detreg import open_proposals
 from finematch.features.fragments import (
-    PROMPTS, document, extract_keywords, open_vlp, picture_fragments, provenance, text_fragments, text_records,
+    PROMPTS, document, extract_keywords, noun_finder, open_vlp, picture_fragments, provenance, text_fragments, text_records,
     whole_pictures, whole_texts,
 )  # fmt: skip
 from finematch.features.inputs import minilm_folder
@@ -144,10 +146,13 @@ train_texts, picture_of = text_records(sets.train, s.text)
 texts = [document(record) for record in train_texts]
 minilm = (files["keyword_model"] or minilm_folder()) if s.keywords == "keybert" else ""
 keywords_of = keyword_method(s.keywords, model=minilm, train=texts, top=s.words)
+learned_of = keywords_of  # of the training texts; the gallery's are all words in any case
+if s.train_keywords == "nouns":
+    learned_of = keyword_method(s.keywords, model=minilm, train=texts, top=s.words, nouns=noun_finder(s.dataset))
 
 propose = partial(extract_proposals, method=detector, cache=cache / "proposals", top=s.regions,
                   min_side=5 if s.dataset == "scenes" else 8)  # fmt: skip
-find_keywords = partial(extract_keywords, method=keywords_of, cache=cache / "keywords")
+find_keywords = partial(extract_keywords, cache=cache / "keywords")
 crops = partial(picture_fragments, model=vlp, cache=cache / "fragments")  # features of boxes
 words = partial(text_fragments, model=vlp, cache=cache / "fragments")  # and of words
 
@@ -157,7 +162,7 @@ words = partial(text_fragments, model=vlp, cache=cache / "fragments")  # and of 
 # %%
 train_boxes = propose(sets.train, split="train")
 train_regions = crops(sets.train, train_boxes, split="train")
-train_keywords = words(find_keywords(texts, split="train"), split="train_keywords")
+train_keywords = words(find_keywords(texts, learned_of, split="train"), split="train_keywords")
 width = train_regions.features.shape[-1]
 
 # %% [markdown]
@@ -176,7 +181,7 @@ if s.features == "whole":
 else:
     boxes = propose(sets.gallery, split=s.report)
     regions = crops(sets.gallery, boxes, split=s.report)
-    keywords = words(find_keywords(gallery_texts, split=s.report), split=f"{s.report}_keywords")
+    keywords = words(find_keywords(gallery_texts, keywords_of, split=s.report), split=f"{s.report}_keywords")
 gallery = Gallery(
     sets.gallery, sets.categories, regions=regions, keywords=keywords,
     boxes=crops(sets.gallery, given(sets.gallery), split=f"{s.report}_objects"),

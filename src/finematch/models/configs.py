@@ -191,6 +191,10 @@ class FELGAConfig(Config):
     lambda1: float = setting(0.5, (-100, 100), "margin of Eq. 10; no gradient without hinge")
     lambda2: float = setting(0.5, (-100, 100), "margin of Eq. 12; no gradient without hinge")
     lambda3: float = setting(0.2, (0, 1000), "weight of the global loss in Eq. 13")
+    global_negatives: str = switch(
+        "F26", "all", "distinct",
+        says="all other texts, most of which share a keyword: their best fragments often belong together",
+        help="negatives of Eq. 12; distinct: share no keyword")
     same_keyword_positives: bool = switch(
         "F10", False, True, says="Eq. 3-6 literally; section 5 regrets it",
         help="the same keyword in other texts is a positive")

@@ -138,6 +138,12 @@ def global_affinity(
     return largest.masked_fill(~known, 0.0), known
 
 
+def share_keyword(keyword_id: Int[Tensor, "b k"], mask: Bool[Tensor, "b k"]) -> Bool[Tensor, "b b"]:
+    """Which texts have a keyword in common, themselves included (F26). Padding has none."""
+    same = keyword_id[:, :, None, None] == keyword_id[None, None]
+    return (same & mask[:, :, None, None] & mask[None, None]).any(3).any(1)
+
+
 def lifted(
     similarity: Float[Tensor, "i j"],
     positive: Bool[Tensor, "i j"],
@@ -215,7 +221,9 @@ class FELGA(nn.Module):
     (`online`). FENet takes the frozen features at length one (`input_scale` `unit`), at length sqrt(d), so that the
     mean square of an entry is one (`rms`), or as they are (`raw`). The form of the loss holds for both levels, see
     `lifted`; without `hinge` the margins lambda1 and lambda2 change the loss by a constant and no gradient at all. With
-    `same_keyword_positives` batches need `keyword_id`, see `batch_labels`.
+    `same_keyword_positives` or `global_negatives="distinct"` batches need `keyword_id`, see `batch_labels`. The paper
+    takes all other texts as negatives of Eq. 12; `distinct` leaves out those that share a keyword with the picture's
+    own, because the best fragments of such a pair often belong together.
 
     Args:
         width: of the frozen features (CLIP 512, BLIP and BLIP-2 256).
@@ -295,7 +303,7 @@ class FELGA(nn.Module):
 
         Args:
             batch: `image` and `text`, each with `features` "b r d" or "b k d" and `mask`; `text` also with
-                `keyword_id` "b k" for `same_keyword_positives`. What padding holds does not matter.
+                `keyword_id` "b k" for the settings that compare keywords. What padding holds does not matter.
         """
         image, text = batch["image"], batch["text"]
         region_mask, word_mask = image["mask"], text["mask"]
@@ -325,6 +333,9 @@ class FELGA(nn.Module):
             if self.config.alignment != "local":
                 pairs, known = global_affinity(similarity, real)  # Eq. 11
                 positive = global_labels(len(pairs), pairs.device)
+                if self.config.global_negatives == "distinct":
+                    ids = gather(text["keyword_id"])
+                    known = known & (positive | ~share_keyword(ids, word_mask))
                 terms["global"] = lifted(
                     pairs, positive, known, margin=self.config.lambda2, **self.form
                 )  # Eq. 12

@@ -15,6 +15,7 @@ so that every noun phrase has one referent. A mention with "count" means *all* o
 
 from __future__ import annotations
 
+import re
 from itertools import product
 
 import numpy as np
@@ -165,6 +166,21 @@ UNSEEN = {
 def unseen(claim: dict) -> bool:
     """Whether an object, or what a caption claims of one, has a shape and a colour that are held out together."""
     return "shape" in claim and claim.get("colour") == UNSEEN[claim["shape"]]
+
+
+class GrammarNouns:
+    """The nouns of a sentence of this grammar, as `text.Nouns`: things, backgrounds, and what textures are made of."""
+
+    key = "nouns of the grammar of scenes"
+
+    def __init__(self):
+        things = [word.split()[-1] for words in SHAPES.values() for word in words] + list(GENERIC)
+        places = [phrase.split()[-1] for pairs in BACKGROUNDS.values() for _, phrase in pairs]
+        textures = [phrase.split()[-1] for phrases in AFTER_NOUN.values() for phrase in phrases]
+        self.nouns = {*things, *map(plural, things), *places, *textures}
+
+    def __call__(self, text: str) -> list[str]:
+        return [word for word in re.findall(r"\w+", text.lower()) if word in self.nouns]
 
 
 def plural(noun: str) -> str:
