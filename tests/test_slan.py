@@ -1,6 +1,7 @@
 """SLAN's model against the paper: every equation against loops, what gradients reach, what padding cannot change."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import slan_naive as naive
@@ -542,7 +543,11 @@ def test_weights_of_torchvisions_detector_are_loaded(tmp_path, old, suffix):
         assert "backbone.fpn.inner_blocks.3.weight" in state
     path = tmp_path / f"detector{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    model = SelfLocator((512, 1024, 2048), LocatorConfig(width=16, heads=2, pyramid=256, anchor=3.0))
+    config = LocatorConfig(width=16, heads=2, pyramid=256, anchor=3.0)
+    model = SelfLocator((512, 1024, 2048), config)
+    with pytest.raises(ValueError, match=r"anchors of 8 cells at 0.*set anchor=8 and anchor_offset=0"):
+        load_proposals(model.proposals, path, decoder=model.decoder)
+    model = SelfLocator((512, 1024, 2048), replace(config, anchor=8.0, anchor_offset=0.0))
     said = load_proposals(model.proposals, path, decoder=model.decoder)
     assert said == f"{path.name}: decoder, proposals, anchors of 8 cells at 0"
     maps = {str(i): torch.randn(1, c, s, s) for i, (c, s) in enumerate(zip((256, 512, 1024, 2048), (16, 8, 4, 2),
@@ -568,7 +573,9 @@ def test_a_whole_detector_of_torchvisions_gives_its_maps_and_proposals(tmp_path)
     theirs.rpn.head.bbox_pred.weight.data.normal_(std=0.01)
     torch.save(theirs.state_dict(), tmp_path / "detector.pth")
     image = pixel_stages("resnet50")
-    model = SelfLocator(image.channels, LocatorConfig(width=16, heads=2, pyramid=256, count=30)).eval()
+    model = SelfLocator(
+        image.channels, LocatorConfig(width=16, heads=2, pyramid=256, count=30, anchor_offset=0.0)
+    ).eval()
     said = load_proposals(model.proposals, tmp_path / "detector.pth", decoder=model.decoder, encoder=image)
     assert said == "detector.pth: image network, decoder, proposals, anchors of 8 cells at 0"
     pixels = torch.rand(1, 3, 128, 128)

@@ -515,10 +515,12 @@ def test_a_detector_of_pixels_brings_its_image_network(tmp_path):
     )
     assert other != path, "other first weights make another detector"
     image = encoder(7)
-    locator = SelfLocator(image.channels, replace(config, anchor=5.0, anchor_offset=0.0)).eval()
+    other = SelfLocator(image.channels, replace(config, anchor=5.0, anchor_offset=0.0))
+    with pytest.raises(ValueError, match=r"set anchor=3 and anchor_offset=0\.5"):
+        load_proposals(other.proposals, path, decoder=other.decoder, encoder=image)
+    locator = SelfLocator(image.channels, config).eval()
     said = load_proposals(locator.proposals, path, decoder=locator.decoder, encoder=image)
     assert said == "detector.safetensors: image network, decoder, proposals, anchors of 3 cells at 0.5"
-    assert (locator.proposals.anchor, locator.proposals.anchor_offset) == (3.0, 0.5)
     with torch.no_grad():
         pixels = images["val"].batch(range(16))["pixels"]
         boxes, _, valid = locator.proposals(locator.decoder(image.eval()(pixels)))

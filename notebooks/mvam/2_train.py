@@ -8,7 +8,7 @@
 # |---|---|---|
 # | `smoke` | 160 pictures | seconds; the numbers mean nothing |
 # | `tiny`, scenes | 4,000 images of 64 px | training 132 to 237 s on one thread (row 16 of `mvam_views`), after 3 minutes for the backbone that all runs share |
-# | `tiny`, flickr8k | 6,000 photos, frozen MobileNetV2 | training 447 to 525 s on one thread (MiniLM +MVAM of `mvam_photos`), after 4 minutes of extraction |
+# | `tiny`, flickr8k | 6,000 photos, frozen MobileNetV2 | training 447 to 525 s on one thread in bf16, which a CPU takes only when asked now (MiniLM +MVAM of `mvam_photos`), after 4 minutes of extraction |
 # | `paper` | COCO or Flickr30k, batch 1024, 20 epochs | 8 GPUs |
 #
 # **Expected** on scenes, test: the R@1 of [RESULTS.md](../../RESULTS.md), section "MVAM: Number of views", row 16. In text-to-image R@1 the model beats a bag

@@ -530,9 +530,9 @@ def load_proposals(
     * our own names: what `proposals.state_dict()` gives, of an `RPN` or of `QueryProposals`; of a decoder, too, under
       `pyramid.`, and of an image network under `image_encoder.`.
 
-    An RPN's deltas are steps from its anchors, so the file's anchors take the place of those that were set:
-    torchvision's are 8 cells wide and stand in the upper left corners of their cells; a file of our own says which
-    (`anchors`: side and offset), and one that does not leaves them as they are.
+    An RPN's deltas are steps from its anchors, so a file with other anchors than those that were set is refused: the
+    settings are what a reopened run builds its anchors from. torchvision's are 8 cells wide and stand in the upper left
+    corners of their cells; a file of our own says which (`anchors`: side and offset), or else has those that were set.
 
     Args:
         encoder: what gives the maps. A file's image network is loaded into `Stages`; maps of another network than the
@@ -544,7 +544,8 @@ def load_proposals(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read, or a weight is missing or has another shape; the message lists them.
+        ValueError: the file cannot be read, its anchors are others, or a weight is missing or has another shape; the
+            message lists them.
     """
     path = Path(path)
     if not path.is_file():
@@ -565,16 +566,21 @@ def load_proposals(
         part, _, name = key.partition(".")
         parts[part if part in parts else ""][name if part in parts else key] = value
     loaded = ["proposals"]
+    if anchors is not None and isinstance(proposals, RPN):
+        theirs, mine = anchors.tolist(), [proposals.anchor, proposals.anchor_offset]
+        if not all(map(math.isclose, theirs, mine)):
+            raise ValueError(
+                f"{path} has anchors of {theirs[0]:g} cells at {theirs[1]:g}, these proposals have {mine[0]:g} at "
+                f"{mine[1]:g}: set anchor={theirs[0]:g} and anchor_offset={theirs[1]:g}"
+            )
+        loaded.append(f"anchors of {theirs[0]:g} cells at {theirs[1]:g}")
     if encoder is not None and (parts["image_encoder"] or isinstance(encoder, Stages)):
         _load_encoder(encoder, parts["image_encoder"], path)
         loaded.insert(0, "image network")
     if decoder is not None:
         _load_all(decoder, parts["pyramid"], path, "pyramid.")
-        loaded.insert(-1, "decoder")
+        loaded.insert(loaded.index("proposals"), "decoder")
     _load_all(proposals, parts[""], path, "")
-    if anchors is not None and isinstance(proposals, RPN):
-        proposals.anchor, proposals.anchor_offset = anchors.tolist()
-        loaded.append(f"anchors of {proposals.anchor:g} cells at {proposals.anchor_offset:g}")
     return f"{path.name}: {', '.join(loaded)}"
 
 
