@@ -247,7 +247,7 @@ if shards:  # `data.shards.write_shards` makes them; held-out images must not be
 # or a ViT, so `detector=boxes` trains one: the same proposal module (RPN or queries), on the ground-truth boxes of the train split. On scenes these are the
 # boxes that were drawn; COCO needs `instances_train2014.json` and `instances_val2014.json` (or 2017's) for the images of its own train split; any other photo
 # set needs COCO's train2017 and val2017 themselves. At scale `paper` it is trained on pixels, with the image encoder, for as long as the run. A file of weights
-# may be torchvision's `fasterrcnn_resnet50_fpn`, with its image network and its anchors, for `vision=resnet50`. All other runs never see a box.
+# may be torchvision's `fasterrcnn_resnet50_fpn`, with its image network, for `vision=resnet50` and `anchor_offset=0`. All other runs never see a box.
 # A file of boxes in COCO's results format (`detector=<file>.json`, any detector's output) takes the place of the proposals: level 0 is fixed, and
 # the filter reads the file's scores.
 
