@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from formats import five, karpathy, karpathy_entry, precomp
+from formats import entities, entity_object, five, karpathy, karpathy_entry, precomp
 from safetensors.torch import save_file
 from torch.utils.data import Subset
 from transformers import AutoTokenizer, BertModel, CLIPImageProcessor, CLIPModel
 
 from finematch import files, rebuild
-from finematch.data import splits
+from finematch.data import load, splits
 from finematch.data.pairs import PixelSource, RegionSource, StateSource, to_pixels
 from finematch.data.record import DataError
 from finematch.encoders import (
@@ -66,7 +66,7 @@ def bert(tmp_path_factory) -> Path:
 
 SETTINGS = {
     "method": "mvam", "dataset": "scenes", "data_root": "data", "cache": "cache", "scale": "tiny", "smoke": False,
-    "backbone": "grid", "text": "gru", "width": 16, "depth": 1, "input_dropout": 0.0, "vision": "",
+    "report": "test", "backbone": "grid", "text": "gru", "width": 16, "depth": 1, "input_dropout": 0.0, "vision": "",
     "vision_weights": "", "text_weights": "", "clip_weights": "", "proposals": "auto", "regions": 36,
 }  # fmt: skip
 
@@ -335,6 +335,25 @@ def test_without_a_test_split_val_is_reported_and_chooses_nothing(tmp_path, bert
     assert fit(model_of(inputs), data, plan, tmp_path / "run", **chosen, echo=None)["best_epoch"] == 3
     with_test = photos(tmp_path / "more", {"train": 6, "val": 3, "test": 2})
     assert open_photos(with_test, text_weights=str(bert)).reported == "test"
+
+
+def test_dev_is_held_out_of_train_and_neither_val_nor_test_is_opened(tmp_path, bert):
+    root = photos(tmp_path, {"train": 8, "val": 3, "test": 2})
+    inputs = open_photos(root, text_weights=str(bert), report="dev")
+    assert (inputs.reported, inputs.select) == ("dev", "epoch")
+    named = {split: [record.image_id for record in part.records] for split, part in inputs.splits.items()}
+    assert [len(part) for part in named.values()] == [6, 2, 2]
+    assert named["val"] == named["dev"]
+    assert not set(named["train"]) & set(named["dev"])
+    assert set(named["train"] + named["dev"]) == {r.image_id for r in load("flickr8k", root, "train")}
+
+    # its phrases are those that train's annotations have of the held-out images
+    marked = "/EN#1/people A man/"
+    entities(root / "flickr8k_entities", f"[{marked}]\n", [entity_object(["1"], (1, 1, 9, 9))])
+    (root / "flickr8k_entities" / "val.txt").rename(root / "flickr8k_entities" / "train.txt")
+    (mine,) = load("flickr8k_entities", root, "train")
+    assert annotated_phrases("flickr8k", root, "dev", [mine]) == [mine]
+    assert annotated_phrases("flickr8k", root, "dev", inputs.splits["dev"].records) == []
 
 
 def test_a_broken_test_split_is_not_taken_for_an_absent_one(tmp_path, bert):

@@ -21,7 +21,7 @@ from finematch.data.coco import categories, load_coco
 from finematch.data.entities import load_entities
 from finematch.data.karpathy import load_karpathy
 from finematch.data.record import DataError
-from finematch.data.splits import open_records
+from finematch.data.splits import open_records, reported_split, selection
 from finematch.scenes import generator as scenes_module
 from finematch.scenes.baselines import bag_of_words, difficulty, full_oracle, recalls
 from finematch.scenes.generator import (
@@ -413,6 +413,15 @@ def test_unseen_combinations_are_in_no_image_of_pretraining_and_in_every_test_im
     assert not told & {record.image_id for record in seen["test"]}
     with pytest.raises(ValueError, match=r"unseen='test' is of dataset 'scenes'.*flickr30k"):
         open_records("flickr30k", small.parent, unseen="test")
+
+
+def test_settings_are_chosen_without_a_look_at_test(small):
+    whole, val = open_records("scenes", small.parent), open_records("scenes", small.parent, report="val")
+    assert val == {"train": whole["train"], "val": whole["val"]}
+    assert (reported_split(whole), selection(whole)) == ("test", "rsum")
+    assert (reported_split(val), selection(val)) == ("val", "epoch")
+    with pytest.raises(ValueError, match=r"report='dev'.*report='val'"):
+        open_records("scenes", small.parent, report="dev")
 
 
 def test_the_difficulty_of_unseen_combinations_is_that_of_their_images(small):

@@ -26,6 +26,7 @@ seed: int = 0  # random seed of initialisation, sampling order and dropout
 out: str = ""  # folder of the run; empty: papermill_runs/<method>/<dataset>.<scale>.<digest of the run>
 resume: str = ""  # empty: continue this run, refuse another; fresh: start over; replace: only if it differs
 smoke: bool = False  # run everything in seconds; the numbers mean nothing
+report: str = "test"  # reported split; settings are chosen on val (scenes) or dev, held out of train: test | val | dev
 cache: str = "data/cache"  # folder of the backbones and features that runs share
 mgcn: bool = None  # graph convolution of regions and of words; default True
 self_attn: bool = None  # self-attention of the words; default True
@@ -117,11 +118,11 @@ if s.threads:
 cache = root() / s.cache
 data_root = data_folder(s.dataset, root() / s.data_root, cache, smoke=s.smoke)
 if inputs.reads(s) == "arrays":
-    arrays = inputs.published_regions(s.dataset, data_root, smoke=s.smoke)
+    arrays = inputs.published_regions(s.dataset, data_root, report=s.report, smoke=s.smoke)
     records = {name: a.records() for name, a in arrays.items()}
     images = {name: RegionSource(a) for name, a in arrays.items()}
 else:
-    records = open_records(s.dataset, data_root, smoke=s.smoke)
+    records = open_records(s.dataset, data_root, report=s.report, smoke=s.smoke)
     network = inputs.frozen_network(
         s.dataset,
         data_root,
@@ -164,7 +165,7 @@ print(
 # holds a run with other settings, data or features is refused. The annotated phrases belong to the data: the alignment is measured on them.
 
 # %%
-annotated = annotated_phrases(s.dataset, data_root, reported)
+annotated = annotated_phrases(s.dataset, data_root, reported, records[reported])
 run = begin(
     "hslm", s, data={name: digests(part) for name, part in (records | {"annotated": annotated}).items()},
     features=inputs.origin(images), out=s.out, resume=s.resume,

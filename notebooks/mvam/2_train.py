@@ -26,6 +26,7 @@ seed: int = 0  # random seed of initialisation, sampling order and dropout
 out: str = ""  # folder of the run; empty: papermill_runs/<method>/<dataset>.<scale>.<digest of the run>
 resume: str = ""  # empty: continue this run, refuse another; fresh: start over; replace: only if it differs
 smoke: bool = False  # run everything in seconds; the numbers mean nothing
+report: str = "test"  # reported split; settings are chosen on val (scenes) or dev, held out of train: test | val | dev
 cache: str = "data/cache"  # folder of the backbones, features and text states that runs share
 backbone: str = None  # image features: grid | regions | clip; tiny regions, photos grid, paper regions
 text: str = "bert"  # text tower: bert | gru | minilm | clip
@@ -113,17 +114,17 @@ cache = root() / s.cache
 data_root = data_folder(s.dataset, root() / s.data_root, cache, smoke=s.smoke)
 inputs.check_together(s.backbone, s.text)
 if s.backbone == "clip":
-    records = open_records(s.dataset, data_root, smoke=s.smoke)
+    records = open_records(s.dataset, data_root, report=s.report, smoke=s.smoke)
     source, tokenizer, processor = inputs.open_clip(
         s.dataset, data_root, weights=s.clip_weights, scale=s.scale
     )
     images = inputs.clip_images(records, source, processor)
 elif inputs.reads(s) == "arrays":
-    arrays = inputs.published_regions(s.dataset, data_root, smoke=s.smoke)
+    arrays = inputs.published_regions(s.dataset, data_root, report=s.report, smoke=s.smoke)
     records = {name: a.records() for name, a in arrays.items()}
     images = {name: RegionSource(a) for name, a in arrays.items()}
 else:
-    records = open_records(s.dataset, data_root, smoke=s.smoke)
+    records = open_records(s.dataset, data_root, report=s.report, smoke=s.smoke)
     network = inputs.frozen_network(
         s.dataset, data_root, cache, told="attributes", scale=s.scale, vision=s.vision, weights=s.vision_weights,
         smoke=s.smoke,

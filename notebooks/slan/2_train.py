@@ -28,6 +28,7 @@ seed: int = 0  # random seed of initialisation, sampling order, dropout and mask
 out: str = ""  # folder of the run; empty: papermill_runs/<method>/<dataset>.<scale>.<digest of the run>
 resume: str = ""  # empty: continue this run, refuse another; fresh: start over; replace: only if it differs
 smoke: bool = False  # run everything in seconds; the numbers mean nothing
+report: str = "test"  # reported split; settings are chosen on val (scenes) or dev, held out of train: test | val | dev
 cache: str = "data/cache"  # folder of the backbones and maps that runs share
 version: str = "iccv"  # version of the paper; where unset, it sets proposals, scaling, token: iccv | arxiv
 levels: int = None  # number of region adaptors, L; default 3
@@ -204,7 +205,7 @@ if s.threads:
 # %%
 cache = root() / s.cache
 data_root = data_folder(s.dataset, root() / s.data_root, cache, smoke=s.smoke)
-records = open_records(s.dataset, data_root, smoke=s.smoke, unseen=s.unseen)
+records = open_records(s.dataset, data_root, report=s.report, smoke=s.smoke, unseen=s.unseen)
 if s.scale == "paper":
     see = partial(inputs.pixel_images, size=s.size)
 else:
@@ -308,7 +309,7 @@ print(f"{parameters / 1e6:.2f} M parameters to train, {steps_per_epoch} steps an
 # holds a run with other settings, data or features is refused. The annotated phrases belong to the data: the boxes are measured on them.
 
 # %%
-annotated = annotated_phrases(s.dataset, data_root, reported)
+annotated = annotated_phrases(s.dataset, data_root, reported, records[reported])
 made_of = {name: digests(part) for name, part in (records | {"annotated": annotated}).items()}
 made_of["shards"] = {name: file_digest(where / "index.json") for name, where in shards.items()}
 run = begin("slan", s, data=made_of, features=inputs.origin(images), out=s.out, resume=s.resume)

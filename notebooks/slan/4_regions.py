@@ -117,7 +117,7 @@ def begun() -> SLAN:
 
 train, annotated = (
     data.splits["train"].pairs(),
-    annotated_phrases(s.dataset, data.data_root, data.reported, echo=None),
+    annotated_phrases(s.dataset, data.data_root, data.reported, split.records, echo=None),
 )
 fresh, model = begun(), run.model.to(device)
 known_start = (

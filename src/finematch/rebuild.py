@@ -140,12 +140,12 @@ def open_inputs(s, root: Path) -> Inputs:
     data_root = data_folder(s.dataset, root / s.data_root, cache, smoke=s.smoke)
     network = clip = processor = tokenizer = None
     if published := reads(s) == "arrays":
-        arrays = published_regions(s.dataset, data_root, smoke=s.smoke)
+        arrays = published_regions(s.dataset, data_root, report=s.report, smoke=s.smoke)
         records = {split: a.records() for split, a in arrays.items()}
         images = {split: RegionSource(a) for split, a in arrays.items()}
     else:
         unseen = s.unseen if s.method == "slan" else ""
-        records = open_records(s.dataset, data_root, smoke=s.smoke, unseen=unseen)
+        records = open_records(s.dataset, data_root, report=s.report, smoke=s.smoke, unseen=unseen)
     if backbone == "clip":
         clip, tokenizer, processor = open_clip(s.dataset, data_root, weights=s.clip_weights, scale=s.scale)
         images = clip_images(records, clip, processor)

@@ -239,7 +239,7 @@ def hslm_cost(s: Settings, small: Settings, counts: tuple, folder: Path, patienc
                          dtype=torch.bfloat16 if s.score_precision == "bf16" else None)  # fmt: skip
     n, c, looked = len(seen.records), len(seen.captions), 0.0
     pair = clocked(lambda: retrieval_blocks(scorer, n, c, seen.image_of, block=1000)) / (n * c)
-    phrases = annotated_phrases(small.dataset, inputs.data_root, inputs.reported, echo=None)
+    phrases = annotated_phrases(small.dataset, inputs.data_root, inputs.reported, split.records, echo=None)
     if s.cross_attn and phrases and split.images.places is not None:
         asked = split, phrases, inputs.tokenizer, model.attend
         looked = clocked(lambda: grounding(attended_phrases(*asked, complete=False), split=""))
@@ -276,7 +276,9 @@ def slan_cost(s: Settings, small: Settings, counts: tuple, folder: Path, patienc
         at = model.locate(seen, said)
         return at.boxes, at.cosine, at.valid
 
-    if phrases := annotated_phrases(small.dataset, inputs.data_root, inputs.reported, echo=None):
+    if phrases := annotated_phrases(
+        small.dataset, inputs.data_root, inputs.reported, split.records, echo=None
+    ):
         looked = clocked(lambda: [grounding(level, split="") for level in located_phrases(
             split, phrases, inputs.tokenizer, locate, complete=False)]) / len(split.records)  # fmt: skip
     steps, epochs = counts[0] * CAPTIONS // s.batch_size, 0 if s.zero_shot else s.epochs

@@ -8,7 +8,7 @@ Axes: `p` pairs of an image and a caption, `l` tokens or levels, `r` regions, `t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -25,10 +25,19 @@ from finematch.text import tokenise
 Echo = Callable[[str], None] | None
 
 
-def annotated_phrases(dataset: str, data_root: str | Path, split: str, *, echo: Echo = print) -> list[Record]:
-    """The records of `<dataset>_entities`, whose phrases have boxes; none, and a printed line, where there are none."""
+def annotated_phrases(
+    dataset: str, data_root: str | Path, split: str, records: Iterable[Record] = (), *, echo: Echo = print
+) -> list[Record]:
+    """The records of `<dataset>_entities`, whose phrases have boxes; none, and a printed line, where there are none.
+
+    Args:
+        records: of the split; read for `dev` alone, whose annotations are those of its images in train.
+    """
     try:
-        return load(f"{dataset}_entities", data_root, split)
+        if split != "dev":
+            return load(f"{dataset}_entities", data_root, split)
+        held = {record.image_id for record in records}
+        return [one for one in load(f"{dataset}_entities", data_root, "train") if one.image_id in held]
     except (DataError, ValueError) as error:
         if echo:
             echo(f"Grounding is not measured: {error}")

@@ -313,16 +313,25 @@ def boxed_images(
     return {split: images[split] for split in records}, records
 
 
-def published_regions(dataset: str, data_root: str | Path, *, smoke: bool = False) -> dict[str, Regions]:
+def published_regions(
+    dataset: str, data_root: str | Path, *, report: str = "test", smoke: bool = False
+) -> dict[str, Regions]:
     """The published FRCNN arrays of a dataset, `f30k_precomp`, `coco_precomp` or `<dataset>_precomp`.
 
     They carry captions of their own (`Regions.records`), and neither images nor Karpathy's file are looked for. Val is
     their `dev`. COCO's test is `testall`, the 5,000 images: their `test` is the first 1,000 alone.
+
+    Raises:
+        ValueError: `report="dev"`, which holds out images of train: these arrays are one part.
     """
+    if report == "dev":
+        raise ValueError(
+            "report='dev' is of images; of published arrays choose settings on val (report='val')"
+        )
     name = {"flickr30k": "f30k", "coco_karpathy": "coco"}.get(dataset, dataset)
     folder = Path(data_root) / f"{name}_precomp"
     files = {"train": "train", "val": "dev", "test": "testall" if name == "coco" else "test"}
-    if not (folder / f"{files['test']}_ims.npy").exists():
+    if report == "val" or not (folder / f"{files['test']}_ims.npy").exists():
         del files["test"]
     arrays = {split: load_regions(folder, file) for split, file in files.items()}
     return {split: first_images(a, SMOKE[split]) for split, a in arrays.items()} if smoke else arrays
