@@ -45,6 +45,8 @@ except DataError as error:
     raise WorkflowError(str(error))
 ROWS = {row: TABLE_OF.cells(row, SCALE) for row in TABLE_OF.rows}
 SEEDS = str(config["seeds"]).split(",") if config.get("seeds") not in (None, "") else range(TABLE_OF.seeds)
+if not all(str(seed).isdecimal() for seed in SEEDS) or len(set(SEEDS)) < len(SEEDS):
+    raise WorkflowError(f"The seeds are {config['seeds']!r}: give different integers with commas, as in SEEDS=0,1,2.")
 
 
 def links(row):

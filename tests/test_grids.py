@@ -185,10 +185,26 @@ def book(tmp_path) -> Path:
         ("name,out,views\none,elsewhere,16\n", "column out"),
         ("name,dataset\none,scenes\n", "column dataset"),
         ("name,smoke\none,True\n", "column smoke"),
+        ("name, seed\none,3\n", "column seed"),
+        ("name,resume\none,fresh\n", "column resume"),
+        ("name,views,views\none,16,32\n", "column 'views': stands twice"),
+        ("name,,views\none,3,16\n", "column '': has no name"),
+        ("name,views,tau\none,16\n", "line 2: has more or fewer cells"),
+        ("name,views,\none,16,note\n", "line 2: has more or fewer cells"),
+        ('name,views\none,"16\n', "cannot be read"),
+        (
+            "name,tau\none,Apr 01\n",
+            r"row one: is refused at scale tiny: 'tau' must be float, not str 'Apr 01'",
+        ),
+        ("name,views\none,16.0\n", "row one: is refused.*'views' must be int"),
+        ('name,tau\none,"0,07"\n', "row one: is refused.*'tau' must be float, not str '0,07'"),
+        ("name,include_special\none,TRUE\n", "row one: is refused.*include_special.*spreadsheet"),
+        ("name,Views\none,16\n", "row one: is refused.*unknown parameter 'Views': did you mean 'views'"),
+        ("name,views\none,0\n", r"row one: is refused.*must lie in \[1, 256\]"),
         ("name,views\none,16,17\n", "line 2: has more or fewer cells"),
         ("name,views\nOne row,16\n", "line 2: is named 'One row'"),
         ("name;views\none;16\n", "no column `name`"),
-        ("name,weights\none,{run:two}\ntwo,{run:three}\nthree,\n", "row one: builds on 'two'"),
+        ("name,text_weights\none,{run:two}\ntwo,{run:three}\nthree,\n", "row one: builds on 'two'"),
         ("name,views\n", "lists no runs"),
     ],
 )
@@ -207,13 +223,42 @@ def test_snakemake_refuses_such_a_grid_before_anything_runs(book, rows):
 
 
 @pytest.mark.parametrize(
-    "rows", [b"\xef\xbb\xbfname,views\none,16\ntwo,8\n", b"name,views\r\none,16\r\n\r\ntwo,8\r\n,\r\n"]
-)
+    "rows", [b"\xef\xbb\xbfname,views\none,16\ntwo,8\n", b"name,views\r\none,16\r\n\r\ntwo,8\r\n,\r\n",
+             b"name,views,,\none,16,,\n two , 8 ,,\n,,,\n"],
+)  # fmt: skip
 def test_a_grid_that_a_spreadsheet_saved_is_read(book, rows):
     write_grid(book, "mvam_mine", "name,views\none,16\ntwo,8\n")
     (book / "grids" / "mvam_mine.csv").write_bytes(rows)
     found = grid("mvam_mine", folder=book / "grids").rows
     assert found == {"one": {"views": "16"}, "two": {"views": "8"}}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_grid_in_another_encoding_is_refused_by_name(book, encoding):
+    write_grid(book, "mvam_mine", "name,views\none,16\n")
+    (book / "grids" / "mvam_mine.csv").write_bytes("name,views\né,16\n".encode(encoding))
+    with pytest.raises(
+        DataError, match=r"mvam_mine\.csv: the file: cannot be read .*Save it as CSV in UTF-8"
+    ):
+        grid("mvam_mine", folder=book / "grids")
+
+
+def test_a_toml_with_a_byte_order_mark_is_read_and_one_in_another_encoding_refused(book):
+    write_grid(book, "mvam_mine", "name,views\none,16\n")
+    path = book / "grids" / "mvam_mine.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert list(grid("mvam_mine", folder=book / "grids").rows) == ["one"]
+    path.write_text(path.read_text("utf-8-sig"), encoding="utf-16")
+    with pytest.raises(DataError, match=r"mvam_mine\.toml: the file: is not TOML"):
+        grid("mvam_mine", folder=book / "grids")
+
+
+@pytest.mark.parametrize("seeds", ["0,1,0", "0-2"])
+def test_seeds_that_are_not_different_numbers_are_refused(book, seeds):
+    write_grid(book, "mvam_mine", "name,views\none,16\n")
+    refused = snakemake(book, "-n", "--cores", "1", grid="mvam_mine", seeds=seeds)
+    assert refused.returncode != 0
+    assert "SEEDS=0,1,2" in refused.stderr + refused.stdout
 
 
 @pytest.mark.parametrize(
@@ -442,10 +487,10 @@ def test_a_row_takes_any_precision_that_its_device_chose_and_no_other_than_it_as
 
 def test_what_builds_on_a_stale_run_is_stale(book, monkeypatch):
     monkeypatch.chdir(book)
-    write_grid(book, "mvam_mine", "name,views,weights\none,16,\ntwo,8,{run:one}/encoder\n")
+    write_grid(book, "mvam_mine", "name,views,text_weights\none,16,\ntwo,8,{run:one}/encoder\n")
     first = fake_run(book, "one", 0, 1.0, views=16)
     linked = "papermill_runs/mvam/scenes.tiny.one.s0/encoder"
-    second = fake_run(book, "two", 0, 1.0, views=8, weights=linked)
+    second = fake_run(book, "two", 0, 1.0, views=8, text_weights=linked)
     assert stale(grid("mvam_mine"), "scenes", "tiny") == []
     first.write_text(first.read_text().replace('"views": 16', '"views": 4'))
     assert stale(grid("mvam_mine"), "scenes", "tiny") == [first, second]

@@ -40,11 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
     _add_cache(commands.add_parser("cache", help="list or clear what runs have cached"))
 
     options = parser.parse_args(arguments)
+    from finematch.config import ParameterError
     from finematch.files import DataError
 
     try:
         return options.run(options)
-    except DataError as error:
+    except (DataError, ParameterError) as error:
         print(error, file=sys.stderr)
         return 1
 

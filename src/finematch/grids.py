@@ -18,10 +18,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from finematch.config import ParameterError, Settings, root
+from finematch.config import PRESETS, ParameterError, Settings, root
 from finematch.files import DataError
 
-RESERVED = ("seed", "out", "dataset", "scale", "data_root", "smoke")  # the command line sets these
+RESERVED = ("seed", "out", "dataset", "scale", "data_root", "smoke", "resume")  # the command line sets these
 LINK = re.compile(r"\{run:([a-z0-9-]+)\}")
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
@@ -97,22 +97,25 @@ def grid(name: str, dataset: str = "", *, folder: str | Path | None = None) -> G
         folder: where the files are; default: the workbook's `grids/`.
 
     Raises:
-        DataError: a file is missing or malformed, a row is named twice, a column is one that the command line
-            sets for every row, or the toml speaks of a row or key that does not exist.
+        DataError: a file is missing or malformed, a row or a column is named twice, a column is one that the command
+            line sets for every row, a cell is not a value of its parameter (a spreadsheet may have changed it), or the
+            toml speaks of a row or key that does not exist.
     """
     rows = read_rows(name, folder=folder)
     path = _folder(folder) / f"{name}.toml"
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         problem = f"is missing; {name}.csv lists runs, but nothing says what their table shows"
         raise DataError(path, "the file", problem, "See docs/adding_a_table.md") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOML or UTF-8
         raise DataError(path, "the file", f"is not TOML ({error})", "Correct it") from error
     for pattern, section in content.pop("on", {}).items():
         if fnmatch(dataset, pattern):
             content |= section
-    return _checked(path, name, rows, content)
+    found = _checked(path, name, rows, content)
+    _check_values(path.with_suffix(".csv"), found)
+    return found
 
 
 def read_rows(name: str, *, folder: str | Path | None = None) -> dict[str, dict[str, str]]:
@@ -125,23 +128,24 @@ def read_rows(name: str, *, folder: str | Path | None = None) -> dict[str, dict[
     if not path.is_file():
         known = ", ".join(names(folder)) or "none"
         raise DataError(path, "the file", "is missing", f"Choose one of the grids that exist: {known}")
-    with path.open(newline="", encoding="utf-8-sig") as file:  # -sig: spreadsheets write a byte order mark
-        lines = csv.DictReader(file)
-        columns = list(lines.fieldnames or ())
-        found = [line for line in lines if any(line.values())]
+    columns, lines = _table(path)
     if "name" not in columns:
         raise DataError(
             path, "the header", f"has no column `name` ({','.join(columns)})", "Separate by commas"
         )
+    if twice := [column for column in columns if not column or columns.count(column) > 1]:
+        problem = "stands twice: one of its cells would be lost" if twice[0] else "has no name"
+        raise DataError(path, f"column {twice[0]!r}", problem, "Rename or remove it")
     if taken := [column for column in columns if column in RESERVED]:
         remedy = "Remove it: the command line sets it for every row (SEEDS=, DATASET=, SCALE= ...)"
         raise DataError(path, f"column {taken[0]}", "is not for a grid to set", remedy)
     rows: dict[str, dict[str, str]] = {}
-    for number, line in enumerate(found, start=2):
+    for number, line in lines.items():
         label = f"line {number}"
-        if None in line or None in line.values():
+        if len(line) < len(columns) or any(line[len(columns) :]):
             raise DataError(path, label, "has more or fewer cells than the header", "Correct the line")
-        row = line.pop("name").strip()
+        cells = {key: cell for key, cell in zip(columns, line, strict=False) if cell}
+        row = cells.pop("name", "")
         if not _SLUG.fullmatch(row):
             raise DataError(
                 path, label, f"is named {row!r}", "A name is lower-case letters, digits and hyphens"
@@ -149,7 +153,7 @@ def read_rows(name: str, *, folder: str | Path | None = None) -> dict[str, dict[
         if row in rows:
             remedy = "Rename one: the second would never run"
             raise DataError(path, label, f"is named {row!r} like a row before it", remedy)
-        rows[row] = {key: cell.strip() for key, cell in line.items() if cell.strip()}
+        rows[row] = cells
     if not rows:
         raise DataError(path, "the file", "lists no runs", "Add a row")
     for row, cells in rows.items():
@@ -158,6 +162,39 @@ def read_rows(name: str, *, folder: str | Path | None = None) -> dict[str, dict[
                 problem = f"builds on {linked!r}, which is no row here, or builds on another itself"
                 raise DataError(path, f"row {row}", problem, "A link names a row without links")
     return rows
+
+
+def _table(path: Path) -> tuple[list[str], dict[int, list[str]]]:
+    """The header of a csv, and its lines that are not empty by their numbers; no cell has blanks around it."""
+    found: dict[int, list[str]] = {}
+    try:
+        with path.open(
+            newline="", encoding="utf-8-sig"
+        ) as file:  # -sig: spreadsheets write a byte order mark
+            lines = csv.reader(file, strict=True)
+            for line in lines:
+                if any(map(str.strip, line)):
+                    found[lines.line_num] = [cell.strip() for cell in line]
+    except (UnicodeDecodeError, csv.Error) as error:
+        remedy = "Save it as CSV in UTF-8, with commas"
+        raise DataError(path, "the file", f"cannot be read ({error})", remedy) from error
+    columns = found.pop(next(iter(found), 0), [])
+    while columns and not columns[-1]:  # a spreadsheet's empty columns
+        columns.pop()
+    return columns, found
+
+
+def _check_values(path: Path, found: Grid) -> None:
+    """Refuse a cell that the method's training page would refuse, at either scale."""
+    if not (PRESETS / f"{found.method}.toml").is_file():
+        return
+    for scale, row in ((scale, row) for scale in ("tiny", "paper") for row in found.rows):
+        try:
+            settings(found, row, scale=scale)
+        except ParameterError as error:
+            said = str(error).partition("\nDeclared parameters")[0].replace("\n", "; ")
+            remedy = "Correct it; a spreadsheet may have changed it (1e-4 to a date, True to TRUE)"
+            raise DataError(path, f"row {row}", f"is refused at scale {scale}: {said}", remedy) from error
 
 
 def _folder(folder: str | Path | None) -> Path:
