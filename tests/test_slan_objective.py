@@ -559,6 +559,54 @@ def test_the_region_word_contrast_trains_what_embeds_regions_and_words_and_moves
     assert not any("proposals" in name or "theta" in name or "attention.words" in name for name in reached)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_region_word_contrast_compares_boxes_that_are_given(frozen):
+    """Of a file of boxes, its padding left out; whether the locator's own proposals are frozen does not matter."""
+    options = {"weights": {"itc": 0, "itm": 0, "mlm": 0, "reg": 0}, "region_word": 1.0}
+    model, batch = real("iccv", locator={"frozen": frozen, "threshold": 0.0}, **options).eval(), real_pairs()
+    model.locator.take_given()
+    g = torch.Generator().manual_seed(3)
+    corner = 0.5 * torch.rand(4, 6, 2, generator=g)
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.0, 0.0])[:, None].expand(4, 6, 1)
+    given = torch.cat([corner, corner + 0.3, scores], -1)
+    other = torch.where(given[..., 4:] > 0, given, 0.1 * given)  # other padding
+    picture = model.encode_image(**batch["image"], given=given)
+    levels, valid = model.locator.fixed_regions(picture.prepared)
+    assert valid.sum(1).tolist() == [4] * 4
+    torch.testing.assert_close(levels[0], picture.prepared.regions)
+    assert len(levels) == 4
+    losses = [model(batch | {"image": batch["image"] | {"given": each}})["word"] for each in (given, other)]
+    torch.testing.assert_close(*losses)
+    losses[0].backward()
+    assert model.locator.adaptors[2].embed.project.weight.grad.any()
+    assert model.locator.decoder.fpn.layer_blocks[0][0].weight.grad.any()  # maps learn, boxes do not
+
+
+@pytest.mark.parametrize("steer", ["fused", "unimodal"])
+def test_the_words_that_steer_are_those_that_the_contrast_trains(steer):
+    """With `unimodal`, M of Eq. 2 reads the words before any cross attention, which then leaves boxes alone."""
+    model, batch = real("iccv", locator={"steer": steer}).eval(), real_pairs()
+    caption = model.encode_text(**batch["text"])
+    found = model.locate(model.encode_image(**batch["image"]), caption)
+    way = found.boxes[1:].sum()
+    got = torch.autograd.grad(
+        way, list(model.locator.adaptors[0].attention.words.parameters()), allow_unused=True
+    )
+    assert any(x is not None and x.any() for x in got) == (steer == "fused")
+
+
+def test_captions_of_an_image_are_positives_in_the_region_word_contrast():
+    """Their images' rows are alike, so that equal shares and one positive each give one number (`same_picture`)."""
+    g = torch.Generator().manual_seed(0)
+    regions, words = torch.randn(3, 4, 5, generator=g)[[0, 1, 0]], torch.randn(3, 6, 5, generator=g)
+    there, counted = torch.ones(3, 4, dtype=torch.bool), torch.ones(3, 6, dtype=torch.bool)
+    found = [
+        region_word([regions], there, words, counted, torch.tensor(ids), 3.0)
+        for ids in ([7, 8, 7], [7, 8, 9])
+    ]
+    torch.testing.assert_close(*found)
+
+
 # ------------------------------------------------------------------------------------------- Eq. 8-9
 def test_the_loss_is_the_sum_of_its_terms():
     model, batch = tiny().train(), pairs(4)
@@ -830,7 +878,7 @@ def test_the_pair_scorer_scores_any_pairs(block, memory):
 
 
 # ------------------------------------------------------------------------------------------- with SLAN's own parts
-def real(version, seed=0, literal=False, **options):
+def real(version, seed=0, literal=False, locator=None, **options):
     from finematch.encoders import BertTower, small_bert
     from finematch.models.slan.locator import SelfLocator, SmallStages
     from finematch.models.slan.locator import Towers as SLANTowers
@@ -839,7 +887,7 @@ def real(version, seed=0, literal=False, **options):
     text = BertTower(small_bert(WORDS.size, width=16, depth=1, heads=2, positions=16))
     towers = SLANTowers(SmallStages((8, 16, 24)), text, 16)
     s = Settings("slan", {"version": version})
-    readings = LocatorConfig.literal() if literal else {}
+    readings = (LocatorConfig.literal() if literal else {}) | (locator or {})
     readings |= {name: getattr(s, name) for name in ("proposals", "scaling", "token")}
     options |= SLANConfig.literal() if literal else {}
     shape = {"width": 16, "pyramid": 8, "count": 12, "top": 5, "heads": 2, "anchor": 4.0, "samples": 4}
@@ -984,6 +1032,10 @@ def test_fine_tuning_begins_with_pretrained_weights(tmp_path):
     tied = SLAN(towers, TinyLocator(), **configured({"queue": 4, "tied": towers.embed}))
     save_file(unique_state(tied), tmp_path / "tied.safetensors")
     assert tied.load_pretrained(tmp_path / "tied.safetensors") == []
+    warm = tiny(queue=4, region_word=1.0)  # a warm start: the region-word contrast comes, or goes
+    assert warm.load_pretrained(tmp_path / "best.safetensors") == ["word_temperature"]
+    save_file(unique_state(warm), tmp_path / "warm.safetensors")
+    assert tiny(queue=4).load_pretrained(tmp_path / "warm.safetensors") == ["word_temperature"]
     with pytest.raises(ValueError, match=r"another model.*project_image"):
         tiny(embed=5).load_pretrained(tmp_path / "best.safetensors")
     with pytest.raises(ValueError, match=r"missing or unknown \['encoders.towers.norm"):
@@ -992,14 +1044,20 @@ def test_fine_tuning_begins_with_pretrained_weights(tmp_path):
 
 # ------------------------------------------------------------------------------------------- two processes
 def steps_of_contrast(rank, world, momentum):
-    """Three steps of the contrast on this process's share: losses, gradients, and what the queue holds."""
-    model = tiny(queue=24, momentum=momentum, weights={"itm": 0, "mlm": 0, "reg": 0}).train()
+    """Steps of both contrasts on this process's share: losses, gradients, and what the queue holds."""
+    only = {"itm": 0, "mlm": 0, "reg": 0}
+    model = tiny(queue=24, momentum=momentum, weights=only, region_word=1.0).train()
     out, share = [], 8 // world
     for step in range(4):
         batch = pairs(8, seed=step, ids=[step, 9, 9, 10 + step, 3, 4, 5, step])
         take = slice(rank * share, (rank + 1) * share)
         model.zero_grad()
-        loss = model(taken(batch, take))["loss"]
+        mine = taken(batch, take)
+        tokens = int(
+            mine["text"]["mask"].sum(1).max()
+        )  # as batches come: padded to their own longest caption
+        mine["text"] = {name: value[:, :tokens] for name, value in mine["text"].items()}
+        loss = model(mine)["loss"]
         loss.backward()
         with torch.no_grad():
             for p in model.parameters():

@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from finematch.losses import gather, wide
+from finematch.losses import gather, longest, wide
 from finematch.models.configs import SLANConfig
 
 TERMS = ("itc", "itm", "mlm", "reg", "word")
@@ -121,6 +121,13 @@ class Caption(NamedTuple):
         return Caption(*(None if part is None else part[index] for part in self))
 
 
+class Boxed(NamedTuple):
+    """What towers take, and the images' proposals, see `data.pairs.BoxedSource`."""
+
+    seen: Tensor | list[Tensor]
+    given: Float[Tensor, "b q 5"]
+
+
 class Encoders(nn.Module):
     """Both towers, and the projections into the space of the contrast.
 
@@ -135,7 +142,7 @@ class Encoders(nn.Module):
         self.project_image = nn.Linear(width, embed) if embed else nn.Identity()
         self.project_text = nn.Linear(width, embed) if embed else nn.Identity()
 
-    def image(self, pixels: Tensor | list[Tensor], locator: nn.Module | None = None) -> Picture:
+    def image(self, pixels: Tensor | list[Tensor] | Boxed, locator: nn.Module | None = None) -> Picture:
         """Pictures; what only a locator can prepare is None without one."""
         pixels, given = pixels if isinstance(pixels, Boxed) else (pixels, None)
         maps = self.towers.vision(pixels)
@@ -155,13 +162,6 @@ class Encoders(nn.Module):
     ) -> Caption:
         words = self.towers.text(input_ids, mask)
         return Caption(words, mask, special, unit(self.project_text(words[:, 0])))
-
-
-class Boxed(NamedTuple):
-    """What towers take, and the images' proposals, see `data.pairs.BoxedSource`."""
-
-    seen: Tensor | list[Tensor]
-    given: Float[Tensor, "b q 5"]
 
 
 def pixels_or_maps(
@@ -401,7 +401,7 @@ def region_word_scores(
     """
     b, t, c, n = *regions.shape[:2], *words.shape[:2]
     cosine = (unit(regions).flatten(0, 1) @ unit(words).flatten(0, 1).T).view(b, t, c, n)
-    best = cosine.masked_fill(~valid[:, :, None, None], float("-inf")).amax(1)  # b c n
+    best = cosine.masked_fill(~valid[:, :, None, None], float("-inf")).max(1).values  # b c n
     return (best * counted).sum(2) / counted.sum(1).clamp(min=1)
 
 
@@ -417,7 +417,8 @@ def region_word(
 
     The paper has no such loss, and nothing in it trains the cosine of a region with a word that Eq. 2 moves regions
     by: the contrast reads pooled vectors, matching the attention's projections, L_reg boxes alone (S41). All captions
-    of an image are its positives, in equal shares. Of several processes each has its own batch, as in matching.
+    of an image are its positives, in equal shares: in a batch that is the same number as one positive a caption, for
+    their rows are alike. Of several processes each computes the whole loss of all their pairs.
 
     Args:
         levels: embeddings of the proposals, boxes held fixed (`SelfLocator.fixed_regions`).
@@ -425,10 +426,12 @@ def region_word(
         counted: which of them are words.
         scale: 1 / tau.
     """
-    total = torch.zeros((), device=image_id.device)
+    total, short = torch.zeros((), device=image_id.device), longest(words.shape[1]) - words.shape[1]
     with torch.autocast(image_id.device.type, enabled=False):
+        words, counted = gather(F.pad(wide(words), (0, 0, 0, short))), gather(F.pad(counted, (0, short)))
+        valid, image_id = gather(valid), gather(image_id)
         for regions in levels:
-            scores = scale * region_word_scores(regions, valid, words, counted)
+            scores = scale * region_word_scores(gather(wide(regions)), valid, words, counted)
             total = total + softmax_both_ways(scores, image_id, True, "mean")
     return total / len(levels)
 
@@ -787,7 +790,7 @@ class SLAN(nn.Module):
         if self.weights["reg"]:  # Eq. 9: summed over regions, mean over pictures
             terms["reg"] = shared(wide(located.reg_loss).mean())
         if self.weights["word"]:
-            terms["word"] = shared(self._region_word(picture, caption, image_id))
+            terms["word"] = self._region_word(picture, caption, image_id)
         return {"loss": sum(self.weights[name] * value for name, value in terms.items()), **terms}
 
     def _contrast(self, batch: dict, picture: Picture, caption: Caption) -> Tensor:
@@ -872,7 +875,7 @@ class SLAN(nn.Module):
         }  # a shared tensor is saved under its first name
         missing = [k for k in mine if k not in state and mine[k].data_ptr() not in here]
         extra = [k for k in state if k not in mine]
-        heads = ("head.", "masked.")
+        heads = ("head.", "masked.", "word_temperature.")
         lost = [k for k in (*missing, *extra) if not k.startswith(heads)]
         if wrong or lost:
             raise ValueError(
