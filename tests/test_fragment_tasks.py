@@ -21,7 +21,7 @@ from finematch.config import Settings, declared
 from finematch.data.fragment_sets import open_fragment_sets
 from finematch.data.record import DataError
 from finematch.evaluation import fragments as B
-from finematch.evaluation.average_precision import lexical_relevance
+from finematch.evaluation.average_precision import description_assignment, lexical_relevance, object_discovery
 from finematch.evaluation.grounding import GroundedPhrase, grounding
 from finematch.features.fragments import (
     Fragments,
@@ -210,6 +210,46 @@ def test_an_oracle_gets_everything(data):
     fewer = replace(oracle, boxes=given(eye, index[1:], mask[1:]))
     with pytest.raises(ValueError, match="row by row they belong together"):
         B.tasks(fewer, B.frozen, B.frozen)
+
+
+def test_a_mean_over_the_classes_that_training_texts_name():
+    """F29: three classes of one object each, in pictures 0, 1 and 2 of four; 60 texts name the first and the last."""
+    result = {
+        "map/a": 100.0,
+        "map/b": 10.0,
+        "map/c": 40.0,
+        "random/a": 52.0,
+        "random/b": 50.0,
+        "random/c": 56.0,
+    }
+    assert B.over_classes(result, ["a", "c"]) == {"": 70.0, "_random": 54.0}
+    assert B.over_classes(result, ["a", "d"]) == {"": 100.0, "_random": 52.0}, "nobody asked for d"
+    assert B.over_classes(result, ["d"]) == B.over_classes(result, []) == {}
+
+
+def test_both_tasks_over_the_classes_that_training_texts_name(data):
+    gallery, said = data.gallery, [B.NAMED - k % 2 for k in range(8)]  # every other class, from the first
+    eye = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    one = lambda x: F.normalize(x @ eye, dim=-1)  # noqa: E731
+    before, found = B.tasks(gallery, one, one), B.tasks(replace(gallery, said=said), one, one)
+    assert before.items() <= found.items(), "it only adds"
+    assert found["classes_named"] == 4
+    regions, mask = B.embed(gallery.regions, one)
+    classes = B.embed(gallery.classes, one)[0][:, 0]
+    by_class = object_discovery(classes, regions, mask, gallery.records, CATEGORIES)
+    named = [by_class[f"map/{c}"] for c in CATEGORIES[::2] if f"map/{c}" in by_class]
+    assert 0 < len(named) < by_class["classes"]
+    assert found["discovery_named"] == pytest.approx(np.mean(named), abs=1e-3)
+    (boxes, real), (words, own) = B.embed(gallery.boxes, one), B.embed(gallery.keywords, one)
+    by_class = description_assignment(boxes[real], words, own, gallery.records, CATEGORIES)
+    named = [by_class[f"map/{c}"] for c in CATEGORIES[::2] if f"map/{c}" in by_class]
+    assert found["assignment_named"] == pytest.approx(np.mean(named), abs=1e-3)
+    assert 0 < found["assignment_named_random"] < 100
+    every = B.tasks(replace(gallery, said=[B.NAMED] * 8), one, one)
+    assert every["discovery_named"] == pytest.approx(every["discovery_macro"])
+    assert every["assignment_instance_named"] == pytest.approx(every["assignment_instance_macro"])
+    none = B.tasks(replace(gallery, said=[0] * 8), one, one)
+    assert none == before | {"classes_named": 0}
 
 
 def test_grounding_takes_the_proposal_nearest_to_the_phrase(data):

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,9 +12,11 @@ import pytest
 import torch
 from scipy import stats
 
+from finematch import grids
 from finematch.files import DataError
 from finematch.runs import FIELDS, git_commit, measured, write_metrics
 from finematch.tables import (
+    also,
     chance_note,
     judge,
     published,
@@ -238,6 +241,15 @@ def test_summary_refuses_to_average_what_differs():
         summary(frame, ["views"], ["i2t_r1"])
     with pytest.raises(ValueError, match="has no i2t_r1"):
         summary(pd.concat([frame, frame.iloc[:1].assign(seed=5, i2t_r1=None)]), ["method"], ["i2t_r1"])
+
+
+def test_a_measured_column_that_is_younger_than_a_run_is_left_out():
+    grid = replace(grids.grid("mvam_views"), also={"rsum": "i2t_r1", "new": "younger", "newer": "youngest"})
+    frame = runs(a=[1.0, 3.0]).rename(columns={"method": "row"}).assign(row="views-8", younger=[None, 2.0])
+    assert list(also(grid, frame)) == ["row", "rsum", "rsum sd", "n"]
+    assert also(grid, frame)["rsum"].tolist() == [2.0]
+    assert "new" in also(grid, frame.assign(younger=2.0))
+    assert also(replace(grid, also={"newer": "youngest"}), frame).empty
 
 
 def cells_of(text):

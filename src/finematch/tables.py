@@ -363,11 +363,15 @@ def footnotes(grid: Grid, runs: pd.DataFrame) -> tuple[dict[str, str], list[str]
 
 
 def also(grid: Grid, runs: pd.DataFrame) -> pd.DataFrame:
-    """What the grid measures beyond the paper's columns: one line per row that has run; may be empty."""
-    if runs.empty or not grid.also:
+    """What the grid measures beyond the paper's columns: one line per row that has run; may be empty.
+
+    A metric that not every run has is left out: it is younger than some of them.
+    """
+    whole = {metric for metric in grid.also.values() if metric in runs and runs[metric].notna().all()}
+    titles = {metric: title for title, metric in grid.also.items() if metric in whole}
+    if runs.empty or not titles:
         return pd.DataFrame()
-    frame = summary(runs, ["row"], list(grid.also.values()))
-    titles = {metric: title for title, metric in grid.also.items()}
+    frame = summary(runs, ["row"], list(titles))
     frame = frame.rename(columns=titles | {f"{metric} sd": f"{title} sd" for metric, title in titles.items()})
     return frame.assign(row=frame["row"].map(grid.names))
 

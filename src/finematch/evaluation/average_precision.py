@@ -300,7 +300,7 @@ def average_precision(
             ranks last, in a tie with its like.
         relevant: the items relevant to a class, or the one item relevant to each query.
         class_of: each query's class, for the rows of `relevant` and for the macro average.
-        names: of the classes: their own AP is added as `map/<name>`.
+        names: of the classes: their own AP is added as `map/<name>`, and that of a random order as `random/<name>`.
         block: queries a block; memory grows with `block` times the gallery. Another block is another shape of
             products, whose scores may differ in the last bit; ties stay exact.
 
@@ -513,8 +513,8 @@ def _means(
             total = torch.zeros(k, dtype=torch.float64).index_add(0, scored, one[order])
             per_class = total / torch.bincount(scored, minlength=k)  # NaN for a class without queries
             result[f"{name}_macro"] = 100 * float(per_class.nanmean())
-            if names is not None and name == "map":
-                result |= {f"map/{names[c]}": 100 * float(per_class[c]) for c in scored.unique().tolist()}
+            if names is not None:
+                result |= {f"{name}/{names[c]}": 100 * float(per_class[c]) for c in scored.unique().tolist()}
     result |= {
         "queries": len(order),
         "skipped": len(class_of) - len(order),

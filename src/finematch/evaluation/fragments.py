@@ -10,7 +10,7 @@ scores, `d` width of the frozen features, `e` width of the embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,7 @@ from finematch.features.proposals import Proposals
 from finematch.training import accelerator
 
 Embed = Callable[[Float[Tensor, "n d"]], Float[Tensor, "n e"]]
+NAMED = 60  # training texts that name a class, for the mean over classes that they do name
 PRODUCT = 2**24  # numbers that `crop_scores` reads, and makes, at once: 64 MiB each
 
 
@@ -54,6 +55,7 @@ class Gallery:
     texts: list[Record] | None = (
         None  # a record a text, where an image has several (F20); else the images' own
     )
+    said: Sequence[int] | None = None  # how many training texts name each category, where it is known (F29)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +86,9 @@ def tasks(gallery: Gallery, embed_regions: Embed, embed_words: Embed) -> dict:
     Returns:
         `discovery_map`, and `assignment_map` for each kind of relevance (`assignment_lexical_map`, `..._instance_map`;
         `category` has no name); with each `_expected` (the same with ties in random order), `_random` (the expectation
-        of a random order), `_macro`, `_ties`. Counts `pictures`, `boxes`, `classes`. `protocol`.
+        of a random order), `_macro`, `_ties`. Counts `pictures`, `boxes`, `classes`. `protocol`. Where it is known how
+        often training texts name the classes, also `_named` and `_named_random`, the mean over those that `NAMED` texts
+        or more name, and their number `classes_named`; without these where there are none.
 
     Raises:
         ValueError: If there are more or fewer boxes than `query_boxes` of the records.
@@ -97,8 +101,9 @@ def tasks(gallery: Gallery, embed_regions: Embed, embed_words: Embed) -> dict:
         crop_scores(gallery.regions.features, classes, embed_regions).T, gallery.regions
     )
     result = average_precision_blocks(
-        lambda rows: of_class[rows], n, category_relevance(records, names), torch.arange(len(names))
-    )
+        lambda rows: of_class[rows], n, category_relevance(records, names), torch.arange(len(names)),
+        names=names,
+    )  # fmt: skip
     found = {
         "discovery": result | {"protocol": discovery_protocol(result, split=gallery.name, scores=scores)}
     }
@@ -119,7 +124,7 @@ def tasks(gallery: Gallery, embed_regions: Embed, embed_words: Embed) -> dict:
         for one in RELEVANCE
     }
     category_of = torch.tensor([query.category for query in queries])
-    assigned = average_precision_blocks(score, len(gallery.keywords), relevant, category_of)
+    assigned = average_precision_blocks(score, len(gallery.keywords), relevant, category_of, names=names)
     for relevance, result in assigned.items():
         protocol = assignment_protocol(result, relevance, split=gallery.name, scores=scores)
         task = "assignment" + ("" if relevance == "category" else f"_{relevance}")
@@ -133,7 +138,26 @@ def tasks(gallery: Gallery, embed_regions: Embed, embed_words: Embed) -> dict:
     }
     metrics = {f"{task}_{k}": result[v] for task, result in found.items() for k, v in kept.items()}
     metrics |= {"pictures": n, "boxes": len(boxes), "classes": len(names)}
+    if gallery.said is not None:
+        often = [name for name, count in zip(names, gallery.said, strict=True) if count >= NAMED]
+        metrics["classes_named"] = len(often)
+        for task, result in found.items():
+            metrics |= {f"{task}_named{ending}": value
+                        for ending, value in over_classes(result, often).items()}  # fmt: skip
     return metrics | {"protocol": "; ".join(found[task]["protocol"] for task in ("discovery", "assignment"))}
+
+
+def over_classes(result: dict, classes: Sequence[str]) -> dict[str, float]:
+    """The mean AP over some classes (`""`), and of a random order (`_random`); `{}` if none of them has a query.
+
+    FELGA's queries are all 80 classes of COCO; texts of another data set hardly name most of them, and of a word that
+    no text held nothing could be learned (F29).
+    """
+    asked = [name for name in classes if f"map/{name}" in result]
+    if not asked:
+        return {}
+    return {ending: float(np.mean([result[f"{kind}/{name}"] for name in asked]))
+            for ending, kind in (("", "map"), ("_random", "random"))}  # fmt: skip
 
 
 def phrase_grounding(annotated: AnnotatedPhrases | None, embed_regions: Embed, embed_words: Embed) -> dict:
