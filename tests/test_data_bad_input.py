@@ -58,7 +58,7 @@ def test_missing_pictures_are_found_when_loading(tmp_path):
     ):
         load_karpathy(path, tmp_path / "images", "train")
     records = load_karpathy(path, tmp_path / "images", "train", check_images=False)
-    with pytest.raises(DataError, match=r"p2\.jpg: .*image p2\.jpg.*: the picture is missing"):
+    with pytest.raises(DataError, match=r"p2\.jpg: .*image p2\.jpg.*: the image is missing"):
         records[2].open()
     with pytest.raises(
         DataError, match=r"nowhere: pictures of .*dataset_tiny\.json: the folder cannot be read"
@@ -171,7 +171,7 @@ def test_captions_and_features_of_different_lengths(tmp_path):
 
 def test_a_picture_of_a_dataset_without_pictures(tmp_path):
     precomp(tmp_path, "train", np.zeros((1, 2, 3), np.float32), five(1), ["id9"])
-    with pytest.raises(DataError, match=r"id9: this dataset publishes features, no pictures"):
+    with pytest.raises(DataError, match=r"id9: this dataset publishes features, no images"):
         load_regions(tmp_path, "train").records()[0].open()
 
 

@@ -81,7 +81,7 @@ def test_an_entity_that_the_xml_lacks_is_counted(tmp_path, caplog):
 
 def test_another_size_or_another_picture(tmp_path):
     root = entities(tmp_path, SENTENCES, OBJECTS, size=(64, 48))
-    with pytest.raises(DataError, match=r"55\.xml: <size> 64 x 48: the picture .*55\.jpg is 32 x 24"):
+    with pytest.raises(DataError, match=r"55\.xml: image 55, size 64 x 48: the image .*55\.jpg is 32 x 24"):
         load_entities(root, "val")
     assert load_entities(root, "val", check_images=False)[0].size == (64, 48)
     xml = root / "Annotations" / "55.xml"

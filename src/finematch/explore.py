@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from finematch.data.record import DataError, Record, open_rgb
+from finematch.data.images import open_rgb
+from finematch.data.record import DataError, Record
 from finematch.features import inputs
 from finematch.text import tokenise
 from finematch.training import to_device

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -50,6 +51,30 @@ class DataError(ValueError):
     def __init__(self, file: str | Path, record: str, problem: str, remedy: str):
         super().__init__(f"{file}: {record}: {problem}. {remedy}.")
         self.file, self.record, self.problem, self.remedy = str(file), record, problem, remedy
+
+
+DISGUISES = {  # what stands in a file's place, by its first bytes
+    b"version https://git-lfs": "it is a pointer of git-lfs: run git lfs pull",
+    b"<!doctype html": "it is a web page: the link has moved, or wants a login",
+    b"<html": "it is a web page: the link has moved, or wants a login",
+    b"PK\x03\x04": "it is a zip archive, such as an .npz or a file of torch",
+    b"\x1f\x8b": "it is packed with gzip: unpack it",
+    b"\x89HDF": "it is HDF5",
+    b"\x93NUMPY": "it is a NumPy array",
+    b"\x80": "it is a pickle, which could run code when it is opened",
+}
+
+
+def disguise(file: str | Path | bytes) -> str:
+    """What a file really is, of the things that are often found in the place of another; empty if none of them."""
+    try:
+        with open(file, "rb") if not isinstance(file, bytes) else io.BytesIO(file) as opened:
+            head = opened.read(32).lstrip()
+    except OSError:
+        return ""
+    if not head.strip(b"\0"):
+        return "it is empty, or zeros: a download that was cut off"
+    return next((what for start, what in DISGUISES.items() if head.lower().startswith(start.lower())), "")
 
 
 # ------------------------------------------------------------------------------------------- writing

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from finematch.data.coco import categories, load_coco
 from finematch.data.entities import load_entities
+from finematch.data.images import open_rgb
 from finematch.data.karpathy import load_karpathy
 from finematch.data.precomp import Regions, load_regions
-from finematch.data.record import Box, DataError, Object, Phrase, Record, digests, open_rgb
+from finematch.data.record import Box, DataError, Object, Phrase, Record, digests
 from finematch.data.visual_genome import load_visual_genome
 
 __all__ = [

@@ -6,14 +6,16 @@ import codecs
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from finematch.data.images import possible_sizes
 from finematch.data.record import Box, DataError, Record, check_box
 
 logger = logging.getLogger(__name__)
+SAMPLE = 64  # images whose sizes are compared while a set is loaded
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -103,6 +105,28 @@ def require_pictures(paths: Iterable[Path], source: str | Path) -> None:
             f"{len(missing)} of {len(paths)} picture files are missing",
             "Restore them, or remove their records",
         )
+
+
+def check_sizes(records: Sequence[Record], stated_in: Callable[[Record], str | Path]) -> None:
+    """DataError if an image is of another size than its annotation states: boxes would lie in wrong places.
+
+    Only the headers of `SAMPLE` images, spread evenly, are read here, which finds a set that was resized or turned; the
+    others are compared when they are opened. An image that cannot be decoded is left to those who open it.
+    """
+    sized = [record for record in records if record.image is not None and record.size is not None]
+    for number in sorted({len(sized) * k // SAMPLE for k in range(SAMPLE)} if sized else ()):
+        record = sized[number]
+        try:
+            found = possible_sizes(record.image)
+        except DataError:
+            continue
+        if record.size not in found:
+            raise DataError(
+                stated_in(record),
+                f"image {record.image_id}, size {record.size[0]} x {record.size[1]}",
+                f"the image {record.image} is {' x '.join(map(str, min(found)))}",
+                "Use the images that were annotated, or scale the boxes",
+            )
 
 
 def require_unique(records: Iterable[Record], file: str | Path) -> None:

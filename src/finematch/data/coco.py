@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 
 from finematch.data.checks import (
     BoxPolicy,
+    check_sizes,
     clean_caption,
     read_json,
     reading,
@@ -131,6 +132,7 @@ def load_coco(
     require_unique(records, files[0])
     if check_images:
         require_pictures((record.image for record in records), files[0])
+        check_sizes(records, lambda _: files[0])
     return records
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import ParseError, fromstring
-from PIL import Image, UnidentifiedImageError
 
 from finematch.data.checks import (
     BoxPolicy,
+    check_sizes,
     clean_caption,
     read_text,
     reading,
@@ -46,7 +46,8 @@ def load_entities(
         split: name of the list.
         image_dir: folder of the pictures; `<root>/images` if not given.
         invalid_boxes: `"raise"`, or `"skip"` for a counted warning, where a box has no area or lies outside.
-        check_images: look for every picture and compare its size with the one that the XML states.
+        check_images: look for every picture now, and compare the sizes of some with those that the XMLs state (all are
+            compared when they are opened).
 
     Returns:
         Records in list order. A phrase's boxes are all boxes whose `<name>`s include its entity, none for
@@ -83,8 +84,7 @@ def load_entities(
     require_unique(records, listing)
     if check_images:
         require_pictures((record.image for record in records), listing)
-        for record in records:
-            _check_size(record, root / "Annotations" / f"{record.image_id}.xml")
+        check_sizes(records, lambda record: root / "Annotations" / f"{record.image_id}.xml")
     return records
 
 
@@ -138,24 +138,3 @@ def _annotation(
         for name in set(names) - {"0"}:
             boxes.setdefault(name, []).extend(box for box in checked if box is not None)
     return size, filename, boxes
-
-
-def _check_size(record: Record, xml: Path) -> None:
-    """Boxes of another size than the picture's would lie in wrong places without any other sign."""
-    try:
-        with Image.open(record.image) as picture:
-            size = picture.size
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(
-            record.image,
-            record.source,
-            f"the picture cannot be decoded ({error})",
-            "Download it again or remove its record",
-        ) from error
-    if size != record.size:
-        raise DataError(
-            xml,
-            f"<size> {record.size[0]} x {record.size[1]}",
-            f"the picture {record.image} is {size[0]} x {size[1]}",
-            "Use the pictures that were annotated, or scale the boxes",
-        )

@@ -11,8 +11,9 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from finematch.data.images import open_rgb
 from finematch.files import DataError, digest, file_digests
 
 Box = tuple[float, float, float, float]
@@ -63,33 +64,9 @@ class Record:
     known_as: tuple[str, ...] = field(default=(), compare=False)  # in other datasets: see `data.names`
 
     def open(self) -> Image.Image:
-        """The picture as RGB (greyscale, palette, alpha and CMYK are converted); DataError if unreadable."""
-        return open_rgb(self.image, self.source or self.image_id)
-
-
-def open_rgb(path: Path | None, record: str = "") -> Image.Image:
-    """Decode a whole picture to RGB.
-
-    Raises DataError for a missing, truncated or undecodable file: a picture that cannot be read is never
-    replaced, because that would pair a caption with the wrong pixels.
-    """
-    if path is None:
-        raise DataError(
-            "(no file)",
-            record,
-            "this dataset publishes features, no pictures",
-            "Use the feature arrays, or a dataset with pictures",
-        )
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(path, record, "the picture is missing", "Restore it or remove its record") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(
-            path, record, f"the picture cannot be decoded ({error})", "Download it again or remove its record"
-        ) from error
+        """The image as RGB of the stated size, see `data.images`; DataError if it cannot be read or is of another."""
+        boxed = bool(self.objects) or any(phrase.boxes for phrase in self.phrases)
+        return open_rgb(self.image, self.source or self.image_id, size=self.size, boxed=boxed)
 
 
 def check_box(box, size: tuple[int, int] | None, file: str | Path, record: str, *, slack: float = 1.0) -> Box:

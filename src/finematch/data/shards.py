@@ -51,6 +51,7 @@ from transformers import PreTrainedTokenizerBase
 from webdataset.handlers import reraise_exception
 
 from finematch.data.checks import clean_caption, read_json, reading, require_unique
+from finematch.data.images import open_rgb, opening
 from finematch.data.names import known_names
 from finematch.data.record import Record
 from finematch.files import DataError, digest, file_digests, write_atomically, write_text
@@ -184,7 +185,7 @@ def _sample(record: Record, key: str) -> dict[str, bytes | str]:
     about = {"image_id": record.image_id, "captions": captions, "sha256": hashlib.sha256(data).hexdigest()}
     if record.known_as:
         about["known_as"] = record.known_as
-    with Image.open(io.BytesIO(data)) as opened:
+    with opening(data, source, record.image) as opened:
         suffix = {"JPEG": "jpg", "PNG": "png"}.get(opened.format)
     if suffix is None:
         file, suffix = io.BytesIO(), "png"
@@ -698,12 +699,7 @@ def _rgb(sample: Mapping) -> Image.Image:
     """The image of a sample as RGB; ValueError if there is none or it cannot be decoded."""
     if not (data := _image(sample)):
         raise ValueError(sample.get("problem", f"it has no image ({', '.join(SUFFIXES)})"))
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return image.convert("RGB")
-    except Exception as error:  # PIL raises whatever its decoders do
-        raise ValueError(f"the image cannot be decoded ({error})") from error
+    return open_rgb(data, sample["__key__"])
 
 
 def _described(sample: Mapping, path: Path) -> tuple[dict, list[str]]:

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from finematch.data.checks import (
     BoxPolicy,
+    check_sizes,
     clean_caption,
     read_json,
     reading,
@@ -118,6 +119,7 @@ def load_visual_genome(
     require_unique(records, regions)
     if check_images:
         require_pictures((record.image for record in records), images)
+        check_sizes(records, lambda _: images)
     return records
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from finematch.config import Settings, root
@@ -243,7 +242,7 @@ def given_images(
         without, given = found.check(part, split), torch.zeros(len(part), count, 5)
         given[:, 0] = torch.tensor([0.0, 0, 1, 1, 1])
         for i, record in enumerate(part):
-            size = record.size or Image.open(record.image).size
+            size = record.size or record.open().size
             boxes, scores = (torch.from_numpy(x[:count]) for x in found.of(record, size))
             if len(scores) and not 0 < scores.min() <= scores.max() <= 1:
                 raise DataError(found.path, f"image {record.image_id}", f"a score is {float(scores.max())}",
