@@ -428,3 +428,34 @@ def test_levels_are_drawn_from_the_proposals_on():
     left, right = figures.levels(frame).axes
     assert [label.get_text() for label in left.get_xticklabels()] == ["proposals", "1"]
     assert (left.get_ylabel(), right.get_ylabel()) == ("pointing (%)", "R@1 (%)")
+
+
+# ------------------------------------------------------------------------------------------- as it stands
+PRICES = ("$$", "Ka$$a", "$5_$", "$1.99 and $2.99", r"\$9 or $8", "$", "100 % $x^2$ \\frac")
+
+
+def drawn(figure) -> bytes:
+    figure.canvas.draw()
+    return bytes(figure.canvas.buffer_rgba())
+
+
+@pytest.mark.parametrize("said", PRICES)
+def test_dollars_are_no_formula(said):
+    figure, ax = plt.subplots()
+    ax.text(0, 0, said.replace(r"\$", "$"), parse_math=False)
+    expected = drawn(figure)
+    ax.texts[0].remove()
+    ax.text(0, 0, figures.plain(said))
+    assert drawn(figure) == expected
+
+
+@pytest.mark.parametrize("said", PRICES)
+def test_figures_draw_words_as_they_stand(tmp_path, said):
+    figure, axes = plt.subplots(2, 4, figsize=(9, 4))
+    figures.show_words(axes[0, 0], ["a", said], np.ones(2))
+    figures.show_boxes(axes[0, 1], PICTURE, [(1, 1, 5, 5)], labels=[said])
+    figures.matrix(axes[0, 2], np.eye(2), [said, "b"], ["a", said])
+    figures.retrieval_strip(axes[1], said, lambda i: PICTURE, [0.3, 0.2, 0.1], 0, note=lambda i: said)
+    figures.save(figure, tmp_path / "all.svg")
+    for text in figure.findobj(mpl.text.Text):
+        assert not text._preprocess_math(text.get_text())[1]

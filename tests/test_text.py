@@ -156,3 +156,41 @@ def test_padded_positions():
     where, mask = padded(np.array([0, 2, 3, 6]), np.array([2, 1]))
     assert where.tolist() == [[3, 4, 5], [2, 0, 0]]
     assert mask.tolist() == [[True, True, True], [True, False, False]]
+
+
+@pytest.mark.parametrize("word", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_only_a_line_feed_ends_a_line_of_a_vocabulary(tmp_path, word):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join([*SPECIAL, "a", word, "dog", "cat"]) + "\n", encoding="utf-8", newline="\n")
+    tokenizer = wordpiece(path)
+    assert tokenise(["dog cat"], tokenizer).ids.tolist() == [2, 7, 8, 3]
+    assert len(tokenizer) == 9
+
+
+def test_a_repeated_line_shifts_no_id(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join([*SPECIAL, "dog", "cat", "dog", "bird", "dog"]), encoding="utf-8")
+    tokenizer = wordpiece(path)
+    assert tokenise(["dog cat bird"], tokenizer).ids.tolist() == [
+        2,
+        9,
+        6,
+        8,
+        3,
+    ]  # the last line, as BERT has it
+    assert len(tokenizer) == 10  # what towers are built with
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_vocabulary_from_another_system(tmp_path, mark, end):
+    path = tmp_path / "vocab.txt"
+    path.write_bytes((mark + end.join([*SPECIAL, "dog", "cat"]) + end).encode())
+    assert tokenise(["dog cat"], wordpiece(path)).ids.tolist() == [2, 5, 6, 3]
+
+
+def test_a_vocabulary_in_another_encoding_is_refused(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_bytes("\n".join([*SPECIAL, "caf\u00e9"]).encode("latin-1"))
+    with pytest.raises(ValueError, match=r"vocab\.txt is no UTF-8 text"):
+        wordpiece(path)

@@ -333,7 +333,7 @@ def text_line(ax: plt.Axes, i: int, word: str, place: int, score: float, right: 
     parts, shaded = sentence(i, word)
     draw.show_words(
         ax.inset_axes([0.15, 0, 0.85, 1]),
-        [part.replace("$", r"\$") for part in parts],
+        parts,
         shaded,
         top=1.6,
         size=7.5,
@@ -424,7 +424,7 @@ else:
             outlined(ax, box, look[when][0], style=look[when][1])
             verdicts.insert(0, f"{when} {'✓' if overlap >= 0.5 else '✗'} IoU {overlap:.2f}")
         ax.set_title(
-            f"“{record.captions[phrase.caption][phrase.start : phrase.end]}”\n" + "\n".join(verdicts),
+            draw.plain(f"“{record.captions[phrase.caption][phrase.start : phrase.end]}”\n") + "\n".join(verdicts),
             fontsize=8,
         )
     keep(figure, 4)

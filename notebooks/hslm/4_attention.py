@@ -474,7 +474,7 @@ def looks(ax: plt.Axes, k: int, word: int) -> None:
                     ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.1,
                                            linestyle=style))  # fmt: skip
     three = ", ".join(f"{100 * weight:.0f}" for weight in weights[strongest] / weights.sum())
-    ax.set_title(f"{cut[k].words[word]}: {three} %", fontsize=8, pad=4)
+    ax.set_title(draw.plain(f"{cut[k].words[word]}: {three} %"), fontsize=8, pad=4)
 
 
 if not model.pairs.cross_attn:
@@ -492,7 +492,7 @@ else:
     for row, k in enumerate(pool[(at + n * len(pool) // 5) % len(pool)] for n in range(3)):
         head = figure.add_subplot(grid[2 * row, :])
         head.set_axis_off()
-        head.text(0, 0.9, split.captions[k], fontsize=9.5, va="top")
+        head.text(0, 0.9, draw.plain(split.captions[k]), fontsize=9.5, va="top")
         if row == 0:
             head.text(
                 1, 0.9, f"even weights: {100 / len(places[0]):.1f} % each", fontsize=8, va="top", ha="right"

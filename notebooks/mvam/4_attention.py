@@ -206,7 +206,7 @@ grid = figure.add_gridspec(
 draw.show_picture(figure.add_subplot(grid[0, 0]), picture)
 head = figure.add_subplot(grid[0, 1:])
 head.set_axis_off()
-head.text(0.01, 0.95, f"{split.captions[c]}", fontsize=12, va="top", transform=head.transAxes)
+head.text(0.01, 0.95, draw.plain(split.captions[c]), fontsize=12, va="top", transform=head.transAxes)
 legend = textwrap.fill(
     f"Caption {c} of {label}. Each view on the picture, and beside it the same view on the words. Lit cells and "
     "dark words carry weight, each on its own scale. H is the entropy: 1 is uniform.", 30 * columns,

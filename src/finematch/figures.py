@@ -10,6 +10,7 @@ array "h w 3", bytes or floats in [0, 1]. Axes of arrays: `r` boxes, `h` `w` pix
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -78,6 +79,11 @@ def save(figure: Figure, path: str | Path) -> Path:
         figure.savefig(content, format=kind, metadata=metadata, bbox_inches="tight", pad_inches=0.08)
     write_atomically(path, lambda part: part.write_bytes(content.getvalue()))
     return path
+
+
+def plain(text: str) -> str:
+    """Text as it stands, for matplotlib: it would set what lies between two dollar signs as a formula."""
+    return re.sub(r"(?<!\\)\$", r"\\$", text)
 
 
 # ------------------------------------------------------------------------------------------- on pictures
@@ -198,7 +204,7 @@ def show_boxes(
         drawn.append(line)
         if labels is not None:
             ax.text(
-                x1, y1, labels[i], fontsize=7, va="bottom", ha="left", clip_on=False, color=INK,
+                x1, y1, plain(labels[i]), fontsize=7, va="bottom", ha="left", clip_on=False, color=INK,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
             )  # fmt: skip
     return drawn
@@ -259,7 +265,7 @@ def show_words(
         dark = np.dot(colour[:3], (0.299, 0.587, 0.114)) < 0.55
         texts.append(
             ax.text(
-                0, 0, word, fontsize=size, va="baseline", ha="left", color="white" if dark else INK,
+                0, 0, plain(word), fontsize=size, va="baseline", ha="left", color="white" if dark else INK,
                 bbox={"boxstyle": "round,pad=0.12,rounding_size=0.15", "edgecolor": "none",
                       "facecolor": (*colour[:3], min(1, 3 * shade))},
             )
@@ -334,7 +340,7 @@ def retrieval_strip(
     head, *shown, missed = axes
     head.set_axis_off()
     wrapped = head.text(
-        0, 0.5, query, va="center", ha="left", fontsize=9, wrap=True, transform=head.transAxes
+        0, 0.5, plain(query), va="center", ha="left", fontsize=9, wrap=True, transform=head.transAxes
     )
     wrapped._get_wrap_line_width = lambda: (
         head.get_window_extent().width
@@ -366,7 +372,13 @@ def _framed(ax: Axes, picture, right: bool) -> None:
 
 def _under(ax: Axes, text: str, note: str) -> None:
     ax.text(
-        0, -0.04, f"{text}\n{note}" if note else text, transform=ax.transAxes, va="top", ha="left", fontsize=7
+        0,
+        -0.04,
+        plain(f"{text}\n{note}" if note else text),
+        transform=ax.transAxes,
+        va="top",
+        ha="left",
+        fontsize=7,
     )
 
 
@@ -392,8 +404,8 @@ def matrix(
     if not np.isfinite(values).all() or not low < high:
         raise ValueError(f"values are finite, and low = {low} is below high = {high}")
     drawn = ax.imshow(values, cmap=COOL, vmin=low, vmax=high)
-    ax.set_xticks(range(len(columns)), columns)
-    ax.set_yticks(range(len(rows)), rows)
+    ax.set_xticks(range(len(columns)), [plain(name) for name in columns])
+    ax.set_yticks(range(len(rows)), [plain(name) for name in rows])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     if ax.get_position().width * ax.figure.get_figwidth() / len(columns) > 0.27:  # inches: room for a number

@@ -28,19 +28,29 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 def wordpiece(vocabulary: str | Path) -> PreTrainedTokenizerBase:
     """BERT's uncased WordPiece tokeniser from a `vocab.txt`, a folder, or a hub name.
 
+    A word's id is the number of its line. Only a line feed ends a line: U+2028 and others are words of published
+    vocabularies. Of a word that stands there twice the last line counts, as in BERT's own reader, and the number of
+    lines stays the size of the vocabulary.
+
     Raises:
-        ValueError: If the vocabulary lacks BERT's special tokens (a wrong file would otherwise turn every
+        ValueError: If the file is no UTF-8, or lacks BERT's special tokens (a wrong file would otherwise turn every
             caption into [UNK] without a word).
     """
     from transformers import AutoTokenizer, BertTokenizerFast
 
     path = Path(vocabulary)
     if path.is_file():
-        words = path.read_text(encoding="utf-8").splitlines()
+        try:
+            text = path.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no UTF-8 text ({error}); give BERT's vocab.txt") from error
+        words = text.replace("\r\n", "\n").rstrip("\n").split("\n")
         missing = [t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if t not in words]
         if missing:
             raise ValueError(f"{path}: {missing} not among its {len(words)} lines; give BERT's vocab.txt")
-        return BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}, do_lower_case=True)
+        line = {w: i for i, w in enumerate(words)}
+        vocab = {w if line[w] == i else f"[line {i + 1}: repeated]": i for i, w in enumerate(words)}
+        return BertTokenizerFast(vocab=vocab, do_lower_case=True)
     return AutoTokenizer.from_pretrained(str(vocabulary))
 
 
