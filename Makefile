@@ -74,8 +74,8 @@ test: $(INSTALLED)  ## run all tests (JOBS=2)
 lab: $(INSTALLED)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks/
 
-# Those that say nothing without somebody else's code are called by hand: their first lines say how.
-BY_HAND := benchmarks/grounding.py
+# Those that say nothing without somebody else's code, or outside a fresh clone, are called by hand: their first lines say how.
+BY_HAND := benchmarks/grounding.py benchmarks/workbook.py
 bench: $(INSTALLED)  ## measure speed and memory; results are written as data
 	for benchmark in $(filter-out $(BY_HAND),$(wildcard benchmarks/*.py)); do $(BIN)/python $$benchmark; done
 

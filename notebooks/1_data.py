@@ -11,7 +11,7 @@
 # | run | cost on one core |
 # |---|---|
 # | `smoke` | seconds after the imports; a few dozen pictures |
-# | scenes | 3 minutes the first time, most of it for the backbone; under a minute after that |
+# | scenes | 3 to 7 minutes the first time, most of it for the backbone and the proposals; under a minute after that |
 # | flickr8k | 2 minutes for cells, 3 for regions on the grid; selective search takes an hour |
 #
 # **Expected** on scenes: a bag of words finds the right picture for one caption in five, the full truth for
