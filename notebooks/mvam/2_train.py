@@ -46,7 +46,7 @@ reduction: str = None  # how Eq. 6 joins its two directions: mean | sum; default
 same_picture_positives: bool = None  # other captions of the same image are positives; default False (M11)
 tau: float = None  # initial temperature, learnable; default 0.07 (M7)
 ensemble: int = 1  # number of independent models; 16 is the control of Table 3
-vision: str = ""  # a timm name in place of the scale's backbone
+vision: str = ""  # timm name of another backbone than the scale's; on scenes mini_vit_base, _large, _huge
 vision_weights: str = ""  # safetensors file of the network `vision`, or hub
 text_weights: str = ""  # folder or hub name of the text model
 clip_weights: str = ""  # folder or hub name of a CLIP; empty trains a small one from scratch
@@ -105,7 +105,9 @@ started = time.monotonic()
 #
 # At scale `tiny` a frozen network looks at every image once, at 20 proposals or at its grid cells; the features stay in the cache, where all runs find
 # them. On scenes this network was trained on the ground-truth boxes of the train split and their attributes: shape, colour, size and texture
-# (`told="attributes"`). It stands in for bottom-up attention, a detector that was trained on labelled boxes; the matcher itself sees only captions. At scale `paper`
+# (`told="attributes"`). It stands in for bottom-up attention, a detector that was trained on labelled boxes; the matcher itself sees only captions.
+# With `vision=mini_vit_base` a small ViT takes its place, whose 64 patches are the cells. It learned which words the captions of an image hold,
+# and no box: it stands in for the paper's ViT, which ImageNet taught. At scale `paper`
 # the regions are the published arrays of a detector, which carry captions of their own. A CLIP reads pixels.
 # With `proposals=<file>` the regions are boxes of a detector, in COCO's results format, at either scale.
 
