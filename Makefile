@@ -14,6 +14,8 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 DATASET ?= scenes
 DATA_ROOT ?= data
 SCALE ?= tiny
+# default or literal: the readings of the paper; the scale's own (tiny: default, paper: literal)
+READING ?=
 # default: as many as the grid's toml fixes
 SEEDS ?=
 PROFILE ?= default
@@ -34,7 +36,7 @@ SNAKEMAKE = $(BIN)/snakemake --workflow-profile profiles/$(PROFILE) \
   $(if $(CORES),--cores $(CORES)) $(if $(THREADS),--set-threads run=$(THREADS)) \
   $(if $(GPUS),--set-resources run:gpu=1 --resources gpu=$(GPUS)) \
   --config grid=$(GRID) dataset=$(DATASET) scale=$(SCALE) seeds=$(SEEDS) 'data_root=$(DATA_ROOT)' \
-  $(if $(SMOKE),smoke=1) $(if $(FORCE),force=1) $(if $(PROPOSALS),'proposals=$(PROPOSALS)')
+  $(if $(READING),reading=$(READING)) $(if $(SMOKE),smoke=1) $(if $(FORCE),force=1) $(if $(PROPOSALS),'proposals=$(PROPOSALS)')
 INSTALLED := .venv/.installed
 WORKBOOK := papermill_runs/workbook
 
@@ -87,13 +89,13 @@ data: $(INSTALLED)  ## draw the embedded set, or see whether a real one can be r
 walk: $(INSTALLED) notebooks  ## start every row of every grid (or of GRID) once at scale paper, on stand-ins, and say what it took
 	$(BIN)/python -m finematch walk $(if $(GRID),--grid $(GRID),--table benchmarks/walk.json --page docs/paper_scale.md)
 
-rehearse: named notebooks  ## predict what a grid costs here: hours, memory, disk, largest batch (GRID SCALE DATASET DATA_ROOT)
-	$(BIN)/python -m finematch rehearse $(GRID) --scale $(SCALE) --data-root '$(DATA_ROOT)' \
+rehearse: named notebooks  ## predict what a grid costs here: hours, memory, disk, largest batch (GRID SCALE READING DATASET DATA_ROOT)
+	$(BIN)/python -m finematch rehearse $(GRID) --scale $(SCALE) --reading '$(READING)' --data-root '$(DATA_ROOT)' \
 	  $(if $(filter file,$(origin DATASET)),,--dataset $(DATASET))
 
 # Twice, for only the second look sees that a run builds on one that the first has repeated.
-grid: named notebooks data  ## run a grid and draw its table: GRID=mvam_views (DATASET DATA_ROOT SCALE SEEDS CORES THREADS GPUS SMOKE FORCE PROPOSALS PROFILE)
-	stale=$$($(BIN)/python -m finematch stale $(GRID) --dataset $(DATASET) --scale $(if $(SMOKE),smoke,$(SCALE))); \
+grid: named notebooks data  ## run a grid and draw its table: GRID=mvam_views (DATASET DATA_ROOT SCALE READING SEEDS CORES THREADS GPUS SMOKE FORCE PROPOSALS PROFILE)
+	stale=$$($(BIN)/python -m finematch stale $(GRID) --dataset $(DATASET) --scale $(SCALE) --reading '$(READING)' $(if $(SMOKE),--smoke)); \
 	  $(SNAKEMAKE) --until run $(if $(FORCE),--forceall,$${stale:+--forcerun $$stale})
 	$(SNAKEMAKE) --forcerun table
 
@@ -113,5 +115,5 @@ lint: $(INSTALLED)  ## style, and whether each notebook is what its .py says
 	$(BIN)/python notebooks/build.py --check
 
 clean:  ## remove the workbook's and the smoke runs and the tools' caches; data, runs and .venv stay
-	rm -rf $(WORKBOOK) papermill_runs/*/*.smoke.* figures/*.smoke.* .pytest_cache .ruff_cache
+	rm -rf $(WORKBOOK) papermill_runs/*/*.smoke[.-]* figures/*.smoke[.-]* .pytest_cache .ruff_cache
 	find src tests notebooks benchmarks -name __pycache__ -prune -exec rm -r {} +

@@ -3,6 +3,8 @@
     make grid GRID=mvam_views DATASET=scenes SCALE=tiny SEEDS=0,1,2
 
 * A run is papermill_runs/<method>/<dataset>.<scale>.<row>.s<seed>/ and is done when its metrics.json is there.
+  Under the reading that is not the scale's own (reading=literal at tiny) the scale reads `tiny-literal`, so that no run
+  is taken for one of the other reading; a row that has the same settings under both is run once.
   Rows of one name in two grids of a method are one run: a table never pays again for what another has run.
   The executed notebook and the checkpoint are not declared as outputs, so they survive a failure: the one
   shows its traceback, from the other the next attempt resumes.
@@ -16,11 +18,12 @@
 * With smoke the scale reads `smoke` in every name, so that such a run is never taken for a real one.
 """
 
+import re
 import sys
 from pathlib import Path
 
 from finematch.files import DataError
-from finematch.grids import LINK, grid
+from finematch.grids import LINK, grid, label, run_name
 
 if "grid" not in config:
     raise WorkflowError("Which grid? Give --config grid=NAME, NAME one of the files in grids/.")
@@ -28,12 +31,14 @@ GRID = config["grid"]
 METHOD = GRID.split("_")[0]
 DATASET = config.get("dataset", "scenes")
 SCALE = config.get("scale", "tiny")
+READING = config.get("reading", "")
+if READING not in ("", "default", "literal"):
+    raise WorkflowError(f"The reading is {READING!r}: it is default, literal, or the scale's own where none is given.")
 DATA_ROOT = config.get("data_root", "data")
 PROPOSALS = config.get("proposals", "")  # a file or folder of boxes, or FELGA's DETReg checkpoint, for every row
 SMOKE = "-p smoke True" if config.get("smoke") else ""
-NAME = f"{DATASET}.{'smoke' if SMOKE else SCALE}"
-RUN = f"papermill_runs/{METHOD}/{NAME}.{{row}}.s{{seed}}"
-TABLE = f"figures/{GRID}.{NAME}"
+TABLE = f"figures/{GRID}.{DATASET}.{label(SCALE, smoke=bool(SMOKE))}"  # of both readings
+RUN = f"papermill_runs/{METHOD}/{{name}}.s{{seed}}"
 PAPERMILL = f"{sys.executable} -m papermill --no-progress-bar --log-output"
 
 TRAIN = Path("notebooks", METHOD, "2_train.ipynb")
@@ -44,6 +49,8 @@ try:
 except DataError as error:
     raise WorkflowError(str(error))
 ROWS = {row: TABLE_OF.cells(row, SCALE) for row in TABLE_OF.rows}
+NAMES = {row: run_name(TABLE_OF, row, DATASET, SCALE, READING, smoke=bool(SMOKE)) for row in ROWS}
+ROW = {name: row for row, name in NAMES.items()}
 SEEDS = str(config["seeds"]).split(",") if config.get("seeds") not in (None, "") else range(TABLE_OF.seeds)
 if not all(str(seed).isdecimal() for seed in SEEDS) or len(set(SEEDS)) < len(SEEDS):
     raise WorkflowError(f"The seeds are {config['seeds']!r}: give different integers with commas, as in SEEDS=0,1,2.")
@@ -55,17 +62,19 @@ def links(row):
 
 
 def prerequisites(wildcards):
-    return [f"{RUN}/metrics.json".format(row=row, seed=wildcards.seed) for row in links(wildcards.row)]
+    return [f"{RUN}/metrics.json".format(name=NAMES[row], seed=wildcards.seed) for row in links(ROW[wildcards.name])]
 
 
 def cells(wildcards):
     """The row as papermill's arguments: -p column cell ..."""
-    path = lambda link: RUN.format(row=link[1], seed=wildcards.seed)
-    return [word for key, cell in ROWS[wildcards.row].items() for word in ("-p", key, LINK.sub(path, cell))]
+    path = lambda link: RUN.format(name=NAMES[link[1]], seed=wildcards.seed)
+    own = wildcards.name == run_name(TABLE_OF, ROW[wildcards.name], DATASET, SCALE, smoke=bool(SMOKE))
+    given = ({} if own else {"reading": READING}) | ROWS[ROW[wildcards.name]]
+    return [word for key, cell in given.items() for word in ("-p", key, LINK.sub(path, cell))]
 
 
 wildcard_constraints:
-    row="[a-z0-9-]+",
+    name="|".join(map(re.escape, ROW)),
     seed="[0-9]+",
 
 
@@ -75,11 +84,11 @@ localrules:
 
 rule table:
     input:
-        expand(f"{RUN}/metrics.json", row=ROWS, seed=SEEDS),
+        expand(f"{RUN}/metrics.json", name=ROW, seed=SEEDS),
     output:
         multiext(TABLE, ".csv", ".md", ".svg"),
     log:
-        notebook=f"papermill_runs/{METHOD}/{NAME}.{GRID}.ipynb",
+        notebook=f"papermill_runs/{METHOD}/{DATASET}.{label(SCALE, smoke=bool(SMOKE))}.{GRID}.ipynb",
     shell:
         "mkdir -p papermill_runs/{METHOD} figures && "
         "{PAPERMILL} notebooks/{METHOD}/3_ablations.ipynb {log.notebook}"
@@ -96,7 +105,7 @@ rule run:
     params:
         cells=cells,
         proposals=["-p", "proposals", PROPOSALS] if PROPOSALS else [],
-        upstream=lambda wildcards: [ROWS[row] for row in links(wildcards.row)],
+        upstream=lambda wildcards: [ROWS[row] for row in links(ROW[wildcards.name])],
         out=RUN,
     threads: 1
     retries: 1

@@ -4,7 +4,8 @@
 # **Papers** MVAM, HSLM, FELGA and SLAN. This page reads the metrics files of all finished runs and the tables that the pages `3_ablations` wrote,
 # shows them, counts the verdicts, and writes `RESULTS.md` and the generated lines of the README. No number on it, or in those files, was typed by hand.
 #
-# **Cost** seconds. **Expected** one line per claim: *holds*, *contradicted*, *undecided* or *not run*, with its dataset, its interval and its test.
+# **Cost** seconds. **Expected** one line per claim and metric: *holds*, *contradicted*, *undecided* or *not run* under each reading, with its dataset, its
+# interval and its test.
 
 # %% tags=["parameters"]
 dataset: str = "scenes,flickr8k"  # datasets to show, in order
@@ -18,7 +19,7 @@ readme: str = ""  # README whose generated lines to rewrite; empty leaves it alo
 smoke: bool = False  # show smoke runs, whose numbers mean nothing
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import parameters, root
+from finematch.config import literal_switches, own_reading, parameters, root
 
 p = parameters(globals(), scale={"tiny", "paper"}, seed=(0, 2**31))
 
@@ -59,8 +60,10 @@ for path in sorted((root() / p.figures).glob("*_cost.md")):
 # %% [markdown]
 # ## The verdicts, counted
 #
-# Each comparison counts once, also where several grids ask for it. A two-sided 95 % interval on the difference decides; with three seeds the test is
-# weak, so that *undecided* is no evidence against a claim. *not run* counts rows without a run and rows with a single seed, which has no spread.
+# Every claim is judged under both readings of the papers: `default` is what works, `literal` the paper's text. A cell is "default / literal". Where no row
+# of a grid differs between them, one run stands for both. Each comparison counts once, also where several grids ask for it. A two-sided 95 % interval on
+# the difference decides; with three seeds the test is weak, so that *undecided* is no evidence against a claim. *not run* counts rows without a run and
+# rows with a single seed, which has no spread.
 
 # %%
 every = []
@@ -69,44 +72,66 @@ for path in (path.with_suffix(".claims.csv") for path in tables):
         grid, name = path.name.split(".")[:2]
         verdicts = pd.read_csv(path, keep_default_na=True)
         every.append(verdicts.assign(grid=grid, dataset=name, method=grids.grid(grid).method))
-claims = (
-    pd.concat(every, ignore_index=True) if every else pd.DataFrame(columns=["method", "dataset", "verdict"])
-)
-if every:
-    claims = claims.drop_duplicates(["method", "dataset", "better", "worse", "metric"], ignore_index=True)
-counts = pd.crosstab([claims["method"], claims["dataset"]], claims["verdict"])
-counts = counts.reindex(columns=T.VERDICTS, fill_value=0).reset_index()
-judged = int((claims["verdict"] != T.NOT_RUN).sum())
-verdicts = f"{T.to_markdown(counts)}\n\n{T.chance_note(judged)}"
+columns = ["method", "dataset", "reading", "claim", "metric", "better", "worse", "verdict", "lower"]
+claims = pd.concat(every, ignore_index=True) if every else pd.DataFrame(columns=columns)
+claims = claims.drop_duplicates(["method", "dataset", "reading", "better", "worse", "metric"], ignore_index=True)
+verdicts = f"{T.to_markdown(T.verdict_counts(claims))}\n\n{T.chance_note(int(claims['lower'].notna().sum()))}"
 Markdown(verdicts)
 
 # %% [markdown]
 # What was decided on each grid's main metric, with the interval of the difference.
 
 # %%
-lines = []
-for (method, name), part in claims.groupby(["method", "dataset"], sort=False):
-    main = part[
-        [
-            metric in grids.grid(grid).headline[:1]
-            for grid, metric in zip(part["grid"], part["metric"], strict=True)
-        ]
-    ]
-    said = []
-    for verdict in (T.HOLDS, T.CONTRADICTED):
-        found = main[main["verdict"] == verdict]
-        claims_of = [
-            f"{c['claim']} ({c['difference']:+.1f}, {c['lower']:+.1f} to {c['upper']:+.1f})"
-            for c in found.to_dict("records")
-        ]
-        if claims_of:
-            said.append(f"*{verdict}*: {'; '.join(claims_of)}")
-    rest = main["verdict"].value_counts()
-    said += [f"{rest[verdict]} *{verdict}*" for verdict in (T.UNDECIDED, T.NOT_RUN) if verdict in rest]
-    if said:
-        lines.append(f"* **{method.upper()}, {name}** ({main['metric'].iloc[0]}): {'. '.join(said)}.")
-decided = "\n".join(lines)
+main = claims[[metric in grids.grid(grid).headline[:1] for grid, metric in zip(claims["grid"], claims["metric"], strict=True)]
+              if every else []]  # fmt: skip
+decided = "\n".join(T.headlines(main))
 Markdown(decided)
+
+# %% [markdown]
+# ## What is not run, and the line that runs it
+#
+# One line per grid and reading; at the paper's scale for grids of which nothing has run here, because their weights or data could not be had.
+
+# %%
+lines = []
+for grid in map(grids.grid, grids.names()):
+    on = [name for name in datasets if f"{grid.name}.{name}.{label}.md" in {path.name for path in tables}]
+    for name, at in [(name, p.scale) for name in on] or [(grid.dataset, "paper")]:
+        for reading in grids.readings(grid, name, at):
+            of = claims[(claims["grid"] == grid.name) & (claims["dataset"] == name) & (claims["reading"] == reading)] if on else []
+            missing = int((of["verdict"] == T.NOT_RUN).sum()) if on else len(grid.claims)
+            if missing:
+                lines.append([grid.name, name, reading, missing, f"`{grids.command(grid, name, at, reading)}`"])
+not_run = T.to_markdown(pd.DataFrame(lines, columns=["grid", "data", "reading", "comparisons", "line"]))
+Markdown(not_run)
+
+# %% [markdown]
+# ## What the literal reading sets
+#
+# The settings that `reading=literal` changes at the small scales, generated from where they are declared. A row of a grid may set some of them itself.
+
+# %%
+METHODS = ("felga", "hslm", "mvam", "slan")
+parts = []
+for method in METHODS:
+    of = pd.DataFrame(literal_switches(method))
+    parts.append(f"**{method.upper()}**: " + (f"\n\n{T.to_markdown(of)}" if len(of) else "nothing; both readings are one."))
+sections["What the literal reading sets"] = "\n\n".join(parts)
+Markdown(sections["What the literal reading sets"])
+
+# %% [markdown]
+# ## What was tried before a default was chosen
+#
+# From `benchmarks/recipes.csv`: one line per run, also of those that failed. Settings are what differs from the preset; no run read the split that tables report.
+
+# %%
+recipes = T.read_recipes(root() / "benchmarks" / "recipes.csv")
+for method, of in recipes.groupby("method"):
+    shown = of.drop(columns=["method", "commit"]).assign(commit=of["commit"].str[:9])
+    sections[f"What was tried: {method.upper()}"] = T.to_markdown(shown)
+    display(Markdown(f"### {method.upper()}\n\n{sections[f'What was tried: {method.upper()}']}"))
+if not len(recipes):
+    print("Nothing is written down yet.")
 
 # %% [markdown]
 # ## Every run, by dataset
@@ -116,12 +141,13 @@ Markdown(decided)
 
 # %%
 def runs_of(name: str) -> pd.DataFrame:
-    """All runs of a dataset, with the method and the row of each."""
-    files = sorted((root() / p.out).glob(f"*/{name}.{label}.*.s[0-9]*/metrics.json"))
+    """All runs of a dataset, with the method, the row and the reading of each."""
+    files = sorted((root() / p.out).glob(f"*/{name}.{label}*.*.s[0-9]*/metrics.json"))
     runs = measured(files)
     if len(runs):
         runs["method"] = [f.parent.parent.name for f in files]
         runs["run"] = [f.parent.name.rsplit(".", 2)[1] for f in files]
+        runs["reading"] = [f.parent.name.split(".")[1].partition("-")[2] or own_reading(p.scale) for f in files]
     return runs
 
 
@@ -143,9 +169,9 @@ for name in datasets:
         runs = found[found[best].notna()] if best in found else pd.DataFrame()
         if not len(runs):
             continue
-        frame = T.summary(runs, by=["method", "run"], metrics=metrics)
-        top = runs.groupby(["method", "run"])[best].max()
-        frame["best of seeds"] = [top[m, r] for m, r in zip(frame["method"], frame["run"], strict=True)]
+        by = ["method", "run", "reading"]
+        frame = T.summary(runs, by=by, metrics=metrics)
+        frame = frame.merge(runs.groupby(by)[best].max().rename("best of seeds").reset_index(), on=by)
         frame = frame.sort_values(["method", best], ignore_index=True)
         frame = frame.rename(columns=TASKS | {f"{key} sd": f"{value} sd" for key, value in TASKS.items()})
         text = f"{T.to_markdown(frame)}\n\n{note_on(runs)}"
@@ -354,11 +380,14 @@ if p.results:
         "# Results",
         "Generated by `notebooks/9_scorecard` from the metrics files of finished runs (`make results`); nothing here is typed by hand. Numbers on "
         "`scenes` and `flickr8k` stand beside the papers' own data: compare the order of rows, not their absolute values.",
-        contents, "## Verdicts", verdicts, "Decided on the main metric of each grid:", decided,
+        contents, "## Verdicts", "Every claim is judged under both readings of the papers, *default* (what works) and *literal* (the text); a cell "
+        "is \"default / literal\".", verdicts, "Decided on the main metric of each grid:", decided,
+        "## Not run, and the line that runs it", not_run,
         *(part for title, text in sections.items() for part in (f"## {title}", text)),
     ]  # fmt: skip
     T.write_text(root() / p.results, "\n\n".join(parts) + "\n")
     print(f"{p.results} written")
 if p.readme:
-    changed = T.replace_block(root() / p.readme, "results", f"{verdicts}\n\n{decided}")
+    said = f"A cell is \"default / literal\".\n\n{verdicts}\n\n{decided}"
+    changed = T.replace_block(root() / p.readme, "results", said)
     print(f"{p.readme}: {'rewritten' if changed else 'as it was'}")

@@ -182,12 +182,12 @@ def test_tables_mark_labelled_rows():
                 names={"a": "Row A", "b": "Row B"}, columns={"mAP": "map"}, claims=())  # fmt: skip
     runs = pd.DataFrame({"row": ["a", "b"], "seed": [0, 0], "map": [1.0, 2.0], "run_status": ["current"] * 2,
                          "run_labels": ["", "supervised proposals"], "run_seconds": [1.0] * 2})  # fmt: skip
-    shown = tables.page(grid, "coco", runs)
+    shown = tables.page(grid, "coco", "tiny", {"default": runs})
     assert "Row B †" in shown
     assert "Row A †" not in shown
     assert f"* † supervised proposals: {LABELS['supervised proposals']}." in shown
     assert tables.beside(grid, runs)["status"].tolist() == ["current", "current; supervised proposals"]
-    plain = tables.page(grid, "coco", runs.assign(run_labels=""))
+    plain = tables.page(grid, "coco", "tiny", {"default": runs.assign(run_labels="")})
     assert "†" not in plain
     assert "status" not in plain
 

@@ -14,7 +14,8 @@ from finematch import tables
 from finematch.__main__ import main
 from finematch.config import Settings
 from finematch.files import DataError
-from finematch.grids import grid, mismatches, names, stale
+from finematch.grids import grid, label, metrics_files, mismatches, names, readings, shared, stale
+from finematch.grids import settings as grid_settings
 from finematch.runs import write_metrics
 from finematch.tables import printed
 
@@ -424,7 +425,7 @@ def test_a_table_refuses_metrics_of_other_parameters_and_stale_names_them(book, 
     good = fake_run(book, "two", 0, 1.0, views=8, text="gru")
     fake_run(book, "one", 0, 1.0, views=16, text="bert")
     mine = grid("mvam_mine")
-    assert len(tables.runs_of(mine, "scenes", "tiny")) == 2
+    assert len(tables.runs_of(mine, "scenes", "tiny")["both"]) == 2
     assert main(["stale", "mvam_mine"]) == 0
     assert capsys.readouterr().out == ""
     bad = fake_run(book, "one", 1, 1.0, views=32)
@@ -496,9 +497,145 @@ def test_what_builds_on_a_stale_run_is_stale(book, monkeypatch):
     assert stale(grid("mvam_mine"), "scenes", "tiny") == [first, second]
 
 
+def test_a_run_of_the_other_reading_has_a_name_of_its_own():
+    assert label("tiny") == label("tiny", "default") == label("tiny", "both") == "tiny"
+    assert label("paper") == label("paper", "literal") == "paper"
+    assert label("tiny", "literal") == "tiny-literal"
+    assert label("paper", "default") == "paper-default"
+    assert label("tiny", smoke=True) == "smoke"
+    assert label("tiny", "literal", smoke=True) == "smoke-literal"
+    assert label("paper", "literal", smoke=True) == "smoke"
+
+
+def test_make_grid_runs_the_rows_under_a_reading(book):
+    write_grid(book, "slan_mine", "name,levels,pretrained\none,1,\ntwo,2,{run:one}/best.safetensors\n")
+    own = snakemake(book, "-n", "-p", grid="slan_mine", seeds="0").stdout
+    assert set(re.findall(r"-p out (\S+)", own)) == {
+        f"papermill_runs/slan/scenes.tiny.{row}.s0" for row in ("one", "two")
+    }
+    assert "-p reading" not in own
+    other = snakemake(book, "-n", "-p", grid="slan_mine", seeds="0", reading="literal").stdout
+    folders = {f"papermill_runs/slan/scenes.tiny-literal.{row}.s0" for row in ("one", "two")}
+    assert set(re.findall(r"-p out (\S+)", other)) == folders
+    assert other.count("-p reading literal") == 2
+    assert "-p pretrained papermill_runs/slan/scenes.tiny-literal.one.s0/best.safetensors" in other
+    assert "scenes.tiny-literal.two.s0/metrics.json" in other
+    assert "figures/slan_mine.scenes.tiny.md" in other, "one table has both readings"
+    assert "scenes.paper-default.one.s0" in "".join(
+        planned(book, grid="slan_mine", scale="paper", reading="default")
+    )
+    refused = snakemake(book, "-n", grid="slan_mine", reading="literally")
+    assert refused.returncode != 0
+    assert "The reading is 'literally'" in refused.stderr + refused.stdout
+
+
+def test_a_row_that_no_reading_changes_is_run_once(book, monkeypatch):
+    monkeypatch.chdir(book)
+    write_grid(book, "hslm_mine", "name,reading,width\none,literal,8\ntwo,,16\n")
+    mine = grid("hslm_mine")
+    assert (shared(mine, "one", "scenes", "tiny"), shared(mine, "two", "scenes", "tiny")) == (True, False)
+    assert readings(mine, "scenes", "tiny") == ("default", "literal")
+    assert planned(book, grid="hslm_mine", seeds="0", reading="literal") == {
+        "scenes.tiny.one.s0",
+        "scenes.tiny-literal.two.s0",
+    }
+    write_grid(
+        book,
+        "slan_mine",
+        "name,zero_shot,pretrained,reading\none,,,\ntwo,True,{run:one}/best.safetensors,literal\n",
+    )
+    assert not shared(grid("slan_mine"), "two", "scenes", "tiny"), "it builds on a run that differs"
+    write_grid(book, "hslm_mine", "name,reading,width\none,literal,8\ntwo,literal,16\n")
+    assert readings(grid("hslm_mine"), "scenes", "tiny") == ("both",)
+
+
+def test_settings_of_a_cell_go_before_those_of_the_reading(book, monkeypatch):
+    monkeypatch.chdir(book)
+    write_grid(book, "hslm_mine", "name,context_norm\none,True\ntwo,\n")
+    found = [grid_settings(grid("hslm_mine"), row, reading="literal", scale="tiny") for row in ("one", "two")]
+    assert [s.context_norm for s in found] == [True, False]
+    assert [s.loss_score for s in found] == ["logit", "logit"]
+
+
+def hslm_run(book: Path, name: str, reading: str, *, legacy: bool = False) -> Path:
+    """The metrics of a run with all its settings, in a folder of any name."""
+    seed = int(name.rpartition(".s")[2])
+    settings = Settings("hslm", {"dataset": "scenes", "seed": seed, "reading": reading}).as_dict()
+    settings |= {"width": 8} if legacy else {}
+    content = {"parameters": settings, "metrics": {"rsum": 1.0 + seed}, "protocol": "toy", "seconds": 1.0,
+               "peak_memory_bytes": 1, "device": "a CPU", "versions": {}, "commit": "0" * 40}  # fmt: skip
+    if legacy:
+        del settings["reading"]
+    else:
+        content["identity"] = {"method": "hslm"}
+    file = book / "papermill_runs" / "hslm" / name / "metrics.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(content))
+    return file
+
+
+def test_a_run_is_never_taken_for_one_of_the_other_reading(book, monkeypatch, capsys):
+    monkeypatch.chdir(book)
+    write_grid(book, "hslm_mine", "name,width\none,\ntwo,8\n")
+    mine = grid("hslm_mine")
+    own = hslm_run(book, "scenes.tiny.one.s0", "default")
+    other = hslm_run(book, "scenes.tiny-literal.one.s0", "literal")
+    old = hslm_run(book, "scenes.tiny.two.s0", "default", legacy=True)  # says no reading: its scale's own
+    assert [mismatches(mine, file) for file in (own, other, old)] == [[], [], []]
+    assert (
+        metrics_files(mine, "scenes", "tiny")
+        == metrics_files(mine, "scenes", "tiny", "default")
+        == [own, old]
+    )
+    assert metrics_files(mine, "scenes", "tiny", "literal") == [other]
+    wrong = hslm_run(book, "scenes.tiny.one.s1", "literal")
+    assert "reading is 'literal', the row says 'default'" in mismatches(mine, wrong)
+    swapped = hslm_run(book, "scenes.tiny-literal.one.s1", "default")
+    assert "reading is 'default', the row says 'literal'" in mismatches(mine, swapped)
+    older = hslm_run(book, "scenes.tiny-literal.two.s1", "default", legacy=True)
+    assert mismatches(mine, older) == ["reading is 'default', the row says 'literal'"]
+    assert stale(mine, "scenes", "tiny") == [wrong]
+    assert main(["stale", "hslm_mine", "--reading", "literal"]) == 0
+    assert capsys.readouterr().out.split() == [str(file.relative_to(book)) for file in (swapped, older)]
+    with pytest.raises(DataError, match=r"tiny\.one\.s1.*make grid GRID=hslm_mine\)"):
+        tables.runs_of(mine, "scenes", "tiny")
+    wrong.unlink()
+    with pytest.raises(DataError, match="make grid GRID=hslm_mine READING=literal"):
+        tables.runs_of(mine, "scenes", "tiny")
+    for file in (swapped, older):
+        file.unlink()
+    assert {reading: list(of["row"]) for reading, of in tables.runs_of(mine, "scenes", "tiny").items()} == {
+        "default": ["one", "two"], "literal": ["one"]}  # fmt: skip
+
+
+def test_a_claim_may_name_its_metrics_by_a_pattern(book):
+    claim = '[{ text = "x", better = "one", worse = "two", metrics = ["i2t*"] }]'
+    write_grid(
+        book, "mvam_mine", "name,views\none,16\ntwo,8\n", claims=claim, judge='["rsum", "i2t_r1", "i2t_r5"]'
+    )
+    assert [one.metric for one in grid("mvam_mine", folder=book / "grids").claims] == ["i2t_r1", "i2t_r5"]
+    write_grid(book, "mvam_mine", "name,views\none,16\ntwo,8\n", claims=claim, judge='["rsum"]')
+    with pytest.raises(DataError, match=r"has the metric 'i2t\*'"):
+        grid("mvam_mine", folder=book / "grids")
+
+
+@pytest.mark.parametrize("name", [name for name in names(ROOT / "grids") if name.startswith("felga")])
+@pytest.mark.parametrize("dataset", ["scenes", "coco2014"])
+def test_felgas_claims_are_the_papers_own_order(name, dataset):
+    """In each of the paper's columns that a claim names, the better row has the higher printed number."""
+    table = grid(name, dataset, folder=ROOT / "grids")
+    cells = printed(table).set_index(["row", "column"])["value"]
+    metrics = {metric: column for column, metric in table.columns.items()}
+    compared = [(claim.text, *(cells[table.names[row], metrics[claim.metric]] for row in (claim.better, claim.worse)))
+                for claim in table.claims if claim.metric in metrics]  # fmt: skip
+    assert {claim.metric for claim in table.claims} >= set(metrics)
+    assert [text for text, better, worse in compared if not better > worse] == []
+
+
 def test_committed_metrics_are_those_of_their_rows():
     for name in names(ROOT / "grids"):
         for dataset in ("scenes", "flickr8k"):
             table = grid(name, dataset, folder=ROOT / "grids")
             runs = ROOT / "papermill_runs" / table.method
-            assert stale(table, dataset, "tiny", runs=runs) == []
+            for reading in ("default", "literal"):
+                assert stale(table, dataset, "tiny", reading, runs=runs) == []

@@ -43,7 +43,30 @@ def test_tables_in_figures_are_those_of_the_metrics():
         name, dataset, scale, _ = path.name.split(".")
         grid = grids.grid(name, dataset, folder=ROOT / "grids")
         runs = tables.runs_of(grid, dataset, scale, ROOT / "papermill_runs" / grid.method)
-        assert path.read_text(encoding="utf-8") == tables.page(grid, dataset, runs) + "\n", path.name
+        assert path.read_text(encoding="utf-8") == tables.page(grid, dataset, scale, runs) + "\n", path.name
+
+
+def test_recipes_name_what_exists_and_results_show_them():
+    """Columns, methods, settings and commits are checked by the reader of the file."""
+    from finematch.tables import read_recipes
+
+    recipes = read_recipes(ROOT / "benchmarks" / "recipes.csv")
+    results = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    for method in recipes["method"].unique():
+        assert f"## What was tried: {method.upper()}" in results, "make results"
+    for verdict in recipes["verdict"]:
+        assert verdict in results.replace("\\|", "|"), "make results"
+
+
+def test_results_say_for_each_method_what_literal_sets():
+    from finematch.config import literal_switches
+
+    results = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    part = results.partition("\n## What the literal reading sets\n")[2].partition("\n## ")[0]
+    for method in ("felga", "hslm", "mvam", "slan"):
+        own = part.partition(f"**{method.upper()}**: ")[2].partition("**")[0]
+        named = re.findall(r"^\| (\w+) +\|", own, re.M)[1:]
+        assert named == [line["setting"] for line in literal_switches(method)]
 
 
 def test_the_readme_is_short():

@@ -14,16 +14,25 @@ from scipy import stats
 
 from finematch import grids
 from finematch.files import DataError
+from finematch.grids import Claim, Grid
 from finematch.runs import FIELDS, git_commit, measured, write_metrics
 from finematch.tables import (
+    RECIPES,
     also,
+    beside_readings,
     chance_note,
+    headlines,
     judge,
+    page,
     published,
+    read_recipes,
     replace_block,
     summary,
     table,
     to_markdown,
+    verdict_counts,
+    verdicts,
+    write,
 )
 
 RECALLS = ["i2t@1", "i2t@5", "i2t@10", "t2i@1", "t2i@5", "t2i@10"]
@@ -397,3 +406,164 @@ def test_judge_refuses_a_seed_that_counts_twice_and_a_missing_metric():
         judge(twice, runs(b=[0.0, 1.0]), "i2t_r1")
     with pytest.raises(ValueError, match="no t2i_r1"):
         judge(runs(a=[1.0, 2.0]), runs(b=[0.0, 1.0]), "t2i_r1")
+
+
+# --- both readings
+
+VIEWS = Grid(
+    "mvam_mine", rows={"one": {}, "two": {}, "three": {}}, title="Views", axis="views", seeds=2,
+    names={"one": "1", "two": "8", "three": "3"}, columns={"i2t@1": "i2t_r1"}, paper="MVAM", table="4",
+    claims=(Claim("8 views beat 1", "two", "one", "i2t_r1"), Claim("8 beat 3", "two", "three", "i2t_r1")),
+)  # fmt: skip
+
+
+def by_row(**values):
+    """Runs of a reading, as `runs_of` gives them."""
+    frame = runs(**values).rename(columns={"method": "row"})
+    return (
+        frame.assign(run_status="current", run_labels="")
+        if len(frame)
+        else pd.DataFrame(columns=["row", "seed"])
+    )
+
+
+BOTH = {
+    "default": by_row(one=[40.0, 41.0], two=[50.0, 51.5]),
+    "literal": by_row(one=[45.0, 46.0], two=[30.0, 31.5], three=[1.0, 2.0]),
+}
+
+
+def test_a_table_has_published_default_and_literal_side_by_side():
+    frame = beside_readings(VIEWS, BOTH)
+    measured = ["i2t@1 default", "i2t@1 default sd", "i2t@1 literal", "i2t@1 literal sd"]
+    facts = ["n default", "n literal", "status default", "status literal"]
+    assert list(frame) == ["row", "i2t@1 published", *measured, *facts]
+    line = frame.set_index("row").loc["8"]
+    assert (line["i2t@1 published"], line["i2t@1 default"], line["i2t@1 literal"]) == (53.52, 50.75, 30.75)
+    three = frame.set_index("row").loc["3"]  # a row of ours alone, which has run under one reading
+    assert np.isnan(three["i2t@1 default"])
+    assert three["i2t@1 literal"] == 1.5
+    text = to_markdown(frame)
+    assert "50.75 ± 1.06" in text
+    assert "30.75 ± 1.06" in text
+    one = beside_readings(VIEWS, {"default": BOTH["default"], "literal": by_row()})
+    assert "i2t@1 measured" in one
+    assert not any("literal" in name for name in one)
+
+
+def test_each_claim_has_a_line_with_both_verdicts():
+    found = verdicts(VIEWS, BOTH)
+    assert list(zip(found["reading"], found["verdict"], strict=True)) == [
+        ("default", "holds"), ("default", "not run"), ("literal", "contradicted"), ("literal", "holds")]  # fmt: skip
+    text = page(VIEWS, "scenes", "tiny", BOTH)
+    assert "Measured: scenes, the readings default and literal." in text
+    head, *lines = [
+        line for line in cells_of(text) if (len(line) > 5 and "i2t_r1" in line) or line[:1] == ["claim"]
+    ]
+    first = dict(zip(head, lines[0], strict=True))
+    assert len(lines) == 2
+    assert (first["default"], first["literal"]) == ("holds", "contradicted")
+    assert (first["difference, default"], first["difference, literal"]) == ("10.25", "-14.75")
+    assert first["95 % interval, literal"].endswith(" to -11.57")
+    assert first["printed difference"] == "6.06"
+    assert text.count("*not run*") == 1
+    assert text.endswith("* *not run*, default: `make grid GRID=mvam_mine`")
+    assert "3 comparisons were judged" in text
+
+
+def test_a_reading_without_runs_is_not_run_and_its_line_is_given_once():
+    text = page(VIEWS, "flickr8k", "tiny", {"default": BOTH["literal"], "literal": by_row()})
+    line = "`make grid GRID=mvam_mine DATASET=flickr8k DATA_ROOT=<folder> READING=literal`"
+    assert text.count(line) == text.count("make grid") == 1
+    assert [cells[-2] for cells in cells_of(text) if "i2t_r1" in cells] == ["not run", "not run"]
+    assert "difference, literal" not in text
+    paper = page(VIEWS, "coco_karpathy", "paper", {"default": by_row(), "literal": by_row()})
+    assert "GRID=mvam_mine SCALE=paper DATASET=coco_karpathy DATA_ROOT=<folder> READING=default`" in paper
+    assert "GRID=mvam_mine SCALE=paper DATASET=coco_karpathy DATA_ROOT=<folder>`" in paper
+    assert "Measured: coco_karpathy, nothing yet." in paper
+
+
+def test_where_no_row_differs_the_readings_are_one(tmp_path):
+    runs = {"both": BOTH["literal"]}
+    text = page(VIEWS, "scenes", "tiny", runs)
+    assert "the reading default, which is literal too" in text
+    assert "make grid" not in text
+    assert next(line for line in cells_of(text) if line[:1] == ["claim"])[2] == "verdict"
+    write(VIEWS, "scenes", "tiny", runs, tmp_path / "table")
+    kept = pd.read_csv(tmp_path / "table.claims.csv")
+    assert kept["reading"].tolist() == ["both", "both"]
+    counts = verdict_counts(kept.assign(method="mvam", dataset="scenes")).iloc[0]
+    assert [counts[name] for name in ("holds", "contradicted", "undecided", "not run")] == [
+        "1 / 1",
+        "1 / 1",
+        "0 / 0",
+        "0 / 0",
+    ]
+
+
+def test_headlines_say_default_and_literal():
+    claims = verdicts(VIEWS, BOTH).assign(method="mvam", dataset="scenes")
+    (line,) = headlines(claims)
+    assert line.startswith("* **MVAM, scenes** (i2t_r1), default: *holds*: 8 views beat 1 (+10.2, ")
+    assert ". 1 *not run*. literal: *holds*: 8 beat 3 (" in line
+    assert "*contradicted*: 8 views beat 1 (-14.8, " in line
+    counts = verdict_counts(claims).iloc[0]
+    assert [counts[name] for name in ("holds", "contradicted", "undecided", "not run")] == [
+        "1 / 1",
+        "0 / 1",
+        "0 / 0",
+        "1 / 0",
+    ]
+
+
+def test_two_rows_without_training_are_undecided_and_not_counted():
+    text = page(
+        replace(VIEWS, untrained=("one", "two")),
+        "scenes",
+        "tiny",
+        {"both": by_row(one=[1.0, 1.0], two=[2.0, 2.0])},
+    )
+    (line,) = [cells for cells in cells_of(text) if cells[:1] == ["8 views beat 1"]]
+    assert line[2:4] == ["undecided", "1.00"]
+    assert "one number each" in line[-1]
+    assert "comparisons were judged" not in text
+
+
+# --- recipes
+
+
+def recipe(**changes):
+    line = {"method": "hslm", "dataset": "scenes", "split": "val", "seed": "0"}
+    line |= {"settings": "width=32 start=contrastive", "metrics": "rsum=300.5"}
+    line |= {"commit": "a" * 40, "verdict": "no better, and slower"}
+    return pd.DataFrame([line | changes])[list(RECIPES)]
+
+
+def test_recipes_are_read(tmp_path):
+    file = tmp_path / "recipes.csv"
+    pd.concat([recipe(), recipe(settings="", split="dev")]).to_csv(file, index=False)
+    found = read_recipes(file)
+    assert found["settings"].tolist() == ["width=32 start=contrastive", ""]
+    assert found["verdict"][0] == "no better, and slower"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "hsln"}, "line 2: has no presets for 'hsln'"),
+        ({"settings": "widht=32"}, "the setting 'widht'"),
+        ({"settings": "width 32"}, "the setting '32'"),
+        ({"metrics": "300.5"}, "the word '300.5'"),
+        ({"commit": "abc1234"}, "the commit 'abc1234'"),
+        ({"split": "test"}, "the split 'test'"),
+        ({"verdict": ""}, "no seed or no verdict"),
+    ],
+)
+def test_a_recipe_that_names_what_is_not_there_is_refused(tmp_path, changes, message):
+    file = tmp_path / "recipes.csv"
+    recipe(**changes).to_csv(file, index=False)
+    with pytest.raises(DataError, match=message):
+        read_recipes(file)
+    recipe().rename(columns={"seed": "seeds"}).to_csv(file, index=False)
+    with pytest.raises(DataError, match="the header: is method,dataset,split,seeds"):
+        read_recipes(file)

@@ -49,33 +49,36 @@ from finematch import figures as F
 from finematch import grids, tables as T
 
 table = grids.grid(p.grid, p.dataset)
-label = "smoke" if p.smoke else p.scale
-stem = root() / p.figures / f"{p.grid}.{p.dataset}.{label}"
-runs = T.runs_of(table, p.dataset, label, root() / p.out)
+runs = T.runs_of(table, p.dataset, p.scale, root() / p.out, smoke=p.smoke)  # by reading
+name = f"{p.grid}.{p.dataset}"
+stem = root() / p.figures / f"{name}.{grids.label(p.scale, smoke=p.smoke)}"
+stems = {reading: root() / p.figures / f"{name}.{grids.label(p.scale, reading, smoke=p.smoke)}" for reading in runs}
 print(f"{table.title}.\n{T.about(table, runs)}")
 
 # %% [markdown]
 # ## Published beside measured
 
 # %%
-beside = T.beside(table, runs)
-T.write(table, p.dataset, runs, stem)
-Markdown(
-    "\n\n".join([T.to_markdown(beside), *(f"* {line}" for line in (*table.remarks, *T.oddities(table)))])
-)
+T.write(table, p.dataset, p.scale, runs, stem)
+beside = T.to_markdown(T.beside_readings(table, runs))
+Markdown("\n\n".join([beside, *(f"* {line}" for line in (*table.remarks, *T.oddities(table)))]))
 
 # %%
-also = T.also(table, runs)
-Markdown(T.to_markdown(also) if len(also) else "Nothing else is measured here.")
+for reading, of in runs.items():
+    also = T.also(table, of)
+    display(Markdown(f"Reading {reading}:\n\n{T.to_markdown(also) if len(also) else 'nothing else is measured.'}"))
 
 # %% [markdown]
 # Open diamonds are the paper's numbers, on its own data: compare their order, not their absolute values. Small dots are single seeds.
 
 # %%
-with F.style():
-    figure = F.beside(beside[beside["row"] != "a random order"], table.plot, **T.drawn(table, runs))
-    F.save(figure, f"{stem}.svg")
-figure
+for reading, of in runs.items():
+    if len(of) or stems[reading] == stem:
+        beside = T.beside(table, of)
+        with F.style():
+            figure = F.beside(beside[beside["row"] != "a random order"], table.plot, **T.drawn(table, of))
+            F.save(figure, f"{stems[reading]}.svg")
+        display(Markdown(f"Reading {reading}:"), figure)
 
 # %% [markdown]
 # ## Are annotated phrases found?
@@ -85,11 +88,16 @@ figure
 # image's centre, and the upper bound that the proposals allow.
 
 # %%
-found = T.grounding(runs, table.names)
-Markdown(T.to_markdown(found, digits=1) if len(found) else "No run here has annotated phrases.")
+found = {reading: T.grounding(of, table.names) for reading, of in runs.items()}
+for reading, of in found.items():
+    text = T.to_markdown(of, digits=1) if len(of) else "no run here has annotated phrases."
+    display(Markdown(f"Reading {reading}:\n\n{text}"))
 
 # %% [markdown]
 # ## The claims, judged
+#
+# Each claim is judged under both readings of the paper, side by side: `default` is what works, `literal` the paper's text (`reading` of `2_train`;
+# where no row of a grid differs between them, one run stands for both). The line below the table runs what is missing.
 #
 # Each claim compares two rows over seeds by Student's t interval on the difference (two-sided, 95 %): paired where both rows share seeds, data and the
 # order of the training pairs, Welch's otherwise; the column `test` says which. The claim *holds* where the interval lies above zero, it is
@@ -98,11 +106,13 @@ Markdown(T.to_markdown(found, digits=1) if len(found) else "No run here has anno
 
 # %%
 verdicts = T.verdicts(table, runs)
-Markdown(T.verdict_table(verdicts))
+missing = T.not_run(table, p.dataset, p.scale, verdicts)
+Markdown("\n\n".join([T.verdict_table(verdicts), *missing]))
 
 # %%
-if verdicts["lower"].notna().any():
-    with F.style():
-        figure = F.intervals(verdicts)
-        F.save(figure, f"{stem}.claims.svg")
-    display(figure)
+for reading, of in verdicts.groupby("reading", sort=False):
+    if of["lower"].notna().any():
+        with F.style():
+            figure = F.intervals(of)
+            F.save(figure, f"{stems[reading]}.claims.svg")
+        display(Markdown(f"Reading {reading}:"), figure)

@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+READINGS = ("", "default", "literal")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status; what a user did wrong is one line on stderr, not a traceback."""
@@ -22,7 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     stale.add_argument("grid", nargs="+", help="name of a grid")
     stale.add_argument("--dataset", default="scenes")
-    stale.add_argument("--scale", default="tiny", help="tiny, paper or smoke")
+    stale.add_argument("--scale", default="tiny", help="tiny or paper")
+    stale.add_argument("--reading", default="", choices=READINGS, help="default or literal; the scale's own")
+    stale.add_argument("--smoke", action="store_true", help="of smoke runs")
     stale.set_defaults(run=_stale)
 
     data = commands.add_parser("data", help="look whether the data that the rows of a grid read is there")
@@ -57,10 +61,11 @@ def _stale(options: argparse.Namespace) -> int:
 
     for name in options.grid:
         one = grid(name, options.dataset)
-        found = stale(one, options.dataset, options.scale)
+        which = one, options.dataset, options.scale, options.reading
+        found = stale(*which, smoke=options.smoke)
         for file in found:
             print(file.relative_to(root()))
-        of = len(metrics_files(one, options.dataset, options.scale))
+        of = len(metrics_files(*which, smoke=options.smoke))
         print(f"{name}: {len(found)} of {of} runs are of other parameters than their rows", file=sys.stderr)
     return 0
 
@@ -92,6 +97,7 @@ def _add_rehearse(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", default="", help="the paper's at scale paper, else scenes")
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--scale", default="tiny", help="tiny or paper")
+    parser.add_argument("--reading", default="", choices=READINGS, help="default or literal; the scale's own")
     parser.add_argument("--row", default="", help="this row alone")
     parser.add_argument(
         "--out", type=Path, help="write the table here, as data (papermill_runs/rehearsal/...)"
@@ -102,16 +108,16 @@ def _add_rehearse(parser: argparse.ArgumentParser) -> None:
 def _rehearse(options: argparse.Namespace) -> int:
     """Prints a line a row, and the grid's total over its seeds."""
     from finematch.config import root
-    from finematch.grids import grid
+    from finematch.grids import grid, label
     from finematch.rehearsal import main as rehearse
     from finematch.tables import to_markdown
 
     dataset = options.dataset or (options.scale == "paper" and grid(options.grid).dataset) or "scenes"
-    name = f"{options.grid}.{dataset}.{options.scale}{options.row and '.' + options.row}.json"
+    scale = label(options.scale, options.reading)
+    name = f"{options.grid}.{dataset}.{scale}{options.row and '.' + options.row}.json"
     out = options.out or root() / "papermill_runs" / "rehearsal" / name
-    frame = rehearse(
-        options.grid, dataset, options.scale, data_root=options.data_root, row=options.row, out=out
-    )
+    frame = rehearse(options.grid, dataset, options.scale, data_root=options.data_root,
+                     reading=options.reading, row=options.row, out=out)  # fmt: skip
     print(f"{to_markdown(frame, digits=3)}\n\nWritten to {out}")
     return 0
 

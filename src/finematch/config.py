@@ -53,6 +53,8 @@ OUTSIDE_IDENTITY = {
     "checkpoint_steps": "how often a run is saved, which resumes with the same numbers",
 }
 
+READINGS = ("default", "literal")  # of the papers: what works where the text does not, and the text
+
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 _PLAIN = (int, float, str, list, dict, type(None))  # what papermill can inject (a bool is an int)
 _IPYTHON = {"In", "Out"}
@@ -549,7 +551,7 @@ def _resolved(method: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], st
     preset = (
         "photos" if facts["scale"] == "tiny" and not facts["dataset"].startswith("scenes") else facts["scale"]
     )
-    facts["reading"] = facts["reading"] or ("literal" if facts["scale"] == "paper" else "default")
+    facts["reading"] = facts["reading"] or own_reading(facts["scale"])
     overlay: dict[str, Any] = {}
     for when in file.get("when", ()):
         if all(_matches(facts[name], wanted) for name, wanted in when.items() if name != "set"):
@@ -565,6 +567,28 @@ def _resolved(method: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], st
         else:
             values[name] = one.presets.get(preset, one.default)
     return values, preset
+
+
+def own_reading(scale: str) -> str:
+    """The reading of a run at a scale that is given none."""
+    return "literal" if scale == "paper" else "default"
+
+
+def literal_switches(method: str) -> list[dict[str, str]]:
+    """What `reading=literal` sets at the small scales, one line per setting: `setting`, `register`, its default at
+    `tiny` and on `photos`, the `literal` value, `meaning`. Where default and literal agree, nothing is listed."""
+    lines = []
+    default, photos, literal = (
+        Settings(method, {"dataset": dataset, "scale": "tiny", "reading": reading}).as_dict()
+        for dataset, reading in (("scenes", "default"), ("flickr8k", "default"), ("flickr8k", "literal"))
+    )
+    literals = Settings(method, {"dataset": "scenes", "scale": "tiny", "reading": "literal"}).as_dict()
+    for name, one in declared(method).items():
+        if name != "reading" and (default[name], photos[name]) != (literals[name], literal[name]):
+            values = {"tiny": default, "photos": photos, "literal": literal}
+            said = {column: _said(of[name]) for column, of in values.items()}
+            lines.append({"setting": name, "register": one.register, **said, "meaning": one.help})
+    return lines
 
 
 def numerics(method: str, values: Mapping[str, Any]) -> int:

@@ -14,11 +14,12 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import filter as matching
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from finematch.config import PRESETS, ParameterError, Settings, root
+from finematch.config import PRESETS, READINGS, ParameterError, Settings, own_reading, root
 from finematch.files import DataError
 
 RESERVED = ("seed", "out", "dataset", "scale", "data_root", "smoke", "resume")  # the command line sets these
@@ -251,7 +252,9 @@ def _checked(path: Path, name: str, rows: dict, content: dict) -> Grid:
                 raise DataError(path, label, f"names the row {entry[which]!r}", f"Rows: {', '.join(rows)}")
         if entry["better"] == entry["worse"]:
             raise DataError(path, label, "compares a row with itself", "Name two rows")
-        metrics = entry.get("metrics", judged)
+        metrics = [name for one in entry.get("metrics", judged) for name in matching(judged, one) or [one]]
+        if lost := [name for name in metrics if "*" in name]:
+            raise DataError(path, label, f"has the metric {lost[0]!r}", f"`judge` has {', '.join(judged)}")
         if not metrics:
             raise DataError(path, label, "has no metric", "Give the claim `metrics`, or the grid `judge`")
         claims += [Claim(entry["text"], entry["better"], entry["worse"], metric) for metric in metrics]
@@ -280,20 +283,70 @@ def _parameters(path: Path, label: str, found: Any) -> dict[str, str]:
     return {name: str(value) for name, value in found.items()}
 
 
+def label(scale: str, reading: str = "", *, smoke: bool = False) -> str:
+    """What stands for the scale in the names of runs: `tiny`; `tiny-literal` where the reading is not the scale's own;
+    `smoke` and `smoke-literal` of smoke runs. So a run is never taken for one of the other reading."""
+    name = "smoke" if smoke else scale
+    return name if reading in ("", "both", own_reading(scale)) else f"{name}-{reading}"
+
+
+def shared(grid: Grid, row: str, dataset: str, scale: str) -> bool:
+    """Whether a row, and what it builds on, has the same settings under both readings: then one run stands for both."""
+    try:
+        for name in (row, *_links(grid.cells(row, scale))):
+            default, literal = (
+                settings(grid, name, reading=reading, dataset=dataset, scale=scale).identity()
+                for reading in READINGS
+            )
+            if default | {"reading": "literal"} != literal:
+                return False
+    except ParameterError:  # no presets of such a method
+        return False
+    return True
+
+
+def readings(grid: Grid, dataset: str, scale: str) -> tuple[str, ...]:
+    """The readings under which a grid is run: ("both",) where no row differs between them."""
+    return ("both",) if all(shared(grid, row, dataset, scale) for row in grid.rows) else READINGS
+
+
+def run_name(
+    grid: Grid, row: str, dataset: str, scale: str, reading: str = "", *, smoke: bool = False
+) -> str:
+    """The name of a row's run folders, up to the seed."""
+    if reading not in ("", own_reading(scale)) and shared(grid, row, dataset, scale):
+        reading = ""
+    return f"{dataset}.{label(scale, reading, smoke=smoke)}.{row}"
+
+
+def command(grid: Grid, dataset: str, scale: str, reading: str = "") -> str:
+    """The line that runs a grid under a reading."""
+    given = {"SCALE": scale if scale != "tiny" else "", "DATASET": dataset if dataset != "scenes" else "",
+             "DATA_ROOT": "<folder>" if dataset != "scenes" else "",
+             "READING": reading if reading not in ("", "both", own_reading(scale)) else ""}  # fmt: skip
+    return " ".join(
+        ["make grid", f"GRID={grid.name}", *(f"{key}={value}" for key, value in given.items() if value)]
+    )
+
+
 def metrics_files(
     grid: Grid,
     dataset: str,
     scale: str,
+    reading: str = "",
     *,
+    smoke: bool = False,
     seeds: Iterable[int] | None = None,
     runs: str | Path | None = None,
 ) -> list[Path]:
-    """The metrics files that the grid's rows have, in the order of rows and seeds; `scale` may be "smoke"."""
+    """The metrics files that the grid's rows have under a reading ("" and "both" are the scale's own), in the order of
+    rows and seeds."""
     folder = root() / "papermill_runs" / grid.method if runs is None else Path(runs)
     found = []
     for row in grid.rows:
+        name = run_name(grid, row, dataset, scale, reading, smoke=smoke)
         of_row = {int(f.parent.name.rpartition(".s")[2]): f
-                  for f in folder.glob(f"{dataset}.{scale}.{row}.s*/metrics.json")
+                  for f in folder.glob(f"{name}.s*/metrics.json")
                   if f.parent.name.rpartition(".s")[2].isdigit()}  # fmt: skip
         found += [of_row[seed] for seed in sorted(of_row) if seeds is None or seed in seeds]
     return found
@@ -303,12 +356,13 @@ def mismatches(grid: Grid, file: Path) -> list[str]:
     """What a run's parameters have against the row that its folder is named after; empty where they agree.
 
     A cell of the csv is read as papermill's `-p` reads it. Settings that the row leaves to the notebook are
-    compared too where the metrics file has an identity; older files name some of them otherwise.
+    compared too where the metrics file has an identity; older files name some of them otherwise, and are of their
+    scale's own reading.
 
     Raises:
         DataError: a file that is no metrics file.
     """
-    dataset, scale, row, seed = _parts(file)
+    dataset, name, row, seed = _parts(file)
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         parameters = content["parameters"]
@@ -316,12 +370,19 @@ def mismatches(grid: Grid, file: Path) -> list[str]:
         raise DataError(
             file, "the file", f"is not a metrics file ({error})", "Delete it and run again"
         ) from error
-    wanted = {key: _typed(LINK.sub(lambda link: str(Path(file).parent.with_name(  # a link is a neighbour's folder
-        f"{dataset}.{scale}.{link[1]}.s{seed}")), cell))
-        for key, cell in grid.cells(row, parameters.get("scale", scale)).items()}  # fmt: skip
-    wanted |= {"seed": int(seed), "dataset": dataset, "smoke": scale == "smoke"}
-    if scale != "smoke":
-        wanted["scale"] = scale
+    said, _, other = name.partition("-")
+    smoke, scale = said == "smoke", parameters.get("scale", said)
+    parameters = {"reading": own_reading(scale)} | parameters
+
+    def linked(link: re.Match) -> str:  # a neighbour's folder
+        neighbour = run_name(grid, link[1], dataset, scale, other, smoke=smoke)
+        return str(Path(file).parent.with_name(f"{neighbour}.s{seed}"))
+
+    wanted = {"reading": other or own_reading(scale)}
+    wanted |= {key: _typed(LINK.sub(linked, cell)) for key, cell in grid.cells(row, scale).items()}
+    wanted |= {"seed": int(seed), "dataset": dataset, "smoke": smoke}
+    if not smoke:
+        wanted["scale"] = said
     if "identity" in content:
         wanted = _resolved(grid, wanted) | wanted
     if wanted.get("precision") == "auto":  # whatever the run's device made of it
@@ -346,9 +407,17 @@ def _resolved(grid: Grid, given: Mapping[str, Any]) -> dict[str, Any]:
             for name, value in settings.items()}  # fmt: skip
 
 
-def stale(grid: Grid, dataset: str, scale: str, *, runs: str | Path | None = None) -> list[Path]:
+def stale(
+    grid: Grid,
+    dataset: str,
+    scale: str,
+    reading: str = "",
+    *,
+    smoke: bool = False,
+    runs: str | Path | None = None,
+) -> list[Path]:
     """Metrics files whose parameters are not their row's, and those of rows that build on such a run."""
-    files = metrics_files(grid, dataset, scale, runs=runs)
+    files = metrics_files(grid, dataset, scale, reading, smoke=smoke, runs=runs)
     bad = {file for file in files if mismatches(grid, file)}
     rows_and_seeds = {_parts(file)[2:] for file in bad}
     for file in files:
@@ -359,19 +428,20 @@ def stale(grid: Grid, dataset: str, scale: str, *, runs: str | Path | None = Non
 
 
 def _parts(file: str | Path) -> tuple[str, str, str, str]:
-    """Dataset, scale, row and seed of `.../<dataset>.<scale>.<row>.s<seed>/metrics.json`."""
-    dataset, scale, row, seed = Path(file).parent.name.rsplit(".", 3)
-    return dataset, scale, row, seed.removeprefix("s")
+    """Dataset, `label`, row and seed of `.../<dataset>.<label>.<row>.s<seed>/metrics.json`."""
+    dataset, name, row, seed = Path(file).parent.name.rsplit(".", 3)
+    return dataset, name, row, seed.removeprefix("s")
 
 
-def settings(grid: Grid, row: str, **given: Any) -> Settings:
-    """The settings of a row's runs; `given` is what the command line sets, `scale` at least.
+def settings(grid: Grid, row: str, *, reading: str = "", **given: Any) -> Settings:
+    """The settings of a row's runs under a reading, which its cells go before; `given` is what the command line sets,
+    `scale` at least.
 
     Raises:
         ParameterError: a cell that the method refuses.
     """
     cells = {key: _typed(cell) for key, cell in grid.cells(row, given["scale"]).items()}
-    return Settings(grid.method, cells | given)
+    return Settings(grid.method, {"reading": reading or None} | cells | given)
 
 
 def _typed(cell: str) -> Any:

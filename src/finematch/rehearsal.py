@@ -28,7 +28,7 @@ import torch
 
 from finematch import grids, rebuild
 from finematch.checkpoints import room_for
-from finematch.config import Settings, root
+from finematch.config import Settings, own_reading, root
 from finematch.data.fragment_sets import open_fragment_sets
 from finematch.data.splits import SMOKE, open_records
 from finematch.evaluation.embedding import embed
@@ -363,11 +363,11 @@ def rehearse_run(
     }
 
 
-def rehearse(grid: grids.Grid, dataset: str, scale: str, folder: Path, *, data_root: str = "data", row: str = "",
-             patience: float = PATIENCE, echo=print) -> list[dict]:  # fmt: skip
+def rehearse(grid: grids.Grid, dataset: str, scale: str, folder: Path, *, data_root: str = "data", reading: str = "",
+             row: str = "", patience: float = PATIENCE, echo=print) -> list[dict]:  # fmt: skip
     """A line a row of the grid (or of one row): `row` and its `Cost`; rows of one shape are measured once."""
     known, lines = {}, []
-    given = {"dataset": dataset, "scale": scale, "data_root": data_root}
+    given = {"dataset": dataset, "scale": scale, "data_root": data_root, "reading": reading}
     for name in [row] if row else grid.rows:
         links = {key: "" for key, cell in grid.cells(name, scale).items() if grids.LINK.search(cell)}
         s = grids.settings(grid, name, **given, **links)
@@ -406,7 +406,9 @@ def table(lines: list[Mapping], seeds: int) -> pd.DataFrame:
     return frame[list(columns)].rename(columns=columns)
 
 
-def main(name: str, dataset: str, scale: str, *, data_root: str, row: str, out: Path) -> pd.DataFrame:
+def main(
+    name: str, dataset: str, scale: str, *, data_root: str, reading: str = "", row: str, out: Path
+) -> pd.DataFrame:
     """Rehearse a grid (or one row), write its table with what it was measured on, and return it.
 
     Raises:
@@ -416,9 +418,11 @@ def main(name: str, dataset: str, scale: str, *, data_root: str, row: str, out: 
     if row and row not in grid.rows:
         raise DataError(f"grids/{name}.csv", f"row {row}", "is not there", f"Rows: {', '.join(grid.rows)}")
     with TemporaryDirectory() as folder:
-        lines = rehearse(grid, dataset, scale, Path(folder), data_root=data_root, row=row)
+        lines = rehearse(grid, dataset, scale, Path(folder), data_root=data_root, reading=reading, row=row)
     about = {"device": device_name(), "capacity": capacity(), "versions": versions(), "commit": git_commit()}
     write_json(
-        out, {"grid": name, "dataset": dataset, "scale": scale, "seeds": grid.seeds, **about, "rows": lines}
-    )
+        out,
+        {"grid": name, "dataset": dataset, "scale": scale, "reading": reading or own_reading(scale),
+         "seeds": grid.seeds, **about, "rows": lines},
+    )  # fmt: skip
     return table(lines, grid.seeds)

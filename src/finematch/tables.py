@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from finematch.config import OUTSIDE_IDENTITY
+from finematch.config import OUTSIDE_IDENTITY, READINGS, ParameterError, declared
 from finematch.files import DataError, write_text
-from finematch.grids import Grid, metrics_files, mismatches
+from finematch.grids import Grid, command, metrics_files, mismatches, readings
 from finematch.runs import LABELS, measured
 
 PUBLISHED = Path(__file__).with_name("published.csv")
@@ -182,6 +182,9 @@ LEVEL = 0.95  # of the two-sided interval
 # Parameters that set which data is read and in which order; two rows that share them and their seeds see the
 # same batches, so that their runs are compared in pairs.
 ORDER = ("dataset", "scale", "smoke", "data", "epochs", "encoder_epochs", "batch_size", "report", "shards")
+# A verdict where no run is.
+NOTHING = {"verdict": NOT_RUN, "difference": None, "lower": None, "upper": None, "test": None, "n_a": 0, "n_b": 0,
+           "note": ""}  # fmt: skip
 # Runs that differ in nothing else are one condition.
 OUTSIDE = ("seed", *OUTSIDE_IDENTITY)
 
@@ -211,8 +214,7 @@ def judge(
         ValueError: a seed twice in one frame, a run without the metric, or frames that hold one condition:
             the same files, or parameters that differ in the seed alone.
     """
-    result = {"verdict": NOT_RUN, "difference": None, "lower": None, "upper": None, "test": None,
-              "n_a": len(frame_a), "n_b": len(frame_b), "note": ""}  # fmt: skip
+    result = NOTHING | {"n_a": len(frame_a), "n_b": len(frame_b)}
     frames = [frame_a, frame_b] if higher_is_better else [frame_b, frame_a]
     for frame in frames:
         twice = frame["seed"][frame["seed"].duplicated()] if len(frame) else []
@@ -258,21 +260,31 @@ def _same_batches(a: pd.DataFrame, b: pd.DataFrame) -> bool:
     return a.equals(b)
 
 
-def runs_of(grid: Grid, dataset: str, scale: str, runs: str | Path | None = None) -> pd.DataFrame:
-    """All finished runs of a grid's rows: `measured`'s columns and `row`, `run_conditions`, `run_data`.
+def runs_of(
+    grid: Grid, dataset: str, scale: str, runs: str | Path | None = None, *, smoke: bool = False
+) -> dict[str, pd.DataFrame]:
+    """All finished runs of a grid's rows by reading, "default" and "literal", or "both" where no row differs.
 
-    `scale` may be "smoke". `run_conditions` holds all parameters that can change a number but the seed,
-    `run_data` the digests of the data where the metrics file has them.
+    A frame has `measured`'s columns and `row`, `run_conditions`, `run_data`, and may be empty. `run_conditions` holds
+    all parameters that can change a number but the seed, `run_data` the digests of the data where the metrics file has
+    them.
 
     Raises:
         DataError: a metrics file whose parameters are not those of its row (the row was edited after the
             run): `make grid` runs such a row again, `python -m finematch stale` lists them.
     """
-    files = metrics_files(grid, dataset, scale, runs=runs)
-    for file in files:
-        if wrong := mismatches(grid, file):
-            raise DataError(file, "parameters", f"are not those of its row: {'; '.join(wrong)}",
-                            f"Run the row again (make grid GRID={grid.name})")  # fmt: skip
+    found = {}
+    for reading in readings(grid, dataset, scale):
+        files = metrics_files(grid, dataset, scale, reading, smoke=smoke, runs=runs)
+        for file in files:
+            if wrong := mismatches(grid, file):
+                raise DataError(file, "parameters", f"are not those of its row: {'; '.join(wrong)}",
+                                f"Run the row again ({command(grid, dataset, scale, reading)})")  # fmt: skip
+        found[reading] = _with_rows(files)
+    return found
+
+
+def _with_rows(files: Sequence[Path]) -> pd.DataFrame:
     frame = measured(files)
     if frame.empty:
         return pd.DataFrame(columns=["row", "seed"])
@@ -286,10 +298,19 @@ def runs_of(grid: Grid, dataset: str, scale: str, runs: str | Path | None = None
     return frame
 
 
-def about(grid: Grid, runs: pd.DataFrame) -> str:
-    """What the runs of a grid are: how many, by which protocol, from which commits, and which are missing."""
-    if runs.empty:
+def about(grid: Grid, runs: Mapping[str, pd.DataFrame]) -> str:
+    """What the runs of a grid are, by reading: how many, by which protocol, from which commits, which are missing."""
+    if all(of.empty for of in runs.values()):
         return f"No run of {grid.name} has finished here: make grid GRID={grid.name} makes them."
+    return "\n\n".join(
+        f"Reading {reading if reading != 'both' else 'default, which here is literal too'}. {_about(grid, of)}"
+        for reading, of in runs.items()
+    )
+
+
+def _about(grid: Grid, runs: pd.DataFrame) -> str:
+    if runs.empty:
+        return "No run has finished."
     lines = [f"{len(runs)} runs, {runs['run_seconds'].sum() / 60:.0f} minutes of training in all."]
     lines += [f"Protocol: {protocol}." for protocol in runs["run_protocol"].unique()]
     lines.append(f"Commits: {', '.join(sorted({str(c)[:9] for c in runs['run_commit']}))}.")
@@ -334,6 +355,27 @@ def beside(grid: Grid, runs: pd.DataFrame) -> pd.DataFrame:
         frame = pd.concat([frame, pd.DataFrame([{"row": "a random order"} | line])], ignore_index=True)
         frame["n"] = frame["n"].astype("Int64").astype(object).where(frame["n"].notna(), None)
     return frame
+
+
+def beside_readings(grid: Grid, runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """`beside` of every reading that has runs, in one table: `<column> published`, `<column> default`, `<column>
+    literal`. Where one has, it is that one's `beside`."""
+    ran = {reading: of for reading, of in runs.items() if len(of)} or dict([*runs.items()][:1])
+    tables = {reading: beside(grid, of) for reading, of in ran.items()}
+    if len(tables) == 1:
+        return next(iter(tables.values()))
+    joined = None
+    for reading, frame in tables.items():
+        frame = frame.rename(columns=lambda name, by=reading: re.sub(r" measured( sd)?$", rf" {by}\1", name))
+        frame = frame.rename(columns={"n": f"n {reading}", "status": f"status {reading}"})
+        new = ["row", *(name for name in frame if joined is None or name not in joined)]
+        joined = frame if joined is None else joined.merge(frame[new], on="row", how="outer", sort=False)
+    order = ["row"]
+    for column in grid.columns:
+        order += [f"{column} published", *(f"{column} {by}{sd}" for by in tables for sd in ("", " sd"))]
+    rows = list(dict.fromkeys(row for frame in tables.values() for row in frame["row"]))
+    joined = joined.set_index("row").loc[rows].reset_index()
+    return joined[[*order, *(f"{name} {by}" for name in ("n", "status") for by in tables)]]
 
 
 def _status(grid: Grid, runs: pd.DataFrame) -> dict[str, str]:
@@ -419,21 +461,33 @@ def grounding(runs: pd.DataFrame, names: Mapping[str, str] | None = None) -> pd.
     return found.drop(columns="level") if (found["level"] == -1).all() else found
 
 
-def verdicts(grid: Grid, runs: pd.DataFrame) -> pd.DataFrame:
-    """Every claim of the grid judged, one line per claim and metric.
+def verdicts(grid: Grid, runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Every claim of the grid judged, one line per reading, claim and metric.
 
-    Columns: `claim`, `metric`, `verdict`, `difference`, `lower`, `upper`, `test`, `n_a`, `n_b`, `note`,
+    Columns: `reading`, `claim`, `metric`, `verdict`, `difference`, `lower`, `upper`, `test`, `n_a`, `n_b`, `note`,
     `better`, `worse` (rows), and `printed <column>`: the difference in the paper's own table, where it prints
     the metric. Claims about levels of boxes (`levels` in the toml) compare within each run.
     """
+    every = {reading: _verdicts(grid, of) for reading, of in runs.items()}
+    keys = {(line["claim"], line["metric"]): line for lines in every.values() for line in lines}
+    lines = []
+    for reading, of in every.items():
+        there = {(line["claim"], line["metric"]) for line in of}
+        of += [line | NOTHING for key, line in keys.items() if key not in there]  # levels, where none has run
+        lines += [{"reading": reading} | line for line in of]
+    return pd.DataFrame(lines or {name: [] for name in ("reading", "claim", "metric", "verdict", "lower")})
+
+
+def _verdicts(grid: Grid, runs: pd.DataFrame) -> list[dict]:
     cells = printed(grid).set_index(["row", "column"])["value"]
     lines = []
     for claim in grid.claims:
         better, worse = (runs[runs["row"] == row] for row in (claim.better, claim.worse))
         if {claim.better, claim.worse} <= set(grid.untrained):  # one number each, however many seeds were run
             line = judge(better.iloc[:1], worse.iloc[:1], claim.metric)
-            line["note"] = "neither row is trained: one number each, no seeds to judge by"
             if len(better) and len(worse):
+                line["verdict"] = UNDECIDED
+                line["note"] = "neither row is trained: one number each, no seeds to judge by"
                 line["difference"] = float(better[claim.metric].iloc[0] - worse[claim.metric].iloc[0])
         else:
             line = judge(better, worse, claim.metric)
@@ -443,7 +497,7 @@ def verdicts(grid: Grid, runs: pd.DataFrame) -> pd.DataFrame:
             pair = [cells.get((grid.names[row], column), np.nan) for row in (claim.better, claim.worse)]
             line["printed"] = round(float(pair[0] - pair[1]), 2)
         lines.append({"claim": claim.text, "metric": claim.metric} | line)
-    return pd.DataFrame(lines + _level_verdicts(grid, runs))
+    return lines + _level_verdicts(grid, runs)
 
 
 def _level_verdicts(grid: Grid, runs: pd.DataFrame) -> list[dict]:
@@ -493,20 +547,106 @@ def chance_note(judged: int) -> str:
 
 
 def verdict_table(frame: pd.DataFrame) -> str:
-    """The claims as a pipe table, the interval in one column, and how many verdicts chance would give."""
+    """The claims as a pipe table, one line per claim and metric with the verdicts of both readings side by side, and
+    how many verdicts chance would give."""
     if frame.empty:
         return "No claim is judged by these runs."
-    shown = frame[["claim", "metric", "verdict", "difference"]].copy()
-    shown["95 % interval"] = [f"{a:+.2f} to {b:+.2f}" if pd.notna(a) else None
-                              for a, b in zip(frame["lower"], frame["upper"], strict=True)]  # fmt: skip
-    shown["test"] = frame["test"]
-    shown["n"] = [f"{a}, {b}" for a, b in zip(frame["n_a"], frame["n_b"], strict=True)]
+    keys = ["claim", "metric"]
+    shown = frame[keys].drop_duplicates().set_index(keys)
+    for reading, of in frame.groupby("reading", sort=False):
+        of = of.set_index(keys)
+        by = {"verdict": "verdict"} if reading == "both" else {"verdict": reading}
+        of[by["verdict"]] = of["verdict"]
+        of["difference"] = of["difference"].astype(float)
+        of["95 % interval"] = [f"{a:+.2f} to {b:+.2f}" if pd.notna(a) else None
+                               for a, b in zip(of["lower"], of["upper"], strict=True)]  # fmt: skip
+        of["n"] = [f"{a}, {b}" for a, b in zip(of["n_a"], of["n_b"], strict=True)]
+        parts = ["difference", "95 % interval", "test", "n"] if of[["n_a", "n_b"]].any(axis=None) else []
+        more = {part: part if reading == "both" else f"{part}, {reading}" for part in parts}
+        shown = shown.join(of[[by["verdict"], *parts]].rename(columns=more))
     if "printed" in frame and frame["printed"].notna().any():
-        shown["printed difference"] = frame["printed"]
-    if frame["note"].astype(bool).any():
-        shown["note"] = frame["note"]
-    judged = int((frame["verdict"] != NOT_RUN).sum())
-    return to_markdown(shown) + (f"\n\n{chance_note(judged)}" if judged else "")
+        shown["printed difference"] = frame.groupby(keys)["printed"].first()
+    noted = frame[frame["note"].astype(bool) & (frame[["n_a", "n_b"]] > 0).any(axis=1)]
+    if len(noted):
+        shown["note"] = noted.groupby(keys)["note"].agg(lambda notes: "; ".join(dict.fromkeys(notes)))
+        shown["note"] = shown["note"].fillna("")
+    judged = int(frame["lower"].notna().sum())
+    return to_markdown(shown.reset_index()) + (f"\n\n{chance_note(judged)}" if judged else "")
+
+
+def verdict_counts(claims: pd.DataFrame) -> pd.DataFrame:
+    """Verdicts by `method` and `dataset`; a cell is "default / literal". What is one under both counts in both."""
+    every = claims.assign(
+        reading=[READINGS if reading == "both" else (reading,) for reading in claims["reading"]]
+    )
+    every, lines = every.explode("reading"), []
+    for (method, name), of in every.groupby(["method", "dataset"]):
+        found = of.groupby(["reading", "verdict"]).size()
+        counts = {verdict: " / ".join(str(found.get((reading, verdict), 0)) for reading in READINGS)
+                  for verdict in VERDICTS}  # fmt: skip
+        lines.append({"method": method, "dataset": name} | counts)
+    return pd.DataFrame(lines, columns=["method", "dataset", *VERDICTS])
+
+
+def headlines(claims: pd.DataFrame) -> list[str]:
+    """A line per `method` and `dataset`: what was decided, with the interval of the difference, under each reading."""
+    lines = []
+    for (method, name), of in claims.groupby(["method", "dataset"], sort=False):
+        said = [f"{'default and literal' if reading == 'both' else reading}: {_headline(part)}."
+                for reading, part in of.groupby("reading", sort=False)]  # fmt: skip
+        lines.append(f"* **{method.upper()}, {name}** ({of['metric'].iloc[0]}), {' '.join(said)}")
+    return lines
+
+
+def _headline(claims: pd.DataFrame) -> str:
+    said = []
+    for verdict in (HOLDS, CONTRADICTED):
+        found = [f"{c['claim']} ({c['difference']:+.1f}, {c['lower']:+.1f} to {c['upper']:+.1f})"
+                 for c in claims[claims["verdict"] == verdict].to_dict("records")]  # fmt: skip
+        said += [f"*{verdict}*: {'; '.join(found)}"] if found else []
+    rest = claims["verdict"].value_counts()
+    return ". ".join(
+        said + [f"{rest[verdict]} *{verdict}*" for verdict in (UNDECIDED, NOT_RUN) if verdict in rest]
+    )
+
+
+RECIPES = ("method", "dataset", "split", "seed", "settings", "metrics", "commit", "verdict")
+
+
+def read_recipes(path: str | Path) -> pd.DataFrame:
+    """What was tried before a default was chosen: `RECIPES`, one line per run.
+
+    `settings` and `metrics` are words `name=value`; the settings are what differs from the preset.
+
+    Raises:
+        DataError: other columns, or a line of an unknown method, setting or split, or without a whole commit.
+    """
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if tuple(frame.columns) != RECIPES:
+        raise DataError(path, "the header", f"is {','.join(frame.columns)}", f"Write {','.join(RECIPES)}")
+    for number, line in enumerate(frame.to_dict("records"), start=2):
+        try:
+            known = declared(line["method"])
+        except ParameterError as error:
+            raise DataError(path, f"line {number}", f"has {error}", "Correct the method") from error
+        names = {
+            kind: [word.partition("=")[0] for word in line[kind].split()] for kind in ("settings", "metrics")
+        }
+        wrong = [f"the setting {name!r}" for name in names["settings"] if name not in known]
+        wrong += [f"the word {word!r}" for kind in names for word in line[kind].split()
+                  if not re.fullmatch(r"\w+=\S*", word)]  # fmt: skip
+        wrong += [] if re.fullmatch("[0-9a-f]{40}", line["commit"]) else [f"the commit {line['commit']!r}"]
+        wrong += [] if line["split"] in ("val", "dev") else [f"the split {line['split']!r}"]
+        wrong += [] if line["seed"].isdigit() and line["verdict"] else ["no seed or no verdict"]
+        if wrong:
+            raise DataError(path, f"line {number}", f"has {', '.join(wrong)}", "See docs/adding_a_table.md")
+    return frame
+
+
+def not_run(grid: Grid, dataset: str, scale: str, frame: pd.DataFrame) -> list[str]:
+    """For each reading under which a claim is not run, the line that runs it."""
+    return [f"*not run*, {reading}: `{command(grid, dataset, scale, reading)}`"
+            for reading, of in frame.groupby("reading", sort=False) if (of["verdict"] == NOT_RUN).any()]  # fmt: skip
 
 
 def oddities(grid: Grid) -> list[str]:
@@ -526,38 +666,61 @@ def oddities(grid: Grid) -> list[str]:
     return [f"{'; '.join(where)}: {part}." for part, where in said.items()]
 
 
-def page(grid: Grid, dataset: str, runs: pd.DataFrame) -> str:
-    """The whole table as Markdown: published beside measured, what else was measured, grounding, claims."""
+def page(grid: Grid, dataset: str, scale: str, runs: Mapping[str, pd.DataFrame]) -> str:
+    """The whole table as Markdown: published beside measured, what else was measured, grounding, claims.
+
+    Args:
+        runs: by reading, from `runs_of`; a reading without runs has verdicts alone.
+    """
     source = f"{grid.paper}, Table {grid.table}" if grid.table else "no table of a paper"
     if grid.prefix:
         several = [grid.prefix] if isinstance(grid.prefix, str) else grid.prefix
         source += f" ({', '.join(prefix.strip() for prefix in several)})"
-    frame = beside(grid, runs)
-    if (frame["status"].dropna() == "current").all():
-        frame = frame.drop(columns="status")
+    frame = beside_readings(grid, runs)
+    statuses = [name for name in frame if name.startswith("status")]
+    frame = frame.drop(columns=[name for name in statuses if (frame[name].dropna() == "current").all()])
     if not grid.table:
         frame = frame.drop(columns=[f"{column} published" for column in grid.columns])
-    marks, notes = footnotes(grid, runs)
+    ran = {reading: of for reading, of in runs.items() if len(of)}
+    parts = [f"Published: {source}. Measured: {dataset}, {_said_readings(runs)}."]
+    marks, notes = footnotes(grid, pd.concat(ran.values())) if ran else ({}, [])
 
     def shown(frame: pd.DataFrame) -> pd.DataFrame:
         return frame.assign(row=frame["row"].replace(marks))
 
-    parts = [f"Published: {source}. Measured: {dataset}.", to_markdown(shown(frame))]
+    parts.append(to_markdown(shown(frame)))
     if len(remarks := [*notes, *grid.remarks, *oddities(grid)]):
         parts.append("\n".join(f"* {remark}" for remark in remarks))
-    if len(more := also(grid, runs)):
-        parts.append(f"Measured only:\n\n{to_markdown(shown(more))}")
-    if len(found := grounding(runs, grid.names)):
-        parts.append(f"Annotated phrases found:\n\n{to_markdown(shown(found), digits=1)}")
-    parts.append(verdict_table(verdicts(grid, runs)))
+    for reading, of in ran.items():
+        which = f", {reading}" if len(ran) > 1 else ""
+        if len(more := also(grid, of)):
+            parts.append(f"Measured only{which}:\n\n{to_markdown(shown(more))}")
+        if len(found := grounding(of, grid.names)):
+            parts.append(f"Annotated phrases found{which}:\n\n{to_markdown(shown(found), digits=1)}")
+    judged = verdicts(grid, runs)
+    parts.append(verdict_table(judged))
+    if len(judged) and len(lines := not_run(grid, dataset, scale, judged)):
+        parts.append("\n".join(f"* {line}" for line in lines))
     return "\n\n".join(parts)
 
 
-def write(grid: Grid, dataset: str, runs: pd.DataFrame, stem: str | Path) -> None:
-    """Write `<stem>.md` (`page`), `.csv`, `.claims.csv`, and where there is any `.also.csv`, `.grounding.csv`."""
-    write_text(f"{stem}.md", page(grid, dataset, runs) + "\n")
-    parts = {"": beside(grid, runs), ".claims": verdicts(grid, runs), ".also": also(grid, runs),
-             ".grounding": grounding(runs, grid.names)}  # fmt: skip
+def _said_readings(runs: Mapping[str, pd.DataFrame]) -> str:
+    if "both" in runs:
+        return "the reading default, which is literal too: no setting of these rows differs"
+    ran = [reading for reading, of in runs.items() if len(of)]
+    return f"the reading{'s' * (len(ran) > 1)} {' and '.join(ran)}" if ran else "nothing yet"
+
+
+def write(grid: Grid, dataset: str, scale: str, runs: Mapping[str, pd.DataFrame], stem: str | Path) -> None:
+    """Write `<stem>.md` (`page`), `.csv`, `.claims.csv`, and where there is any `.also.csv`, `.grounding.csv`; the last
+    two have a column `reading`."""
+    write_text(f"{stem}.md", page(grid, dataset, scale, runs) + "\n")
+    parts = {"": beside_readings(grid, runs), ".claims": verdicts(grid, runs)}
+    for ending, made in (
+        (".also", {reading: also(grid, of) for reading, of in runs.items()}),
+        (".grounding", {reading: grounding(of, grid.names) for reading, of in runs.items()}),
+    ):
+        parts[ending] = pd.concat([of.assign(reading=reading) for reading, of in made.items()])
     for ending, frame in parts.items():
         if len(frame):
             write_text(f"{stem}{ending}.csv", frame.to_csv(index=False))
