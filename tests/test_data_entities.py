@@ -112,7 +112,7 @@ def test_a_list_that_is_empty_or_repeats(tmp_path):
     with pytest.raises(DataError, match=r"val\.txt: the list: names no pictures"):
         load_entities(root, "val")
     (root / "val.txt").write_text("55\n55\n")
-    with pytest.raises(DataError, match=r"val\.txt: picture 55: is listed twice"):
+    with pytest.raises(DataError, match=r"val\.txt: picture 55: is listed more than once"):
         load_entities(root, "val")
 
 

@@ -78,11 +78,11 @@ def test_dev_cut_to_the_first_captions(tmp_path):
     folder = precomp(
         tmp_path, "dev", np.repeat(features(4), 5, axis=0), captions(4), list("aabbccddeeffgghhiijj")
     )
-    np.save(folder / "dev_sizes.npy", np.repeat(np.arange(8).reshape(4, 2), 5, axis=0))
+    np.save(folder / "dev_sizes.npy", np.repeat(np.arange(1, 9).reshape(4, 2), 5, axis=0))
     whole = load_regions(folder, "dev")
     got = first_images(whole, 3)
     assert (len(got.captions), len(got.features), len(got.ids), len(got.image_of)) == (15, 3, 3, 15)
-    assert got.sizes.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert got.sizes.tolist() == [[1, 2], [3, 4], [5, 6]]
     assert len(whole.captions) == len(first_images(whole, 1000).captions) == 20
 
 

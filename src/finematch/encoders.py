@@ -20,6 +20,8 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from finematch.files import disguise
+
 
 class Tokens(NamedTuple):
     """States of a tower: what they are, which are real, which are [IMG] / [CLS] / [SEP], and the pooled one."""
@@ -98,7 +100,9 @@ def load_backbone(net: nn.Module, path: str | Path) -> None:
     try:
         state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
     except Exception as error:
-        raise ValueError(f"{path} is not a safetensors file ({error}); convert it first") from error
+        raise ValueError(
+            f"{path} is not a safetensors file ({disguise(path) or error}); convert it first"
+        ) from error
     head = tuple(f"{n}." for n in (net.default_cfg.get("classifier") or "classifier",) if isinstance(n, str))
     wanted = net.state_dict()
     wrong = [

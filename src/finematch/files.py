@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import sqlite3
@@ -60,8 +61,7 @@ DISGUISES = {  # what stands in a file's place, by its first bytes
     b"PK\x03\x04": "it is a zip archive, such as an .npz or a file of torch",
     b"\x1f\x8b": "it is packed with gzip: unpack it",
     b"\x89HDF": "it is HDF5",
-    b"\x93NUMPY": "it is a NumPy array",
-    b"\x80": "it is a pickle, which could run code when it is opened",
+    b"\x80": "it is a pickle, which could run code",
 }
 
 
@@ -75,6 +75,17 @@ def disguise(file: str | Path | bytes) -> str:
     if not head.strip(b"\0"):
         return "it is empty, or zeros: a download that was cut off"
     return next((what for start, what in DISGUISES.items() if head.lower().startswith(start.lower())), "")
+
+
+def why_unreadable(file: str | Path, error: Exception) -> str:
+    """Why an array or weights cannot be read. It never advises to unpickle what nobody vouches for."""
+    what, objects = (
+        disguise(file),
+        "Python objects" in str(error) or isinstance(error, pickle.UnpicklingError),
+    )
+    if objects and (not what or "zip" in what):
+        return "it holds Python objects, which could run code"
+    return what or ("it is no array" if "allow_pickle" in str(error) else str(error))
 
 
 # ------------------------------------------------------------------------------------------- writing

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections import Counter
 from pathlib import Path
 
 from pycocotools.coco import COCO
 
 from finematch.data.checks import (
     BoxPolicy,
+    check_max_captions,
+    check_name,
     check_sizes,
     clean_caption,
+    flag,
     read_json,
     reading,
+    require_distinct,
     require_pictures,
     require_unique,
+    stated_size,
 )
 from finematch.data.names import known_names
 from finematch.data.record import DataError, Object, Record
@@ -78,6 +82,7 @@ def load_coco(
     captions: str | Path | None = None,
     instances: str | Path | None = None,
     split: str = "",
+    max_captions: int | None = 5,
     invalid_boxes: str = "skip",
     check_images: bool = True,
 ) -> list[Record]:
@@ -88,6 +93,8 @@ def load_coco(
         captions: `captions_*.json`. Without it records have no captions.
         instances: `instances_*.json`. Without it records have no objects. A picture without objects is kept.
         split: copied into the records.
+        max_captions: keep the first so many captions in the order of the file: some pictures have six or seven, and the
+            published numbers use five. None keeps all.
         invalid_boxes: `"skip"` leaves out boxes of no area or outside the picture, with one counted warning
             (boxes are clipped to the picture where they stand out by at most a pixel); `"raise"` stops.
         check_images: look for every picture now, not when it is first opened.
@@ -103,6 +110,7 @@ def load_coco(
     files = [path for path in (captions, instances) if path is not None]
     if not files:
         raise ValueError("give captions=, instances= or both")
+    check_max_captions(max_captions)
     policy = BoxPolicy(invalid_boxes)
     tables = {path: _index(path) for path in files}
     images: dict = {}
@@ -110,7 +118,8 @@ def load_coco(
     for path, table in tables.items():
         for image_id, image in table.imgs.items():
             with reading(path, f"image {image_id}"):
-                entry = (image["file_name"], (int(image["width"]), int(image["height"])))
+                name = check_name(image["file_name"], path, f"image {image_id}")
+                entry = name, stated_size(image["width"], image["height"])
                 known.setdefault(image_id, known_names(image))
             if images.setdefault(image_id, entry) != entry:
                 raise DataError(
@@ -123,7 +132,7 @@ def load_coco(
         raise DataError(files[0], "the list `images`", "is empty", "Download the file again")
     records = []
     for image_id, (name, size) in images.items():
-        texts = () if captions is None else _captions(tables[captions], image_id, captions)
+        texts = () if captions is None else _captions(tables[captions], image_id, captions)[:max_captions]
         objects = () if instances is None else _objects(tables[instances], image_id, size, instances, policy)
         source = f"{files[0]}: image {image_id}"
         records.append(Record(str(image_id), split, texts, Path(image_dir) / name, size, objects,
@@ -148,8 +157,11 @@ def _index(path: str | Path) -> COCO:
     with reading(path, "the lists `images` and `annotations`"), contextlib.redirect_stdout(io.StringIO()):
         images, annotations = table.dataset["images"], table.dataset["annotations"]
         table.createIndex()
-    if repeated := [key for key, count in Counter(image["id"] for image in images).items() if count > 1]:
-        raise DataError(path, f"image {repeated[0]}", "is listed more than once", "Remove the repetition")
+    with reading(path, "the list `categories`"):
+        kinds = [(kind["id"], kind["name"]) for kind in table.dataset.get("categories", [])]
+    require_distinct((image["id"] for image in images), path, "image")
+    require_distinct((number for number, _ in kinds), path, "category")
+    require_distinct((name for _, name in kinds), path, "category")
     for number, annotation in enumerate(annotations):
         with reading(path, f"annotation number {number}"):
             name, image_id = f"annotation {annotation['id']}", annotation["image_id"]
@@ -160,6 +172,7 @@ def _index(path: str | Path) -> COCO:
                 f"refers to image {image_id}, which the file does not list",
                 "Add the image or remove the annotation",
             )
+    require_distinct((annotation["id"] for annotation in annotations), path, "annotation")
     return table
 
 
@@ -191,8 +204,7 @@ def _objects(
                     f"refers to category {annotation['category_id']}, which is not listed",
                     "Add the category or remove the annotation",
                 )
-            x, y, width, height = annotation["bbox"]
-            box = policy.check((x, y, x + width, y + height), size, path, name)
-            if box is not None:
-                found.append(Object(box, category["name"], bool(annotation.get("iscrowd", 0))))
+            crowd = flag(annotation.get("iscrowd", 0))
+            if (box := policy.check(annotation["bbox"], size, path, name)) is not None:
+                found.append(Object(box, category["name"], crowd))
     return tuple(found)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
 from pathlib import Path
 
 from defusedxml.common import DefusedXmlException
@@ -18,12 +17,15 @@ from defusedxml.ElementTree import ParseError, fromstring
 
 from finematch.data.checks import (
     BoxPolicy,
+    check_name,
     check_sizes,
     clean_caption,
     read_text,
     reading,
+    require_distinct,
     require_pictures,
     require_unique,
+    stated_size,
 )
 from finematch.data.record import Box, DataError, Phrase, Record
 
@@ -59,10 +61,9 @@ def load_entities(
     """
     root = Path(root)
     image_dir = Path(image_dir) if image_dir is not None else root / "images"
-    listing, policy, unknown = root / f"{split}.txt", BoxPolicy(invalid_boxes), 0
-    ids = read_text(listing).split()
-    if repeated := [image_id for image_id, count in Counter(ids).items() if count > 1]:
-        raise DataError(listing, f"picture {repeated[0]}", "is listed twice or more", "Remove the repetition")
+    listing, policy, unknown = root / f"{split}.txt", BoxPolicy(invalid_boxes, corners=True), 0
+    ids = [check_name(image_id, listing, f"picture {image_id}") for image_id in read_text(listing).split()]
+    require_distinct(ids, listing, "picture")
     if not ids:
         raise DataError(listing, "the list", "names no pictures", "Restore it; it has an id a line")
     records = []
@@ -119,8 +120,8 @@ def _annotation(
         raise DataError(file, "the file", f"unsafe XML ({error})", remedy) from error
     boxes: dict[str, list[Box]] = {}
     with reading(file, "<filename> and <size>"):
-        filename = tree.find("filename").text.strip()
-        size = (int(tree.find("size/width").text), int(tree.find("size/height").text))
+        filename = check_name(tree.find("filename").text.strip(), file, "<filename>")
+        size = stated_size(tree.find("size/width").text, tree.find("size/height").text)
     if Path(filename).stem != image_id:
         raise DataError(file, f"<filename> {filename}", f"is not picture {image_id}", "Restore the right XML")
     for number, item in enumerate(tree.iter("object"), start=1):

@@ -13,6 +13,8 @@ from pathlib import Path, PurePosixPath
 import msgspec
 
 from finematch.data.checks import (
+    check_max_captions,
+    check_name,
     clean_caption,
     read_bytes,
     read_json,
@@ -82,8 +84,7 @@ def load_karpathy(
         DataError: malformed JSON, a split that the file lacks, a duplicated picture, an empty caption, a
             picture without captions, a missing picture file, two pictures that no id tells apart.
     """
-    if max_captions is not None and max_captions < 1:
-        raise ValueError(f"max_captions is at least 1 or None, not {max_captions}")
+    check_max_captions(max_captions)
     wanted = ("train", "restval") if split == "trainrestval" else (split,)
     entries, dataset = _read(json_path, wanted)
     available = list(dict.fromkeys(entry.split for entry in entries))
@@ -98,6 +99,8 @@ def load_karpathy(
     root, folders, records = Path(image_dir), {}, []
     for entry, image_id in zip(entries, _ids(entries), strict=True):
         if entry.split in wanted:
+            for name in (entry.filepath, entry.filename):
+                check_name(name, json_path, entry.name)
             folder = folders.setdefault(entry.filepath, root / entry.filepath)
             captions, source = _captions(entry, json_path, max_captions), f"{json_path}: {entry.name}"
             records.append(Record(image_id, entry.split, captions, folder / entry.filename, source=source,

@@ -58,6 +58,15 @@ class RegionSource:
             area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
             self.places = np.concatenate([boxes, area[..., None]], -1).astype(np.float32)
 
+    def _name_broken(self, index: np.ndarray, features: Tensor) -> None:
+        """DataError for the first image with a value that is not finite: training would only say that its loss is."""
+        whole = torch.isfinite(features).flatten(1).all(1)
+        if not whole.all():
+            row = int(index[int(whole.int().argmin())])
+            file = getattr(self.regions.features, "filename", None) or f"{self.regions.split}_ims.npy"
+            raise DataError(file, f"image {self.regions.ids[row]} (row {row} of the images)",
+                            "has a value that is not finite", "Make the array again, or download it again")  # fmt: skip
+
     def __len__(self) -> int:
         return len(self.regions.features)
 
@@ -68,6 +77,8 @@ class RegionSource:
 
     def batch(self, index: Index) -> dict[str, Tensor]:
         features = torch.from_numpy(np.asarray(self.regions.features[np.asarray(index)], np.float32))
+        if not math.isfinite(features.sum()):
+            self._name_broken(np.asarray(index), features)
         out = {"features": features, "mask": torch.ones(features.shape[:2], dtype=torch.bool)}
         if self.places is not None:
             out["places"] = torch.from_numpy(self.places[np.asarray(index)])

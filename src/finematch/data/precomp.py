@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int, Num
 
-from finematch.data.checks import clean_caption, read_json, read_text, reading
+from finematch.data.checks import clean_caption, open_array, read_json, read_text, reading
 from finematch.data.record import DataError, Record
 from finematch.files import write_text
 
@@ -78,7 +78,7 @@ def load_regions(folder: str | Path, split: str) -> Regions:
     images, caption_file = folder / f"{split}_ims.npy", folder / f"{split}_caps.txt"
     meta_file = folder / f"{split}_meta.json"
     meta = read_json(meta_file) if meta_file.exists() else {}
-    features, captions = _open(images), _read_captions(caption_file)
+    features, captions = open_array(images), _read_captions(caption_file)
     if features.ndim != 3 or features.dtype.kind != "f" or not len(features):
         raise DataError(
             images,
@@ -93,12 +93,13 @@ def load_regions(folder: str | Path, split: str) -> Regions:
 
     def beside(name: str) -> np.ndarray | None:
         path = folder / f"{split}_{name}.npy"
-        array = _open(path) if path.exists() else None
+        array = open_array(path) if path.exists() else None
         if array is not None and len(array) != len(features):
             raise DataError(path, f"{len(array)} rows", f"{images} has {len(features)}", "Make both again")
         return None if array is None else array[::stride]
 
     boxes, sizes = beside("boxes"), beside("sizes")
+    _check_boxes(folder, split, boxes, sizes)
     ids = _ids(folder / f"{split}_ids.txt", len(features), stride, image_of)
     return Regions(split, features[::stride], captions, image_of, ids, boxes, sizes, meta)
 
@@ -109,7 +110,7 @@ def write_layout(folder: Path, split: str, records: Sequence[Record], meta: dict
     Args:
         meta: what made the features (backbone, its weights, proposals, ...), JSON values.
     """
-    features = np.load(folder / f"{split}_ims.npy", mmap_mode="r")
+    features = open_array(folder / f"{split}_ims.npy")
     ids, counts = [r.image_id for r in records], [len(r.captions) for r in records]
     lines = [" ".join(caption.split()) for record in records for caption in record.captions]
     for name, texts in (("caps", lines), ("ids", ids)):
@@ -125,16 +126,25 @@ def write_layout(folder: Path, split: str, records: Sequence[Record], meta: dict
     write_text(folder / f"{split}_meta.json", json.dumps(content, indent=1))
 
 
-def _open(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(
-            path,
-            "the array",
-            f"cannot be mapped ({error})",
-            "Restore it; a download that was cut off is shorter than its header says",
-        ) from error
+def _check_boxes(folder: Path, split: str, boxes: np.ndarray | None, sizes: np.ndarray | None) -> None:
+    """DataError for sizes that are none, or boxes that are not pixels (x1, y1, x2, y2) of images of these sizes."""
+    if sizes is not None and (sizes.ndim != 2 or sizes.shape[1] != 2 or not (sizes >= 1).all()):
+        problem = "are not (images, 2): width and height in pixels"
+        raise DataError(folder / f"{split}_sizes.npy", "the sizes", problem, "Make them again")
+    if boxes is None:
+        return
+    file, remedy = folder / f"{split}_boxes.npy", "Write (x1, y1, x2, y2) in pixels"
+    if boxes.ndim != 3 or boxes.shape[2] != 4:
+        raise DataError(file, f"array {boxes.shape}", "is not (images, regions, 4)", remedy)
+    if sizes is not None:
+        top = np.tile(sizes, 2)[:, None] + 1
+        wrong = ~((boxes >= -1) & (boxes <= top)).all(2) | (boxes[..., 2:] < boxes[..., :2]).any(2)
+        if wrong.any():
+            row, region = np.unravel_index(int(wrong.argmax()), wrong.shape)
+            problem = f"{boxes[row, region].tolist()} is no box on an image of {sizes[row].tolist()} pixels"
+            raise DataError(file, f"image {row}, region {region}", problem, remedy)
+        if len(boxes) and boxes.max() <= 1 < sizes.min():
+            raise DataError(file, "all boxes", "lie within the first pixel: these are fractions", remedy)
 
 
 def _read_captions(path: Path) -> list[str]:
@@ -157,7 +167,7 @@ def _layout(folder: Path, split: str, meta: dict, rows: int, c: int, counts: str
     """`image_of` (c,) and how many rows each picture takes in the file."""
     own, stated = folder / f"{split}_image_of.npy", meta.get("captions_per_image")
     if own.exists():
-        image_of = np.array(_open(own))
+        image_of = np.array(open_array(own))
     elif stated is not None:
         with reading(folder / f"{split}_meta.json", "`captions_per_image`"):
             image_of = np.repeat(np.arange(rows), stated)

@@ -86,6 +86,13 @@ def check_box(box, size: tuple[int, int] | None, file: str | Path, record: str, 
                 f"box {(x1, y1, x2, y2)} lies outside the {width} x {height} picture",
                 "Correct the box, or scale it with the picture",
             )
+        if max(x2, y2) <= 1 < min(size) and x2 > x1 and y2 > y1:
+            raise DataError(
+                file,
+                record,
+                f"box {(x1, y1, x2, y2)} lies within the first pixel: these are fractions of the image",
+                "Multiply by its width and height",
+            )
         x1, x2 = (min(max(v, 0.0), float(width)) for v in (x1, x2))
         y1, y2 = (min(max(v, 0.0), float(height)) for v in (y1, y2))
     if x2 <= x1 or y2 <= y1:

@@ -50,7 +50,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 from webdataset.handlers import reraise_exception
 
-from finematch.data.checks import clean_caption, read_json, reading, require_unique
+from finematch.data.checks import clean_caption, open_array, read_json, reading, require_unique
 from finematch.data.images import open_rgb, opening
 from finematch.data.names import known_names
 from finematch.data.record import Record
@@ -330,7 +330,7 @@ def refuse_overlap(sets: Mapping[str, str | Path], records: Sequence[Record], sp
     for folder in map(Path, sets.values()):
         if not (folder / IMAGES).exists():
             raise DataError(folder / IMAGES, "the index", "is missing", "Call index_shards on the folder")
-        held = np.isin([number for number, _ in names], np.load(folder / IMAGES))
+        held = np.isin([number for number, _ in names], open_array(folder / IMAGES))
         found = sorted({image for (_, image), there in zip(names, held, strict=True) if there})
         if found:
             raise DataError(

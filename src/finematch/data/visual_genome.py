@@ -22,12 +22,15 @@ from urllib.parse import urlsplit
 
 from finematch.data.checks import (
     BoxPolicy,
+    check_max_captions,
+    check_name,
     check_sizes,
     clean_caption,
     read_json,
     reading,
     require_pictures,
     require_unique,
+    stated_size,
 )
 from finematch.data.names import held_out_names, known_names
 from finematch.data.record import Box, DataError, Phrase, Record
@@ -70,8 +73,7 @@ def load_visual_genome(
     """
     if split != "train":
         raise ValueError(f"Visual Genome has no split {split!r}: all of it is 'train'")
-    if max_captions is not None and max_captions < 1:
-        raise ValueError(f"max_captions is at least 1 or None, not {max_captions}")
+    check_max_captions(max_captions)
     policy, empty, bare = BoxPolicy(invalid), [], []
     known = {key: _stated(entry, images, name) for key, name, entry in _pictures(images)}
     left_out, leaks = {path: held_out_names(path) for path in held_out}, dict.fromkeys(held_out, 0)
@@ -141,14 +143,13 @@ def _pictures(path: str | Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def _regions(entry: dict[str, Any], path: str | Path, name: str) -> Iterator[tuple[Any, str, Box]]:
-    """What a picture's regions say, how messages name them, and their boxes."""
+    """What a picture's regions say, how messages name them, and their boxes (x, y, width, height)."""
     with reading(path, name):
         described = list(entry["regions"])
     for number, region in enumerate(described):
         with reading(path, f"{name}, region number {number}"):
             which = f"{name}, region {region.get('region_id', region.get('id'))}"
-            x, y = float(region["x"]), float(region["y"])
-            box = (x, y, x + float(region["width"]), y + float(region["height"]))
+            box = tuple(float(region[key]) for key in ("x", "y", "width", "height"))
             said = region["phrase"]
         yield said, which, box
 
@@ -161,4 +162,5 @@ def _stated(
         parts = PurePosixPath(urlsplit(entry["url"]).path).parts[-2:]
         if len(parts) < 2 or parts[0] == "/":
             raise ValueError(f"url {entry['url']!r} has no folder and file name")
-        return Path(*parts), (int(entry["width"]), int(entry["height"])), known_names(entry)
+        file = Path(check_name("/".join(parts), path, name))
+        return file, stated_size(entry["width"], entry["height"]), known_names(entry)

@@ -41,11 +41,7 @@ def write_rows(
         DataError: For a value that is not finite, or a disk without room.
     """
     n, note = len(start) - 1, folder / "progress.json"
-    state = json.loads(note.read_text()) if note.exists() else {}
-    paths = [folder / f"{name}.npy" for name in state.get("arrays", ())]
-    resumes = bool(paths) and all(path.exists() for path in paths)
-    done = state["done"] if resumes else 0
-    arrays = {path.stem: np.lib.format.open_memmap(path, "r+") for path in paths} if resumes else {}
+    done, arrays = _begun(folder, note)
     while done < n:
         stop = min(done + block, n)
         if start[stop] > start[done]:
@@ -67,3 +63,16 @@ def write_rows(
         if echo and (done == n or (done // block) % 32 == 0):
             echo(done)
     note.unlink()
+
+
+def _begun(folder: Path, note: Path) -> tuple[int, dict[str, np.ndarray]]:
+    """How many items a stopped run has done, and its arrays; none where a note or an array was cut off."""
+    try:
+        state = json.loads(note.read_text())
+        paths = {name: folder / f"{name}.npy" for name in state["arrays"]}
+        for path in paths.values():
+            np.load(path, mmap_mode="r")  # ValueError if it was cut off; "r+" fills it with zeros
+        arrays = {name: np.lib.format.open_memmap(path, "r+") for name, path in paths.items()}
+        return (int(state["done"]), arrays) if arrays else (0, {})
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0, {}

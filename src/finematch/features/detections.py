@@ -194,6 +194,8 @@ def _finite(
          "Check the detector, or remove the entry"),
         ("has a bbox without width or height", (xywh[:, 2:] <= 0).any(1),
          "Give [x, y, width, height], not two corners; or remove the entry"),
+        ("and all others lie within the first pixel: these are fractions of the image",
+         np.full(len(xywh), (xywh[:, :2] + xywh[:, 2:]).max() <= 1), "Multiply by its width and height"),
     ):  # fmt: skip
         if wrong.any():
             number = int(wrong.argmax())

@@ -23,7 +23,7 @@ from torch import Tensor
 from finematch.boxes import clip, convert
 from finematch.encoders import deformable_detr
 from finematch.features.detections import Detections, is_detections
-from finematch.files import file_digest
+from finematch.files import file_digest, why_unreadable
 
 ENCODER = {
     "self_attn": "self_attn",
@@ -185,7 +185,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         return state
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors ({error}); save its model part as safetensors"
+            f"{path} cannot be read as a checkpoint of tensors ({why_unreadable(path, error)}); save its model part "
+            "as safetensors"
         ) from error
 
 

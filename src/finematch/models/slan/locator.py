@@ -43,6 +43,7 @@ from finematch.boxes import (
     summed_area,
 )
 from finematch.encoders import Cells
+from finematch.files import why_unreadable
 from finematch.losses import wide
 from finematch.models.configs import LocatorConfig
 
@@ -556,7 +557,9 @@ def load_proposals(
         )
         state = {str(k): v.float() for k, v in state.items()}
     except Exception as error:
-        raise ValueError(f"{path} holds no weights that can be read ({error})") from error
+        raise ValueError(
+            f"{path} holds no weights that can be read ({why_unreadable(path, error)})"
+        ) from error
     if any(k.startswith("rpn.") for k in state):
         state = from_torchvision(state, decoder)
     if isinstance(proposals, QueryProposals) and any(k.startswith("head.") for k in state):
