@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from finematch.data import packed
 from finematch.data.coco import categories, load_coco
 from finematch.data.entities import load_entities
 from finematch.data.images import open_rgb
@@ -46,7 +47,10 @@ class _Dataset:
 
 def _karpathy(json_path: str, image_dir: str) -> tuple[tuple[str, ...], Callable[..., list[Record]]]:
     def read(root: Path, split: str, **options) -> list[Record]:
-        return load_karpathy(root / json_path, root / image_dir, split, **options)
+        file = root / json_path
+        if not file.exists() and packed.tables(file.parent):
+            packed.unpack(file.parent, file, root / image_dir, file.parent.name)
+        return load_karpathy(file, root / image_dir, split, **options)
 
     return (json_path, image_dir), read
 
