@@ -29,9 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
     stale.add_argument("--smoke", action="store_true", help="of smoke runs")
     stale.set_defaults(run=_stale)
 
-    data = commands.add_parser("data", help="look whether the data that the rows of a grid read is there")
-    data.add_argument("grid", nargs="?", help="name of a grid; without it the val split is looked for")
-    data.add_argument("--dataset", default="scenes")
+    data = commands.add_parser(
+        "data", help="say what a data folder has: counts beside the published ones, tables that it allows"
+    )
+    data.add_argument("grid", nargs="?", help="name of a grid: what its rows read, alone")
+    data.add_argument("--dataset", default="", help="this set alone; of a grid, scenes if not given")
     data.add_argument("--data-root", default="data")
     data.add_argument("--scale", default="tiny", help="tiny or paper")
     data.add_argument("--proposals", default="", help="boxes of a detector, as of make grid")
@@ -71,12 +73,16 @@ def _stale(options: argparse.Namespace) -> int:
 
 
 def _data(options: argparse.Namespace) -> int:
-    """Prints how many images each part has; draws the embedded set where it is absent."""
+    """Prints how many images each part has; draws the embedded set where it is absent and asked for."""
     if options.grid is None:
-        from finematch.data import load
+        from finematch.survey import survey
 
-        print(f"val: {len(load(options.dataset, options.data_root, 'val'))} images")
-        return 0
+        there = False
+        for line in survey(options.data_root, options.dataset):
+            print(line, flush=True)
+            there |= " images, " in line
+        return int(bool(options.dataset) and not there)
+    options.dataset = options.dataset or "scenes"
     from finematch.config import root
     from finematch.features.inputs import check_data, reads
     from finematch.grids import grid, settings

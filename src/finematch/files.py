@@ -85,7 +85,9 @@ def why_unreadable(file: str | Path, error: Exception) -> str:
     )
     if objects and (not what or "zip" in what):
         return "it holds Python objects, which could run code"
-    return what or ("it is no array" if "allow_pickle" in str(error) else str(error))
+    if "allow_pickle" in str(error):
+        return what or "it is no array"
+    return what or getattr(error, "strerror", None) or str(error)
 
 
 # ------------------------------------------------------------------------------------------- writing

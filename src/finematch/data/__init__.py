@@ -25,6 +25,7 @@ __all__ = [
     "Regions",
     "categories",
     "dataset_help",
+    "dataset_names",
     "digests",
     "load",
     "load_coco",
@@ -141,6 +142,11 @@ _DATASETS = {
         ),
     ),
 }
+
+
+def dataset_names() -> tuple[str, ...]:
+    """The names that `load` knows."""
+    return tuple(_DATASETS)
 
 
 def dataset_help(dataset: str | None = None) -> str:
