@@ -224,10 +224,7 @@ class BoxPolicy:
             raise ValueError(f'invalid_boxes is "skip" or "raise", not {invalid_boxes!r}')
         self.skip, self.skipped, self.corners = invalid_boxes == "skip", [], corners
         self.seen = self.otherwise = 0  # boxes; those that would be sound in the other way to write them
-        self.reach, self.smallest = (
-            0.0,
-            float("inf"),
-        )  # the largest coordinate; the shortest side of a picture
+        self.reach, self.smallest = 0.0, float("inf")  # the largest coordinate, the shortest side
 
     def check(self, box, size: tuple[int, int], file: str | Path, record: str) -> Box | None:
         """The box as checked by `check_box`, or None if it is to be left out."""
