@@ -79,12 +79,11 @@ def disguise(file: str | Path | bytes) -> str:
 
 def why_unreadable(file: str | Path, error: Exception) -> str:
     """Why an array or weights cannot be read. It never advises to unpickle what nobody vouches for."""
-    what, objects = (
-        disguise(file),
-        "Python objects" in str(error) or isinstance(error, pickle.UnpicklingError),
-    )
-    if objects and (not what or "zip" in what):
+    what = disguise(file)
+    zipped = "zip" in what  # as torch's files are, and no .npy
+    if (not what or zipped) and ("Python objects" in str(error) or isinstance(error, pickle.UnpicklingError)):
         return "it holds Python objects, which could run code"
+    what = "" if zipped and Path(file).suffix != ".npy" else what
     if "allow_pickle" in str(error):
         return what or "it is no array"
     return what or getattr(error, "strerror", None) or str(error)
