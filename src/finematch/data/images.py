@@ -53,7 +53,10 @@ def opening(image: Path | bytes | None, record: str, file: str | Path = "") -> I
     except Exception as error:  # Pillow's decoders raise whatever they like
         why = disguise(image) or str(error) or type(error).__name__
         raise DataError(
-            file, record, f"the image cannot be decoded ({why})", "Download it again or remove its record"
+            file,
+            record,
+            f"the image cannot be decoded ({why})",
+            "Download or convert it again, or remove its record",
         ) from error
 
 

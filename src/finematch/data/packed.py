@@ -7,7 +7,7 @@ or a struct of `bytes` and `path`) and is written to a file, or beside the table
                `text` (a text or several), or `caption_0`, `caption_1` ...
     name       `filepath`, `filename` or `file_name`, or the `path` inside the image; else the image's bytes name it
     split      `split`; else as the file or folder is called (`train-00000-of-00009.parquet`, `validation/...`)
-    ids        `imgid`, `img_id` or `image_id`, `cocoid`, `sentids`, where there are any
+    ids        `cocoid`, and `sentids` or `sentences_sentid`, where there are any
 
 Some copies have a row for every caption: rows of one name become one image.
 """

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from finematch.data.record import DataError, Record
-from finematch.files import digest, file_digests
+from finematch.files import digest, disguise, file_digests
 
 REMEDY = "Give a list of {image_id, category_id, bbox: [x, y, width, height], score}, COCO's results format"
 
@@ -146,7 +146,9 @@ def _read(file: Path) -> list[dict]:
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise DataError(file, "the file", f"cannot be read as JSON ({error})", REMEDY) from error
+        raise DataError(
+            file, "the file", f"cannot be read as JSON ({disguise(file) or error})", REMEDY
+        ) from error
     finally:
         if collecting:
             gc.enable()
