@@ -122,14 +122,23 @@ def test_the_literal_reading_is_the_papers_text():
     """METHODS 3.1: what Eq. 1 to 3 and Algorithm 1 print; the readings that no text decides keep their defaults."""
     printed = {
         "attn": "literal", "region_update": "overwrite", "axes": "paper", "unit": "N", "extent": "map",
-        "k": 3, "cell_weights": "raw", "embed_norm": "none", "filter_text": False, "detach_target": True,
-        "reg_reduction": "sum",
+        "steer": "fused", "reg_part": "box", "k": 3, "cell_weights": "raw", "embed_norm": "none",
+        "filter_text": False, "detach_target": True, "reg_reduction": "sum",
         "target": "mean", "first": "encoder", "fused": "regions", "source": "decoder", "nms": 0.0,
     }  # fmt: skip
     assert LocatorConfig.literal().items() >= printed.items()
     default = LocatorConfig()
     differs = {name for name, value in LocatorConfig.literal().items() if value != getattr(default, name)}
-    assert differs == {"attn", "region_update", "axes", "unit", "cell_weights", "embed_norm"}
+    assert differs == {
+        "attn",
+        "region_update",
+        "axes",
+        "unit",
+        "extent",
+        "steer",
+        "cell_weights",
+        "embed_norm",
+    }
     for scale, asked in (("tiny", "literal"), ("paper", None)):
         resolved = Settings("slan", {"scale": scale, "reading": asked}).as_dict()
         assert resolved.items() >= printed.items()
@@ -186,12 +195,13 @@ def test_algorithm_1_picture_by_picture_in_loops(options):
 
 def test_every_choice_changes_the_result():
     maps, words, mask = inputs()
-    base = tiny()(maps, words, mask)
     same_value = ("box_grad", "detach_target")  # these two change gradients alone
     for options in CONFIGURATIONS[1:]:
         if options == VERSIONS["iccv"] or set(options) & {*same_value, "threshold"}:
             continue
-        other = tiny(**options)(maps, words, mask)
+        # the neighbourhood of a region of this size does not leave the picture
+        beside = {"extent": "map"} if "outside" in options else {}
+        base, other = (tiny(**beside, **each)(maps, words, mask) for each in ({}, options))
         differs = [
             getattr(base, n).shape != getattr(other, n).shape
             or not torch.allclose(getattr(base, n), getattr(other, n))
@@ -946,7 +956,7 @@ def test_a_region_stays_where_no_cell_stands_out(weights):
         torch.manual_seed(0)
         part = RegionAdaptor(
             RegionEmbedding(3, 8),
-            LocatorConfig(width=8, heads=2, cell_weights=weights, outside=outside),
+            LocatorConfig(width=8, heads=2, cell_weights=weights, outside=outside, extent="map"),
             ratio=1.0,
             slots=50,
         )
@@ -1262,7 +1272,7 @@ class Toy(nn.Module):
         torch.manual_seed(0)
         self.locator = SelfLocator((COLOURS,) * 3, LocatorConfig(
             width=COLOURS, heads=1, pyramid=COLOURS, source="encoder", embed_norm="none", count=12, top=6,
-            threshold=0.0, anchor=4.0, region_update="reweight", cell_tau=0.1, samples=8,
+            threshold=0.0, anchor=4.0, region_update="reweight", cell_tau=0.1, samples=8, extent="map", steer="fused",
         ))  # fmt: skip
         with torch.no_grad():
             for name, parameter in self.locator.named_parameters():

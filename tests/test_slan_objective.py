@@ -135,7 +135,7 @@ class TinyLocator(nn.Module):
 
 def configured(options: dict) -> dict:
     """Arguments of SLAN from settings by name; `weights` holds those of the terms."""
-    options = {"width": 8, "words": WORDS, "embed": 6, "queue": 12, **options}
+    options = {"width": 8, "words": WORDS, "embed": 6, "queue": 12, "region_word": 0.0, **options}
     beside = {name: options.pop(name) for name in ("words", "tied", "random_steps") if name in options}
     weights = {f"{name}_weight": float(value) for name, value in options.pop("weights", {}).items()}
     return {"config": SLANConfig(**options, **weights), **beside}

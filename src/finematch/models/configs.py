@@ -253,10 +253,11 @@ class LocatorConfig(Config):
         says="Eq. 2 multiplies by the whole neighbourhood's size; cells stand N/K apart",
         help="unit of the shifts of Eq. 2")
     extent: str = switch(
-        "S6", "map", "region", says="H_i and W_i: those of the map (Table 1), or of each region",
+        "S6", "region", "map", literal="map", says="H_i and W_i: those of the map (Table 1), or of each region",
         help="what gives a neighbourhood its H and W")
     steer: str = switch(
-        "S41", "fused", "unimodal", says="E^T_{i+1} steers level i; words that met regions are no longer the text's",
+        "S41", "unimodal", "fused", literal="fused",
+        says="E^T_{i+1} steers level i; words that met regions are no longer the text's",
         help="words that M of Eq. 2 compares with")
     k: int = setting(
         3, (1, 15), "cells of a neighbourhood per side; odd", register="S7", literal=3,
@@ -330,7 +331,7 @@ class SLANConfig(Config):
         1.0, (0, 100), "weight of Eq. 3", register="S37", literal=1.0,
         says="Eq. 8-9 have no weights")
     region_word: float = setting(
-        0.0, (0, 100), "weight of the region-word contrast", register="S41", literal=0.0,
+        1.0, (0, 100), "weight of the region-word contrast", register="S41", literal=0.0,
         says="no loss trains the cosine of a region and a word, by which Eq. 2 moves regions")
     contrast: str = switch(
         "S20", "unimodal", "fused", says="Eq. 5 compares T_v and T_t; Algorithm 1 ends with others",

@@ -919,15 +919,16 @@ class RegionAdaptor(nn.Module):
     only. By default (`region_update="residual"`) both live on: E^G_{i+1} = S * Embedding(G_{i+1}, F_i) + attended;
     `overwrite` is as printed, `reweight` multiplies by S alone.
 
-    M compares cells with the words that have met the regions, E^T_{i+1}; with `steer="unimodal"` it is E^T_1, which the
-    region-word contrast trains (S41).
+    In the paper M compares cells with the words that have met the regions, E^T_{i+1} (`steer="fused"`). We compare with
+    E^T_1 (`unimodal`), because that is what the region-word contrast trains (S41).
 
     p = exp(theta) with theta = 0 at first: sides stay positive. The scales belong to the place of a region among those
     that passed the filter (`rank`), to its query (`query`), to the level (`level`), or are predicted from the region's
     embedding (`predicted`).
 
     Args:
-        ratio: r_i, the neighbourhood's sides as a part of the map (1, 1/2, 1/4), or of the region (`extent="region"`).
+        ratio: r_i, the neighbourhood's sides (1, 1/2, 1/4) as a part of the region's own sides, or, as in Table 1, of
+            the map's (`extent="map"`), with which regions leave the things that they lie on (S6).
         slots: how many places or queries there are.
         outside: what a cell counts whose centre lies outside the picture, where there is nothing to match. `mean`: as
             much as those inside on average, so that a region stays where no cell stands out, near the border, too.
