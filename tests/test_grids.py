@@ -562,7 +562,7 @@ def hslm_run(book: Path, name: str, reading: str, *, legacy: bool = False) -> Pa
     seed = int(name.rpartition(".s")[2])
     settings = Settings("hslm", {"dataset": "scenes", "seed": seed, "reading": reading}).as_dict()
     settings |= {"width": 8} if legacy else {}
-    content = {"parameters": settings, "metrics": {"rsum": 1.0 + seed}, "protocol": "toy", "seconds": 1.0,
+    content = {"parameters": settings, "metrics": {"i2t_r1": 1.0 + seed}, "protocol": "toy", "seconds": 1.0,
                "peak_memory_bytes": 1, "device": "a CPU", "versions": {}, "commit": "0" * 40}  # fmt: skip
     if legacy:
         del settings["reading"]
@@ -606,6 +606,29 @@ def test_a_run_is_never_taken_for_one_of_the_other_reading(book, monkeypatch, ca
         file.unlink()
     assert {reading: list(of["row"]) for reading, of in tables.runs_of(mine, "scenes", "tiny").items()} == {
         "default": ["one", "two"], "literal": ["one"]}  # fmt: skip
+
+
+def test_the_page_draws_both_readings(book, tmp_path):
+    write_grid(book, "hslm_mine", "name,width\none,16\ntwo,8\n", plot='["R@1"]', claims=CLAIM)
+    for name, reading in (("tiny", "default"), ("tiny-literal", "literal")):
+        for seed in (0, 1):
+            for row, width in (("one", 16), ("two", 8)):
+                file = hslm_run(book, f"scenes.{name}.{row}.s{seed}", reading)
+                content = json.loads(file.read_text())
+                content["parameters"]["width"] = width
+                file.write_text(json.dumps(content))
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", str(book)]
+    command += ["notebooks/hslm/3_ablations.ipynb", str(tmp_path / "page.ipynb"), "-p", "grid", "hslm_mine"]
+    ran = subprocess.run(command, cwd=book, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    stem = "hslm_mine.scenes.tiny"
+    drawn = {f"{stem}{reading}{ending}.svg" for reading in ("", "-literal") for ending in ("", ".claims")}
+    assert {path.name for path in (book / "figures").iterdir()} == drawn | {
+        f"{stem}.{ending}" for ending in ("md", "csv", "claims.csv")
+    }
+    text = (book / "figures" / f"{stem}.md").read_text()
+    assert "the readings default and literal" in text
+    assert "R@1 literal" in text
 
 
 def test_a_claim_may_name_its_metrics_by_a_pattern(book):
