@@ -69,7 +69,7 @@ class Step:
             torch.ones(PAIRS, n, dtype=torch.bool), torch.ones(PAIRS, m, dtype=torch.bool),
         )  # fmt: skip
         form = {name: s[name] for name in ("hidden_dim", "out_dim", "dropout")}
-        self.model = FELGA(width, FELGAConfig(**form)).train()
+        self.model = FELGA(width, FELGAConfig(**form, global_negatives="all")).train()  # as the kept numbers
         plan = Plan(epochs=1, batch_size=self.size, lr=1e-3, optimizer="sgd", momentum=s["momentum"],
                     weight_decay=s["weight_decay"])  # fmt: skip
         self.optimizer = make_optimizer(list(self.model.parameters()), plan)

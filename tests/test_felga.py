@@ -370,7 +370,8 @@ def test_lifted_refuses(bad):
 def model(**options):
     torch.manual_seed(0)
     width = {"text_width": options.pop("text_width", None)}
-    return FELGA(8, FELGAConfig(**{"hidden_dim": 24, "out_dim": 6, "dropout": 0.0, **options}), **width)
+    form = {"hidden_dim": 24, "out_dim": 6, "dropout": 0.0, "global_negatives": "all"}  # Eq. 12 as printed
+    return FELGA(8, FELGAConfig(**{**form, **options}), **width)
 
 
 def batch(seed=0):
@@ -786,6 +787,10 @@ def test_the_literal_reading_is_the_papers_text():
     assert FELGAConfig.literal() == text
     assert Settings("felga", {"scale": "paper"}).as_dict().items() >= text.items()
     assert Settings("felga", {"reading": "literal"}).loss == "batch"
+    for scale, reading in (("tiny", "literal"), ("paper", "literal"), ("paper", None)):
+        assert Settings("felga", {"scale": scale, "reading": reading}).train_keywords == "all"
+    ours = Settings("felga", {"scale": "paper", "reading": "default"})
+    assert (ours.train_keywords, ours.global_negatives) == ("nouns", "distinct")
     assert Settings("felga", {"scale": "paper", "reading": "default"}).loss == "anchor"
 
 

@@ -65,7 +65,9 @@ def made(method, s, g):
     if method == "hslm":
         return HSLM(7, 30, configs.HSLMConfig.of(s), warmup_steps=1), batch | {"image": features(g, 5, 7)}
     if method == "felga":
-        return FELGA(8, configs.FELGAConfig.of(s)), {"image": features(g, 5, 8), "text": features(g, 4, 8)}
+        batch = {"image": features(g, 5, 8), "text": features(g, 4, 8)}
+        batch["text"]["keyword_id"] = torch.arange(4 * B).view(B, 4) % 11  # some texts share a keyword
+        return FELGA(8, configs.FELGAConfig.of(s)), batch
     towers = Towers(SmallStages((8, 8, 8)), BertTower(small_bert(30, width=16, depth=1, heads=2)), 16)
     locator = SelfLocator(towers.channels, configs.LocatorConfig.of(s), encoder=towers.image_encoder)
     model = SLAN(

@@ -1559,8 +1559,8 @@ show(pd.DataFrame({name: {kind: value for kind, (_, value) in won.items()} for n
 # * **With nouns alone** most boxes go to a noun and assignment rises far. Discovery rises as well, because a class name is a noun whose embedding no
 #   longer shares its positives with "red".
 #
-# `2_train` measures the same with a small CLIP's features. The paper says nothing of the kind of a keyword: `train_keywords=all` is its text, `nouns` a
-# departure.
+# `2_train` measures the same with a small CLIP's features. The paper says nothing of the kind of a keyword: `train_keywords=all` is its text. We
+# depart with `nouns`, which is the default; `reading=literal` takes all.
 
 # %%
 if not p.smoke and p.noise <= 0.5:
@@ -1573,8 +1573,8 @@ if not p.smoke and p.noise <= 0.5:
 
 # %% [markdown]
 # **False negatives of wholes.** Eq. 7 calls all other texts of a batch wrong, and Eq. 11 takes the most similar fragments of such a pair: often two
-# that truly belong together, for another text says "red" as well. `global_negatives="distinct"` (reading F26) leaves out the texts that share a
-# keyword with the picture's own. The cell counts both in the batch of section 2: how many of the text pairs share a keyword, and how many of the
+# that truly belong together, for another text says "red" as well. `global_negatives="distinct"` (reading F26, the default) leaves out the texts that
+# share a keyword with the picture's own. The cell counts both in the batch of section 2: how many of the text pairs share a keyword, and how many of the
 # winning fragments of the negative pairs are right by Eq. 1.
 
 # %%

@@ -13,7 +13,7 @@
 # | `paper` | COCO 2017 or 2014 (`dataset` coco, coco2014), DETReg's proposals, CLIP, BLIP or BLIP-2; FENet of 21 M parameters, 50 epochs | a GPU; the paper: one V100 |
 #
 # **Expected** on scenes, test: the numbers of [RESULTS.md](../../RESULTS.md), section "FELGA: Labels of FENet, on CLIP", row FELGA: above the frozen
-# fragments in object discovery, below them in description assignment. The run writes `metrics.json` last: that file, not this page, is the proof that it succeeded.
+# fragments in both tasks; with `train_keywords=all`, the text's, above them in object discovery alone. The run writes `metrics.json` last: that file, not this page, is the proof that it succeeded.
 #
 # A number in brackets behind a parameter, such as (F1), is the number of a reading, listed in `1_lesson`: a place where the paper can be read in several ways.
 
@@ -43,7 +43,7 @@ empty: str = None  # fragments without positives or negatives: skip | keep; defa
 lambda1: float = None  # margin of Eq. 10; no gradient without hinge; default 0.5
 lambda2: float = None  # margin of Eq. 12; no gradient without hinge; default 0.5
 lambda3: float = None  # weight of the global loss in Eq. 13; default 0.2
-global_negatives: str = None  # negatives of Eq. 12; distinct: share no keyword: all | distinct; default all (F26)
+global_negatives: str = None  # negatives of Eq. 12: distinct | all; default distinct; literal all (F26)
 same_keyword_positives: bool = None  # the same keyword in other texts is a positive; default False (F10)
 vlp: str = ""  # frozen model: clip, blip, blip2, hub name or folder; empty: small CLIP at tiny, else clip
 vlp_precision: str = None  # of the frozen model: auto | no | bf16 | fp16; tiny no, photos no, paper auto
@@ -51,7 +51,7 @@ text: str = "joined"  # a text: the captions of an image, joined, or each of its
 prompt: str = "name"  # class names as queries: the bare name, or a photo of a ... (F21)
 proposals: str = "auto"  # auto, selective_search, grid, a DETReg checkpoint, or boxes (COCO results)
 keywords: str = "keybert"  # how keywords are found: keybert | words
-train_keywords: str = "all"  # keywords that FENet learns from; the gallery keeps all: all | nouns (F25)
+train_keywords: str = None  # keywords that FENet learns from: nouns | all; default nouns; literal all (F25)
 keyword_model: str = ""  # model of KeyBERT: hub name or folder; empty: the packaged MiniLM
 regions: int = None  # proposals per image; default 10
 words: int = None  # keywords per text; default 10
@@ -166,7 +166,9 @@ crops = partial(picture_fragments, model=vlp, cache=cache / "fragments")  # feat
 words = partial(text_fragments, model=vlp, cache=cache / "fragments")  # and of words
 
 # %% [markdown]
-# **What FENet learns from**: regions and keywords of the training pairs, one vector each.
+# **What FENet learns from**: regions and keywords of the training pairs, one vector each. The paper takes all of KeyBERT's keywords, of which most
+# name no object; we take its nouns, because description assignment asks which object a box shows (`train_keywords`, F25). The gallery keeps all
+# keywords in either case.
 
 # %%
 train_boxes = propose(sets.train, split="train")

@@ -192,9 +192,9 @@ class FELGAConfig(Config):
     lambda2: float = setting(0.5, (-100, 100), "margin of Eq. 12; no gradient without hinge")
     lambda3: float = setting(0.2, (0, 1000), "weight of the global loss in Eq. 13")
     global_negatives: str = switch(
-        "F26", "all", "distinct",
-        says="all other texts, most of which share a keyword: their best fragments often belong together",
-        help="negatives of Eq. 12; distinct: share no keyword")
+        "F26", "distinct", "all", literal="all",
+        says="all other texts, though where they share a keyword the best fragments often belong together",
+        help="negatives of Eq. 12")
     same_keyword_positives: bool = switch(
         "F10", False, True, says="Eq. 3-6 literally; section 5 regrets it",
         help="the same keyword in other texts is a positive")

@@ -221,9 +221,9 @@ class FELGA(nn.Module):
     (`online`). FENet takes the frozen features at length one (`input_scale` `unit`), at length sqrt(d), so that the
     mean square of an entry is one (`rms`), or as they are (`raw`). The form of the loss holds for both levels, see
     `lifted`; without `hinge` the margins lambda1 and lambda2 change the loss by a constant and no gradient at all. With
-    `same_keyword_positives` or `global_negatives="distinct"` batches need `keyword_id`, see `batch_labels`. The paper
-    takes all other texts as negatives of Eq. 12; `distinct` leaves out those that share a keyword with the picture's
-    own, because the best fragments of such a pair often belong together.
+    `same_keyword_positives` or a global loss with `global_negatives="distinct"` batches need `keyword_id`, see
+    `batch_labels`. The paper takes all other texts as negatives of Eq. 12; we leave out those that share a keyword with
+    the picture's own, because the best fragments of such a pair often belong together.
 
     Args:
         width: of the frozen features (CLIP 512, BLIP and BLIP-2 256).
