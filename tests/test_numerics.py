@@ -68,7 +68,9 @@ def made(method, s, g):
         batch = {"image": features(g, 5, 8), "text": features(g, 4, 8)}
         batch["text"]["keyword_id"] = torch.arange(4 * B).view(B, 4) % 11  # some texts share a keyword
         return FELGA(8, configs.FELGAConfig.of(s)), batch
-    towers = Towers(SmallStages((8, 8, 8)), BertTower(small_bert(30, width=16, depth=1, heads=2)), 16)
+    towers = Towers(
+        SmallStages((8, 8, 8)), BertTower(small_bert(30, width=s.width, depth=1, heads=2)), s.width
+    )
     locator = SelfLocator(towers.channels, configs.LocatorConfig.of(s), encoder=towers.image_encoder)
     model = SLAN(
         towers, locator, configs.SLANConfig.of(s), words=Words(30, 4, (0, 1, 2, 3, 4)), random_steps=1

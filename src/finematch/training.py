@@ -63,7 +63,7 @@ class Plan:
     momentum: float = 0.9
     schedule: str = "cosine"
     warmup: float = 0.0
-    milestones: tuple[float, ...] = ()
+    milestones: tuple[float | int, ...] = ()
     clip_norm: float = 0.0
     accumulate: int = 1
     precision: str = "no"
