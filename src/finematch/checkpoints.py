@@ -6,10 +6,8 @@ Both are written atomically and checked before they are used: a file with a dama
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
 import random
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from finematch.files import write_atomically
+from finematch.files import reserve, write_atomically
 
 START_OVER = "Two ways on: give the run another `out`, or start over with resume='fresh' (or remove the file)"
 
@@ -294,12 +292,8 @@ def check_writable(out: Path, *, room: int) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with open(probe, "wb") as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, max(room, 1))
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise
-                file.write(b"\0" * max(room, 1))  # file systems without fallocate
+            if not reserve(file, max(room, 1)):
+                file.write(b"\0" * max(room, 1))
     except OSError as error:
         raise TrainingError(
             f"out = {out} cannot hold this run ({room / 1e6:.1f} MB): {error}. "

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -139,11 +139,7 @@ def new_array(path: str | Path, dtype: np.dtype | type | str, shape: tuple[int, 
             raise OSError(errno.ENOSPC, f"needs {size:,} bytes, {free:,} are free")
         array = np.lib.format.open_memmap(path, "w+", kind, shape)
         with open(path, "rb+") as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise
+            reserve(file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
@@ -154,6 +150,23 @@ def new_array(path: str | Path, dtype: np.dtype | type | str, shape: tuple[int, 
             "Free space, or choose another folder",
         ) from error
     return array
+
+
+def reserve(file: IO, size: int) -> bool:
+    """Claim `size` bytes of the disk for an open file; False where the system cannot: macOS, some network disks.
+
+    Raises:
+        OSError: The disk cannot hold them.
+    """
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except AttributeError:  # Python on macOS has no such function
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        return False
+    return True
 
 
 def _share(path: Path) -> None:
