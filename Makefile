@@ -40,6 +40,10 @@ SNAKEMAKE = $(BIN)/snakemake --workflow-profile profiles/$(PROFILE) \
   --config grid=$(GRID) dataset=$(DATASET) scale=$(SCALE) seeds=$(SEEDS) 'data_root=$(DATA_ROOT)' \
   $(if $(READING),reading=$(READING)) $(if $(SMOKE),smoke=1) $(if $(FORCE),force=1) $(if $(PROPOSALS),'proposals=$(PROPOSALS)')
 INSTALLED := .venv/.installed
+# what Snakemake's LockException leaves open; a run that failed has let go of its lock
+LOCK = { if ls .snakemake/locks/* >/dev/null 2>&1; then \
+  echo 'Another make grid or make workbook is at work in this folder, or was killed. If none is: make unlock, and again.' >&2; \
+  fi; exit 1; }
 WORKBOOK := papermill_runs/workbook
 
 .PHONY: help install git-filter notebooks workbook test lab bench data walk rehearse grid named unlock results lint lock clean
@@ -69,7 +73,7 @@ notebooks: $(INSTALLED)  ## build each .ipynb from its .py
 workbook: $(INSTALLED) notebooks data  ## run every notebook and a tiny grid, print what each took (JOBS=2)
 	pages() { $(BIN)/snakemake --snakefile workbook.smk --cores all --keep-going --rerun-incomplete \
 	  --rerun-triggers mtime --config jobs=$(JOBS) "$$@"; }; \
-	until pages --dry-run 2>&1 | grep 'Nothing to be done'; do pages; done
+	until pages --dry-run 2>&1 | grep 'Nothing to be done'; do pages || $(LOCK); done
 	@echo "Executed notebooks: $(WORKBOOK)/; tables and figures: figures/"
 
 test: $(INSTALLED)  ## run all tests (JOBS=2)
@@ -98,14 +102,14 @@ rehearse: named notebooks  ## predict what a grid costs here: hours, memory, dis
 # Twice, for only the second look sees that a run builds on one that the first has repeated.
 grid: named notebooks data  ## run a grid and draw its table: GRID=mvam_views (DATASET DATA_ROOT SCALE READING SEEDS CORES THREADS GPUS SMOKE FORCE PROPOSALS PROFILE)
 	stale=$$($(BIN)/python -m finematch stale $(GRID) --dataset $(DATASET) --scale $(SCALE) --reading '$(READING)' $(if $(SMOKE),--smoke)); \
-	  $(SNAKEMAKE) --until run $(if $(FORCE),--forceall,$${stale:+--forcerun $$stale})
-	$(SNAKEMAKE) --forcerun table
+	  $(SNAKEMAKE) --until run $(if $(FORCE),--forceall,$${stale:+--forcerun $$stale}) || $(LOCK)
+	$(SNAKEMAKE) --forcerun table || $(LOCK)
 
 named:
 	@$(if $(GRID),,$(error which grid? GRID=one of $(basename $(notdir $(wildcard grids/*.csv)))))
 
-unlock: named  ## after a grid was killed: let it run again (GRID)
-	$(SNAKEMAKE) --unlock
+unlock:  ## after a grid or the workbook was killed: let it run again
+	rm -rf .snakemake/locks
 
 results: $(INSTALLED)  ## rewrite RESULTS.md and the README's generated lines from the metrics of finished runs
 	mkdir -p $(WORKBOOK)

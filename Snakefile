@@ -19,6 +19,7 @@
 """
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -39,7 +40,7 @@ PROPOSALS = config.get("proposals", "")  # a file or folder of boxes, or FELGA's
 SMOKE = "-p smoke True" if config.get("smoke") else ""
 TABLE = f"figures/{GRID}.{DATASET}.{label(SCALE, smoke=bool(SMOKE))}"  # of both readings
 RUN = f"papermill_runs/{METHOD}/{{name}}.s{{seed}}"
-PAPERMILL = f"{sys.executable} -m papermill --no-progress-bar --log-output"
+PAPERMILL = f"{shlex.quote(sys.executable)} -m papermill --no-progress-bar --log-output"
 
 TRAIN = Path("notebooks", METHOD, "2_train.ipynb")
 RESUME = f"-p resume {'fresh' if config.get('force') else 'replace'}"

@@ -7,11 +7,12 @@ nothing. A page runs again when its notebook or the library changed; not when a 
 that wait for nothing run side by side.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
 BOOK = "papermill_runs/workbook"
-PAPERMILL = f"{sys.executable} -m papermill --no-progress-bar --log-output"
+PAPERMILL = f"{shlex.quote(sys.executable)} -m papermill --no-progress-bar --log-output"
 JOBS = int(config.get("jobs", 2))  # pages at a time
 FIRST = "0_start_here"  # draws the embedded set
 AFTER = {

@@ -62,17 +62,35 @@ def generated(source: Path) -> str:
     return head + tag + "".join(f"{line}\n" for line in lines) + mark + rest
 
 
+def edited(source: Path) -> bool:
+    """Whether the .ipynb has other text than its .py and is the newer of the two: it was edited where jupytext was not
+    at work, and building it would lose that."""
+    target = source.with_suffix(".ipynb")
+    if not target.exists() or target.stat().st_mtime_ns <= source.stat().st_mtime_ns:
+        return False
+    theirs, ours = ([cell.source for cell in nbformat.reads(text, as_version=4).cells]
+                    for text in (target.read_text(encoding="utf-8"), build(source)))  # fmt: skip
+    return theirs != ours
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: with `--check` 1 for a stale pair or an .ipynb that has no .py."""
+    """Returns the exit status: 1 for an .ipynb that was edited by itself, and with `--check` for a stale pair or an
+    .ipynb that has no .py."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="only compare")
+    parser.add_argument("--force", action="store_true", help="also over an .ipynb that was edited by itself")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="where the notebooks are")
     options = parser.parse_args(arguments)
 
-    stale = []
+    stale, kept = [], []
     for source in sources(options.folder):
+        if not (options.check or options.force) and edited(source):
+            kept.append(source)
+            print(f"{source.with_suffix('.ipynb')}: was edited, its .py was not, and it is left as it is. Take it over with "
+                  f"`jupytext --update --to py:percent {source.with_suffix('.ipynb')}`, or drop its changes with --force")  # fmt: skip
+            continue
         if (written := generated(source)) != source.read_text(encoding="utf-8"):
             stale.append(source)
             print(
@@ -95,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     for path in orphans:
         print(f"{path}: has no .py: make one (jupytext --to py:percent) or delete it")
-    return int(options.check and bool(stale or orphans))
+    return int(bool(kept) or (options.check and bool(stale or orphans)))
 
 
 def _visible(path: Path, folder: Path) -> bool:

@@ -229,7 +229,7 @@ def test_papermill_refuses_a_misspelt_parameter(tmp_path):
 
     def papermill(*parameters):
         return subprocess.run(
-            [*command, *parameters], cwd=tmp_path, capture_output=True, text=True, timeout=60
+            [*command, *parameters], cwd=tmp_path, capture_output=True, text=True, timeout=900
         )
 
     start = time.monotonic()

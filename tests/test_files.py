@@ -302,7 +302,7 @@ def start(tmp_path: Path, seconds: float) -> subprocess.Popen:
 
 def test_two_processes_make_it_once(tmp_path):
     both = [start(tmp_path, 0.5) for _ in range(2)]
-    said = [process.communicate(timeout=60)[0] for process in both]
+    said = [process.communicate(timeout=900)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert said == ["['entry.json', 'first', 'second']\n"] * 2
     assert (tmp_path / "log").read_text() == "made\n"
@@ -317,7 +317,7 @@ def test_a_killed_maker_is_followed_by_the_next(tmp_path):
     killed.wait()
     killed.stdout.close()
     assert [entry.whole for entry in entries(tmp_path / "cache")] == [False]
-    assert start(tmp_path, 0).communicate(timeout=60)[0] == "['entry.json', 'first', 'second']\n"
+    assert start(tmp_path, 0).communicate(timeout=900)[0] == "['entry.json', 'first', 'second']\n"
     assert [entry.whole for entry in entries(tmp_path / "cache")] == [True]
 
 

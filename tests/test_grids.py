@@ -94,7 +94,7 @@ def snakemake(book: Path, *options: str, **config: str) -> subprocess.CompletedP
     command = [sys.executable, "-m", "snakemake", "--workflow-profile", "profiles/default", *options]
     settings = {"grid": "toy_rows", "seeds": "0,1", "data_root": "my data", **config}
     command += ["--config", *(f"{key}={value}" for key, value in settings.items())]
-    return subprocess.run(command, cwd=book, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=book, capture_output=True, text=True, timeout=900)
 
 
 def planned(book: Path, **config: str) -> set[str]:
@@ -407,7 +407,7 @@ def test_a_new_table_is_two_files(book, tmp_path):
         fake_run(book, "two", seed, 40.0 + 1.5 * seed, views=8)
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", str(book)]
     command += ["notebooks/mvam/3_ablations.ipynb", str(tmp_path / "page.ipynb"), "-p", "grid", "mvam_mine"]
-    ran = subprocess.run(command, cwd=book, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(command, cwd=book, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stderr[-3000:]
     stem = "mvam_mine.scenes.tiny"
     assert {path.name for path in (book / "figures").iterdir()} == {

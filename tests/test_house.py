@@ -207,7 +207,7 @@ def test_a_grid_resolves_to_its_runs(grid, profile):
     command += ["--config", f"grid={grid.stem}", "seeds=0,1", "dataset=flickr8k", "scale=paper"]
     if profile == "slurm":  # its executor is a plugin that only a cluster needs
         command += ["--executor", "local", "--cores", "1"]
-    dry = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    dry = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     said = dry.stdout + dry.stderr
     assert dry.returncode == 0, said
     assert set(re.findall(r"^run +(\d+)$", said, re.M)) == {str(2 * len(rows))}, said
@@ -303,7 +303,7 @@ def test_the_workbook_runs_every_notebook_after_what_it_opens():
         "--cores",
         "2",
     ]
-    dry = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    dry = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     said = dry.stdout + dry.stderr
     assert dry.returncode == 0, said
     planned = re.findall(r"papermill .*? notebooks/(\S+)\.ipynb papermill_runs/workbook/\S+", said)

@@ -69,7 +69,7 @@ precision: str = None  # mixed precision; auto: bf16 if a GPU has it: auto | no 
 threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number
 
 # %% jupyter={"source_hidden": true}
-from finematch.config import root, settings
+from finematch.config import located, root, settings
 
 s = settings(globals(), "felga")
 s
@@ -131,8 +131,7 @@ trained = s.features == "fenet"
 
 # %%
 # a name of a file or folder is a path below the workbook's folder; any other name stays as it is
-files = {name: str(root() / named) if named and (root() / named).exists() else named
-         for name, named in (("vlp", s.vlp), ("proposals", s.proposals), ("keyword_model", s.keyword_model))}  # fmt: skip
+files = {name: located(getattr(s, name)) for name in ("vlp", "proposals", "keyword_model")}
 sets = open_fragment_sets(s.dataset, root() / s.data_root, root() / s.cache, report=s.report, smoke=s.smoke)
 cache = root() / s.cache / (s.dataset + ("-smoke" if s.smoke else ""))
 cache.mkdir(parents=True, exist_ok=True)

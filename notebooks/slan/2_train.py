@@ -136,6 +136,7 @@ s
 # %%
 import json
 import time
+from pathlib import Path
 from functools import partial
 
 import pandas as pd
@@ -232,7 +233,8 @@ pd.DataFrame(
 # %%
 data, steps_per_epoch = train.pairs(), len(train.captions) // s.batch_size
 shards = {
-    name: root() / where for name, where in (part.split(":", 1) for part in s.shards.split(",") if part)
+    name: root() / Path(where).expanduser()
+    for name, where in (part.split(":", 1) for part in s.shards.split(",") if part)
 }
 if shards:  # `data.shards.write_shards` makes them; held-out images must not be in them
     for split in dict.fromkeys(("val", reported)):

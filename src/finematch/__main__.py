@@ -6,6 +6,7 @@ A command imports what it needs when it runs, so that none waits for torch witho
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     data.add_argument("grid", nargs="?", help="name of a grid: what its rows read, alone")
     data.add_argument("--dataset", default="", help="this set alone; of a grid, scenes if not given")
-    data.add_argument("--data-root", default="data")
+    data.add_argument("--data-root", default="data", type=os.path.expanduser)
     data.add_argument("--scale", default="tiny", help="tiny or paper")
     data.add_argument("--proposals", default="", help="boxes of a detector, as of make grid")
     data.set_defaults(run=_data)
@@ -101,12 +102,12 @@ def _data(options: argparse.Namespace) -> int:
 def _add_rehearse(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("grid", help="name of a grid")
     parser.add_argument("--dataset", default="", help="the paper's at scale paper, else scenes")
-    parser.add_argument("--data-root", default="data")
+    parser.add_argument("--data-root", default="data", type=os.path.expanduser)
     parser.add_argument("--scale", default="tiny", help="tiny or paper")
     parser.add_argument("--reading", default="", choices=READINGS, help="default or literal; the scale's own")
     parser.add_argument("--row", default="", help="this row alone")
     parser.add_argument(
-        "--out", type=Path, help="write the table here, as data (papermill_runs/rehearsal/...)"
+        "--out", type=_path, help="write the table here, as data (papermill_runs/rehearsal/...)"
     )
     parser.set_defaults(run=_rehearse)
 
@@ -131,12 +132,12 @@ def _rehearse(options: argparse.Namespace) -> int:
 def _add_walk(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", nargs="+", default=[], help="these grids alone")
     parser.add_argument("--row", default="", help="this row alone, and what it builds on")
-    parser.add_argument("--out", type=Path, default="", help="folder of the runs (papermill_runs/walk)")
+    parser.add_argument("--out", type=_path, default="", help="folder of the runs (papermill_runs/walk)")
     parser.add_argument("--again", action="store_true", help="also rows that were walked")
     parser.add_argument("--keep", action="store_true", help="not again rows that other code has walked")
     parser.add_argument("--limit", type=float, default=0, help="begin no row after so many seconds")
-    parser.add_argument("--table", type=Path, help="write the table here, as data")
-    parser.add_argument("--page", type=Path, help="and its summary into this page")
+    parser.add_argument("--table", type=_path, help="write the table here, as data")
+    parser.add_argument("--page", type=_path, help="and its summary into this page")
     parser.set_defaults(run=_walk)
 
 
@@ -161,7 +162,7 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="these entries alone, by the names of their folders"
     )
-    parser.add_argument("--cache", type=Path, help="its folder (the workbook's data/cache)")
+    parser.add_argument("--cache", type=_path, help="its folder (the workbook's data/cache)")
     parser.add_argument("--kind", help="entries of one kind alone, as `list` prints it: regions, crops, ...")
     parser.set_defaults(run=_cache)
 
@@ -184,6 +185,11 @@ def _cache(options: argparse.Namespace) -> int:
         print(f"{size(entry.size):>9}  {entry.kind:<14} {entry.folder.relative_to(options.cache)}{state}")
     print(f"{options.cache}: {len(found)} entries, {done}{size(sum(entry.size for entry in found))}")
     return 0
+
+
+def _path(given: str) -> Path:
+    """A path as it is typed: of `--out=~/runs` no shell expands the `~`."""
+    return Path(given).expanduser()
 
 
 def size(count: int) -> str:

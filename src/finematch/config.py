@@ -28,6 +28,7 @@ import difflib
 import html
 import importlib
 import math
+import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -141,6 +142,8 @@ class Declared:
                 value = float(value) if abs(value) <= 2**1023 else math.inf
             elif isinstance(value, float):
                 value = float(value)
+        if kind is str and isinstance(value, str):
+            value = _spelt_out(name, value)
         if self.choices and value not in self.choices:
             listed = _words(map(repr, self.choices))
             raise ParameterError(f"{name} is {value!r}; use {listed}{_closest(value, self.choices)}")
@@ -156,6 +159,20 @@ class Declared:
         if self.range and not self.range[0] <= value <= self.range[1]:
             raise ParameterError(f"{name} = {value}: must lie in [{self.range[0]}, {self.range[1]}]")
         return value
+
+
+def _spelt_out(name: str, value: str) -> str:
+    """A text with the user's folder for `~`, which a notebook has no shell to expand.
+
+    Raises:
+        ParameterError: What would name a folder `$HOME`, `~nobody` or ` data` in place of the one that is meant.
+    """
+    value = os.path.expanduser(value)
+    if value != value.strip() or value.startswith(("~", "$")):
+        raise ParameterError(
+            f"{name} is {value!r}, taken as it stands: write it without blanks around, ~ or $"
+        )
+    return value
 
 
 def _said(value: Any) -> str:
@@ -278,6 +295,15 @@ def root(start: str | Path = ".") -> Path:
         f"{start} lies outside the workbook: no parent has pyproject.toml and notebooks/. "
         "Start papermill in the workbook's folder, or give it --cwd."
     )
+
+
+def located(named: str | Path) -> str:
+    """A file or folder by its place in the workbook, wherever the kernel was started; a hub's name as it is."""
+    try:
+        path = root() / named
+    except FileNotFoundError:  # outside of the workbook
+        return str(named)
+    return str(path) if str(named) and path.exists() else str(named)
 
 
 def _declaration(namespace: Mapping[str, Any]) -> dict[str, type]:

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from finematch.config import located
 from finematch.files import disguise
 
 
@@ -213,7 +214,7 @@ class BertTower(nn.Module):
 
         super().__init__()
         if isinstance(model, (str, Path)):
-            self.net = AutoModel.from_pretrained(str(model), add_pooling_layer=False)
+            self.net = AutoModel.from_pretrained(located(model), add_pooling_layer=False)
         else:
             self.net = BertModel(model, add_pooling_layer=False)
         self.width = self.net.config.hidden_size

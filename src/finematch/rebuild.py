@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from finematch.checkpoints import load_best
-from finematch.config import Settings, root
+from finematch.config import Settings, located, root
 from finematch.data import digests
 from finematch.data.fragment_sets import FragmentSets, open_fragment_sets
 from finematch.data.pairs import BoxedSource, RegionSource
@@ -324,10 +324,7 @@ def felga_networks(s: Settings, root: Path, sets: FragmentSets, *, arithmetic: s
     `arithmetic` is that of the run's features where it is known; the device's otherwise (`vlp_precision`).
     """
     # a name of a file or folder is a path below the workbook's folder; any other name stays as it is
-    named = {"vlp": s.vlp, "proposals": s.proposals, "keyword_model": s.keyword_model}
-    files = {
-        k: str(root / value) if value and (root / value).exists() else value for k, value in named.items()
-    }
+    files = {name: located(getattr(s, name)) for name in ("vlp", "proposals", "keyword_model")}
     cache = root / s.cache / (s.dataset + ("-smoke" if s.smoke else ""))
     name = files["vlp"] or "clip"
     if not files["vlp"] and s.scale == "tiny":

@@ -368,7 +368,8 @@ def open_run(folder: str | Path = "latest", *, method: str | None = None, **filt
     """
     if str(folder) == "latest":
         folder = latest(method, **filters)
-    path = Path(folder) if Path(folder).is_dir() else root() / folder
+    folder = Path(folder).expanduser()
+    path = folder if folder.is_dir() else root() / folder
     file = path / "metrics.json"
     if not file.is_file():
         raise DataError(
@@ -620,11 +621,14 @@ def measured(runs: str | Path | Iterable[str | Path]) -> pd.DataFrame:
 def _files(runs) -> list[Path]:
     if not isinstance(runs, (str, Path)):
         return [Path(file) for file in runs]
-    if any(mark in str(runs) for mark in "*?["):
-        path = Path(runs)
-        anchor = Path(path.anchor)
-        return sorted(anchor.glob(str(path.relative_to(anchor))))
-    return sorted(Path(runs).rglob("metrics.json")) if Path(runs).is_dir() else [Path(runs)]
+    path = base = Path(runs).expanduser()
+    if path.is_dir():
+        return sorted(path.rglob("metrics.json"))
+    if path.exists() or not any(mark in str(path) for mark in "*?["):
+        return [path]
+    while not base.is_dir():  # the folders that exist are no pattern, whatever their names
+        base = base.parent
+    return sorted(base.glob(str(path.relative_to(base))))
 
 
 def _read_metrics(file: Path) -> dict:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import sys
 import time
@@ -133,9 +134,29 @@ def join_processes() -> int:
 
         torchrun --nproc-per-node 8 --no-python bash -c 'papermill 2_train.ipynb run.$RANK.ipynb -p ...'
     """
+    own_environment()
     if "RANK" in os.environ:
         PartialState(cpu=not torch.accelerator.is_available())
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # it sets all of them
+STRAY = re.compile(r"ACCELERATE_\w+")  # settings that accelerate reads, such as another project's precision
+STRAY_RANK = re.compile(r"(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|(PMI|MV2_COMM_WORLD|OMPI_COMM_WORLD)_\w+")
+
+
+def own_environment() -> None:
+    """Drop what another program has left in the environment and accelerate would follow: its settings, which would
+    silently give other weights, and the rank of a process where torchrun has started none.
+
+    Warns:
+        UserWarning: With the names that were dropped.
+    """
+    alone = not all(name in os.environ for name in TORCHRUN)
+    strays = [n for n in os.environ if STRAY.fullmatch(n) or (alone and STRAY_RANK.fullmatch(n))]
+    if strays:
+        dropped = ", ".join(f"{name}={os.environ.pop(name)}" for name in sorted(strays))
+        warnings.warn(f"set by another program and ignored: {dropped}", stacklevel=3)
 
 
 def by_one_process(what: str) -> None:
@@ -246,6 +267,7 @@ def fit(
 
 def open_accelerator(plan: Plan) -> Accelerator:
     """The processes and devices to train on, and in which precision."""
+    own_environment()
     return Accelerator(
         # told outright: without `cpu`, accelerate under torchrun on a machine without GPUs runs N lone processes
         cpu=not torch.accelerator.is_available(),
@@ -298,6 +320,7 @@ class Loop:
     def __init__(self, model: nn.Module, data, plan: Plan, accelerator: Accelerator,
                  checkpoint: Checkpoint | None):  # fmt: skip
         self.plain, self.data, self.plan = model, data, plan
+        self.threads: dict[str, int] = {}  # for the log, where they are not those that the run began with
         self.accelerator, self.checkpoint = accelerator, checkpoint
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = make_optimizer(self.parameters, plan)
@@ -316,6 +339,14 @@ class Loop:
         """Restore the latest checkpoint; without one, keep the weights and random states of before the first step."""
         at = self.checkpoint.load(self.plain, self.optimizer, self.scheduler)
         self.at = at or {"epoch": 0, "step": 0, "sums": {}, "best": None, "history": [], "seconds": 0.0}
+        here = torch.get_num_threads()
+        if self.accelerator.device.type == "cpu" and self.at.setdefault("threads", here) != here:
+            self.threads = {"threads": here}
+            warnings.warn(
+                f"this run began with {self.at['threads']} threads and goes on with {here}: sums are made in another "
+                "order, so the last bits are not those of an unbroken run. log.jsonl says from which epoch on",
+                stacklevel=3,
+            )
         self.started = time.monotonic() - self.at["seconds"]
         if at is None:
             self.save()
@@ -359,7 +390,12 @@ class Loop:
             if due and update and at["step"] < self.steps:
                 at["seconds"] = time.monotonic() - self.started
                 self.save()
-        line = {"epoch": epoch + 1, "steps": self.steps, "lr": self.scheduler.get_last_lr()[0]}
+        line = {
+            "epoch": epoch + 1,
+            "steps": self.steps,
+            "lr": self.scheduler.get_last_lr()[0],
+            **self.threads,
+        }
         return line | {name: total / self.steps for name, total in at["sums"].items()}
 
     def step(self, batch, update: bool, where: str) -> dict[str, float]:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from finematch.config import Settings, root
+from finematch.config import Settings, located, root
 from finematch.data import load, load_coco
 from finematch.data.fragment_sets import open_fragment_sets
 from finematch.data.pairs import (
@@ -125,7 +125,8 @@ def frozen_network(
     if mini and not dataset.startswith("scenes"):
         raise ValueError(f"vision={vision!r} is trained on the captions of scenes: use it in a run on scenes")
     if (vision and not mini) or scale == "paper":
-        net = timm_backbone(vision or "vit_base_patch16_224", weights=weights or ("" if vision else "hub"))
+        weights = located(weights) or ("" if vision else "hub")
+        net = timm_backbone(vision or "vit_base_patch16_224", weights=weights)
     elif dataset.startswith("scenes"):
         if told == "attributes" and not mini:
             net = _attribute_network(data_root, cache, smoke)
@@ -134,7 +135,7 @@ def frozen_network(
                 data_root, cache, smoke, vision or "resnet18", "pretrain" if unseen else ""
             )
     else:
-        net = mobilenet(_mobilenet_file(data_root, weights))
+        net = mobilenet(_mobilenet_file(data_root, located(weights)))
     return net.to(accelerator())
 
 
@@ -363,7 +364,7 @@ def open_clip(
     )
 
     if weights or scale == "paper":
-        name = weights or "openai/clip-vit-base-patch16"
+        name = located(weights) or "openai/clip-vit-base-patch16"
         return name, AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
     tokenizer = open_tokenizer(dataset, data_root, scale=scale)
     config = small_clip(len(tokenizer), eos=tokenizer.sep_token_id, bos=tokenizer.cls_token_id)
@@ -409,7 +410,7 @@ def open_tokenizer(
     if dataset.startswith("scenes") and scale == "tiny":
         return word_level(TOKENIZER)
     if weights or scale == "paper":
-        return wordpiece(weights or "bert-base-uncased")
+        return wordpiece(located(weights) or "bert-base-uncased")
     vocabulary = Path(data_root) / "vocab" / "bert-base-uncased-vocab.txt"
     if not vocabulary.is_file():
         raise DataError(
@@ -436,7 +437,7 @@ def caption_states(
     """Token states of a frozen text model (a folder or hub name) for every caption, and its tokenizer."""
     from transformers import AutoTokenizer
 
-    tower, tokenizer = BertTower(model).to(accelerator()), AutoTokenizer.from_pretrained(str(model))
+    tower, tokenizer = BertTower(model).to(accelerator()), AutoTokenizer.from_pretrained(located(model))
     key = fingerprint(tower)
     states = {
         split: text_states([c for _, c in pairs(part)], tower, tokenizer, cache, split, key=key)

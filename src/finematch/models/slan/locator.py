@@ -42,6 +42,7 @@ from finematch.boxes import (
     roi_align_mean,
     summed_area,
 )
+from finematch.config import located
 from finematch.encoders import Cells
 from finematch.files import why_unreadable
 from finematch.losses import wide
@@ -134,7 +135,7 @@ def pixel_stages(name: str, *, weights: str | Path = "", stages: tuple[int, ...]
     """
     name = name or "resnet50"
     options = {"num_classes": 0} | ({"dynamic_img_size": True} if name.startswith("vit_") else {})
-    cells = Cells(name, weights=weights, options=options)
+    cells = Cells(name, weights=located(weights), options=options)
     plain = len({stage["reduction"] for stage in cells.net.feature_info}) == 1
     return Stages(cells, (-1,) if plain else stages)
 
