@@ -7,11 +7,14 @@ others theirs, and three steps are taken. Another value of a setting must give o
 import zlib
 
 import pytest
+import test_hslm
+import test_slan
 import torch
 from test_numerics import SMALL, made
 from test_settings import CONFIGS, other_value
 
 from finematch.config import Settings, declared
+from finematch.models.slan.locator import RegionFilter, best_word, ends, regression_loss, regression_target
 
 # a setting that has an effect only under others
 UNDER = {
@@ -79,3 +82,36 @@ def test_a_switch_changes_what_the_model_computes(method, name):
     values = VALUES.get((method, name)) or [v for v in one.choices if v != was] or [other_value(one, was)]
     for value in values:
         assert computed(method, **{**given, name: value}) != base, f"{name} = {value!r} is {was!r}"
+
+
+# ------------------------------------------------------------------------------------------- what a switch leaves alone
+def test_a_graph_norm_of_the_batch_is_of_regions_alone():
+    """Words of one caption are no sample: their graph has no norm then."""
+    model = test_hslm.tiny(graph_norm="batch")
+    norms = [[type(layer.norm).__name__ for layer in part.graph] for part in (model.image, model.text)]
+    assert norms == [["BatchNorm1d"] * 2, ["Identity"] * 2]
+
+
+@pytest.mark.parametrize("include_special", [False, True])
+def test_a_weighted_target_counts_words_as_the_moves_do(include_special):
+    """[CLS] and [SEP] match no region where they are no words (S9), in Eq. 3 as little as in Eq. 2."""
+    model = test_slan.tiny(target="weighted", include_special=include_special)
+    maps, words, mask = test_slan.inputs(lengths=(3, 4, 3))  # so few that no word may match
+    located = model(maps, words, mask)
+    counted = mask if include_special else mask & ~ends(mask)
+    losses = []
+    for which in (counted, mask):
+        matches = torch.stack([best_word(level, which) for level in located.cosine[1:]])
+        target = regression_target(located.boxes[1:], matches, model.config.cell_tau)
+        losses.append(regression_loss(located.boxes[0], target, located.valid))
+    torch.testing.assert_close(located.reg_loss, losses[0])
+    assert torch.equal(*losses) == include_special
+
+
+def test_a_score_of_exactly_h_is_not_above_it():
+    """3.2.2: "saliency scores above a threshold h"."""
+    logits = torch.tensor([[3.0, 2.0, 1.0, -1.0]])  # minmax: 1, 3/4, 1/2, 0
+    every = torch.ones(1, 4, dtype=torch.bool)
+    for threshold, kept in ((0.5, 2), (0.49, 3), (0.75, 1)):
+        part = RegionFilter(8, top=4, threshold=threshold, score_norm="minmax")
+        assert int(part(logits, every)[2].sum()) == kept
