@@ -1,5 +1,6 @@
 """What a machine brings along: odd folder names, a user's folder, another program's settings, a killed grid."""
 
+import json
 import os
 import shutil
 import site
@@ -18,11 +19,22 @@ from finematch.__main__ import main
 from finematch.config import ParameterError, Settings, located, parameters
 from finematch.features import inputs
 from finematch.models.slan import locator
-from finematch.runs import measured, open_run, write_metrics
+from finematch.runs import FIELDS, measured, open_run
 from finematch.training import fit, own_environment, seed_everything
 
 
 # ------------------------------------------------------------------------------------------- folders
+def finished(folder, seed):
+    """A run of which nothing is left but its metrics."""
+    content = dict.fromkeys(FIELDS, "x") | {
+        "parameters": {"seed": seed},
+        "metrics": {"rsum": 1.0},
+        "versions": {},
+    }
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(content))
+
+
 def test_a_grid_runs_in_a_folder_with_blanks_and_brackets_and_by_a_python_in_another(tmp_path):
     book, env = tmp_path / "my book [1]", tmp_path / "my env"
     (book / "notebooks" / "toy").mkdir(parents=True)
@@ -52,9 +64,7 @@ def test_the_python_that_runs_a_page_is_quoted(file):
 @pytest.mark.parametrize("name", ["runs", "my runs [1]", "runs [ab]*", "a?b"])
 def test_runs_are_found_in_a_folder_of_any_name(tmp_path, name):
     for seed in (0, 1):
-        write_metrics(
-            tmp_path / name / f"one.s{seed}", {"seed": seed}, {"rsum": 1.0}, seconds=1, protocol="x"
-        )
+        finished(tmp_path / name / f"one.s{seed}", seed)
     for runs in (
         tmp_path / name,
         f"{tmp_path / name}/*/metrics.json",
@@ -74,7 +84,7 @@ def test_the_users_folder_may_be_written_short(tmp_path, monkeypatch, capsys):
     )
     namespace = {"__annotations__": {"cache": "str"}, "cache": "~/cache"}
     assert parameters(namespace).cache == f"{tmp_path}/cache"
-    write_metrics(tmp_path / "runs", {"seed": 3}, {"rsum": 1.0}, seconds=1, protocol="x")
+    finished(tmp_path / "runs", 3)
     assert measured("~/runs")["seed"].tolist() == [3]
     with pytest.warns(UserWarning, match="legacy"):
         assert open_run("~/runs", method="mvam").seed == 3
