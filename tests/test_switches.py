@@ -30,6 +30,7 @@ UNDER = {
     ("slan", "scaling"): {"proposals": "queries"},
     ("slan", "threshold"): {"score_norm": "minmax", "threshold": 0.1},
     ("slan", "contrast"): {"queue": 0},
+    ("slan", "outside"): {"extent": "map"},
 }
 # values that fit the tiny model
 VALUES = {
