@@ -25,7 +25,7 @@ OURS = {
              "weight_decay": 0.01, "warmup": 0.1, "precision": "auto"},
     "hslm": {"sim": 256, "graph_norm": "none", "cross_scale": 1.0, "dropout": 0.0, "rivals": 0, "warmup_epochs": 0.0,
              "clip_norm": 2.0, "precision": "auto", "val_pictures": 0},
-    "felga": {"vlp_precision": "auto", "precision": "auto"},
+    "felga": {"vlp_precision": "auto", "precision": "auto", "train_keywords": "nouns"},
     "slan": {"maps": 3, "stages": (2, 3, 4), "width": 768, "text_depth": 12, "text_heads": 12, "pyramid": 256,
              "heads": 12, "anchor": 8.0, "query_depth": 6, "query_heads": 8, "samples": 14, "dropout": 0.0,
              "embed": 256, "queue": 65536, "mlm_weight": 1.0, "reg_weight": 1.0, "rerank": 128, "random_negatives": 0.0,
