@@ -642,17 +642,20 @@ def test_a_claim_may_name_its_metrics_by_a_pattern(book):
         grid("mvam_mine", folder=book / "grids")
 
 
-@pytest.mark.parametrize("name", [name for name in names(ROOT / "grids") if name.startswith("felga")])
 @pytest.mark.parametrize("dataset", ["scenes", "coco2014"])
-def test_felgas_claims_are_the_papers_own_order(name, dataset):
-    """In each of the paper's columns that a claim names, the better row has the higher printed number."""
+@pytest.mark.parametrize("name", names(ROOT / "grids"))
+def test_claims_are_the_papers_own_order(name, dataset):
+    """In each column that a claim names and the paper prints for both rows, the better row has the higher number."""
     table = grid(name, dataset, folder=ROOT / "grids")
+    if not table.table or (dataset == "coco2014" and table.method != "felga"):
+        return
     cells = printed(table).set_index(["row", "column"])["value"]
-    metrics = {metric: column for column, metric in table.columns.items()}
-    compared = [(claim.text, *(cells[table.names[row], metrics[claim.metric]] for row in (claim.better, claim.worse)))
-                for claim in table.claims if claim.metric in metrics]  # fmt: skip
-    assert {claim.metric for claim in table.claims} >= set(metrics)
-    assert [text for text, better, worse in compared if not better > worse] == []
+    columns = {metric: column for column, metric in table.columns.items()}
+    for claim in table.claims:
+        pair = [
+            cells.get((table.names[row], columns.get(claim.metric))) for row in (claim.better, claim.worse)
+        ]
+        assert None in pair or pair[0] > pair[1], (claim.text, claim.metric, pair)
 
 
 def test_committed_metrics_are_those_of_their_rows():
