@@ -20,6 +20,7 @@ from finematch.models.hslm import (
     GraphLayer,
     PairScorer,
     Picture,
+    RegionEncoder,
     SelfAttentionPooling,
     WordEncoder,
     WordSelfAttention,
@@ -178,6 +179,19 @@ def test_words_are_the_average_of_both_directions_made_unit():
         expected = F.normalize((states[0, :, :5] + states[0, :, 5:]) / 2, dim=-1)  # Eq. 13
         torch.testing.assert_close(words[c, :length], expected)
     torch.testing.assert_close(mask, text["mask"])
+
+
+def test_input_dropout_takes_channels_of_an_image_from_all_its_regions_in_training_alone():
+    encoder = RegionEncoder(7, HSLMConfig(width=7, depth=0, input_dropout=0.5))
+    with torch.no_grad():
+        encoder.embed.weight.copy_(torch.eye(7))
+        encoder.embed.bias.zero_()
+    features, mask = torch.rand(50, 5, 7) + 0.5, torch.ones(50, 5, dtype=torch.bool)
+    lost = encoder.train()(features, mask) == 0
+    assert torch.equal(lost, lost[:, :1].expand_as(lost))
+    assert 0.3 < lost.float().mean() < 0.7
+    assert (lost.sum((1, 2)) > 0).sum() > (lost[:1] == lost).all((1, 2)).sum()  # not the same for all images
+    torch.testing.assert_close(encoder.eval()(features, mask), F.normalize(features, dim=-1))
 
 
 def test_special_tokens_can_be_left_out():
@@ -640,6 +654,7 @@ def test_the_literal_reading_is_the_papers_text():
         "self_attention": "word", "self_residual": False, "relation": "nodes", "graph_norm": "none",
         "normalise_graph": False, "cross": "attend", "gate_pool": "mean", "cross_scale": 1.0, "context_norm": False,
         "node_gate": "scalar", "node_weights": "raw", "loss_score": "logit", "include_special": True, "rivals": 0,
+        "input_dropout": 0.0,
     }  # fmt: skip
     assert HSLMConfig.literal() == text  # relation: the printed one cannot be trained, see below
     tiny_run, paper = Settings("hslm", {"reading": "literal"}), Settings("hslm", {"scale": "paper"})

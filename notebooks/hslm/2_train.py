@@ -54,6 +54,7 @@ start_scale: float = None  # factor on the scores of the contrastive loss; defau
 rivals: int = None  # hardest of so many random negatives; 0: of the batch; tiny 0, photos 4, paper 0 (H26)
 warmup_epochs: float = None  # first epochs, trained by `start`; tiny 2, photos 1, paper 0 (H26)
 dropout: float = None  # dropout of the word embeddings; tiny 0, photos 0.2, paper 0
+input_dropout: float = None  # share of the region features' channels that an image loses in a step; default 0 (H27)
 vision: str = ""  # a timm name in place of the scale's backbone
 vision_weights: str = ""  # safetensors file of the network `vision`, or hub
 text_weights: str = ""  # folder or hub name whose WordPiece vocabulary is used

@@ -143,6 +143,9 @@ class HSLMConfig(Config):
         0, (0, 65536), "hardest of so many random negatives; 0: of the batch", register="H26", literal=0,
         says="hard negatives in each mini-batch")
     dropout: float = setting(0.0, (0, 0.95), "dropout of the word embeddings")
+    input_dropout: float = setting(
+        0.0, (0, 0.95), "share of the region features' channels that an image loses in a step", register="H27",
+        literal=0.0, says="nothing about dropout; few images with frozen features are soon learned by heart")
 
     @property
     def layers(self) -> int:

@@ -176,15 +176,21 @@ class MGCN(nn.ModuleList):
 
 
 class RegionEncoder(nn.Module):
-    """Eq. 1 and 7-10: detector features to R*. A linear layer, unit length, then the graph."""
+    """Eq. 1 and 7-10: detector features to R*. A linear layer, unit length, then the graph.
+
+    With `input_dropout` (H27, ours) an image loses a share of the channels in training, the same for all its regions:
+    otherwise a small set of frozen features is learned by heart.
+    """
 
     def __init__(self, features: int, config: HSLMConfig):
         super().__init__()
-        self.embed = nn.Linear(features, config.width)
+        self.embed, self.input_dropout = nn.Linear(features, config.width), config.input_dropout
         self.graph = MGCN(config.width, config.layers, relation=config.relation, norm=config.graph_norm)
         self.normalise_graph = config.normalise_graph
 
     def forward(self, features: Float[Tensor, "b n f"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        if self.training and self.input_dropout > 0:  # a mask "b 1 f": one of "b n f" costs n times more
+            features = features * F.dropout(torch.ones_like(features[:, :1]), self.input_dropout)
         regions = F.normalize(self.embed(features), dim=-1) * mask.unsqueeze(-1)
         regions = self.graph(regions, mask)
         return F.normalize(regions, dim=-1) if self.normalise_graph else regions
