@@ -35,7 +35,7 @@ glob: bool = None  # global alignment; default True
 loc: bool = None  # local alignment; default True
 depth: int = None  # layers of the graph convolution; 0 is the identity; default 4
 self_attention: str = None  # how Eq. 6 relates the words: word | channel | softmax; default word (H1)
-self_residual: bool = None  # residual connection in Eq. 6; default False (H2)
+self_residual: bool = None  # residual connection in Eq. 6; default True; literal False (H2)
 relation: str = None  # normalisation of A (Eq. 7-8): nodes | raw | softmax; default nodes (H4)
 graph_norm: str = None  # norm after W_r: none | layer | batch; tiny layer, photos layer, paper none (H5)
 normalise_graph: bool = None  # scale regions to unit length after the graph; default False (H9)
@@ -49,7 +49,7 @@ loss_score: str = None  # score in the loss (Eq. 23): sigmoid | logit; default s
 include_special: bool = None  # [CLS] and [SEP] count as words; default True (H24)
 margin: float = None  # margin of the loss, beta of Eq. 23; default 0.2
 negatives: str = None  # negatives of Eq. 23: contrastive | hardest | mean | random; default hardest
-start: str = None  # the same, in the first epochs (warmup_epochs): contrastive | random; default random (H26)
+start: str = None  # the same, in the first epochs (warmup_epochs): contrastive | random; default contrastive; literal random (H26)
 start_scale: float = None  # factor on the scores of the contrastive loss; default 10
 rivals: int = None  # hardest of so many random negatives; 0: of the batch; tiny 0, photos 4, paper 0 (H26)
 warmup_epochs: float = None  # first epochs, trained by `start`; tiny 2, photos 1, paper 0 (H26)
@@ -202,7 +202,7 @@ untrained
 # > "the operator [z]+ = max(0,z) compares the tolerance value with zero [...] we only use the hard negatives in each mini-batch"
 #
 # With the hardest negatives a model from scratch can sit on a plateau: every score equal, the loss at exactly 2 B margin. The log names it
-# (`plateau`: share of an epoch's steps that sat there). `warmup_epochs` of random negatives lead out of it.
+# (`plateau`: share of an epoch's steps that sat there). `warmup_epochs` with a contrastive loss (`start`, H26) lead out of it.
 # The epoch with the best rsum on *val* is kept; where val itself is reported, the last one.
 
 

@@ -96,7 +96,9 @@ class HSLMConfig(Config):
         "H1", "word", "channel", "softmax",
         says="Eq. 6 multiplies three matrices that do not conform; the text filters words",
         help="how Eq. 6 relates the words")
-    self_residual: bool = switch("H2", False, True, says="Eq. 6 has no residual", help="residual connection in Eq. 6")
+    self_residual: bool = switch(
+        "H2", True, False, literal=False, says="Eq. 6 has no residual, so words become mixtures of one another",
+        help="residual connection in Eq. 6")
     relation: str = switch(
         "H4", "nodes", "raw", "softmax",  # raw words are infinite after 2 to 4 steps at the paper's widths (lr 2e-4)
         says="Eq. 7-8 do not normalise A, which then overflows; the cited VSRN divides by the nodes",
@@ -136,8 +138,9 @@ class HSLMConfig(Config):
         "hardest", {"hardest", "mean", "random", "contrastive"},
         "negatives of Eq. 23")
     start: str = setting(
-        "random", {"random", "contrastive"}, "the same, in the first epochs (warmup_epochs)", register="H26",
-        says="how training starts is not said; the hinge on the hardest negatives plateaus")
+        "contrastive", {"random", "contrastive"}, "the same, in the first epochs (warmup_epochs)", register="H26",
+        literal="random",
+        says="nothing about a start (literal: warmup_epochs=0); the hinge on hardest negatives plateaus")
     start_scale: float = setting(10.0, (1e-6, 1e6), "factor on the scores of the contrastive loss")
     rivals: int = setting(
         0, (0, 65536), "hardest of so many random negatives; 0: of the batch", register="H26", literal=0,
