@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 import resource
 import signal
 import subprocess
@@ -368,6 +369,18 @@ def test_damaged_features_are_named(tmp_path, backbone, pictures, name):
     path.write_bytes(data[:-1])
     with pytest.raises(DataError, match=rf"all_{name}: cells: has \d+ bytes, not \d+: it was cut off"):
         regions.extract(records, backbone, tmp_path, "train", echo=None)
+
+
+@pytest.mark.parametrize("name", ["cells.json", "cells.safetensors"])
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_a_saved_backbone_that_was_cut_off_is_named(tmp_path, backbone, name, share):
+    backbones.save_backbone(backbone, tmp_path)
+    opened = backbones.open_backbone(tmp_path)
+    assert opened.key == backbone.key
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(DataError, match=re.escape(str(tmp_path / name))):
+        backbones.open_backbone(tmp_path)
 
 
 def test_features_have_their_space_before_they_are_written(tmp_path, backbone, pictures):

@@ -20,6 +20,7 @@ from torch import nn
 
 from finematch.checkpoints import unique_state
 from finematch.config import Settings
+from finematch.files import DataError
 from finematch.losses import contrastive
 from finematch.models.configs import LocatorConfig, SLANConfig
 from finematch.models.slan.objective import (
@@ -1028,6 +1029,10 @@ def test_fine_tuning_begins_with_pretrained_weights(tmp_path):
     ):
         assert torch.equal(mine, theirs)
     assert len(new.queue.keys().image_id) == 0
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "best.safetensors").read_bytes()[:100])
+    for name in ("cut", "absent"):
+        with pytest.raises(DataError, match=rf"{name}\.safetensors: the file: holds no weights"):
+            new.load_pretrained(tmp_path / f"{name}.safetensors")
     towers = TinyTowers()
     tied = SLAN(towers, TinyLocator(), **configured({"queue": 4, "tied": towers.embed}))
     save_file(unique_state(tied), tmp_path / "tied.safetensors")

@@ -89,6 +89,21 @@ def why_unreadable(file: str | Path, error: Exception) -> str:
     return what or getattr(error, "strerror", None) or str(error)
 
 
+def read_tensors(path: str | Path) -> dict[str, Any]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        DataError: If it is missing, cut off or something else; the message says what.
+    """
+    from safetensors.torch import load_file  # takes torch along, which the command line does without
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        problem = f"holds no weights that can be read ({why_unreadable(path, error)})"
+        raise DataError(path, "the file", problem, "Make or download it again") from error
+
+
 # ------------------------------------------------------------------------------------------- writing
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     """`write` a file beside `path`, flush it to disk, rename it into place: a reader sees the old or the new.

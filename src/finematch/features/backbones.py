@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from finematch.data.checks import read_json
 from finematch.encoders import Cells
-from finematch.files import cached, digest_within, file_digest, write_atomically
+from finematch.files import cached, digest_within, file_digest, read_tensors, write_atomically
 from finematch.training import by_one_process
 
 
@@ -128,7 +129,7 @@ def taught_backbone(
 
     def build() -> Cells:
         net = Cells(name, stage=stage, mean=0.5, sd=0.25, **options)
-        net.load_state_dict(load_file(kept))
+        net.load_state_dict(read_tensors(kept))
         return net.eval().requires_grad_(False)
 
     digest = digest_within(kept, "fingerprint", lambda: fingerprint(build()))
@@ -176,8 +177,12 @@ def save_backbone(backbone: Backbone, folder: str | Path) -> None:
 
 
 def open_backbone(folder: str | Path) -> Backbone:
-    """The backbone that `save_backbone` wrote, frozen."""
-    content = json.loads((Path(folder) / "cells.json").read_text(encoding="utf-8"))
+    """The backbone that `save_backbone` wrote, frozen.
+
+    Raises:
+        DataError: If one of its two files is cut off or something else.
+    """
+    content = read_json(Path(folder) / "cells.json")
     form = content["cells"]
     net = Cells(
         form["name"],
@@ -186,5 +191,5 @@ def open_backbone(folder: str | Path) -> Backbone:
         stage=form["stage"],
         options=form["options"],
     )
-    net.load_state_dict(load_file(Path(folder) / "cells.safetensors"))
+    net.load_state_dict(read_tensors(Path(folder) / "cells.safetensors"))
     return Backbone(net.eval().requires_grad_(False), content["size"], content["key"])

@@ -28,10 +28,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from finematch.files import read_tensors
 from finematch.losses import gather, longest, wide
 from finematch.models.configs import SLANConfig
 
@@ -861,9 +861,10 @@ class SLAN(nn.Module):
             The heads that only one of the two has: those left out, or those that begin at random.
 
         Raises:
-            ValueError: If towers, locator or projections differ; the message names the weights.
+            ValueError: If towers, locator or projections differ; the message names the weights. A file that cannot be
+                read is a DataError.
         """
-        content, kept = load_file(path), "locator.kept."
+        content, kept = read_tensors(path), "locator.kept."
         own = ("momentum.", "queue.", "steps")
         if taken := not any(k.startswith(kept) for k in content):  # a detector that is frozen from now on
             own += (kept,)
