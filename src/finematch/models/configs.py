@@ -138,7 +138,7 @@ class HSLMConfig(Config):
         "hardest", {"hardest", "mean", "random", "contrastive"},
         "negatives of Eq. 23")
     start: str = setting(
-        "contrastive", {"random", "contrastive"}, "the same, in the first epochs (warmup_epochs)", register="H26",
+        "contrastive", {"random", "contrastive"}, "negatives of `warmup_epochs`", register="H26",
         literal="random",
         says="nothing about a start (literal: warmup_epochs=0); the hinge on hardest negatives plateaus")
     start_scale: float = setting(10.0, (1e-6, 1e6), "factor on the scores of the contrastive loss")
