@@ -531,7 +531,7 @@ def test_the_loss_agrees_with_finite_differences():
 
 
 def test_the_plateau_is_named():
-    """Equal scores: the loss is 2 B margin, and the term that `fit` logs says so."""
+    """Equal scores: the loss is 2 B margin (contrastive: ln B), and the term that `fit` logs says so."""
     model = tiny()
     image, text = inputs(b=5)
     batch = {"image": image, "text": text, "image_id": torch.arange(5)}
@@ -547,6 +547,16 @@ def test_the_plateau_is_named():
         model.config, loss_score="logit"
     )  # through the sigmoid scores this large would all be one
     assert model(batch)["plateau"] == 0
+    model = tiny(negatives="contrastive")
+    with torch.no_grad():
+        model.pairs.score.weight.zero_()
+    terms = model(batch)
+    assert math.isclose(float(terms["loss"]), math.log(5), rel_tol=1e-5)
+    assert terms["plateau"] == 1
+    ids = torch.tensor([0, 0, 1, 2, 3])  # captions of one image are no negatives: 4, 4, 5, 5, 5 candidates
+    terms = model(batch | {"image_id": ids})
+    assert math.isclose(float(terms["loss"]), (2 * math.log(4) + 3 * math.log(5)) / 5, rel_tol=1e-5)
+    assert terms["plateau"] == 1
 
 
 def test_rivals_are_the_hardest_of_so_many_drawn_anew():

@@ -559,7 +559,8 @@ class HSLM(nn.Module):
         and memory for 3 B pairs. Several processes share their pairs: the loss is that of the whole batch.
 
         Returns:
-            `loss`; `plateau`: 1 where the loss lies within 1 % of 2 B margin, where every score is the same.
+            `loss`; `plateau`: 1 where the loss lies within 1 % of what it is when every score is the same: 2 B margin,
+            or ln B of the contrastive loss.
         """
         picture, caption = self.encode_image(**batch["image"]), self.encode_text(**batch["text"])
         if (short := longest(caption.words.shape[1]) - caption.words.shape[1]) > 0:
@@ -572,9 +573,11 @@ class HSLM(nn.Module):
         same = ids[:, None] == ids[None, :]
         begins = self.training and self.steps < self.warmup_steps
         kind = self.config.start if begins else self.config.negatives
-        view = self.pairs.prepare(picture)
+        view, flat = self.pairs.prepare(picture), 2 * len(same) * self.config.margin
         if kind == "contrastive":
-            loss = softmax_loss(self.config.start_scale * wide(score(self.pairs, view, caption)), same)
+            scores = self.config.start_scale * wide(score(self.pairs, view, caption))
+            loss = softmax_loss(scores, same)
+            flat = float(softmax_loss(torch.zeros_like(scores), same))
         elif kind == "mean":
             scores = self.squash(score(self.pairs, view, caption))
             loss = hinge(scores, same, self.config.margin, negatives="mean")
@@ -599,7 +602,6 @@ class HSLM(nn.Module):
             ).sum()
         if self.training:
             self.steps += 1
-        flat = 2 * len(same) * self.config.margin
         return {"loss": loss, "plateau": ((loss.detach() - flat).abs() < 0.01 * flat).to(loss.dtype)}
 
     def mine(
