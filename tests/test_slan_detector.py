@@ -3,6 +3,7 @@ it finds things."""
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -570,6 +571,14 @@ def test_boxes_come_from_the_images_that_a_run_trains_on(tmp_path):
     assert (train.boxes[0, : len(first)] * torch.tensor([96, 64, 96, 64])).tolist() == [
         pytest.approx(box) for box in first
     ]
+    turned, before = records["train"][0].image, records["train"][0].image.read_bytes()
+    for orientation, told in ((6, "is shown as 64 x 96 by its EXIF tag"), (2, "by its EXIF tag")):
+        exif = Image.Exif()
+        exif[274] = orientation
+        Image.open(io.BytesIO(before)).save(turned, exif=exif)
+        with pytest.raises(DataError, match=rf"{turned.name}.*{told}.*boxes are of 96 x 64"):
+            BoxedImages(images["train"], boxes["train"])
+    turned.write_bytes(before)
     folder = root / "coco" / "annotations"
     for split in ("train", "val"):  # the names of 2017 are the numbers alone
         text = (folder / f"instances_{split}2014.json").read_text().replace(f"COCO_{split}2014_", "")

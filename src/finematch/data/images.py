@@ -112,6 +112,21 @@ def possible_sizes(image: Path) -> set[tuple[int, int]]:
         return {opened.size, opened.size[::-1] if quarter else opened.size}
 
 
+def check_shown(image: Path, record: str, size: tuple[int, int]) -> None:
+    """Refuse boxes in pixels of an image of `size` for an image that `open_rgb` was not told of when it showed it.
+
+    Raises:
+        DataError: If the image as shown has another size, or its EXIF tag leaves open where the boxes lie.
+    """
+    with opening(image, record) as opened:
+        turn, (width, height) = _orientation(opened), opened.size
+    shown = (height, width) if turn > 4 else (width, height)
+    if shown != size or turn in (2, 3, 4) or (turn > 4 and width == height):
+        problem = f"is shown as {shown[0]} x {shown[1]}{' by its EXIF tag' if turn > 1 else ''}"
+        raise DataError(image, record, f"{problem}, its boxes are of {size[0]} x {size[1]}",
+                        "Write its pixels turned and without the tag; use the images that were annotated")  # fmt: skip
+
+
 def _orientation(opened: Image.Image) -> int:
     try:
         return int(opened.getexif().get(ORIENTATION, 1))

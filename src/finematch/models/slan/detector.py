@@ -32,6 +32,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import generalized_box_iou, generalized_box_iou_loss
 
 from finematch.boxes import convert, iou, multi_scale_grid
+from finematch.data.images import check_shown
 from finematch.data.pairs import MapSource, PixelSource
 from finematch.data.record import DataError, Record, digests
 from finematch.files import cached, write_atomically, write_text
@@ -64,7 +65,8 @@ class BoxedImages(Dataset):
             which is the name of 2017. Crowds (COCO) are left out.
 
     Raises:
-        DataError: a picture without a record, a record without the picture's size, no boxes at all.
+        DataError: a picture without a record, a record without the picture's size or of a picture of another size or
+            side, no boxes at all.
     """
 
     def __init__(self, images: MapSource | PixelSource, records: list[Record]):
@@ -76,6 +78,8 @@ class BoxedImages(Dataset):
         self.images, found = images, []
         stage = images.stages[0] if isinstance(images, MapSource) else None
         self.ids = list(stage.ids) if stage else [r.image_id for r in images.records]
+        # Karpathy's files state no sizes
+        sizeless = {} if stage else {r.image_id: r.image for r in images.records if r.image and not r.size}
         split = stage.split if stage else next((r.split for r in images.records), "")
         for name in self.ids:
             record = known.get(name) or known.get(COCO_2014.sub("", name))
@@ -85,6 +89,8 @@ class BoxedImages(Dataset):
                     (record and record.source) or f"{split}_ids.txt", f"picture {name}", problem,
                     "Give the records of the same split, from a file that states boxes and sizes (COCO's instances)",
                 )  # fmt: skip
+            if name in sizeless:
+                check_shown(sizeless[name], f"picture {name}", record.size)
             frame = torch.tensor([*record.size, *record.size], dtype=torch.float32)
             boxes = [o.box for o in record.objects if not o.crowd]
             found.append(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) / frame)
