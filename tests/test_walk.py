@@ -100,6 +100,22 @@ def test_each_kind_starts(folder, grid, row, did):
     assert again == []
 
 
+def test_what_a_row_builds_on_is_walked_again_where_its_weights_are_gone(tmp_path):
+    begun = []
+    told = {
+        "out": tmp_path,
+        "shrink": SHRINK,
+        "echo": lambda *words, **_: begun.append(words[0].split()[2:3]),
+    }
+    walk(["mvam_backbones"], "clip-cls", **told)
+    assert not list(tmp_path.glob("mvam/*/**/*.safetensors"))
+    begun.clear()
+    found = walk(["mvam_backbones"], "clip-attention", **told)
+    assert begun[::2] == [["clip-cls"], ["clip-attention"]]
+    assert [result["did"] for result in found] == ["step", "step"]
+    assert not list(tmp_path.glob("mvam/*/**/*.safetensors"))
+
+
 def test_a_row_that_fails_says_how_and_is_walked_again(tmp_path):
     wrong = {"hslm": {**SHRINK["hslm"], "margin": "wide"}}
     (found,) = walk(["hslm_main"], "row-1", out=tmp_path, shrink=wrong, echo=lambda *words, **_: None)

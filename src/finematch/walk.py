@@ -34,7 +34,10 @@ from finematch.standins import HUB, SIZE, write_data, write_hub, write_network
 
 IMAGES = 2  # of each split
 SMALL = {"epochs": 1, "batch_size": 2, "precision": "no", "workers": 0, "threads": 1}
-LEFT = ("*.pt", "*.safetensors")  # of a run, removed once it is walked: those of one row may be gigabytes
+LEFT = (
+    "*.pt",
+    "*.safetensors",
+)  # of a run, removed once no row needs them: those of one row may be gigabytes
 RESULT = "walk.json"
 
 
@@ -151,32 +154,64 @@ def walk(
     """
     folder = Path(out or root() / "papermill_runs" / "walk").resolve()
     begun, found = time.monotonic(), []
-    chosen = rows(names, only)
+    chosen, to_walk = rows(names, only), []
+    for row in reversed(chosen):  # what others build on comes last here
+        result, gone = _result(folder, row), _needed(row, to_walk) and not _weights(_place(folder, row))
+        stands = (result and result["key"] == _key(row, shrink) and result["did"] != "failed"
+                  and (keep or result["code"] == code_of(_page(row))))  # fmt: skip
+        if again or gone or not stands:
+            to_walk.append(row)
     for number, row in enumerate(chosen, 1):
-        where = folder / row.method / f"{row.dataset}.paper.{row.name}.s0"
-        page = root() / "notebooks" / row.method / "2_train.ipynb"
-        smaller = (shrink or {}).get(row.method)
-        key = {"cells": dict(row.cells), "dataset": row.dataset, "small": SMALL, "shrink": smaller}
-        code = code_of(page)
-        result = json.loads((where / RESULT).read_text()) if (where / RESULT).is_file() else None
-        stands = (
-            result and result["key"] == key and (keep or result["code"] == code) and result["did"] != "failed"
-        )
+        where, result = _place(folder, row), _result(folder, row)
         late = limit and time.monotonic() - begun > limit
         if late and not result:
             continue
-        if not late and (again or not stands):
+        if not late and row in to_walk:
             echo(f"{number}/{len(chosen)} {row.method} {row.name} on {row.dataset}", end=": ", flush=True)
-            result = {"key": key, "code": code} | _walk(row, where, page, folder, smaller)
+            key = _key(row, shrink)
+            result = {"key": key, "code": code_of(_page(row))} | _walk(
+                row, where, _page(row), folder, key["shrink"]
+            )
             write_json(where / RESULT, result)
-            _clear(where, keep=any(row.name in other.links for other in chosen if other.method == row.method))
             echo(said(result))
+            to_walk.remove(row)
+        for one in (row, *(other for other in chosen if other.name in row.links)):
+            for file in () if _needed(one, to_walk) else _weights(_place(folder, one)):
+                file.unlink()
         about = {"method": row.method, "row": row.name, "grids": list(row.grids), "dataset": row.dataset,
                  "cells": dict(row.cells)}  # fmt: skip
         found.append(about | {name: value for name, value in result.items() if name not in ("key", "code")})
     if left := len(chosen) - len(found):
         echo(f"{left} of {len(chosen)} rows are left: walk again")
     return found
+
+
+def _key(row: Row, shrink: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
+    return {"cells": dict(row.cells), "dataset": row.dataset, "small": SMALL,
+            "shrink": (shrink or {}).get(row.method)}  # fmt: skip
+
+
+def _page(row: Row) -> Path:
+    return root() / "notebooks" / row.method / "2_train.ipynb"
+
+
+def _place(folder: Path, row: Row) -> Path:
+    return folder / row.method / f"{row.dataset}.paper.{row.name}.s0"
+
+
+def _result(folder: Path, row: Row) -> dict | None:
+    path = _place(folder, row) / RESULT
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _weights(where: Path) -> list[Path]:
+    return [file for pattern in LEFT for file in where.rglob(pattern)]
+
+
+def _needed(row: Row, to_walk: Iterable[Row]) -> bool:
+    """Whether the weights of a row's run are needed by one that is still to be walked."""
+    return any(row.name in other.links for other in to_walk
+               if (other.method, other.dataset) == (row.method, row.dataset))  # fmt: skip
 
 
 def said(result: Mapping[str, Any]) -> str:
@@ -259,13 +294,6 @@ def _failed(printed: str) -> dict[str, Any]:
     named = [line for line in lines if re.match(r"[A-Za-z_.]*(Error|Exception|Interrupt)\b", line)]
     return {"did": "failed", "error": (named or lines or ["nothing was printed"])[-1][:400], "steps": 0,
             "parameters": None, "shapes": None}  # fmt: skip
-
-
-def _clear(where: Path, *, keep: bool) -> None:
-    """Remove a walked run's weights, unless another row builds on them."""
-    for pattern in () if keep else LEFT:
-        for file in where.rglob(pattern):
-            file.unlink()
 
 
 def write(results: list[dict[str, Any]], path: str | Path) -> None:
