@@ -181,6 +181,7 @@ def test_tables_mark_labelled_rows():
     grid = Grid(name="felga_x", paper="", table="", prefix="", title="", axis="", seeds=2, rows={"a": {}, "b": {}},
                 names={"a": "Row A", "b": "Row B"}, columns={"mAP": "map"}, claims=())  # fmt: skip
     runs = pd.DataFrame({"row": ["a", "b"], "seed": [0, 0], "map": [1.0, 2.0], "run_status": ["current"] * 2,
+                         "run_earlier": "",
                          "run_labels": ["", "supervised proposals"], "run_seconds": [1.0] * 2})  # fmt: skip
     shown = tables.page(grid, "coco", "tiny", {"default": runs})
     assert "Row B †" in shown

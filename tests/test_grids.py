@@ -14,7 +14,7 @@ from finematch import tables
 from finematch.__main__ import main
 from finematch.config import Settings
 from finematch.files import DataError
-from finematch.grids import grid, label, metrics_files, mismatches, names, readings, shared, stale
+from finematch.grids import earlier, grid, label, metrics_files, mismatches, names, readings, shared, stale
 from finematch.grids import settings as grid_settings
 from finematch.runs import write_metrics
 from finematch.tables import printed
@@ -665,3 +665,23 @@ def test_committed_metrics_are_those_of_their_rows():
             runs = ROOT / "papermill_runs" / table.method
             for reading in ("default", "literal"):
                 assert stale(table, dataset, "tiny", reading, runs=runs) == []
+
+
+def test_a_run_of_earlier_defaults_says_which_settings(tmp_path):
+    """An old file without an identity: a setting it does not name is younger, and had its literal value."""
+    hslm = grid("hslm_modules", "scenes")
+    today = grid_settings(hslm, "row-12", dataset="scenes", scale="tiny").as_dict()
+    literal = grid_settings(hslm, "row-12", dataset="scenes", scale="tiny", reading="literal").as_dict()
+
+    def told(scale: str, **content) -> list[str]:
+        file = tmp_path / f"scenes.{scale}.row-12.s0" / "metrics.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(content))
+        return earlier(hslm, file)
+
+    old = {key: value for key, value in today.items() if key != "start"} | {"self_residual": False, "seed": 3}
+    assert sorted(told("tiny", parameters=old)) == ["self_residual", "start"]
+    assert told("tiny", parameters=today | {"seed": 3}) == []
+    assert told("tiny", parameters=old, identity={}) == []  # its own digest tells
+    without = {key: value for key, value in literal.items() if key != "start"}
+    assert told("tiny-literal", parameters=without) == []

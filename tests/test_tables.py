@@ -421,7 +421,7 @@ def by_row(**values):
     """Runs of a reading, as `runs_of` gives them."""
     frame = runs(**values).rename(columns={"method": "row"})
     return (
-        frame.assign(run_status="current", run_labels="")
+        frame.assign(run_status="current", run_earlier="", run_labels="")
         if len(frame)
         else pd.DataFrame(columns=["row", "seed"])
     )

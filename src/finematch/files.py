@@ -78,7 +78,7 @@ def disguise(file: str | Path | bytes) -> str:
 
 
 def why_unreadable(file: str | Path, error: Exception) -> str:
-    """Why an array or weights cannot be read. It never advises to unpickle what nobody vouches for."""
+    """Why an array or weights cannot be read. The reason never tells a user to load a pickle, which could run code."""
     what = disguise(file)
     zipped = "zip" in what  # as torch's files are, and no .npy
     if (not what or zipped) and ("Python objects" in str(error) or isinstance(error, pickle.UnpicklingError)):

@@ -394,6 +394,26 @@ def mismatches(grid: Grid, file: Path) -> list[str]:
             if not _same(parameters.get(key), value)]  # fmt: skip
 
 
+def earlier(grid: Grid, file: Path) -> list[str]:
+    """Settings of a run without an identity that its row would have otherwise today: a default changed since the run.
+
+    A setting that the file does not name came after the run, which had its literal value: new defaults begin so.
+    """
+    content = json.loads(Path(file).read_text(encoding="utf-8"))
+    parameters = content["parameters"]
+    dataset, name, row, _ = _parts(file)
+    if "identity" in content or not (PRESETS / f"{grid.method}.toml").is_file():
+        return []
+    scale, _, other = name.partition("-")
+    cells = {key: _typed(cell) for key, cell in grid.cells(row, scale).items() if not LINK.search(cell)}
+    reading = other or own_reading(scale)
+    today, literal = (_resolved(grid, {**cells, "dataset": dataset, "scale": scale, "reading": one})
+                      for one in (reading, "literal"))  # fmt: skip
+    was = literal | {key: value for key, value in parameters.items() if value is not None}
+    return [key for key, value in today.items()
+            if value != "auto" and key not in (*RESERVED, "reading") and not _same(was[key], value)]  # fmt: skip
+
+
 def _resolved(grid: Grid, given: Mapping[str, Any]) -> dict[str, Any]:
     """All settings that can change the numbers of a run with these parameters, as its notebook resolves them."""
     try:

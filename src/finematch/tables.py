@@ -19,7 +19,7 @@ from scipy import stats
 
 from finematch.config import OUTSIDE_IDENTITY, READINGS, ParameterError, declared
 from finematch.files import DataError, write_text
-from finematch.grids import Grid, command, metrics_files, mismatches, readings
+from finematch.grids import Grid, command, earlier, metrics_files, mismatches, readings
 from finematch.runs import LABELS, measured
 
 PUBLISHED = Path(__file__).with_name("published.csv")
@@ -267,7 +267,7 @@ def runs_of(
 
     A frame has `measured`'s columns and `row`, `run_conditions`, `run_data`, and may be empty. `run_conditions` holds
     all parameters that can change a number but the seed, `run_data` the digests of the data where the metrics file has
-    them.
+    them, `run_earlier` the settings whose defaults have changed since (`grids.earlier`).
 
     Raises:
         DataError: a metrics file whose parameters are not those of its row (the row was edited after the
@@ -280,7 +280,9 @@ def runs_of(
             if wrong := mismatches(grid, file):
                 raise DataError(file, "parameters", f"are not those of its row: {'; '.join(wrong)}",
                                 f"Run the row again ({command(grid, dataset, scale, reading)})")  # fmt: skip
-        found[reading] = _with_rows(files)
+        found[reading] = _with_rows(files).assign(
+            run_earlier=[", ".join(earlier(grid, file)) for file in files]
+        )
     return found
 
 
@@ -319,6 +321,8 @@ def _about(grid: Grid, runs: pd.DataFrame) -> str:
             f"{legacy} of them are legacy: their metrics files lack the digests of data and weights that a run "
             "records today. Their parameters are those of their rows."
         )
+    for names, of in runs[runs["run_earlier"] != ""].groupby("run_earlier"):
+        lines.append(f"{len(of)} of them were made with earlier defaults of {names}: today's give others.")
     counts = runs.groupby("row").size().reindex(list(grid.rows), fill_value=0)
     if len(few := counts[counts < grid.seeds]):
         lines.append(
@@ -379,11 +383,12 @@ def beside_readings(grid: Grid, runs: Mapping[str, pd.DataFrame]) -> pd.DataFram
 
 
 def _status(grid: Grid, runs: pd.DataFrame) -> dict[str, str]:
-    """By the paper's row: "legacy" if any run of it is, else "current"; and the labels of its runs."""
+    """By the paper's row: "legacy" if any run of it is, else "current"; changed defaults; the labels of its runs."""
     found = {}
     for row, of_row in runs.groupby("row"):
         old = of_row["run_status"].astype(str).str.startswith("legacy").any()
-        found[grid.names[row]] = "; ".join(["legacy" if old else "current", *_labels(of_row)])
+        was = [f"earlier defaults of {names}" for names in sorted(set(of_row["run_earlier"]) - {""})]
+        found[grid.names[row]] = "; ".join(["legacy" if old else "current", *was, *_labels(of_row)])
     return found
 
 
