@@ -65,9 +65,8 @@ beside = T.to_markdown(T.beside_readings(table, runs))
 Markdown("\n\n".join([beside, *(f"* {line}" for line in (*table.remarks, *T.oddities(table)))]))
 
 # %%
-for reading, of in runs.items():
-    also = T.also(table, of)
-    display(Markdown(f"Reading {reading}:\n\n{T.to_markdown(also) if len(also) else 'nothing else is measured.'}"))
+also = {reading: T.also(table, of) for reading, of in runs.items()}
+Markdown(T.by_reading(also, otherwise="nothing else is measured."))
 
 # %% [markdown]
 # Open diamonds are the paper's numbers, on its own data: compare their order, not their absolute values. Small dots are single seeds.
@@ -91,9 +90,7 @@ for reading, of in runs.items():
 
 # %%
 found = {reading: T.grounding(of, table.names) for reading, of in runs.items()}
-for reading, of in found.items():
-    text = T.to_markdown(of, digits=1) if len(of) else "no run here has annotated phrases."
-    display(Markdown(f"Reading {reading}:\n\n{text}"))
+Markdown(T.by_reading(found, digits=1, otherwise="no run here has annotated phrases."))
 
 # %% [markdown]
 # The row whose levels the grid judges, level by level. Two levels of one run share its seed, so the claims below compare them within each run.

@@ -382,6 +382,14 @@ def beside_readings(grid: Grid, runs: Mapping[str, pd.DataFrame]) -> pd.DataFram
     return joined[[*order, *(f"{name} {by}" for name in ("n", "status") for by in tables)]]
 
 
+def by_reading(frames: Mapping[str, pd.DataFrame], *, digits: int = 2, otherwise: str) -> str:
+    """A table of each reading as Markdown, one below the other; a sentence where it is empty."""
+    return "\n\n".join(
+        f"Reading {reading}:\n\n{to_markdown(frame, digits=digits) if len(frame) else otherwise}"
+        for reading, frame in frames.items()
+    )
+
+
 def _status(grid: Grid, runs: pd.DataFrame) -> dict[str, str]:
     """By the paper's row: "legacy" if any run of it is, else "current"; changed defaults; the labels of its runs."""
     found = {}

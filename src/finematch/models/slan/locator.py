@@ -26,7 +26,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection.rpn import RPNHead
@@ -44,7 +43,7 @@ from finematch.boxes import (
 )
 from finematch.config import located
 from finematch.encoders import Cells
-from finematch.files import why_unreadable
+from finematch.files import read_tensors
 from finematch.losses import wide
 from finematch.models.configs import LocatorConfig
 
@@ -552,15 +551,7 @@ def load_proposals(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file; give a .safetensors or .pth file")
-    try:
-        state = (
-            load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        )
-        state = {str(k): v.float() for k, v in state.items()}
-    except Exception as error:
-        raise ValueError(
-            f"{path} holds no weights that can be read ({why_unreadable(path, error)})"
-        ) from error
+    state = {str(k): v.float() for k, v in read_tensors(path).items()}
     if any(k.startswith("rpn.") for k in state):
         state = from_torchvision(state, decoder)
     if isinstance(proposals, QueryProposals) and any(k.startswith("head.") for k in state):
