@@ -89,7 +89,7 @@ def test_it_learns_which_pictures_are_red_from_captions_alone(tmp_path, name):
             file = tmp_path / f"{split}{i}.png"
             Image.fromarray(pixels).save(file)
             records.append(replace(_record(i, (f"a {names[i % 2]} square",)), image=file, split=split))
-        return records, tokenise([r.captions[0] for r in records], tokenizer)
+        return records, lambda: tokenise([r.captions[0] for r in records], tokenizer)
 
     train, val = side(48, "train"), side(16, "val")
     plan = Plan(epochs=6, batch_size=8, lr=2e-3, weight_decay=0.02, warmup=0.1)

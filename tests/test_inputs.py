@@ -33,6 +33,7 @@ from finematch.evaluation.phrases import annotated_phrases, located_phrases
 from finematch.evaluation.retrieval import retrieval
 from finematch.features import inputs as features_inputs
 from finematch.features.inputs import minilm_folder
+from finematch.features.word_net import token_digest
 from finematch.models.configs import MVAMConfig
 from finematch.models.mvam import MVAM
 from finematch.models.slan.locator import CachedStages
@@ -585,8 +586,9 @@ def test_the_network_of_zero_shot_runs_saw_no_unseen_combination(tmp_path, monke
     """The same one for the run that pretrains and for those that are tested; another one for all other runs."""
     seen = []
 
-    def backbone(cache, train, val, vocabulary, plan, *, name):
+    def backbone(cache, train, val, vocabulary, plan, *, name, known):
         seen.append((name, [r.image_id for r in train[0]], [r.image_id for r in val[0]]))
+        assert known == [token_digest(captions()) for _, captions in (train, val)]
         raise StopIteration
 
     monkeypatch.setattr(features_inputs, "caption_backbone", backbone)

@@ -100,6 +100,18 @@ def test_berts_own_vocabulary(real_data):
 
 
 # ------------------------------------------------------------------------------------------ captions
+def test_tokens_are_those_of_the_tokenizers_own_call(vocabulary):
+    """Also of a caption that is cut, and where a special token stands in the text: that one is a word."""
+    texts = ["a man on the beach .", "dog", "two dogs [SEP] on the beach a man two dogs", "xyzzy dog"]
+    tokenizer = wordpiece(vocabulary)
+    tokenizer(["a", "two dogs"], padding=True)  # whatever was asked of it before
+    got = tokenise(texts, tokenizer, max_length=9)
+    wanted = tokenizer(texts, truncation=True, max_length=9, return_special_tokens_mask=True)
+    assert got.ids.tolist() == sum(wanted["input_ids"], [])
+    assert got.special.tolist() == [bool(one) for row in wanted["special_tokens_mask"] for one in row]
+    assert got.lengths.tolist() == [len(row) for row in wanted["input_ids"]] == [8, 3, 9, 4]
+
+
 @pytest.mark.parametrize("text", ["a man on the beach .", "Two dogs", "dog"])
 def test_first_and_last_word_stay_in_the_vocabulary(vocabulary, text):
     """Captions written as `b'...'` by Python 2 code made the first and the last word of each unknown."""

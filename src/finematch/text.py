@@ -106,11 +106,19 @@ def tokenise(captions: list[str], tokenizer: PreTrainedTokenizerBase, *, max_len
     """
     if not captions:
         raise ValueError("no captions to tokenise")
-    encoded = tokenizer(captions, truncation=True, max_length=max_length, return_special_tokens_mask=True,
-                        return_attention_mask=False, return_token_type_ids=False)  # fmt: skip
-    start = np.cumsum([0, *map(len, encoded["input_ids"])])
-    ids = np.fromiter(chain.from_iterable(encoded["input_ids"]), np.int32, start[-1])
-    special = np.fromiter(chain.from_iterable(encoded["special_tokens_mask"]), bool, start[-1])
+    backend = tokenizer.backend_tokenizer  # `tokenizer(captions)` takes twice the time, for offsets and masks
+    backend.no_padding()
+    backend.enable_truncation(max_length)
+    rows = [encoding.ids for encoding in backend.encode_batch_fast(captions)]
+    start = np.cumsum([0, *map(len, rows)])
+    ids = np.fromiter(chain.from_iterable(rows), np.int32, start[-1])
+    around = backend.encode(captions[0]).special_tokens_mask  # those that are put around every caption
+    before = (*around, 0).index(0)
+    special = np.zeros(start[-1], bool)
+    for k in range(before):
+        special[start[:-1] + k] = True
+    for k in range(sum(around) - before):
+        special[start[1:] - 1 - k] = True
     unknown = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
     words = np.concatenate([[0], np.cumsum(~special & (ids != unknown))])
     if len(empty := np.flatnonzero(words[start[1:]] == words[start[:-1]])):

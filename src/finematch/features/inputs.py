@@ -44,7 +44,7 @@ from finematch.features.backbones import Backbone, fingerprint, mobilenet, timm_
 from finematch.features.detections import Detections, is_detections
 from finematch.features.regions import extract
 from finematch.features.texts import text_states
-from finematch.features.word_net import MINI_VITS, caption_backbone
+from finematch.features.word_net import MINI_VITS, caption_backbone, token_digest
 from finematch.files import digest, digest_within, file_digest
 from finematch.scenes.generator import TOKENIZER, attributes
 from finematch.scenes.language import TABLES
@@ -158,13 +158,18 @@ def _attribute_network(data_root: str | Path, cache: str | Path, smoke: bool) ->
 def _caption_network(
     data_root: str | Path, cache: str | Path, smoke: bool, name: str, unseen: str
 ) -> Backbone:
-    tokenizer = word_level(TOKENIZER)
+    tokenizer, vocabulary = word_level(TOKENIZER), file_digest(TOKENIZER)
+    file, told, known = Path(data_root) / "scenes" / "dataset_scenes.json", [], []
     records = open_records("scenes", data_root, unseen=unseen)
-    read = {s: (records[s], tokenise([c for _, c in pairs(records[s])], tokenizer, max_length=64))
-            for s in ("train", "val")}  # fmt: skip
-    return caption_backbone(
-        cache, read["train"], read["val"], len(tokenizer), _plan(1 if smoke else 12), name=name
-    )
+    for split in ("train", "val"):
+
+        def tokens(records: list[Record] = records[split]) -> Ragged:
+            return tokenise([c for _, c in pairs(records)], tokenizer, max_length=64)
+
+        named = f"tokens of {split} {digest([vocabulary, *(record.image_id for record in records[split])])}"
+        told.append((records[split], tokens))
+        known.append(digest_within(file, named, lambda made=tokens: token_digest(made())))
+    return caption_backbone(cache, *told, len(tokenizer), _plan(1 if smoke else 12), name=name, known=known)
 
 
 def _plan(epochs: int) -> Plan:

@@ -11,7 +11,7 @@ Axes: `b` pictures, `v` words, `h w` cells, `d` width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -88,14 +88,19 @@ def picture_words(records: list[Record], captions: Ragged, size: int) -> Bool[Te
     return found
 
 
+def token_digest(captions: Ragged) -> str:
+    return digest([captions.ids.tolist(), captions.start.tolist()])
+
+
 def caption_backbone(
     cache: str | Path,
-    train: tuple[list[Record], Ragged],
-    val: tuple[list[Record], Ragged],
+    train: tuple[list[Record], Callable[[], Ragged]],
+    val: tuple[list[Record], Callable[[], Ragged]],
     vocabulary: int,
     plan: Plan,
     *,
     name: str = "resnet18",
+    known: Sequence[str] = (),
     echo: Callable[[str], None] | None = print,
 ) -> Backbone:
     """Train `WordNet` on the captions of the *train* split and return its network, frozen.
@@ -103,17 +108,18 @@ def caption_backbone(
     Args:
         name: of the network: a ResNet, of which stages 0 to 2 are trained, or one of `MINI_VITS`.
         cache: a finished network is found there by pictures, captions and settings, a broken off one resumed.
-        train, val: records and their tokenised captions. Val chooses the epoch, by its loss.
+        train, val: records, and what tokenises their captions, called to train. Val chooses the epoch, by its loss.
         vocabulary: number of word ids.
+        known: `token_digest` of the captions of train and of val; without them they are tokenised.
     """
 
     vit = {"options": MINI_VITS[name]} if name in MINI_VITS else {}
     shape = {"backbone": "vit_tiny_patch16_224" if vit else name, "stage": -1 if vit else 2, **vit}
 
-    def words_of(records: list[Record], captions: Ragged) -> PictureWords:
+    def words_of(records: list[Record], captions: Callable[[], Ragged]) -> PictureWords:
         arrays = [np.asarray(r.open()) for r in records]
         pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-        return PictureWords(pixels, picture_words(records, captions, vocabulary))
+        return PictureWords(pixels, picture_words(records, captions(), vocabulary))
 
     def teach(folder: Path) -> Cells:
         seed_everything(plan.seed)
@@ -132,8 +138,8 @@ def caption_backbone(
         fit(model, data, plan, folder, evaluate=evaluate, select="val_gain", echo=echo)
         return cells
 
-    data = [[digests(records)["images"], digest([captions.ids.tolist(), captions.start.tolist()])]
-            for records, captions in (train, val)]  # fmt: skip
+    known = known or [token_digest(captions()) for _, captions in (train, val)]
+    data = [[digests(records)["images"], of] for (records, _), of in zip((train, val), known, strict=True)]
     key = {"plan": asdict(plan), "data": data, "vocabulary": vocabulary, **shape}
     size, said = train[0][0].open().width, "words of the train captions"
     return taught_backbone(cache, "word_net", key, teach, size=size, trained_on=said)
