@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from formats import coco_year, five, karpathy, karpathy_entry, precomp
+from formats import coco_year, five, karpathy, karpathy_entry, picture, precomp
 
 from finematch import survey as of
 from finematch.__main__ import main
@@ -36,8 +36,23 @@ def test_published_counts():
     """Karpathy's splits, and what MVAM, HSLM and SLAN print."""
     assert of.PUBLISHED["flickr30k"] == {"train": (29000, 145000), "val": (1014, 5070), "test": (1000, 5000)}
     assert [n for n, _ in of.PUBLISHED["coco_karpathy"].values()] == [113287, 5000, 5000]
-    for counts in of.PUBLISHED.values():
+    tasks = {"vqav2", "nlvr2", "msrvtt"}
+    for counts in (of.PUBLISHED[name] for name in of.PUBLISHED if name not in tasks):
         assert all(captions == 5 * images for images, captions in counts.values())
+
+
+def test_counts_of_tasks(tmp_path):
+    """NLVR2's splits are published with their examples and distinct sentences; 29,680 sentences are in all four."""
+    lines = [f'{{"identifier": "dev-1-{pair}-0", "sentence": "Two.", "label": "True"}}' for pair in (0, 1)]
+    (tmp_path / "nlvr2").mkdir()
+    (tmp_path / "nlvr2/dev.json").write_text("\n".join(lines))
+    for name in ("dev-1-0-img0", "dev-1-0-img1", "dev-1-1-img0", "dev-1-1-img1"):
+        picture(tmp_path / f"nlvr2/images/dev/{name}.png")
+    line = list(of.survey(tmp_path, "nlvr2"))[1]
+    assert line == "nlvr2 val: 2 pairs, 1 sentences; PUBLISHED 6,982 and 2,018"
+    assert (
+        sum(sentences for _, sentences in of.PUBLISHED["nlvr2"].values()) == 29680 - 1996
+    )  # test-U is hidden
 
 
 def test_what_the_folder_allows(folder, capsys):

@@ -6,12 +6,14 @@ Printed by `python -m finematch data`; where the sets can be had says docs/data.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
-from finematch.data import dataset_names, load, load_regions
+from finematch.data import Entry, ImagePair, Question, dataset_names, load, load_regions
 from finematch.data.record import DataError
 
-# images and captions of a split as the papers print them; 0: not printed. COCO is cut to five captions an image.
+# images and captions of a split as the papers print them; 0: not printed. COCO is cut to five captions an image. Of
+# VQAv2 images and questions, of NLVR2 examples and distinct sentences, of MSR-VTT videos and sentences.
 PUBLISHED: dict[str, dict[str, tuple[int, int]]] = {
     "flickr8k": {"train": (6000, 30000), "val": (1000, 5000), "test": (1000, 5000)},
     "flickr30k": {"train": (29000, 145000), "val": (1014, 5070), "test": (1000, 5000)},
@@ -19,6 +21,9 @@ PUBLISHED: dict[str, dict[str, tuple[int, int]]] = {
     "coco": {"train": (118287, 591435), "val": (5000, 25000)},
     "flickr30k_entities": {"train": (29783, 148915), "val": (1000, 5000), "test": (1000, 5000)},
     "visual_genome": {"train": (0, 0)},  # 108,077 images without COCO's and Flickr30k's val and test
+    "vqav2": {"train": (82783, 443757), "val": (40504, 214354), "test-dev": (0, 0)},
+    "nlvr2": {"train": (86373, 23671), "val": (6982, 2018), "test": (6967, 1995)},
+    "msrvtt": {"test": (1000, 1000)},
     "f30k_precomp": {"train": (29000, 145000), "dev": (1014, 5070), "test": (1000, 5000)},
     "coco_precomp": {"train": (113287, 566435), "dev": (5000, 25000), "testall": (5000, 25000)},
 }
@@ -47,17 +52,36 @@ def _set(name: str, root: Path) -> Iterator[str]:
                 regions = load_regions(root / name, split)
                 found = len(regions), len(regions.captions)
             else:
-                records = load(name, root, split)
-                found = len(records), sum(len(record.captions) for record in records)
+                found = _counts(load(name, root, split))
         except DataError as error:
             yield f"{name} {split}: {_short(error)}"
             if error.record == f"dataset {name!r}":  # no folder: the other splits are not there either
                 return
             continue
-        line = f"{name} {split}: {found[0]:,} images, {found[1]:,} captions"
+        nouns = {
+            "vqav2": ("images", "questions"),
+            "nlvr2": ("pairs", "sentences"),
+            "msrvtt": ("videos", "captions"),
+        }
+        line = "{} {}: {:,} {}, {:,} {}".format(
+            name,
+            split,
+            *chain.from_iterable(zip(found, nouns.get(name, ("images", "captions")), strict=True)),
+        )
         if any(wanted):
             line += ", as published" if found == wanted else f"; PUBLISHED {wanted[0]:,} and {wanted[1]:,}"
         yield line
+
+
+def _counts(records: list[Entry]) -> tuple[int, int]:
+    """How many images (pairs, videos) and how many captions (questions, sentences)."""
+    if isinstance(records[0], Question):
+        return len({record.image_id for record in records}), len(records)
+    if isinstance(records[0], ImagePair):
+        return len(records), len(
+            {record.identifier.rsplit("-", 2)[0] + record.sentence for record in records}
+        )
+    return len(records), sum(len(record.captions) for record in records)
 
 
 def _tables(data_root: str | Path, other: set[str]) -> Iterator[str]:

@@ -6,21 +6,41 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finematch.data import packed
 from finematch.data.coco import categories, load_coco
 from finematch.data.entities import load_entities
 from finematch.data.images import open_rgb
 from finematch.data.karpathy import load_karpathy
+from finematch.data.nlvr2 import FILES, load_nlvr2
 from finematch.data.precomp import Regions, load_regions
-from finematch.data.record import Box, DataError, Object, Phrase, Record, digests
+from finematch.data.record import (
+    Box,
+    Clip,
+    DataError,
+    Entry,
+    ImagePair,
+    Object,
+    Phrase,
+    Question,
+    Record,
+    digests,
+    task_digests,
+)
+from finematch.data.video import load_msrvtt, read_clips
 from finematch.data.visual_genome import load_visual_genome
+from finematch.data.vqa import SUBSETS, load_vqa
 
 __all__ = [
     "Box",
+    "Clip",
     "DataError",
+    "Entry",
+    "ImagePair",
     "Object",
     "Phrase",
+    "Question",
     "Record",
     "Regions",
     "categories",
@@ -31,9 +51,14 @@ __all__ = [
     "load_coco",
     "load_entities",
     "load_karpathy",
+    "load_msrvtt",
+    "load_nlvr2",
     "load_regions",
     "load_visual_genome",
+    "load_vqa",
     "open_rgb",
+    "read_clips",
+    "task_digests",
 ]
 
 
@@ -43,7 +68,7 @@ class _Dataset:
 
     what: str
     paths: tuple[str, ...]
-    read: Callable[..., list[Record]]
+    read: Callable[..., list]
 
 
 def _karpathy(json_path: str, image_dir: str) -> tuple[tuple[str, ...], Callable[..., list[Record]]]:
@@ -87,6 +112,45 @@ def _visual_genome(
         return load_visual_genome(root / regions, root / images, root / folder, split=split, **options)
 
     return (regions, images, f"{folder}/VG_100K", f"{folder}/VG_100K_2", held_out[0]), read
+
+
+def _subset(split: str, names: dict, file: Path) -> Any:
+    """What a release calls a split; DataError where it has none of that name."""
+    if split not in names:
+        raise DataError(
+            file, f"split {split!r}", "is not one of the set's", f"Choose one of {', '.join(names)}"
+        )
+    return names[split]
+
+
+def _vqav2(folder: str) -> tuple[tuple[str, ...], Callable[..., list[Question]]]:
+    questions, answers = "v2_OpenEnded_mscoco_{s}_questions.json", "v2_mscoco_{s}_annotations.json"
+
+    def read(root: Path, split: str, **options) -> list[Question]:
+        subset, images = _subset(split, SUBSETS, root / folder)
+        if not split.startswith("test"):
+            options = {"annotations": root / folder / answers.format(s=subset), **options}
+        name = f"COCO_{images}_{{:012d}}.jpg".format
+        file = root / folder / questions.format(s=subset)
+        return load_vqa(file, root / "coco" / images, split, **{"image_name": name, **options})
+
+    return tuple(f"{folder}/{file.replace('{s}', '{s}2014')}" for file in (questions, answers)), read
+
+
+def _nlvr2(folder: str, images: str) -> tuple[tuple[str, ...], Callable[..., list[ImagePair]]]:
+    def read(root: Path, split: str, **options) -> list[ImagePair]:
+        name = _subset(split, FILES, root / folder)
+        return load_nlvr2(root / folder / f"{name}.json", root / images / name, split, **options)
+
+    return (f"{folder}/{{s}}.json", f"{images}/{{s}}"), read
+
+
+def _msrvtt(table: str, videos: str, splits: tuple[str, ...]) -> tuple[tuple[str, ...], Callable]:
+    def read(root: Path, split: str, **options) -> list[Clip]:
+        file = root / table.format(s=_subset(split, {name: name for name in splits}, root / table))
+        return load_msrvtt(file, root / videos, split, **options)
+
+    return (table, videos), read
 
 
 _DATASETS = {
@@ -141,6 +205,12 @@ _DATASETS = {
             ),
         ),
     ),
+    "vqav2": _Dataset("VQAv2 (train, val, test-dev, test); images in coco/", *_vqav2("vqav2")),
+    "nlvr2": _Dataset("NLVR2 (train; val is dev, test is test1, test-P)", *_nlvr2("nlvr2", "nlvr2/images")),
+    "msrvtt": _Dataset(
+        "MSR-VTT's 1k-A (test alone)",
+        *_msrvtt("msrvtt/MSRVTT_JSFUSION_test.csv", "msrvtt/videos", ("test",)),
+    ),
 }
 
 
@@ -158,8 +228,8 @@ def dataset_help(dataset: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def load(dataset: str, data_root: str | Path, split: str, **options) -> list[Record]:
-    """The records of one split of a dataset.
+def load(dataset: str, data_root: str | Path, split: str, **options) -> list[Entry]:
+    """The records of one split of a dataset; those of tasks are `Question`, `ImagePair` and `Clip`.
 
     Args:
         dataset: a name that `dataset_help()` lists.
@@ -167,7 +237,7 @@ def load(dataset: str, data_root: str | Path, split: str, **options) -> list[Rec
             version of the generator drew it.
         split: as the format has them: `train`, `val`, `test`, for COCO also `restval` and `trainrestval`.
         options: passed to the format's loader (`load_karpathy`, `load_coco`, `load_entities`,
-            `load_visual_genome`).
+            `load_visual_genome`, `load_vqa`, `load_nlvr2`, `load_msrvtt`).
 
     Raises:
         DataError: an unknown name, a dataset that is not under `data_root`, a `scenes` of one's own seed or sizes that

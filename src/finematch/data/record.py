@@ -1,4 +1,4 @@
-"""The one record that every dataset yields, and the errors every loader raises.
+"""The record that every dataset of images and captions yields, those of three tasks, and the errors loaders raise.
 
 Boxes are absolute pixels of the stored picture, `(x1, y1, x2, y2)`, no "+1"; character spans are
 half-open `[start, end)` into the caption they belong to.
@@ -6,8 +6,9 @@ half-open `[start, end)` into the caption they belong to.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,56 @@ class Record:
         return open_rgb(self.image, self.source or self.image_id, size=self.size, boxed=boxed)
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about an image (VQAv2). `answers` are those of ten people, none where they are withheld."""
+
+    question_id: int
+    split: str
+    text: str
+    image_id: str
+    image: Path
+    answers: tuple[str, ...] = ()
+    question_type: str = ""  # its first words, "how many"
+    answer_type: str = ""  # "yes/no", "number" or "other"
+    source: str = field(default="", compare=False)
+
+    def open(self) -> Image.Image:
+        """The image as RGB; DataError if it cannot be read."""
+        return open_rgb(self.image, self.source)
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePair:
+    """A sentence about a left and a right image (NLVR2). `label`: whether it is true; None where it is withheld."""
+
+    identifier: str
+    split: str
+    sentence: str
+    images: tuple[Path, Path]
+    label: bool | None = None
+    source: str = field(default="", compare=False)
+
+    def open(self) -> tuple[Image.Image, Image.Image]:
+        """The left and the right image as RGB; DataError if one cannot be read."""
+        left, right = self.images
+        return open_rgb(left, self.source), open_rgb(right, self.source)
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A video and its captions. `video` is its file, or a folder of frames; `data.video` reads either."""
+
+    video_id: str
+    split: str
+    captions: tuple[str, ...]
+    video: Path
+    source: str = field(default="", compare=False)
+
+
+Entry = Record | Question | ImagePair | Clip
+
+
 def check_box(box, size: tuple[int, int] | None, file: str | Path, record: str, *, slack: float = 1.0) -> Box:
     """`box` (xyxy pixels) as floats, clipped to the picture; DataError if it has no area or lies outside.
 
@@ -125,6 +176,36 @@ def digests(records: Sequence[Record]) -> dict[str, str]:
         "phrases": [[r.image_id, r.size, [astuple(p) for p in r.phrases]] for r in records if r.phrases],
     }
     return {name: digest(rows) for name, rows in parts.items() if rows}
+
+
+def task_digests(entries: Sequence[Question] | Sequence[ImagePair] | Sequence[Clip]) -> dict[str, str]:
+    """`digests` of the records of a task: `files` (what images or frames are in them) and `texts` (all the rest).
+
+    A video that is missing counts as such; frames of a folder count in their order.
+
+    Raises:
+        DataError: An image file that is missing, or two records with one id.
+    """
+    names = [getattr(entry, fields(entry)[0].name) for entry in entries]
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise DataError("(records)", f"id {twice!r}", "is that of two records", "Make ids unique")
+    groups = [_files(entry) for entry in entries]
+    distinct = list(dict.fromkeys(path for group in groups for path in group))
+    content = dict(zip(distinct, file_digests(distinct), strict=True))
+    texts = [
+        [getattr(e, f.name) for f in fields(e) if f.compare and f.name not in ("image", "images", "video")]
+        for e in entries
+    ]
+    return {"files": digest([[content[path] for path in group] for group in groups]), "texts": digest(texts)}
+
+
+def _files(entry: Question | ImagePair | Clip) -> list[Path]:
+    if not isinstance(entry, Clip):
+        return [entry.image] if isinstance(entry, Question) else list(entry.images)
+    if entry.video.is_dir():
+        return sorted(entry.video.iterdir())
+    return [entry.video] if entry.video.exists() else []
 
 
 def pairs(records) -> list[tuple[int, str]]:

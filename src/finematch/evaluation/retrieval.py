@@ -173,6 +173,62 @@ def retrieval_blocks(
         return _evaluate(score, layout, block, split, folds)
 
 
+def video_retrieval(
+    scores: Float[Tensor, "v c"],
+    video_of: Sequence[int] | np.ndarray | Tensor,
+    *,
+    split: str = "",
+    frames: str = "",
+    skipped: int = 0,
+) -> dict:
+    """Text-to-video retrieval (and back) from a score matrix: R@1/5/10 and the median rank MdR.
+
+    MdR is the median of ranks that start at 1: of an even number of captions it may be x.5, as in BLIP's evaluator
+    (`medr` of the other functions is rounded down).
+
+    Args:
+        scores: higher is better.
+        video_of: for each caption the row of its video.
+        frames: which frames were looked at ("8 uniform frames"), for the protocol.
+        skipped: videos of the split that were missing or broken (`data.video.read_clips`). They are no candidates,
+            their captions no queries, so the numbers are not those of the whole split.
+
+    Returns:
+        `t2v_r1, t2v_r5, t2v_r10, t2v_mdr, t2v_meanr, ties_t2v`, the same for `v2t`, `videos`, `captions`, `skipped`,
+        `protocol`.
+
+    Raises:
+        ValueError: As `retrieval`.
+    """
+    layout = _layout(video_of, *scores.shape, scores.device)
+
+    def score(videos: slice, captions: slice, shape: tuple[int, int]) -> Tensor:
+        return scores[videos][:, layout.order[captions]].float()
+
+    with torch.no_grad():
+        v2t, t2v = _count(score, layout, 0, layout.images, BLOCK)
+    found = _metrics(v2t, t2v)
+    names = {"i2t": "v2t", "t2i": "t2v"}
+    kept = (*(f"r{k}" for k in KS), "meanr")
+    result = {f"{new}_{name}": found[f"{old}_{name}"] for old, new in names.items() for name in kept}
+    result |= {f"ties_{new}": found[f"ties_{old}"] for old, new in names.items()}
+    for name, counts in (("v2t", v2t), ("t2v", t2v)):
+        result[f"{name}_mdr"] = float(np.median(counts.at_least.cpu().numpy()) + 1)
+    left_out = f"{skipped} missing or broken videos left out" if skipped else "no video left out"
+    parts = (
+        f"{layout.images} videos x {len(layout.order)} captions",
+        frames,
+        left_out,
+        "ties against the model",
+    )
+    return result | {
+        "videos": layout.images,
+        "captions": len(layout.order),
+        "skipped": skipped,
+        "protocol": f"{split + ': ' if split else ''}{', '.join(part for part in parts if part)}",
+    }
+
+
 @dataclass(frozen=True)
 class _Layout:
     """Captions in the order of their images: those of image `k` are `order[start[k]:start[k + 1]]`."""
