@@ -10,7 +10,8 @@
   shows its traceback, from the other the next attempt resumes.
 * A cell of the CSV is a parameter of notebooks/<method>/2_train, an empty one leaves the notebook's default, or what
   the toml's [scale.<scale>] says for all rows.
-  `{run:clip-cls}/encoder` is a path in that row's run folder with the same seed, and waits for that run.
+  `{run:clip-cls}/encoder` is a path in that row's run folder with the same seed, and waits for that run;
+  `{PROPOSALS}` is the file of boxes that the command line names; without one such rows are left out.
 * A finished run is repeated when the parameters of its row change, or of a row it builds on; not when a
   notebook or the library is edited: metrics.json says which commit made it, FORCE=1 repeats the grid.
 * `python -m finematch stale` lists the finished runs whose parameters are not their row's (a row edited in a fresh
@@ -24,7 +25,7 @@ import sys
 from pathlib import Path
 
 from finematch.files import DataError
-from finematch.grids import LINK, grid, label, run_name
+from finematch.grids import BOXES, LINK, grid, label, run_name
 
 if "grid" not in config:
     raise WorkflowError("Which grid? Give --config grid=NAME, NAME one of the files in grids/.")
@@ -36,7 +37,7 @@ READING = config.get("reading", "")
 if READING not in ("", "default", "literal"):
     raise WorkflowError(f"The reading is {READING!r}: it is default, literal, or the scale's own where none is given.")
 DATA_ROOT = config.get("data_root", "data")
-PROPOSALS = config.get("proposals", "")  # a file or folder of boxes, or FELGA's DETReg checkpoint, for every row
+PROPOSALS = config.get("proposals", "")  # a file or folder of boxes, or FELGA's DETReg checkpoint
 SMOKE = "-p smoke True" if config.get("smoke") else ""
 TABLE = f"figures/{GRID}.{DATASET}.{label(SCALE, smoke=bool(SMOKE))}"  # of both readings
 RUN = f"papermill_runs/{METHOD}/{{name}}.s{{seed}}"
@@ -50,6 +51,10 @@ try:
 except DataError as error:
     raise WorkflowError(str(error))
 ROWS = {row: TABLE_OF.cells(row, SCALE) for row in TABLE_OF.rows}
+if TABLE_OF.boxes and not PROPOSALS:
+    left = ", ".join(TABLE_OF.boxes)
+    print(f"Left out, for they read a detector's boxes (PROPOSALS=<file in COCO's results format>): {left}", file=sys.stderr)
+    ROWS = {row: cells for row, cells in ROWS.items() if row not in TABLE_OF.boxes}
 NAMES = {row: run_name(TABLE_OF, row, DATASET, SCALE, READING, smoke=bool(SMOKE)) for row in ROWS}
 ROW = {name: row for row, name in NAMES.items()}
 SEEDS = str(config["seeds"]).split(",") if config.get("seeds") not in (None, "") else range(TABLE_OF.seeds)
@@ -71,7 +76,8 @@ def cells(wildcards):
     path = lambda link: RUN.format(name=NAMES[link[1]], seed=wildcards.seed)
     own = wildcards.name == run_name(TABLE_OF, ROW[wildcards.name], DATASET, SCALE, smoke=bool(SMOKE))
     given = ({} if own else {"reading": READING}) | ROWS[ROW[wildcards.name]]
-    return [word for key, cell in given.items() for word in ("-p", key, LINK.sub(path, cell))]
+    given = {key: PROPOSALS if cell == BOXES else LINK.sub(path, cell) for key, cell in given.items()}
+    return [word for key, cell in given.items() for word in ("-p", key, cell)]
 
 
 wildcard_constraints:
@@ -105,7 +111,7 @@ rule run:
         notebook=f"{RUN}/run.ipynb",
     params:
         cells=cells,
-        proposals=["-p", "proposals", PROPOSALS] if PROPOSALS else [],
+        proposals=["-p", "proposals", PROPOSALS] if PROPOSALS and not TABLE_OF.boxes else [],
         upstream=lambda wildcards: [ROWS[row] for row in links(ROW[wildcards.name])],
         out=RUN,
     threads: 1

@@ -22,6 +22,7 @@ from finematch.features.backbones import timm_backbone
 from finematch.features.detections import Detections, is_detections
 from finematch.features.detreg import open_proposals
 from finematch.features.proposals import extract_proposals
+from finematch.grids import BOXES as NAMED
 from finematch.grids import Grid, mismatches
 from finematch.runs import LABELS, labels_of
 
@@ -206,6 +207,21 @@ def test_boxes_of_the_command_line_do_not_make_a_row_stale(tmp_path):
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in parameters.items()}
         write(file, {"parameters": plain, "identity": {"x": 1}})
         assert bool(mismatches(grid, file)) == stale
+
+
+def test_a_row_that_reads_boxes_is_not_a_run_without_them(tmp_path):
+    grid = Grid(name="hslm_x", title="", axis="", seeds=2, names={}, columns={}, claims=(),
+                rows={"a": {"proposals": NAMED}, "b": {"proposals": "grid"}})  # fmt: skip
+    from finematch.config import Settings
+
+    assert grid.boxes == ("a",)
+    for row, proposals, stale in (("a", "boxes.json", False), ("a", "grid", True), ("a", "auto", True),
+                                  ("b", "boxes.json", True), ("b", "grid", False)):  # fmt: skip
+        given = {"dataset": "flickr8k", "scale": "tiny", "proposals": proposals, "seed": 0}
+        parameters = Settings("hslm", given).as_dict()
+        file = tmp_path / f"flickr8k.tiny.{row}.s0" / "metrics.json"
+        write(file, {"parameters": parameters, "identity": {"x": 1}})
+        assert bool(mismatches(grid, file)) == stale, (row, proposals)
 
 
 def test_auto_at_scale_paper_is_detreg_or_says_what_stands_in(tmp_path):

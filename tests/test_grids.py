@@ -254,6 +254,20 @@ def test_a_toml_with_a_byte_order_mark_is_read_and_one_in_another_encoding_refus
         grid("mvam_mine", folder=book / "grids")
 
 
+def test_rows_that_read_boxes_wait_for_them(book):
+    """Without a file they are left out, with one it is theirs alone."""
+    write_grid(book, "hslm_mine", "name,proposals\ncells,grid\nboxes,{PROPOSALS}\nplain,\n")
+    without = snakemake(book, "-n", "--cores", "1", grid="hslm_mine", seeds="0")
+    assert "PROPOSALS=<file in COCO's results format>): boxes" in without.stderr
+    assert set(re.findall(r"-p out \S+tiny\.(\w+)\.s0 ", without.stdout)) == {"cells", "plain"}
+    given = snakemake(book, "-n", "--cores", "1", grid="hslm_mine", seeds="0", proposals="my boxes.json")
+    lines = [line for line in given.stdout.splitlines() if "2_train.ipynb" in line]
+    found = {
+        re.search(r"tiny\.(\w+)\.s0", line)[1]: re.findall(r"proposals ('[^']*'|\S+)", line) for line in lines
+    }
+    assert found == {"cells": ["grid"], "boxes": ["'my boxes.json'"], "plain": []}
+
+
 @pytest.mark.parametrize("seeds", ["0,1,0", "0-2"])
 def test_seeds_that_are_not_different_numbers_are_refused(book, seeds):
     write_grid(book, "mvam_mine", "name,views\none,16\n")

@@ -73,6 +73,7 @@ def folder(tmp_path_factory) -> Path:
         ("mvam_backbones", "regions-mvam", "step"),
         ("mvam_backbones", "clip-mvam", "step"),
         ("hslm_main", "row-12", "step"),
+        ("hslm_photos", "detected-9", "step"),
         ("felga_variants", "whole", "forward"),
         ("felga_variants", "felga", "step"),
         ("felga_blip", "blip-felga", "step"),

@@ -86,13 +86,15 @@ def _data(options: argparse.Namespace) -> int:
     options.dataset = options.dataset or "scenes"
     from finematch.config import root
     from finematch.features.inputs import check_data, reads
-    from finematch.grids import grid, settings
+    from finematch.grids import BOXES, grid, settings
 
     one = grid(options.grid, options.dataset)
     of = {"dataset": options.dataset, "data_root": options.data_root, "scale": options.scale}
-    if options.proposals:  # whose boxes need the images, at either scale
-        of["proposals"] = options.proposals
-    rows = [settings(one, row, **of) for row in one.rows]
+    rows = []
+    for row, cells in one.rows.items():  # boxes need the images, at either scale
+        filled = [key for key, cell in cells.items() if cell == BOXES] if options.proposals else []
+        everywhere = ["proposals"] if options.proposals and not one.boxes else []
+        rows.append(settings(one, row, **of, **dict.fromkeys(filled or everywhere, options.proposals)))
     for kind, s in {reads(s): s for s in rows}.items():
         counts = ", ".join(f"{name} {count:,}" for name, count in check_data(s, root()).items())
         print(f"{one.name} reads {kind} of {options.dataset}: {counts}")

@@ -24,6 +24,7 @@ from finematch.files import DataError
 
 RESERVED = ("seed", "out", "dataset", "scale", "data_root", "smoke", "resume")  # the command line sets these
 LINK = re.compile(r"\{run:([a-z0-9-]+)\}")
+BOXES = "{PROPOSALS}"  # a cell: the file of boxes that the command line names, another on each machine
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
@@ -76,6 +77,11 @@ class Grid:
     def method(self) -> str:
         """The method whose `2_train` runs the rows: the grid's name up to the first underscore."""
         return self.name.split("_")[0]
+
+    @property
+    def boxes(self) -> tuple[str, ...]:
+        """The rows that read the boxes which the command line names; where there is none, it names them for all."""
+        return tuple(row for row, cells in self.rows.items() if BOXES in cells.values())
 
     def cells(self, row: str, scale: str) -> dict[str, str]:
         """A row's parameters at a scale, as cells are written: what its own leave unset, `[scale.<scale>]` may set, and
@@ -387,9 +393,11 @@ def mismatches(grid: Grid, file: Path) -> list[str]:
         wanted = _resolved(grid, wanted) | wanted
     if wanted.get("precision") == "auto":  # whatever the run's device made of it
         del wanted["precision"]
-    named = parameters.get("proposals") not in (None, "auto", "selective_search", "grid")
-    if named and grid.method != "slan" and "proposals" not in grid.rows[row]:
-        wanted.pop("proposals", None)  # PROPOSALS=<file>: as DATA_ROOT, it is for whoever runs
+    own = {"detector": ("", "boxes"), "proposals": ("auto", "selective_search", "grid", "rpn", "queries")}
+    for key, words in own.items():  # PROPOSALS=<file>: as DATA_ROOT, it is for whoever runs
+        cell = grid.rows[row].get(key, "" if grid.method == "slan" else BOXES)
+        if cell == BOXES and parameters.get(key) not in (None, *words):
+            wanted.pop(key, None)
     return [f"{key} is {parameters.get(key)!r}, the row says {value!r}" for key, value in wanted.items()
             if not _same(parameters.get(key), value)]  # fmt: skip
 

@@ -369,7 +369,9 @@ def rehearse(grid: grids.Grid, dataset: str, scale: str, folder: Path, *, data_r
     known, lines = {}, []
     given = {"dataset": dataset, "scale": scale, "data_root": data_root, "reading": reading}
     for name in [row] if row else grid.rows:
-        links = {key: "" for key, cell in grid.cells(name, scale).items() if grids.LINK.search(cell)}
+        cells = grid.cells(name, scale).items()
+        links = {key: "" for key, cell in cells if grids.LINK.search(cell)}
+        links |= {key: declared(grid.method)[key].default for key, cell in cells if cell == grids.BOXES}
         s = grids.settings(grid, name, **given, **links)
         shape = repr({key: value for key, value in s.identity().items() if key not in FREE})
         if shape not in known:

@@ -91,6 +91,26 @@ def write_data(
     return root
 
 
+def write_boxes(root: str | Path, *, count: int = 40, seed: int = 0) -> Path:
+    """A detector's boxes, `count` random ones for each image below `root`, in COCO's results format."""
+    rng, found = np.random.default_rng(seed), []
+    for file in sorted({path.stem: path for path in Path(root).rglob("*.jpg")}.values()):
+        with Image.open(file) as image:
+            size = np.array(image.size)
+        for corner, side, score in zip(
+            rng.uniform(0, 0.5, (count, 2)),
+            rng.uniform(0.1, 0.5, (count, 2)),
+            rng.uniform(size=count),
+            strict=True,
+        ):
+            box = [round(float(v), 2) for v in (*corner * size, *side * size)]
+            found.append(
+                {"image_id": file.stem, "category_id": 1, "bbox": box, "score": round(float(score), 3)}
+            )
+    (out := Path(root) / "boxes.json").write_text(json.dumps(found))
+    return out
+
+
 def _drawn(seed: int, split: str, count: int, size: tuple[int, int], first: int = 0) -> list[dict]:
     """Truths of pictures (`generator.picture_of`) with their pixels under `pixels`, boxes in the whole picture."""
     side = min(size)

@@ -30,7 +30,7 @@ from finematch import grids
 from finematch.config import declared, root
 from finematch.files import DataError, digest, write_json
 from finematch.runs import PACKAGE, git_commit, versions
-from finematch.standins import HUB, SIZE, write_data, write_hub, write_network
+from finematch.standins import HUB, SIZE, write_boxes, write_data, write_hub, write_network
 
 IMAGES = 2  # of each split
 SMALL = {"epochs": 1, "batch_size": 2, "precision": "no", "workers": 0, "threads": 1}
@@ -95,6 +95,7 @@ def parameters(row: Row, out: Path, folder: Path, shrink: Mapping[str, Any]) -> 
     }
     known = declared(row.method)
     given |= {key: value for key, value in SMALL.items() if key in known} | dict(shrink)
+    given |= {key: write_boxes(folder / "data" / row.dataset) for key in given if given[key] == grids.BOXES}
     if "shards" in given:  # of caption sets beside the paper's: its own train split takes their place
         given["shards"] = ""
     if row.method == "felga" and "proposals" not in given:
