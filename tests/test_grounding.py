@@ -288,6 +288,78 @@ def test_one_type_is_no_breakdown():
     assert not any("/" in name for name in grounding([phrase([[0, 0, 10, 10]], [1], kind="other")]))
 
 
+# ------------------------------------------------------------------------------------- the public evaluator
+SENTENCES = {
+    "11": "[/EN#1/people A man] and [/EN#2/people two women] walk in [/EN#3/scene the park] .\n"
+    "[/EN#2/people Women] carry [/EN#4/other/clothing red bags] near [/EN#5/other a kiosk] .\n",
+    "12": "[/EN#6/animals A dog] chases [/EN#7/animals birds] .\n[/EN#0/notvisual It] is a sunny day .\n",
+}
+TRUE = {
+    "11": {1: [(10, 20, 60, 120)], 2: [(70, 25, 100, 118), (110, 30, 150, 121)],
+           4: [(88, 80, 101, 99), (120, 85, 131, 98)], 3: "<scene>1</scene><nobndbox>0</nobndbox>", 5: "<scene>0</scene><nobndbox>1</nobndbox>"},
+    "12": {6: [(30, 60, 90, 110)], 7: [(5, 5, 25, 20), (40, 8, 60, 22), (100, 4, 119, 18)]},
+}  # fmt: skip
+# of each phrase with boxes, the boxes that a model would propose, the best first
+PREDICTED = {
+    ("11", 0): [[(8, 18, 61, 118), (0, 0, 160, 130)], [(72, 28, 148, 119), (70, 25, 99, 110), (0, 0, 20, 20)]],
+    ("11", 1): [[*((0, 0, x, 30) for x in range(30, 35)), (112, 28, 149, 120)],
+                [(87, 79, 102, 100), (87, 79, 132, 100)]],
+    ("12", 0): [[(60, 60, 120, 110), (45, 60, 105, 110), (30, 60, 60, 110)],  # IoU 1/3, 3/5, exactly 1/2
+                [(0, 0, 128, 128), (100, 20, 119, 34), (6, 4, 116, 23), (44, 8, 64, 22)]],
+}  # fmt: skip
+# What MDETR's Flickr30kEntitiesRecallEvaluator (datasets/flickr_eval.py) gives for these two files.
+MDETR = {
+    "": {"all": (1 / 3, 5 / 6, 1, 1), "people": (1 / 3, 2 / 3, 1, 1), "clothing": (1, 1, 1, 1),
+         "animals": (0, 1, 1, 1)},
+    "merged_": {"all": (1 / 3, 5 / 6, 5 / 6, 5 / 6), "people": (2 / 3, 2 / 3, 2 / 3, 2 / 3), "clothing": (0, 1, 1, 1),
+                "animals": (0, 1, 1, 1)},
+}  # fmt: skip
+
+
+def entities_folder(folder):
+    """`SENTENCES` and `TRUE` in the files of Flickr30k Entities."""
+    for name in ("Sentences", "Annotations"):
+        (folder / name).mkdir(parents=True)
+    (folder / "val.txt").write_text("11\n12\n")
+    corners = ("xmin", "ymin", "xmax", "ymax")
+    for name, text in SENTENCES.items():
+        (folder / "Sentences" / f"{name}.txt").write_text(text)
+        objects = ""
+        for entity, things in TRUE[name].items():
+            boxes = [things] if isinstance(things, str) else []
+            for box in things if not boxes else ():
+                sides = "".join(f"<{c}>{v}</{c}>" for c, v in zip(corners, box, strict=True))
+                boxes.append(f"<bndbox>{sides}</bndbox>")
+            objects += "".join(f"<object><name>{entity}</name>{box}</object>" for box in boxes)
+        size = "<size><width>160</width><height>130</height><depth>3</depth></size>"
+        (folder / "Annotations" / f"{name}.xml").write_text(
+            f"<annotation><filename>{name}.jpg</filename>{size}{objects}</annotation>"
+        )
+    return folder
+
+
+def test_recall_equals_that_of_mdetrs_evaluator(tmp_path):
+    records = load_entities(entities_folder(tmp_path), "val", image_dir=tmp_path, check_images=False)
+    phrases = []
+    for record in records:
+        given = {c: iter(PREDICTED.get((record.image_id, c), ())) for c in range(len(record.captions))}
+        for one in record.phrases:
+            boxes = next(given[one.caption]) if one.boxes else [(0, 0, 5, 5)]
+            scores = torch.arange(len(boxes), 0, -1).float()
+            phrases.append(
+                GroundedPhrase(torch.tensor(boxes).float(), scores, one.boxes, record.size, one.kind)
+            )
+    found = grounding(phrases)
+    assert (found["phrases"], found["dropped"]) == (6, 3)  # the scene, the kiosk and "It" have no box
+    for protocol, kinds in MDETR.items():
+        for kind, wanted in kinds.items():
+            for key, value in zip(("r1", "r5", "r10", "upper_bound"), wanted, strict=True):
+                name = f"{protocol}{key}{'' if kind == 'all' else '/' + kind}"
+                assert found[name] == pytest.approx(100 * value), name
+    assert "AnyBox" in found["protocol"]
+    assert "MergedBox" in found["protocol"]
+
+
 # -------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(
     ("regions", "scores", "boxes", "message"),
