@@ -296,7 +296,8 @@ SENTENCES = {
 }
 TRUE = {
     "11": {1: [(10, 20, 60, 120)], 2: [(70, 25, 100, 118), (110, 30, 150, 121)],
-           4: [(88, 80, 101, 99), (120, 85, 131, 98)], 3: "<scene>1</scene><nobndbox>0</nobndbox>", 5: "<scene>0</scene><nobndbox>1</nobndbox>"},
+           4: [(88, 80, 101, 99), (120, 85, 131, 98)], 3: "<scene>1</scene><nobndbox>0</nobndbox>",
+           5: "<scene>0</scene><nobndbox>1</nobndbox>"},
     "12": {6: [(30, 60, 90, 110)], 7: [(5, 5, 25, 20), (40, 8, 60, 22), (100, 4, 119, 18)]},
 }  # fmt: skip
 # of each phrase with boxes, the boxes that a model would propose, the best first

@@ -31,6 +31,7 @@ from finematch.models.slan.detector import (
     BoxedImages,
     Detector,
     recall,
+    rpn_targets,
     set_loss,
     train_detector,
     untaught,
@@ -129,7 +130,7 @@ def test_a_box_encoded_against_any_anchor_is_decoded_by_the_rpn_to_itself(offset
     anchors = model.proposals.anchors(maps)
     true = torch.tensor([[[0.3, 0.2, 0.7, 0.9]]])
     # every anchor is told its delta to the box, whether it is positive or not
-    _, (wanted,) = model.targets(anchors, true, torch.ones(1, 1).bool())
+    _, (wanted,) = rpn_targets(model.rules, anchors, true, torch.ones(1, 1).bool())
     torch.testing.assert_close(cut(decode(anchors, wanted)), true[0].expand(len(anchors), 4))
     # through the whole of `forward`: on a map of one cell a bias is the delta of its anchor
     boxes = torch.tensor([[0.1, 0.2, 0.5, 0.6], [0.4, 0.0, 1.0, 0.7], [0.05, 0.5, 0.2, 0.9]])
@@ -137,7 +138,7 @@ def test_a_box_encoded_against_any_anchor_is_decoded_by_the_rpn_to_itself(offset
     anchors = model.proposals.anchors(maps)
     deltas = torch.cat(
         [
-            model.targets(a[None], b[None, None], torch.ones(1, 1).bool())[1][0]
+            rpn_targets(model.rules, a[None], b[None, None], torch.ones(1, 1).bool())[1][0]
             for a, b in zip(anchors, boxes, strict=True)
         ]
     )
@@ -182,7 +183,7 @@ def test_targets_are_those_of_loops():
     data, model = BoxedImages(source(), RECORDS), moved()
     maps = model.read(data.images.batch([0, 1, 2]))
     anchors = model.proposals.anchors(maps)
-    labels, wanted = model.targets(anchors, data.boxes, data.real)
+    labels, wanted = rpn_targets(model.rules, anchors, data.boxes, data.real)
     kinds = set()
     for i in range(3):
         own, deltas = naive_targets(anchors.tolist(), data.boxes[i, data.real[i]].tolist())
@@ -232,7 +233,7 @@ def test_of_each_picture_256_anchors_are_sampled_at_most_half_of_them_positive()
     crowd = [(x, y, x + 4, y + 4) for x in range(0, 60, 2) for y in range(0, 60, 2)]
     data = BoxedImages(maps, [record("p0", [(20, 20, 24, 24)], (64, 64)), record("p1", crowd, (64, 64))])
     read = model.read(maps.batch([0, 1]))
-    labels, wanted = model.targets(model.proposals.anchors(read), data.boxes, data.real)
+    labels, wanted = rpn_targets(model.rules, model.proposals.anchors(read), data.boxes, data.real)
     logits = torch.zeros(2, len(labels[0]), requires_grad=True)
     deltas = torch.full((2 * len(labels[0]), 4), 0.01, requires_grad=True)
     sum(model.rules.compute_loss(logits, deltas, labels, wanted)).backward()

@@ -321,6 +321,33 @@ class LocatorConfig(Config):
 
 
 @dataclass(frozen=True)
+class LocalizationConfig(Config):
+    """Settings of `models.slan.detection.Localizer` (SLAN 4.3, Table 4)."""
+
+    label_score: str = switch(
+        "S35", "mean", "max", says="does not say how the words of a class name become one score; its rival GLIP: mean",
+        help="a class's score of a region, from those of its words")
+    phrase_score: str = switch(
+        "S36", "max", "mean", says="does not say how the words of a phrase become one score; MDETR: max",
+        help="a phrase's score of a region, from those of its words")
+    align: str = switch(
+        "S35", "steering", "fused", says="'We adopt the output from the last layer of the' ends there",
+        help="what is compared: regions with the words that steer them, or both after the last cross attention")
+    top: int = setting(
+        100, (0, 1000), "regions that the filter keeps for detection, T; 0 keeps all", register="S35", literal=10,
+        says="T = 10 (Table 7), though COCO has seven boxes an image on average and AP counts 100")
+    threshold: float = setting(
+        0.0, (0, 0.999), "lowest score that the filter keeps for detection, h", register="S35", literal=0.5,
+        says="h = 0.5 (Table 7)")
+    suppress: float = setting(
+        0.5, (0, 0.99), "IoU of non-maximum suppression of a class's boxes; 0: none", register="S35", literal=0.0,
+        says="nothing about boxes that overlap; GLIP suppresses them")
+    align_weight: float = setting(1.0, (0, 1000), "weight of the alignment loss of fine-tuning")
+    box_weight: float = setting(1.0, (0, 1000), "weight of the box loss of fine-tuning")
+    proposal_weight: float = setting(1.0, (0, 1000), "weight of the proposals' own loss of fine-tuning")
+
+
+@dataclass(frozen=True)
 class SLANConfig(Config):
     """Settings of `models.slan.objective.SLAN` (3.3). A term of weight 0 is not computed, and its head is not made."""
 

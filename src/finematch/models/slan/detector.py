@@ -148,8 +148,7 @@ class Detector(nn.Module):
                                             smallest=c.smallest)  # fmt: skip
         else:
             self.proposals = RPN(c.pyramid, count=max(TOPS), anchor=c.anchor, anchor_offset=c.anchor_offset)
-        # without a head and anchors of its own: its rules alone, which hold no weights
-        self.rules = RegionProposalNetwork(nn.Identity(), nn.Identity(), 0.7, 0.3, 256, 0.5, {}, {}, NMS)
+        self.rules = rpn_rules()
 
     def read(self, picture: dict[str, Tensor]) -> list[Float[Tensor, "b _ _ _"]]:
         """The decoder's maps, coarse to fine, from a batch of a `MapSource` or a `PixelSource`."""
@@ -157,32 +156,10 @@ class Detector(nn.Module):
             self.encoder(picture["pixels"] if "pixels" in picture else list(picture.values()))
         )
 
-    def targets(
-        self,
-        anchors: Float[Tensor, "m 4"],
-        boxes: Float[Tensor, "b k 4"],
-        real: Bool[Tensor, "b k"],
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """What each anchor (x, y, w, h) should say, picture by picture.
-
-        Returns:
-            Labels "m" (1 positive, 0 negative, -1 neither), and the deltas "m 4" that `locator.decode` takes from the
-            anchor to its box; those of anchors that are not positive mean nothing.
-        """
-        corners = [convert(anchors, "cxcywh", "xyxy")] * len(boxes)
-        given = [{"boxes": some[there]} for some, there in zip(boxes, real, strict=True)]
-        labels, matched = self.rules.assign_targets_to_anchors(corners, given)
-        return labels, list(self.rules.box_coder.encode(matched, corners))
-
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """`loss`, and its two terms `objectness_loss` and `box_loss`."""
         maps = self.read(batch["picture"])
-        if isinstance(self.proposals, QueryProposals):
-            objectness, box = set_loss(self.proposals(maps), batch["boxes"], batch["real"])
-        else:
-            logits, deltas = self.proposals.predict(maps)
-            labels, wanted = self.targets(self.proposals.anchors(maps), batch["boxes"], batch["real"])
-            objectness, box = self.rules.compute_loss(logits, deltas.flatten(0, 1), labels, wanted)
+        objectness, box = proposal_loss(self.proposals, self.rules, maps, batch["boxes"], batch["real"])
         return {"loss": objectness + box, "objectness_loss": objectness, "box_loss": box}
 
     @torch.no_grad()
@@ -211,6 +188,44 @@ class Detector(nn.Module):
                 f"image_encoder.{name}": value for name, value in self.encoder.cells.net.state_dict().items()
             }
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def rpn_rules() -> RegionProposalNetwork:
+    """Ren et al.'s rules of what an anchor is, and their loss; without a head and anchors, so it holds no weights."""
+    return RegionProposalNetwork(nn.Identity(), nn.Identity(), 0.7, 0.3, 256, 0.5, {}, {}, NMS)
+
+
+def rpn_targets(
+    rules: RegionProposalNetwork,
+    anchors: Float[Tensor, "m 4"],
+    boxes: Float[Tensor, "b k 4"],
+    real: Bool[Tensor, "b k"],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What each anchor (x, y, w, h) should say, picture by picture.
+
+    Returns:
+        Labels "m" (1 positive, 0 negative, -1 neither), and the deltas "m 4" that `locator.decode` takes from the
+        anchor to its box; those of anchors that are not positive mean nothing.
+    """
+    corners = [convert(anchors, "cxcywh", "xyxy")] * len(boxes)
+    given = [{"boxes": some[there]} for some, there in zip(boxes, real, strict=True)]
+    labels, matched = rules.assign_targets_to_anchors(corners, given)
+    return labels, list(rules.box_coder.encode(matched, corners))
+
+
+def proposal_loss(
+    proposals: RPN | QueryProposals,
+    rules: RegionProposalNetwork,
+    maps: list[Float[Tensor, "b _ _ _"]],
+    boxes: Float[Tensor, "b k 4"],
+    real: Bool[Tensor, "b k"],
+) -> tuple[Tensor, Tensor]:
+    """The objectness and the box loss of proposals from the decoder's `maps`; see `Detector` and `set_loss`."""
+    if isinstance(proposals, QueryProposals):
+        return set_loss(proposals(maps), boxes, real)
+    logits, deltas = proposals.predict(maps)
+    labels, wanted = rpn_targets(rules, proposals.anchors(maps), boxes, real)
+    return rules.compute_loss(logits, deltas.flatten(0, 1), labels, wanted)
 
 
 def set_loss(
