@@ -69,6 +69,7 @@ class _Dataset:
     what: str
     paths: tuple[str, ...]
     read: Callable[..., list]
+    part: str = ""  # of the embedded set, drawn when it is first asked for
 
 
 def _karpathy(json_path: str, image_dir: str) -> tuple[tuple[str, ...], Callable[..., list[Record]]]:
@@ -137,6 +138,18 @@ def _vqav2(folder: str) -> tuple[tuple[str, ...], Callable[..., list[Question]]]
     return tuple(f"{folder}/{file.replace('{s}', '{s}2014')}" for file in (questions, answers)), read
 
 
+def _scenes_vqa(folder: str) -> tuple[tuple[str, ...], Callable[..., list[Question]]]:
+    paths = f"{folder}/v2_OpenEnded_scenes_{{s}}_questions.json", f"{folder}/v2_scenes_{{s}}_annotations.json"
+
+    def read(root: Path, split: str, **options) -> list[Question]:
+        questions, answers = (root / path.format(s=split) for path in paths)
+        options = {"annotations": answers, **options}
+        options["image_name"] = lambda number: f"scenes_{split}_{number % 100_000:05d}.png"
+        return load_vqa(questions, root / "scenes/images", split, **options)
+
+    return paths, read
+
+
 def _nlvr2(folder: str, images: str) -> tuple[tuple[str, ...], Callable[..., list[ImagePair]]]:
     def read(root: Path, split: str, **options) -> list[ImagePair]:
         name = _subset(split, FILES, root / folder)
@@ -166,6 +179,24 @@ _DATASETS = {
         ),
     ),
     "scenes_entities": _Dataset("its phrases and boxes", *_entities("scenes/entities", "scenes/images")),
+    "scenes_vqa": _Dataset(
+        "questions about its images, in VQAv2's format", *_scenes_vqa("scenes/vqa"), "vqa"
+    ),
+    "scenes_nlvr2": _Dataset(
+        "sentences about two of its images, in NLVR2's format",
+        *_nlvr2("scenes/nlvr2", "scenes/nlvr2/images"),
+        "nlvr2",
+    ),
+    "scenes_clips": _Dataset(
+        "moving shapes as folders of frames, in MSR-VTT's format",
+        *_msrvtt("scenes/clips/{s}.csv", "scenes/clips/frames", ("train", "val", "test")),
+        "clips",
+    ),
+    "scenes_videos": _Dataset(
+        "the same clips as encoded files (needs PyAV)",
+        *_msrvtt("scenes/clips/{s}.csv", "scenes/videos", ("train", "val", "test")),
+        "videos",
+    ),
     "flickr8k": _Dataset(
         "Karpathy's splits (train, val, test)",
         *_karpathy("flickr8k/dataset_flickr8k.json", "flickr8k/images"),
@@ -254,6 +285,10 @@ def load(dataset: str, data_root: str | Path, split: str, **options) -> list[Ent
         if not (root / "scenes").exists():
             generator.generate(root / "scenes")
         generator.current(root / "scenes", redraw=True)
+        if part := _DATASETS[dataset].part:
+            from finematch.scenes import tasks
+
+            tasks.draw(root / "scenes", part)
     first = root / Path(_DATASETS[dataset].paths[0]).parts[0]
     if not first.is_dir():
         raise DataError(

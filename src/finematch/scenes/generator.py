@@ -23,6 +23,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from multiprocessing import get_context
@@ -729,12 +730,12 @@ def choose(pictures: list[dict], which: str) -> list[dict]:
     return [picture for picture in pictures if has(picture) == (which == "unseen")]
 
 
-def build_tokenizer() -> Tokenizer:
-    """The word-level tokeniser of `scenes`: [PAD] [UNK] [CLS] [SEP] [MASK], then every word, sorted.
+def build_tokenizer(more: Sequence[str] = ()) -> Tokenizer:
+    """The word-level tokeniser of `scenes`: [PAD] [UNK] [CLS] [SEP] [MASK], the captions' words, sorted, then `more`.
 
     tokenizer.json beside this file is this tokeniser, saved.
     """
-    words = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *vocabulary()])}
+    words = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *vocabulary(), *more])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
