@@ -8,9 +8,10 @@
   Rows of one name in two grids of a method are one run: a table never pays again for what another has run.
   The executed notebook and the checkpoint are not declared as outputs, so they survive a failure: the one
   shows its traceback, from the other the next attempt resumes.
-* A cell of the CSV is a parameter of notebooks/<method>/2_train, an empty one leaves the notebook's default, or what
+* A cell of the CSV is a parameter of notebooks/<method>/2_train, or of the `page` that the toml names; an empty one leaves the notebook's default, or what
   the toml's [scale.<scale>] says for all rows.
-  `{run:clip-cls}/encoder` is a path in that row's run folder with the same seed, and waits for that run;
+  `{run:clip-cls}/encoder` is a path in that row's run folder with the same seed, and waits for that run, also where the row is one
+  of the grid that the toml `builds_on`;
   `{PROPOSALS}` is the file of boxes that the command line names; without one such rows are left out.
 * A finished run is repeated when the parameters of its row change, or of a row it builds on; not when a
   notebook or the library is edited: metrics.json says which commit made it, FORCE=1 repeats the grid.
@@ -43,19 +44,18 @@ TABLE = f"figures/{GRID}.{DATASET}.{label(SCALE, smoke=bool(SMOKE))}"  # of both
 RUN = f"papermill_runs/{METHOD}/{{name}}.s{{seed}}"
 PAPERMILL = f"{shlex.quote(sys.executable)} -m papermill --no-progress-bar --log-output"
 
-TRAIN = Path("notebooks", METHOD, "2_train.ipynb")
 RESUME = f"-p resume {'fresh' if config.get('force') else 'replace'}"
 
 try:
     TABLE_OF = grid(GRID, DATASET, folder="grids")
 except DataError as error:
     raise WorkflowError(str(error))
-ROWS = {row: TABLE_OF.cells(row, SCALE) for row in TABLE_OF.rows}
+ROWS = {row: TABLE_OF.of(row).cells(row, SCALE) for row in (*TABLE_OF.rows, *TABLE_OF.linked)}
 if TABLE_OF.boxes and not PROPOSALS:
     left = ", ".join(TABLE_OF.boxes)
     print(f"Left out, for they read a detector's boxes (PROPOSALS=<file in COCO's results format>): {left}", file=sys.stderr)
     ROWS = {row: cells for row, cells in ROWS.items() if row not in TABLE_OF.boxes}
-NAMES = {row: run_name(TABLE_OF, row, DATASET, SCALE, READING, smoke=bool(SMOKE)) for row in ROWS}
+NAMES = {row: run_name(TABLE_OF.of(row), row, DATASET, SCALE, READING, smoke=bool(SMOKE)) for row in ROWS}
 ROW = {name: row for row, name in NAMES.items()}
 SEEDS = str(config["seeds"]).split(",") if config.get("seeds") not in (None, "") else range(TABLE_OF.seeds)
 if not all(str(seed).isdecimal() for seed in SEEDS) or len(set(SEEDS)) < len(SEEDS):
@@ -74,7 +74,7 @@ def prerequisites(wildcards):
 def cells(wildcards):
     """The row as papermill's arguments: -p column cell ..."""
     path = lambda link: RUN.format(name=NAMES[link[1]], seed=wildcards.seed)
-    own = wildcards.name == run_name(TABLE_OF, ROW[wildcards.name], DATASET, SCALE, smoke=bool(SMOKE))
+    own = wildcards.name == run_name(TABLE_OF.of(ROW[wildcards.name]), ROW[wildcards.name], DATASET, SCALE, smoke=bool(SMOKE))
     given = ({} if own else {"reading": READING}) | ROWS[ROW[wildcards.name]]
     given = {key: PROPOSALS if cell == BOXES else LINK.sub(path, cell) for key, cell in given.items()}
     return [word for key, cell in given.items() for word in ("-p", key, cell)]
@@ -91,7 +91,7 @@ localrules:
 
 rule table:
     input:
-        expand(f"{RUN}/metrics.json", name=ROW, seed=SEEDS),
+        expand(f"{RUN}/metrics.json", name=[name for name, row in ROW.items() if row in TABLE_OF.rows], seed=SEEDS),
     output:
         multiext(TABLE, ".csv", ".md", ".svg"),
     log:
@@ -111,6 +111,7 @@ rule run:
         notebook=f"{RUN}/run.ipynb",
     params:
         cells=cells,
+        page=lambda wildcards: f"notebooks/{METHOD}/{TABLE_OF.of(ROW[wildcards.name]).page}.ipynb",
         proposals=["-p", "proposals", PROPOSALS] if PROPOSALS and not TABLE_OF.boxes else [],
         upstream=lambda wildcards: [ROWS[row] for row in links(ROW[wildcards.name])],
         out=RUN,
@@ -118,6 +119,6 @@ rule run:
     retries: 1
     shell:
         "mkdir -p {params.out} && "
-        "{PAPERMILL} {TRAIN} {log.notebook} -p out {params.out}"
+        "{PAPERMILL} {params.page} {log.notebook} -p out {params.out}"
         " -p dataset {DATASET} -p scale {SCALE} -p data_root {DATA_ROOT:q} -p seed {wildcards.seed}"
         " {params.proposals:q} {params.cells:q} {SMOKE} {RESUME}"

@@ -215,6 +215,38 @@ def test_rows_that_would_not_run_as_they_stand_are_refused(book, rows, message):
         grid("mvam_mine", folder=book / "grids")
 
 
+def test_the_rows_of_a_task_build_on_runs_of_another_grid(book):
+    """The run that is built on is made first, by its own page; the table waits for the task's rows."""
+    write_grid(book, "toy_rows", "name,views\none,1\ntwo,2\n")
+    page = {"page": '"5_say"', "builds_on": '"toy_rows"'}
+    write_grid(book, "toy_task", "name,pretrained,start\nsay,{run:one},\nscratch,{run:one},scratch\n", **page)
+    found = grid("toy_task", folder=book / "grids")
+    assert (found.presets, found.linked, found.of("one").name) == ("toy_say", ("one",), "toy_rows")
+    assert found.of("say") is found
+    said = snakemake(book, "-n", "--cores", "1", grid="toy_task", seeds="1")
+    assert said.returncode == 0, said.stdout + said.stderr
+    lines = [line for line in said.stdout.splitlines() if " -p seed " in line]
+    pages = {
+        re.search(r"tiny\.(\w+)\.s1", line)[1]: re.search(r"notebooks/(\S+)\.ipynb", line)[1]
+        for line in lines
+    }
+    assert pages == {"one": "toy/2_train", "say": "toy/5_say", "scratch": "toy/5_say"}
+    assert all(
+        "-p pretrained papermill_runs/toy/scenes.tiny.one.s1 " in line for line in lines if "5_say" in line
+    )
+    (inputs,) = re.findall(r"rule table:\n +input: (.*)", said.stdout)
+    assert inputs.split(", ") == [
+        f"papermill_runs/toy/scenes.tiny.{row}.s1/metrics.json" for row in ("say", "scratch")
+    ]
+    for rows, more, message in (("say,{run:three}", page, "row say: builds on 'three'"),
+                                ("one,{run:two}", page, "row one: has the name of a row of toy_rows"),
+                                ("say,{run:one}", {**page, "builds_on": '"toy_none"'}, "toy_none.csv: the file: is"),
+                                ("say,{run:one}", {"page": '"5_say"'}, "row say: builds on 'one'")):  # fmt: skip
+        write_grid(book, "toy_task", f"name,pretrained\n{rows}\n", **more)
+        with pytest.raises(DataError, match=message):
+            grid("toy_task", folder=book / "grids")
+
+
 @pytest.mark.parametrize("rows", ["name,views\none,16\none,32\n", "name,seed,views\none,3,16\n"])
 def test_snakemake_refuses_such_a_grid_before_anything_runs(book, rows):
     write_grid(book, "mvam_mine", rows)

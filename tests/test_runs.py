@@ -289,3 +289,33 @@ def test_weights_of_stages_and_members_are_named(tmp_path):
     found = runs.weights_digests(tmp_path)
     assert list(found) == ["member0/best.safetensors"]
     assert len(found["member0/best.safetensors"]) == 64
+
+
+def test_a_run_that_another_builds_on_counts_by_what_made_it_and_what_it_became(tmp_path):
+    """Not by its folder's name: the same run elsewhere is the same, the same folder with other weights is not."""
+
+    class Given:
+        numerics = 1
+
+        def __init__(self, folder):
+            self.folder = str(folder)
+
+        def identity(self):
+            return {"pretrained": self.folder, "start": "pretrained"}
+
+        def paths(self):
+            return {"pretrained": self.folder}
+
+    def of(name: str, weights: str, epochs: int = 1) -> dict:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        content = dict.fromkeys(runs.FIELDS) | {"parameters": {}, "metrics": {}}
+        content |= {"identity": {"settings": {"epochs": epochs}}, "weights": {"best.safetensors": weights}}
+        (folder / "metrics.json").write_text(json.dumps(content))
+        return runs.identity_of("slan_captioning", Given(folder), data={})
+
+    first = of("one", "aa")
+    assert first["settings"]["pretrained"].startswith("run:")
+    assert of("elsewhere", "aa") == first
+    others = (of("one", "bb"), of("one", "aa", epochs=2))
+    assert len({one["settings"]["pretrained"] for one in (first, *others)}) == 3

@@ -91,10 +91,13 @@ def _data(options: argparse.Namespace) -> int:
     one = grid(options.grid, options.dataset)
     of = {"dataset": options.dataset, "data_root": options.data_root, "scale": options.scale}
     rows = []
-    for row, cells in one.rows.items():  # boxes need the images, at either scale
+    for row in one.rows if one.base is None else one.linked:  # boxes need the images, at either scale
+        cells = one.of(row).rows[row]
         filled = [key for key, cell in cells.items() if cell == BOXES] if options.proposals else []
         everywhere = ["proposals"] if options.proposals and not one.boxes else []
-        rows.append(settings(one, row, **of, **dict.fromkeys(filled or everywhere, options.proposals)))
+        rows.append(
+            settings(one.of(row), row, **of, **dict.fromkeys(filled or everywhere, options.proposals))
+        )
     for kind, s in {reads(s): s for s in rows}.items():
         counts = ", ".join(f"{name} {count:,}" for name, count in check_data(s, root()).items())
         print(f"{one.name} reads {kind} of {options.dataset}: {counts}")

@@ -72,11 +72,29 @@ class Grid:
     levels: str = ""
     remarks: tuple[str, ...] = ()
     scales: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    page: str = "2_train"
+    builds_on: str = ""
+    base: Grid | None = None
 
     @property
     def method(self) -> str:
-        """The method whose `2_train` runs the rows: the grid's name up to the first underscore."""
+        """The method whose pages run the rows: the grid's name up to the first underscore."""
         return self.name.split("_")[0]
+
+    @property
+    def presets(self) -> str:
+        """Whose presets the page takes: the method's, or those of its task (`slan_captioning` of `5_captioning`)."""
+        return self.method if self.page == "2_train" else f"{self.method}_{self.page.partition('_')[2]}"
+
+    def of(self, row: str) -> Grid:
+        """The grid that has a row: this one, or the one that it builds on."""
+        return self if row in self.rows or self.base is None else self.base
+
+    @property
+    def linked(self) -> tuple[str, ...]:
+        """The rows of `base` that rows build on."""
+        names = dict.fromkeys(link for cells in self.rows.values() for link in _links(cells))
+        return tuple(name for name in names if name not in self.rows)
 
     @property
     def boxes(self) -> tuple[str, ...]:
@@ -120,7 +138,11 @@ def grid(name: str, dataset: str = "", *, folder: str | Path | None = None) -> G
     for pattern, section in content.pop("on", {}).items():
         if fnmatch(dataset, pattern):
             content |= section
-    found = _checked(path, name, rows, content)
+    base = content.get("builds_on", "")
+    found = _checked(
+        path, name, rows, content | {"base": grid(base, dataset, folder=folder) if base else None}
+    )
+    _check_links(path.with_suffix(".csv"), found)
     _check_values(path.with_suffix(".csv"), found)
     return found
 
@@ -163,11 +185,6 @@ def read_rows(name: str, *, folder: str | Path | None = None) -> dict[str, dict[
         rows[row] = cells
     if not rows:
         raise DataError(path, "the file", "lists no runs", "Add a row")
-    for row, cells in rows.items():
-        for linked in _links(cells):
-            if linked not in rows or _links(rows[linked]):
-                problem = f"builds on {linked!r}, which is no row here, or builds on another itself"
-                raise DataError(path, f"row {row}", problem, "A link names a row without links")
     return rows
 
 
@@ -191,9 +208,22 @@ def _table(path: Path) -> tuple[list[str], dict[int, list[str]]]:
     return columns, found
 
 
+def _check_links(path: Path, found: Grid) -> None:
+    """Refuse a link to no row, or to one that builds on another, and a row that has the folder of another one's run."""
+    for row, cells in found.rows.items():
+        if found.base and row in found.base.rows:
+            problem = f"has the name of a row of {found.builds_on}, whose run it would be taken for"
+            raise DataError(path, f"row {row}", problem, "Rename it")
+        for linked in _links(cells):
+            rows = found.of(linked).rows
+            if linked not in rows or _links(rows[linked]):
+                problem = f"builds on {linked!r}, which is no row here, or builds on another itself"
+                raise DataError(path, f"row {row}", problem, "A link names a row without links")
+
+
 def _check_values(path: Path, found: Grid) -> None:
-    """Refuse a cell that the method's training page would refuse, at either scale."""
-    if not (PRESETS / f"{found.method}.toml").is_file():
+    """Refuse a cell that the page would refuse, at either scale."""
+    if not (PRESETS / f"{found.presets}.toml").is_file():
         return
     for scale, row in ((scale, row) for scale in ("tiny", "paper") for row in found.rows):
         try:
@@ -225,8 +255,8 @@ def _checked(path: Path, name: str, rows: dict, content: dict) -> Grid:
         "scale",
         *Grid.__dataclass_fields__,
     }
-    known -= {"name", "names", "scales"}
-    if unknown := sorted(content.keys() - known):
+    known -= {"name", "names", "scales", "base"}
+    if unknown := sorted(content.keys() - known - {"base"}):
         raise DataError(path, unknown[0], "is no key of a grid", f"Known: {', '.join(sorted(known))}")
     if missing := [key for key in ("title", "axis", "seeds", "rows", "columns") if key not in content]:
         raise DataError(path, missing[0], "is missing", "See docs/adding_a_table.md")
@@ -299,9 +329,9 @@ def label(scale: str, reading: str = "", *, smoke: bool = False) -> str:
 def shared(grid: Grid, row: str, dataset: str, scale: str) -> bool:
     """Whether a row, and what it builds on, has the same settings under both readings: then one run stands for both."""
     try:
-        for name in (row, *_links(grid.cells(row, scale))):
+        for name in (row, *_links(grid.of(row).cells(row, scale))):
             default, literal = (
-                settings(grid, name, reading=reading, dataset=dataset, scale=scale).identity()
+                settings(grid.of(name), name, reading=reading, dataset=dataset, scale=scale).identity()
                 for reading in READINGS
             )
             if default | {"reading": "literal"} != literal:
@@ -381,7 +411,7 @@ def mismatches(grid: Grid, file: Path) -> list[str]:
     parameters = {"reading": own_reading(scale)} | parameters
 
     def linked(link: re.Match) -> str:  # a neighbour's folder
-        neighbour = run_name(grid, link[1], dataset, scale, other, smoke=smoke)
+        neighbour = run_name(grid.of(link[1]), link[1], dataset, scale, other, smoke=smoke)
         return str(Path(file).parent.with_name(f"{neighbour}.s{seed}"))
 
     wanted = {"reading": other or own_reading(scale)}
@@ -410,7 +440,7 @@ def earlier(grid: Grid, file: Path) -> list[str]:
     content = json.loads(Path(file).read_text(encoding="utf-8"))
     parameters = content["parameters"]
     dataset, name, row, _ = _parts(file)
-    if "identity" in content or not (PRESETS / f"{grid.method}.toml").is_file():
+    if "identity" in content or not (PRESETS / f"{grid.presets}.toml").is_file():
         return []
     scale, _, other = name.partition("-")
     cells = {key: _typed(cell) for key, cell in grid.cells(row, scale).items() if not LINK.search(cell)}
@@ -425,7 +455,7 @@ def earlier(grid: Grid, file: Path) -> list[str]:
 def _resolved(grid: Grid, given: Mapping[str, Any]) -> dict[str, Any]:
     """All settings that can change the numbers of a run with these parameters, as its notebook resolves them."""
     try:
-        settings = Settings(grid.method, given).identity()
+        settings = Settings(grid.presets, given).identity()
     except ParameterError as error:
         raise DataError(
             f"grids/{grid.name}.csv", "a row", f"is refused: {error}", "Correct the row"
@@ -469,7 +499,7 @@ def settings(grid: Grid, row: str, *, reading: str = "", **given: Any) -> Settin
         ParameterError: a cell that the method refuses.
     """
     cells = {key: _typed(cell) for key, cell in grid.cells(row, given["scale"]).items()}
-    return Settings(grid.method, {"reading": reading or None} | cells | given)
+    return Settings(grid.presets, {"reading": reading or None} | cells | given)
 
 
 def _typed(cell: str) -> Any:

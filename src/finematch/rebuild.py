@@ -110,6 +110,11 @@ def rebuild(run) -> tuple[Any, nn.Module]:
     return data, model.to(accelerator()).eval()
 
 
+def untrained(run, seed: int) -> nn.Module:
+    """The model of a finished run of SLAN with the random weights of `seed`, in eval mode."""
+    return slan_model(run.settings.replace(seed=seed), run.data).to(accelerator()).eval()
+
+
 @dataclass
 class Inputs:
     """What a run reads. `network` looked at the images (None: published arrays, or pixels go into the model);

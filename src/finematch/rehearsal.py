@@ -366,6 +366,11 @@ def rehearse_run(
 def rehearse(grid: grids.Grid, dataset: str, scale: str, folder: Path, *, data_root: str = "data", reading: str = "",
              row: str = "", patience: float = PATIENCE, echo=print) -> list[dict]:  # fmt: skip
     """A line a row of the grid (or of one row): `row` and its `Cost`; rows of one shape are measured once."""
+    if grid.page != "2_train":
+        raise DataError(
+            f"grids/{grid.name}.toml", f"page {grid.page!r}", "is not rehearsed: only training pages are",
+            f"Rehearse the grid it builds on (GRID={grid.builds_on}); the page's first cell says its own cost",
+        )  # fmt: skip
     known, lines = {}, []
     given = {"dataset": dataset, "scale": scale, "data_root": data_root, "reading": reading}
     for name in [row] if row else grid.rows:

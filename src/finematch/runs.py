@@ -109,6 +109,12 @@ class Run:
         self.release()
         return path
 
+    def untrained(self, seed: int):
+        """The run's model with the random weights of `seed`, for a start from scratch."""
+        from finematch.rebuild import untrained
+
+        return untrained(self, seed)
+
     def release(self) -> None:
         """Let go of the folder before the run has finished."""
         hold(self.folder).release()
@@ -230,7 +236,10 @@ def identity_of(method: str, s, *, data: Mapping, features: Mapping | str = "") 
     settings = dict(s.identity())
     for name, value in s.paths().items():
         path = root() / str(value)
-        if name in settings and path.exists():
+        if name in settings and (path / "metrics.json").is_file():  # a run: what made it, and what it became
+            run = _read_metrics(path / "metrics.json")
+            settings[name] = f"run:{digest([run.get('identity', {}), run.get('weights', {})])}"
+        elif name in settings and path.exists():
             settings[name] = f"sha256:{file_digest(path)}"
     return _plain(
         {"method": method, "numerics": s.numerics, "settings": settings, "data": data, "features": features}

@@ -93,8 +93,8 @@ def _tables(data_root: str | Path, other: set[str]) -> Iterator[str]:
     by: dict[str, list[str]] = {}
     for one in map(grid, names()):
         lacks = {}
-        for row in one.rows:
-            s = settings(one, row, dataset=one.dataset, data_root=str(data_root), scale="paper")
+        for row in one.rows if one.base is None else one.linked:  # a task reads what its run has read
+            s = settings(one.of(row), row, dataset=one.dataset, data_root=str(data_root), scale="paper")
             key = reads(s), one.dataset
             if key not in said:
                 try:

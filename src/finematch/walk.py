@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Row:
     dataset: str
     cells: Mapping[str, str]
     grids: tuple[str, ...]
+    page: str = "2_train"
+    presets: str = ""
 
     @property
     def links(self) -> tuple[str, ...]:
@@ -72,13 +74,14 @@ def rows(names: Iterable[str] = (), only: str = "") -> list[Row]:
             raise DataError(
                 f"grids/{name}.toml", "the key `dataset`", "is missing", "Name the paper's data set"
             )
-        for row in grid.rows:
-            one = Row(grid.method, row, grid.dataset, grid.cells(row, "paper"), (name,))
+        for row in (*grid.rows, *grid.linked):
+            of = grid.of(row)
+            one = Row(of.method, row, grid.dataset, of.cells(row, "paper"), (name,), of.page, of.presets)
             key = (one.method, one.name, one.dataset)
             if key in found and found[key].cells != one.cells:
                 problem = f"has other cells than in {found[key].grids[0]}"
                 raise DataError(f"grids/{name}.csv", f"row {row}", problem, "Rows of one name are one run")
-            found[key] = Row(*key, one.cells, (*(found[key].grids if key in found else ()), name))
+            found[key] = replace(one, grids=(*(found[key].grids if key in found else ()), name))
     wanted = {key for key in found if only in ("", key[1])}
     wanted |= {(m, link, d) for m, r, d in wanted for link in found[m, r, d].links}
     chosen = [row for key, row in found.items() if key in wanted]
@@ -93,7 +96,7 @@ def parameters(row: Row, out: Path, folder: Path, shrink: Mapping[str, Any]) -> 
         )
         for key, cell in row.cells.items()
     }
-    known = declared(row.method)
+    known = declared(row.presets)
     given |= {key: value for key, value in SMALL.items() if key in known} | dict(shrink)
     given |= {key: write_boxes(folder / "data" / row.dataset) for key in given if given[key] == grids.BOXES}
     if "shards" in given:  # of caption sets beside the paper's: its own train split takes their place
@@ -193,7 +196,7 @@ def _key(row: Row, shrink: Mapping[str, Mapping[str, Any]] | None) -> dict[str, 
 
 
 def _page(row: Row) -> Path:
-    return root() / "notebooks" / row.method / "2_train.ipynb"
+    return root() / "notebooks" / row.method / f"{row.page}.ipynb"
 
 
 def _place(folder: Path, row: Row) -> Path:
