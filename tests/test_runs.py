@@ -309,7 +309,7 @@ def test_a_run_that_another_builds_on_counts_by_what_made_it_and_what_it_became(
     def of(name: str, weights: str, epochs: int = 1) -> dict:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        content = dict.fromkeys(runs.FIELDS) | {"parameters": {}, "metrics": {}}
+        content = dict.fromkeys(runs.FIELDS) | {"parameters": {}, "metrics": {}, "versions": {}}
         content |= {"identity": {"settings": {"epochs": epochs}}, "weights": {"best.safetensors": weights}}
         (folder / "metrics.json").write_text(json.dumps(content))
         return runs.identity_of("slan_captioning", Given(folder), data={})
