@@ -219,6 +219,17 @@ class BertTower(nn.Module):
             self.net = BertModel(model, add_pooling_layer=False)
         self.width = self.net.config.hidden_size
 
+    def grow(self, vocabulary: int) -> None:
+        """Random embeddings for new words, whose ids follow all others (questions have words that captions lack).
+
+        Raises:
+            ValueError: If the tower knows more words than `vocabulary` already.
+        """
+        known = self.net.config.vocab_size
+        if vocabulary < known:
+            raise ValueError(f"the text tower knows {known} words, more than the {vocabulary} asked for")
+        self.net.resize_token_embeddings(vocabulary, mean_resizing=False)
+
     def forward(
         self, input_ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"], special: Bool[Tensor, "b n"]
     ) -> Tokens:

@@ -172,6 +172,17 @@ def pixels_or_maps(
     return seen if given is None else Boxed(seen, given)
 
 
+def locate_pairs(
+    towers: nn.Module, locator: nn.Module, image: dict[str, Tensor], text: dict[str, Tensor]
+) -> Located:
+    """Algorithm 1 on images and texts as batches have them, row by row; no pooled vector is made."""
+    seen = pixels_or_maps(**image)
+    pixels, given = seen if isinstance(seen, Boxed) else (seen, None)
+    pictures = locator.prepare(towers.vision(pixels), pixels, given)
+    words = towers.text(text["input_ids"], text["mask"])
+    return locator.locate(pictures, words, text["mask"], text.get("special"))
+
+
 def unit(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
     return F.normalize(wide(x), dim=-1)
 

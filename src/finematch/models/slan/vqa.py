@@ -1,0 +1,204 @@
+"""Visual question answering (4.2.3, Table 3): a decoder that writes the answer, conditioned on question and regions.
+
+> "We follow [23] and treat VQA as an open-ended question-generation task. We fuse the image embedding with the question
+> embedding and send them to the question decoder to get the result."
+
+The question is the text of the self-locator, so that it steers the regions. A causal Transformer decoder reads what the
+locator gives, {E^T_{L+1}, E^G_{L+1}}, and writes the answer. The paper leaves open how an answer is chosen (S32): by
+default every answer of a list is scored by its log-likelihood (BLIP: the first `candidates` by their first word, then
+whole); `generate` writes freely, the likeliest word at each step. Sizes of the decoder and the loss are BLIP's: each
+answer of a question counts with the share of people who gave it.
+
+Axes: `b` questions, `a` answers, `n` tokens, `s` states that the decoder reads, `v` words, `d` width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from finematch.data.pairs import Source
+from finematch.data.record import Question
+from finematch.evaluation.vqa import normalise
+from finematch.losses import wide
+from finematch.models.slan.objective import SLAN, locate_pairs
+from finematch.text import Ragged, tokenise
+
+
+def answer_shares(question: Question) -> dict[str, float]:
+    """The answers of a question, normalised, with the share of people who gave each; empty ones are left out."""
+    found = Counter(filter(None, map(normalise, question.answers)))
+    return {answer: count / len(question.answers) for answer, count in found.items()}
+
+
+def answer_list(questions: Sequence[Question], most: int = 3128) -> list[str]:
+    """The answers to rank: the most frequent of the questions' most frequent answers (BLIP: 3,128)."""
+    first = [max(shares, key=shares.get) for shares in map(answer_shares, questions) if shares]
+    return [answer for answer, _ in Counter(first).most_common(most)]
+
+
+class AskedImages(Dataset):
+    """Questions with their images and answers, as batches of `Answerer`.
+
+    Args:
+        images: a source whose row `row_of[i]` is the image of question i.
+        answers: of training, see `answer_shares`; of questions without any, batches have none either.
+    """
+
+    def __init__(
+        self,
+        images: Source,
+        questions: Sequence[Question],
+        row_of: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int = 32,
+    ):
+        self.images, self.row_of = images, np.asarray(row_of)
+        self.texts = tokenise([question.text for question in questions], tokenizer, max_length=max_length)
+        shares = [answer_shares(question) for question in questions]
+        self.start = np.cumsum([0, *map(len, shares)])
+        self.share = torch.tensor([share for one in shares for share in one.values()])
+        words = [answer for one in shares for answer in one]
+        self.answers = tokenise(words, tokenizer, max_length=max_length) if words else None
+
+    def __len__(self) -> int:
+        return len(self.row_of)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])
+
+    def __getitems__(self, index: Sequence[int]) -> dict[str, Any]:
+        """`image`, `text`, and where there are answers `answers` (ids and mask "a n"), `owner`, `share` "a"."""
+        index = np.asarray(index)
+        found = {"image": self.images.batch(self.row_of[index]), "text": self.texts.batch(index)}
+        rows = [np.arange(self.start[i], self.start[i + 1]) for i in index]
+        if flat := np.concatenate(rows).tolist():
+            found["answers"] = self.answers.batch(flat)
+            found["owner"] = torch.tensor([k for k, some in enumerate(rows) for _ in some])
+            found["share"] = self.share[flat]
+        return found
+
+
+class AnswerDecoder(nn.Module):
+    """A causal Transformer decoder with cross attention to states of question and regions."""
+
+    def __init__(self, vocabulary: int, width: int, *, depth: int = 2, heads: int = 4, positions: int = 32):
+        super().__init__()
+        self.words, self.places = nn.Embedding(vocabulary, width), nn.Embedding(positions, width)
+        nn.init.normal_(self.words.weight, std=0.02)
+        nn.init.normal_(self.places.weight, std=0.02)
+        layer = nn.TransformerDecoderLayer(
+            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerDecoder(layer, depth, norm=nn.LayerNorm(width))
+        self.predict = nn.Linear(width, vocabulary)
+        self.predict.weight = self.words.weight
+
+    def forward(
+        self, ids: Int[Tensor, "a n"], states: Float[Tensor, "a s d"], valid: Bool[Tensor, "a s"]
+    ) -> Float[Tensor, "a n v"]:
+        """Logits of the word after each."""
+        n = ids.shape[1]
+        later = torch.ones(n, n, dtype=torch.bool, device=ids.device).triu(1)
+        x = self.words(ids) + self.places(torch.arange(n, device=ids.device))
+        x = self.layers(x, states, tgt_mask=later, memory_key_padding_mask=~valid)
+        return self.predict(x)
+
+
+class Answerer(nn.Module):
+    """A pretrained SLAN that answers questions; `forward` is the loss of fine-tuning.
+
+    Args:
+        model: its towers and locator are used and trained; its heads are left alone.
+        vocabulary: words of the tokenizer; the text tower must know as many (`BertTower.grow`).
+        depth, heads: of the decoder.
+    """
+
+    def __init__(self, model: SLAN, vocabulary: int, width: int, *, depth: int = 2, heads: int = 4):
+        super().__init__()
+        self.towers, self.locator = model.encoders.towers, model.locator
+        self.decoder = AnswerDecoder(vocabulary, width, depth=depth, heads=heads)
+
+    def states(
+        self, image: dict[str, Tensor], text: dict[str, Tensor]
+    ) -> tuple[Float[Tensor, "b s d"], Bool[Tensor, "b s"]]:
+        """{E^T_{L+1}, E^G_{L+1}} of questions and their images, and which are real."""
+        at = locate_pairs(self.towers, self.locator, image, text)
+        return torch.cat([at.words, at.regions], 1), torch.cat([text["mask"], at.valid], 1)
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """`loss`: -log p(answer) times the share of people who gave it, summed over answers, mean over questions.
+
+        Raises:
+            ValueError: For questions without answers.
+        """
+        if "answers" not in batch:
+            raise ValueError("these questions have no answers: nothing can be learned from them")
+        states, valid = self.states(batch["image"], batch["text"])
+        owner, answers = batch["owner"], batch["answers"]
+        scores = self.likelihood(states[owner], valid[owner], answers["input_ids"], answers["mask"])
+        return {"loss": -(batch["share"] * scores).sum() / len(states)}
+
+    def likelihood(
+        self,
+        states: Float[Tensor, "a s d"],
+        valid: Bool[Tensor, "a s"],
+        ids: Int[Tensor, "a n"],
+        mask: Bool[Tensor, "a n"],
+    ) -> Float[Tensor, " a"]:
+        """log p of whole answers, fp32: of every token after the first, [SEP] included."""
+        logits = wide(self.decoder(ids[:, :-1], states, valid))
+        each = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        return -(each * mask[:, 1:]).sum(1)
+
+    @torch.no_grad()
+    def rank(self, image: dict, text: dict, answers: Ragged, *, candidates: int = 128) -> Int[Tensor, " b"]:
+        """The likeliest answer of a list for each question.
+
+        Args:
+            answers: the list, tokenised.
+            candidates: how many are scored whole, those whose first word is likeliest; of equals the earlier ones.
+        """
+        states, valid = self.states(image, text)
+        device, count = states.device, min(candidates, len(answers))
+        every = {name: value.to(device) for name, value in answers.batch(range(len(answers))).items()}
+        start = every["input_ids"][:1, :1].expand(len(states), 1)
+        first = wide(self.decoder(start, states, valid))[:, 0][:, every["input_ids"][:, 1]]
+        order = first.argsort(dim=1, descending=True, stable=True)[:, :count]
+        best = []
+        for row, chosen in enumerate(order):
+            shape = count, *states.shape[1:]
+            scores = self.likelihood(
+                states[row].expand(shape),
+                valid[row].expand(shape[:2]),
+                every["input_ids"][chosen],
+                every["mask"][chosen],
+            )
+            best.append(chosen[scores.argmax()])
+        return torch.stack(best)
+
+    @torch.no_grad()
+    def generate(
+        self, image: dict, text: dict, tokenizer: PreTrainedTokenizerBase, *, max_words: int = 8
+    ) -> list[str]:
+        """An answer for each question, the likeliest word at each step until [SEP]."""
+        states, valid = self.states(image, text)
+        ids = torch.full((len(states), 1), tokenizer.cls_token_id, device=states.device)
+        done = torch.zeros(len(states), dtype=torch.bool, device=states.device)
+        for _ in range(max_words):
+            word = self.decoder(ids, states, valid)[:, -1].argmax(1)
+            ids = torch.cat([ids, word.masked_fill(done, tokenizer.pad_token_id)[:, None]], 1)
+            done |= word == tokenizer.sep_token_id
+            if bool(done.all()):
+                break
+        return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
