@@ -23,10 +23,12 @@ AFTER = {
     "mvam/1_lesson": ["1_data"],
     "hslm/1_lesson": ["1_data"],
     "slan/1_lesson": [FIRST],
+    "slan/6_localization": ["slan/2_train"],
     "mvam/3_ablations": ["mvam/2_train", "tiny_grid"],
     "tiny_grid": ["mvam/2_train"],
     "9_scorecard": ["mvam/4_attention", "hslm/4_attention", "felga/4_retrieval", "slan/4_regions"],
 }
+SMOKE = ("slan/6_localization",)  # tasks that a run of slan/2_train is fine-tuned for; minutes each in full
 LONGEST_FIRST = ("slan", "felga", "hslm", "mvam")
 PAGES = sorted(str(path.relative_to("notebooks").with_suffix("")) for path in Path("notebooks").rglob("[0-9]_*.ipynb")
                if not any(part.startswith(".") for part in path.parts))  # fmt: skip
@@ -64,11 +66,12 @@ for one in PAGES:
             touch(f"{BOOK}/{one}.done"),
         params:
             page=one,
+            smoke="-p smoke True" if one in SMOKE else "",
         threads: max(1, workflow.cores // JOBS)
         priority: priority_of(one)
         shell:
             "mkdir -p $(dirname {BOOK}/{params.page}) && TIMEFORMAT='{params.page} took %0lR' && "
-            "time {PAPERMILL} notebooks/{params.page}.ipynb {BOOK}/{params.page}.ipynb"
+            "time {PAPERMILL} notebooks/{params.page}.ipynb {BOOK}/{params.page}.ipynb {params.smoke}"
 
 
 rule tiny_grid:

@@ -6,8 +6,8 @@
 The .ipynb holds what the .py says and nothing that depends on the machine, the day or jupytext's version:
 numbered cell ids, no outputs, the kernel `python3`, of the cells' metadata only `tags` and `jupyter`.
 
-The parameters of a training page (`<method>/2_train.py`) are declared in `presets/<method>.toml` and in the model's
-config. Their lines in the .py, type, default and comment, are written from there as well; their order is the page's.
+The parameters of a page that calls `settings(globals(), NAME)` are declared in `presets/NAME.toml` and in the configs
+that it names. Their lines in the .py, type, default and comment, are written from there as well; their order is the page's.
 """
 
 import argparse
@@ -51,10 +51,11 @@ def build(source: Path) -> str:
 
 def generated(source: Path) -> str:
     """The text of `source`, the lines of its parameters as they are declared."""
-    text, method = source.read_text(encoding="utf-8"), source.parent.name
-    if source.name != "2_train.py" or not (PRESETS / f"{method}.toml").is_file():
+    text = source.read_text(encoding="utf-8")
+    named = re.search(r'^s = settings\(globals\(\), "(\w+)"\)', text, re.MULTILINE)
+    if named is None or not (PRESETS / f"{named[1]}.toml").is_file():
         return text
-    known = declared(method)
+    known = declared(named[1])
     head, tag, rest = text.partition('# %% tags=["parameters"]\n')
     cell, mark, rest = rest.partition("\n# %%")
     names = re.findall(r"^(\w+): ", cell, re.MULTILINE)

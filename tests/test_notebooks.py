@@ -46,7 +46,8 @@ def rows(grid: Path) -> list[dict[str, str]]:
 
 def trainer(grid: Path) -> Path:
     """The notebook that a grid's rows are runs of."""
-    return NOTEBOOKS / grid.stem.split("_")[0] / "2_train.py"
+    found = grids.grid(grid.stem, folder=grid.parent)
+    return NOTEBOOKS / found.method / f"{found.page}.py"
 
 
 def test_there_are_notebooks_and_grids():
@@ -165,15 +166,14 @@ def test_rows_of_a_grid_are_accepted_by_its_notebook(grid):
 
 @each_grid
 def test_links_name_rows_without_links(grid):
-    by_name = {row.pop("name"): row for row in rows(grid)}
+    declared = grids.grid(grid.stem, folder=grid.parent)
     linked = {
-        part.split("}")[0]
-        for row in by_name.values()
-        for cell in row.values()
-        for part in cell.split("{run:")[1:]
+        part.split("}")[0] for row in rows(grid) for cell in row.values() for part in cell.split("{run:")[1:]
     }
-    assert linked <= set(by_name)
-    assert not any("{" in cell for name in linked for cell in by_name[name].values())
+    for name in linked:
+        of = declared.of(name)
+        assert name in of.rows
+        assert not any("{" in cell for cell in of.rows[name].values())
 
 
 def test_build_keeps_tags_and_nothing_that_changes(tmp_path):

@@ -39,6 +39,7 @@ ORDER = [
     "slan/2_train",
     "slan/3_ablations",
     "slan/4_regions",
+    "slan/6_localization",
     "9_scorecard",
 ]
 SOURCES = {str(path.relative_to(NOTEBOOKS).with_suffix("")) for path in NOTEBOOKS.rglob("*.py")} - {"build"}
@@ -97,10 +98,11 @@ def executed(name, folder):
         declared = declaration(NOTEBOOKS / f"{name}.py")
         given = {"smoke": "True", "out": folder / name.replace("/", "-")}
         given |= {key: folder / key for key in ("figures", "cache") if key in declared}
-        if "run" in declared:
+        opened = next((key for key in ("run", "pretrained") if key in declared), None)
+        if opened and not name.endswith("/2_train"):
             trained = f"{name.split('/')[0]}/2_train"
             executed(trained, folder)
-            given["run"] = folder / trained.replace("/", "-")
+            given[opened] = folder / trained.replace("/", "-")
         run_notebook(name, folder / name.replace("/", "-"), given)
         done.touch()
 
@@ -108,6 +110,13 @@ def executed(name, folder):
 @pytest.mark.parametrize("name", ORDER)
 def test_it_runs(name, folder):
     executed(name, folder)
+    if name == "slan/6_localization":
+        found = json.loads((folder / "slan-6_localization" / "metrics.json").read_text())["metrics"]
+        assert {
+            f"{one}_ap50"
+            for one in ("zero_shot", "fine_tuned", "fine_tuned_shuffled", "uniform", "frequency")
+        } <= set(found)
+        assert len(list((folder / "figures").glob("slan_detection.scenes.levels-3.smoke.*.png"))) == 2
     if name.endswith("/2_train"):
         metrics = json.loads((folder / name.replace("/", "-") / "metrics.json").read_text())
         assert metrics["parameters"]["smoke"] is True
@@ -271,3 +280,24 @@ def ran(name, out, processes=1, **given) -> dict:
     """The metrics file of a notebook's run."""
     run_notebook(name, out, given | {"out": out}, processes)
     return json.loads((out / "metrics.json").read_text())
+
+
+def test_phrases_are_grounded_from_the_same_run_and_the_run_opens_again(folder):
+    from finematch.runs import open_run
+
+    executed("slan/2_train", folder)
+    given = {
+        "smoke": "True",
+        "task": "grounding",
+        "out": folder / "grounding",
+        "pretrained": folder / "slan-2_train",
+    }
+    given |= {key: folder / key for key in ("figures", "cache")}
+    run_notebook("slan/6_localization", folder / "slan-grounding", given)
+    run = open_run(folder / "grounding")
+    for name in ("zero_shot", "fine_tuned", "fine_tuned_shuffled", "salient"):
+        assert {f"{name}_r1", f"{name}_merged_r1"} <= set(run.metrics)
+    assert "AnyBox" in run.content["protocol"]
+    assert run.metrics["phrases"] > 0
+    assert run.model.reduce == "max"
+    assert run.status == "current"

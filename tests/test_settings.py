@@ -12,13 +12,17 @@ CONFIGS = {
     "mvam": [configs.MVAMConfig], "hslm": [configs.HSLMConfig], "felga": [configs.FELGAConfig],
     "slan": [configs.LocatorConfig, configs.SLANConfig],
 }  # fmt: skip
-PARAMETERS = [(method, name) for method in CONFIGS for name in declared(method)]
+TASKS = {"slan_localization": [configs.LocalizationConfig]}  # what a run of a method is fine-tuned for
+PAGES = {method: f"{method}/2_train.py" for method in CONFIGS} | {
+    "slan_localization": "slan/6_localization.py"
+}
+PARAMETERS = [(method, name) for method in PAGES for name in declared(method)]
 
-each_method = pytest.mark.parametrize("method", CONFIGS)
+each_method = pytest.mark.parametrize("method", PAGES)
 
 
 def source(method):
-    return NOTEBOOKS / method / "2_train.py"
+    return NOTEBOOKS / PAGES[method]
 
 
 def other_value(one, value):
@@ -44,7 +48,7 @@ def other_value(one, value):
 def test_the_page_declares_every_preset_value_and_every_setting_of_the_model(method):
     page, known = declaration(source(method)), declared(method)
     presets = {name for name, one in known.items() if one.presets}
-    fields = {field.name for config in CONFIGS[method] for field in dataclasses.fields(config)}
+    fields = {field.name for config in (CONFIGS | TASKS)[method] for field in dataclasses.fields(config)}
     assert presets | fields <= set(page) == set(known)
     for name, (kind, default, comment) in page.items():
         one = known[name]
@@ -86,7 +90,7 @@ def test_each_parameter_changes_the_identity_or_says_why_not(method, name):
 
 @pytest.mark.parametrize("name", OUTSIDE_IDENTITY)
 def test_what_is_outside_the_identity_is_a_parameter_somewhere(name):
-    assert any(name in declared(method) for method in CONFIGS)
+    assert any(name in declared(method) for method in PAGES)
 
 
 @each_method

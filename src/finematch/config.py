@@ -47,6 +47,7 @@ OUTSIDE_IDENTITY = {
     "data_root": "where the data lie; what they are is in the digest of the data",
     "cache": "where features are kept; what they are is in the digest of the features",
     "out": "where the run is written",
+    "figures": "where its figures are written",
     "resume": "what happens to an earlier run of the same folder",
     "threads": "speed alone",
     "activation_checkpointing": "memory and speed alone",

@@ -67,7 +67,7 @@ from finematch.features.inputs import (
 )
 from finematch.features.proposals import Proposals, extract_proposals, given
 from finematch.features.small_clip import open_small_clip
-from finematch.models.configs import FELGAConfig, HSLMConfig, MVAMConfig, SLANConfig
+from finematch.models.configs import FELGAConfig, HSLMConfig, LocalizationConfig, MVAMConfig, SLANConfig
 from finematch.models.felga import FELGA
 from finematch.models.hslm import HSLM
 from finematch.models.mvam import MVAM
@@ -103,6 +103,9 @@ def rebuild(run) -> tuple[Any, nn.Module]:
             )
         data = open_gallery(s, root(), run.parameters)
         model = FELGA(data.width, FELGAConfig.of(s))
+    elif run.method == "slan_localization":
+        pretrained = pretrained_run(s)
+        data, model = pretrained.data, slan_localizer(s, pretrained)
     else:
         data = open_inputs(s, root())
         model = slan_model(s, data)
@@ -113,6 +116,43 @@ def rebuild(run) -> tuple[Any, nn.Module]:
 def untrained(run, seed: int) -> nn.Module:
     """The model of a finished run of SLAN with the random weights of `seed`, in eval mode."""
     return slan_model(run.settings.replace(seed=seed), run.data).to(accelerator()).eval()
+
+
+def pretrained_run(s):
+    """The finished run of `slan/2_train` that a task begins with: `s.pretrained`, or the newest one.
+
+    Its data are read from the task's `data_root` and `cache`.
+
+    Raises:
+        DataError: As `runs.open_run`, or for a run of another dataset or scale.
+    """
+    from finematch.runs import open_run
+
+    if s.pretrained in ("", "latest"):
+        try:
+            run = open_run("latest", method="slan", dataset=s.dataset, scale=s.scale)
+        except DataError:
+            if not s.smoke:
+                raise
+            run = open_run("latest", method="slan", dataset=s.dataset, scale=s.scale, smoke=True)
+    else:
+        run = open_run(s.pretrained)
+    if run.method != "slan" or (run.parameters["dataset"], run.parameters["scale"]) != (s.dataset, s.scale):
+        found = f"{run.method} on {run.parameters['dataset']}, scale {run.parameters['scale']}"
+        raise DataError(run.folder, "pretrained", f"is a run of {found}, not of slan on {s.dataset}, scale {s.scale}",
+                        "Give dataset and scale of the run, or another run")  # fmt: skip
+    run.parameters |= {"data_root": s.data_root, "cache": s.cache}
+    return run
+
+
+def slan_localizer(s, pretrained) -> nn.Module:
+    """SLAN's detection and grounding head on the pretrained run's model, or on one of its shape with random weights."""
+    from finematch.models.slan.detection import Localizer, open_filter
+
+    model = pretrained.model if s.start == "pretrained" else pretrained.untrained(s.seed)
+    if s.task == "grounding" and s.grounding_top:
+        open_filter(model.locator, s.grounding_top, 0.0)
+    return Localizer(model, LocalizationConfig.of(s), task=s.task).to(accelerator())
 
 
 @dataclass

@@ -275,10 +275,11 @@ def _proposals(features) -> Iterator[str]:
 
 
 def default_folder(run: Run) -> Path:
-    """`papermill_runs/<method>/<dataset>.<scale>.<8 digits of the identity>`; a smoke run's scale is `smoke`."""
+    """`papermill_runs/<method>/<dataset>.<scale>.<8 digits of the identity>`; a smoke run's scale is `smoke`; runs of a
+    task (`slan_localization`) lie beside those of its method."""
     p = run.parameters
     scale = "smoke" if p.get("smoke") else p["scale"]
-    return Path("papermill_runs", run.method, f"{p['dataset']}.{scale}.{run.digest[:8]}")
+    return Path("papermill_runs", run.method.split("_")[0], f"{p['dataset']}.{scale}.{run.digest[:8]}")
 
 
 def _plain(value):
@@ -414,7 +415,7 @@ def latest(method: str | None = None, **filters) -> Path:
         if next(file.parent.glob("**/best.safetensors"), None) is None:
             continue
         content = _read_metrics(file)
-        if method not in (None, file.parent.parent.name, content.get("identity", {}).get("method")):
+        if method not in (None, content.get("identity", {}).get("method") or file.parent.parent.name):
             continue
         parameters = content["parameters"]
         if parameters.get("smoke") and "smoke" not in filters:

@@ -150,6 +150,11 @@ def categories(instances: str | Path) -> list[str]:
     return [category["name"] for category in _index(instances).dataset.get("categories", [])]
 
 
+def category_ids(instances: str | Path) -> dict[str, int]:
+    """Id of each category by name, in file order; COCO's have holes."""
+    return {one["name"]: one["id"] for one in _index(instances).dataset.get("categories", [])}
+
+
 def _index(path: str | Path) -> COCO:
     """A pycocotools index (its prints silenced) over a file whose references all resolve."""
     table = COCO()

@@ -89,6 +89,41 @@ def result_rows(
     return found
 
 
+def frequency_rows(
+    train: Sequence[Record], records: Sequence[Record], categories: Mapping[str, int]
+) -> list[dict]:
+    """Predictions that look at no image: every class of `train` in every image, at the mean of its true boxes (in
+    fractions of their images), with its share of all boxes as the score."""
+    of_class: dict[str, list] = {}
+    for record in train:
+        for thing in record.objects:
+            if not thing.crowd:
+                frame = (*record.size, *record.size)
+                of_class.setdefault(thing.category, []).append(np.array(thing.box) / frame)
+    total, ids = sum(map(len, of_class.values())), [categories[name] for name in of_class]
+    boxes = torch.from_numpy(np.stack([np.mean(some, 0) for some in of_class.values()]))
+    scores = torch.tensor([len(some) / total for some in of_class.values()])
+    return [
+        row for record in records for row in result_rows(record, boxes, torch.arange(len(ids)), scores, ids)
+    ]
+
+
+def uniform_class_rows(
+    records: Sequence[Record],
+    proposals: Sequence[tuple[Float[Tensor, "_ 4"], Float[Tensor, " _"]]],
+    categories: Mapping[str, int],
+    *,
+    seed: int = 0,
+) -> list[dict]:
+    """Proposals (boxes and saliency of each image) with a class drawn uniformly for each: what alignment must beat."""
+    g, ids, found = torch.Generator().manual_seed(seed), list(categories.values()), []
+    for record, (boxes, saliency) in zip(records, proposals, strict=True):
+        found += result_rows(
+            record, boxes, torch.randint(len(ids), (len(boxes),), generator=g), saliency, ids
+        )
+    return found
+
+
 def write_results(path: str | Path, rows: list[dict]) -> None:
     """The predictions as a file in COCO's results format, coordinates rounded to a hundredth of a pixel.
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finematch.config import Settings, located, root
 from finematch.data import load, load_coco
+from finematch.data.coco import category_ids
 from finematch.data.fragment_sets import open_fragment_sets
 from finematch.data.pairs import (
     BoxedSource,
@@ -315,6 +316,35 @@ def boxed_images(
         records = {split: load("coco", data_root, split, captions=None) for split in ("train", "val")}
         images = see(records)
     return {split: images[split] for split in records}, records
+
+
+def labelled_images(
+    dataset: str,
+    data_root: str | Path,
+    splits: Mapping[str, Any],
+    see: Callable[[Records], dict[str, Source]],
+) -> tuple[dict[str, tuple[Source, Records | list[Record], list[int]]], dict[str, int]]:
+    """By split the images, the records with labelled boxes and the row of each record's image; and the ids of COCO's
+    categories (with holes), to detect.
+
+    On scenes they are the run's own `splits` and what was drawn; for any other set COCO's train2017 and val2017.
+
+    Args:
+        see: makes images of records as the run sees its own.
+    """
+    folder = Path(data_root)
+    if dataset.startswith("scenes"):
+        file, found = folder / "scenes" / "annotations" / "instances_val.json", {}
+        for name, split in splits.items():
+            row_of = {record.image_id: row for row, record in enumerate(split.records)}
+            records = [one for one in load("scenes_coco", folder, name) if one.image.stem in row_of]
+            found[name] = (split.images, records, [row_of[one.image.stem] for one in records])
+    else:
+        file = folder / "coco" / "annotations" / "instances_val2017.json"
+        records = {name: load("coco", folder, name, captions=None) for name in ("train", "val")}
+        images = see(records)
+        found = {name: (images[name], part, list(range(len(part)))) for name, part in records.items()}
+    return found, category_ids(file)
 
 
 def published_regions(

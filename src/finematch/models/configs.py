@@ -332,15 +332,15 @@ class LocalizationConfig(Config):
         help="a phrase's score of a region, from those of its words")
     align: str = switch(
         "S35", "steering", "fused", says="'We adopt the output from the last layer of the' ends there",
-        help="what is compared: regions with the words that steer them, or both after the last cross attention")
+        help="words that a region is compared with")
     top: int = setting(
-        100, (0, 1000), "regions that the filter keeps for detection, T; 0 keeps all", register="S35", literal=10,
-        says="T = 10 (Table 7), though COCO has seven boxes an image on average and AP counts 100")
+        100, (0, 1000), "regions that the filter keeps for detection, T; 0 keeps all", register="S35",
+        says="T = 10 (Table 7), with which COCO's AP, which counts 100 boxes, is capped")
     threshold: float = setting(
-        0.0, (0, 0.999), "lowest score that the filter keeps for detection, h", register="S35", literal=0.5,
+        0.0, (0, 0.999), "lowest score that the filter keeps for detection, h", register="S35",
         says="h = 0.5 (Table 7)")
     suppress: float = setting(
-        0.5, (0, 0.99), "IoU of non-maximum suppression of a class's boxes; 0: none", register="S35", literal=0.0,
+        0.5, (0, 0.99), "IoU of non-maximum suppression of a class's boxes; 0: none", register="S35",
         says="nothing about boxes that overlap; GLIP suppresses them")
     align_weight: float = setting(1.0, (0, 1000), "weight of the alignment loss of fine-tuning")
     box_weight: float = setting(1.0, (0, 1000), "weight of the box loss of fine-tuning")

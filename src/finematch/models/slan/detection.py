@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from torchvision.ops import batched_nms, generalized_box_iou_loss, sigmoid_focal_loss
 from transformers import PreTrainedTokenizerBase
 
-from finematch.boxes import convert, iou
+from finematch.boxes import convert, grid_boxes, iou
 from finematch.data.pairs import Source
 from finematch.data.record import Record
 from finematch.evaluation.correspondence import on_span, pieces
@@ -272,6 +272,29 @@ class Localizer(nn.Module):
     def logits(self, cosine: Float[Tensor, "b t n"], spans: Bool[Tensor, "b c n"]) -> Float[Tensor, "b t c"]:
         """How surely each region says each label; of a label without tokens it means nothing."""
         return self.scale * (label_scores(cosine, spans, self.reduce) - self.offset)
+
+    @torch.no_grad()
+    def proposals(self, image: dict[str, Tensor]) -> list[tuple[Float[Tensor, "_ 4"], Float[Tensor, " _"]]]:
+        """Boxes and saliency of each image's regions before any text, on the CPU."""
+        pictures, _ = self._prepare(image)
+        return [(boxes[real].cpu(), scores[real].cpu()) for boxes, scores, real
+                in zip(pictures.boxes, pictures.scores, pictures.valid, strict=True)]  # fmt: skip
+
+    @torch.no_grad()
+    def activation(
+        self, image: dict[str, Tensor], text: dict[str, Tensor], side: int = 16
+    ) -> Float[Tensor, "b c h w"]:
+        """The score of each label at `side` x `side` cells of the image (Fig. 1a), which the last level embeds as it
+        embeds regions; they are compared with the words that no region has met yet."""
+        pictures, _ = self._prepare(image)
+        cells = grid_boxes(1, 1, side, side).to(pictures.boxes).expand(len(pictures.boxes), -1, -1)
+        if len(self.locator.adaptors):
+            regions = self.locator.adaptors[-1].embed(pictures.maps[-1], cells)
+        else:
+            regions = self.locator.embed(pictures.first, cells)
+        words = self.towers.text(text["input_ids"], text["mask"])
+        cosine = similarity(regions, words, self.locator.counted(text["mask"], text["special"]))
+        return label_scores(cosine, text["spans"], self.reduce).mT.unflatten(-1, (side, side))
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """`loss` and its terms `align_loss`, `box_loss`, `proposal_loss` (0 of proposals that are frozen or given)."""
