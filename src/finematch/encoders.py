@@ -247,6 +247,18 @@ def small_bert(vocabulary: int, *, width: int = 128, depth: int = 2, heads: int 
     )  # fmt: skip
 
 
+def causal_decoder(text: nn.Module) -> nn.Module:
+    """A BERT that reads states by cross attention and writes from left to right (`generate`), with the weights of the
+    BERT `text` where it has them: all but the cross attention and the transform before the vocabulary."""
+    from transformers import BertConfig, BertLMHeadModel
+
+    config = BertConfig(**{**text.config.to_dict(), "is_decoder": True, "add_cross_attention": True})
+    config._attn_implementation = "eager"  # which gives its weights out
+    decoder = BertLMHeadModel(config)
+    decoder.bert.load_state_dict(text.state_dict(), strict=False)
+    return decoder
+
+
 class GRUTower(nn.Module):
     """Word embedding and one bidirectional GRU, the directions averaged (VSE++, SGRAF).
 

@@ -348,6 +348,19 @@ class LocalizationConfig(Config):
 
 
 @dataclass(frozen=True)
+class CaptioningConfig(Config):
+    """Settings of `models.slan.captioning.Captioner` (SLAN 4.2.2, Table 3)."""
+
+    locator_text: str = switch(
+        "S31", "prompt", "none", says="nothing about the locator's text while there is no caption; BLIP has a prompt",
+        help="text of the locator when captions are written")
+    smoothing: float = setting(0.1, (0, 0.9), "label smoothing of the loss (BLIP)")
+    beams: int = setting(3, (1, 20), "beams of the search for a caption (BLIP)")
+    max_length: int = setting(20, (5, 64), "most tokens of a caption, those of the prompt among them (BLIP)")
+    min_length: int = setting(5, (1, 64), "fewest tokens of a caption, those of the prompt among them (BLIP)")
+
+
+@dataclass(frozen=True)
 class SLANConfig(Config):
     """Settings of `models.slan.objective.SLAN` (3.3). A term of weight 0 is not computed, and its head is not made."""
 
