@@ -14,6 +14,7 @@ from PIL import Image
 
 from finematch.data import load, load_msrvtt, load_nlvr2, load_vqa, read_clips, task_digests
 from finematch.data.record import Clip, DataError
+from finematch.data.splits import open_records
 from finematch.data.video import frame_numbers, read_frames
 
 NAME = "COCO_val2014_{:012d}.jpg".format
@@ -304,6 +305,12 @@ def test_without_pyav_the_message_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ImportError, match=r"pip install av \(the extra `video`\)"):
         read_clips([clip(tmp_path / "video1.mp4")])
+
+
+def test_questions_are_no_captions(tmp_path):
+    vqa(tmp_path, "train2014")
+    with pytest.raises(DataError, match=r"dataset 'vqav2': has questions, pairs or videos, not images"):
+        open_records("vqav2", tmp_path)
 
 
 def test_digests_of_what_a_task_is_made_of(tmp_path):

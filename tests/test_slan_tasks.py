@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from finematch.data.record import ImagePair, Question
+from finematch.data.video import frame_numbers
 from finematch.encoders import BertTower, small_bert
-from finematch.models.configs import LocatorConfig, SLANConfig
+from finematch.models.configs import AnsweringConfig, LocatorConfig, SLANConfig, VideoConfig
 from finematch.models.slan.locator import CachedStages, SelfLocator, Towers
 from finematch.models.slan.nlvr2 import ImagePairs, PairClassifier
 from finematch.models.slan.objective import SLAN
@@ -163,6 +164,9 @@ def test_questions_are_learned_then_ranked_and_generated():
     ranked = [answers[i] for i in model.rank(batch["image"], batch["text"], listed).tolist()]
     assert ranked == wanted
     assert model.generate(batch["image"], batch["text"], WORDS) == wanted
+    for choose in ("rank", "generate"):
+        model.config = AnsweringConfig(choose=choose)
+        assert model.answer(batch["image"], batch["text"], answers, WORDS) == wanted
     few = [answers[i] for i in model.rank(batch["image"], batch["text"], listed, candidates=2).tolist()]
     assert few == wanted
     # neither the order of the questions nor padding by a longer one changes an answer
@@ -254,7 +258,7 @@ def test_a_video_is_the_mean_of_its_frames_and_all_their_regions():
         at = [model.locate(picture[[row]], caption[[v]]) for row in range(v * M, v * M + M)]
         regions = torch.cat([one.regions[0][one.valid[0]] for one in at])
         logits = model.head(regions.mean(0)[None], torch.cat([one.text for one in at]).mean(0)[None])[0]
-        assert float(scores[v]) == pytest.approx(float(logits[1] - logits[0]), abs=1e-4)
+        assert scores[v].item() == pytest.approx((logits[1] - logits[0]).item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("fused", ["regions", "map"])
@@ -294,6 +298,16 @@ def test_videos_are_learned():
     bare.head = None
     with pytest.raises(ValueError, match="no matching head"):
         VideoSLAN(bare, M)(batch)
+
+
+def test_frames_by_the_settings():
+    for config, wanted in (
+        (VideoConfig(frames=4), [0, 10, 20, 30]),
+        (VideoConfig(frames=40), list(range(40))),
+    ):
+        assert frame_numbers(40, config.frames, how=config.sample) == wanted
+    drawn = frame_numbers(40, 4, how=VideoConfig(sample="random").sample, name="video1")
+    assert drawn != [0, 10, 20, 30]
 
 
 # --- training -------------------------------------------------------------------------------------------------------

@@ -61,6 +61,13 @@ def open_records(
         )
     train = "trainrestval" if dataset == "coco_karpathy" else "train"
     records = {"train": load(dataset, data_root, train)}
+    if not isinstance(records["train"][0], Record):
+        raise DataError(
+            "(records)",
+            f"dataset {dataset!r}",
+            "has questions, pairs or videos, not images with captions",
+            "Choose a set of images and captions",
+        )
     if report == "dev":
         held = min(DEV, len(records["train"]) // 4)
         records["val"] = records["dev"] = records["train"][-held:]

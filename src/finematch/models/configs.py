@@ -361,6 +361,29 @@ class CaptioningConfig(Config):
 
 
 @dataclass(frozen=True)
+class AnsweringConfig(Config):
+    """Settings of `models.slan.vqa.Answerer` (SLAN 4.2.3, Table 3)."""
+
+    choose: str = switch(
+        "S32", "rank", "generate", says="'open-ended' generation; BLIP ranks a list of answers",
+        help="how an answer is chosen: the likeliest of a list, or written word by word")
+    answers: int = setting(3128, (1, 100000), "answers in the list, the most frequent of train")
+    candidates: int = setting(128, (1, 100000), "answers scored whole, those whose first word is likeliest")
+    depth: int = setting(2, (1, 24), "layers of the decoder", register="S32", says="nothing of its size; BLIP: 12")
+    heads: int = setting(4, (1, 64), "attention heads of the decoder")
+
+
+@dataclass(frozen=True)
+class VideoConfig(Config):
+    """Which frames of a video stand for it (SLAN 4.2.5, Table 5)."""
+
+    frames: int = setting(8, (1, 1000), "frames of a video, m", register="S34", says="m has no value; BLIP: 8")
+    sample: str = switch(
+        "S34", "uniform", "random", literal="random",
+        says="'randomly select m frames': a number then depends on the draw", help="which frames are looked at")
+
+
+@dataclass(frozen=True)
 class SLANConfig(Config):
     """Settings of `models.slan.objective.SLAN` (3.3). A term of weight 0 is not computed, and its head is not made."""
 

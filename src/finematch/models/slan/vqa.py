@@ -30,6 +30,7 @@ from finematch.data.pairs import Source
 from finematch.data.record import Question
 from finematch.evaluation.vqa import normalise
 from finematch.losses import wide
+from finematch.models.configs import AnsweringConfig
 from finematch.models.slan.objective import SLAN, locate_pairs
 from finematch.text import Ragged, tokenise
 
@@ -121,13 +122,15 @@ class Answerer(nn.Module):
     Args:
         model: its towers and locator are used and trained; its heads are left alone.
         vocabulary: words of the tokenizer; the text tower must know as many (`BertTower.grow`).
-        depth, heads: of the decoder.
+        width: D, of the model's tokens.
+        config: the readings; sizes of the decoder.
     """
 
-    def __init__(self, model: SLAN, vocabulary: int, width: int, *, depth: int = 2, heads: int = 4):
+    def __init__(self, model: SLAN, vocabulary: int, width: int, config: AnsweringConfig | None = None):
         super().__init__()
+        self.config = config = config or AnsweringConfig()
         self.towers, self.locator = model.encoders.towers, model.locator
-        self.decoder = AnswerDecoder(vocabulary, width, depth=depth, heads=heads)
+        self.decoder = AnswerDecoder(vocabulary, width, depth=config.depth, heads=config.heads)
 
     def states(
         self, image: dict[str, Tensor], text: dict[str, Tensor]
@@ -160,6 +163,15 @@ class Answerer(nn.Module):
         logits = wide(self.decoder(ids[:, :-1], states, valid))
         each = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         return -(each * mask[:, 1:]).sum(1)
+
+    def answer(
+        self, image: dict, text: dict, answers: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    ) -> list[str]:
+        """An answer for each question, chosen as the settings say; `answers` is the list to rank."""
+        if self.config.choose == "generate":
+            return self.generate(image, text, tokenizer)
+        best = self.rank(image, text, tokenise(list(answers), tokenizer), candidates=self.config.candidates)
+        return [answers[i] for i in best.tolist()]
 
     @torch.no_grad()
     def rank(self, image: dict, text: dict, answers: Ragged, *, candidates: int = 128) -> Int[Tensor, " b"]:
