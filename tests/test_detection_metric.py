@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from finematch.data.coco import category_ids
 from finematch.data.record import DataError, Object, Record
-from finematch.evaluation.detection import coco_truth, detection, result_rows, write_results
+from finematch.evaluation.detection import (
+    coco_truth,
+    detection,
+    frequency_rows,
+    result_rows,
+    uniform_class_rows,
+    write_results,
+)
 
 IDS = {"cat": 3, "dog": 7, "bird": 90}  # with holes, as COCO's
 SIZE = (200, 100)
@@ -211,3 +219,25 @@ def test_fractions_and_a_truth_without_boxes_are_refused():
         coco_truth([record("1", [((0, 0, 5, 5), "cow")])], IDS)
     with pytest.raises(DataError, match="has no size"):
         coco_truth([record("1", [], size=None)], IDS)
+
+
+def test_baselines_that_look_at_no_image_or_no_text():
+    train = [
+        record("a", [((0, 0, 100, 50), "cat"), ((100, 50, 200, 100), "dog")]),
+        record("b", [((0, 0, 60, 30), "cat")]),
+    ]
+    rows = frequency_rows(train, RECORDS[:2], IDS)
+    assert [(one["image_id"], one["category_id"]) for one in rows] == [("1", 3), ("1", 7), ("2", 3), ("2", 7)]
+    assert [one["bbox"] for one in rows[:2]] == [[0, 0, 80, 40], [100, 50, 100, 50]]  # the mean of both cats
+    assert np.allclose([one["score"] for one in rows[:2]], [2 / 3, 1 / 3])
+    proposals = [(torch.rand(50, 4).sort(-1).values, torch.rand(50)) for _ in RECORDS]
+    some = uniform_class_rows(RECORDS, proposals, IDS)
+    assert {one["category_id"] for one in some} == {3, 7, 90}
+    assert some == uniform_class_rows(RECORDS, proposals, IDS)
+    assert some != uniform_class_rows(RECORDS, proposals, IDS, seed=1)
+
+
+def test_category_ids_keep_their_holes(real_data):
+    ids = category_ids(real_data / "coco" / "annotations" / "instances_val2017.json")
+    assert (len(ids), min(ids.values()), max(ids.values())) == (80, 1, 90)
+    assert ids["toothbrush"] == 90
