@@ -588,7 +588,7 @@ def intervals(frame, *, xlabel: str = "difference") -> Figure:
             at, y = line["difference"], claims.index(line["claim"])
             ax.plot([line["lower"], line["upper"]], [y, y], color=colour, linewidth=1.4, marker="")
             ax.plot([at], [y], marker=marker, color=colour, markerfacecolor=face, linestyle="")
-        ax.set(title=metric, xlabel=xlabel)
+        ax.set(title=textwrap.fill(metric.replace("_", " "), 20), xlabel=xlabel)
         ax.grid(axis="x")
     first = np.atleast_1d(panels)[0]
     first.set_yticks(range(len(claims)), claims)
