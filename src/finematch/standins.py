@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from finematch.data.checks import read_json
+from finematch.data.images import open_rgb
 from finematch.features import detreg
 from finematch.files import DataError
 from finematch.scenes import generator
@@ -95,8 +96,7 @@ def write_boxes(root: str | Path, *, count: int = 40, seed: int = 0) -> Path:
     """A detector's boxes, `count` random ones for each image below `root`, in COCO's results format."""
     rng, found = np.random.default_rng(seed), []
     for file in sorted({path.stem: path for path in Path(root).rglob("*.jpg")}.values()):
-        with Image.open(file) as image:
-            size = np.array(image.size)
+        size = np.array(open_rgb(file).size)
         for corner, side, score in zip(
             rng.uniform(0, 0.5, (count, 2)),
             rng.uniform(0.1, 0.5, (count, 2)),

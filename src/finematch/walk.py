@@ -76,12 +76,13 @@ def rows(names: Iterable[str] = (), only: str = "") -> list[Row]:
             )
         for row in (*grid.rows, *grid.linked):
             of = grid.of(row)
-            one = Row(of.method, row, grid.dataset, of.cells(row, "paper"), (name,), of.page, of.presets)
+            stands = (name,) if row in grid.rows else ()
+            one = Row(of.method, row, grid.dataset, of.cells(row, "paper"), stands, of.page, of.presets)
             key = (one.method, one.name, one.dataset)
             if key in found and found[key].cells != one.cells:
-                problem = f"has other cells than in {found[key].grids[0]}"
+                problem = f"has other cells than in {', '.join(found[key].grids) or 'what another builds on'}"
                 raise DataError(f"grids/{name}.csv", f"row {row}", problem, "Rows of one name are one run")
-            found[key] = replace(one, grids=(*(found[key].grids if key in found else ()), name))
+            found[key] = replace(one, grids=(*(found[key].grids if key in found else ()), *stands))
     wanted = {key for key in found if only in ("", key[1])}
     wanted |= {(m, link, d) for m, r, d in wanted for link in found[m, r, d].links}
     chosen = [row for key, row in found.items() if key in wanted]

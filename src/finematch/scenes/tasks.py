@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from finematch.data.checks import read_json, reading
+from finematch.data.images import open_rgb
 from finematch.data.video import pyav
 from finematch.files import DataError, digest, file_digests
 from finematch.scenes import clips as clips_module
@@ -160,10 +161,8 @@ def _draw_clips(root: Path, folder: Path, meta: dict) -> None:
 
 
 def _draw_videos(root: Path, folder: Path, meta: dict) -> None:
-    from PIL import Image
-
     for frames in sorted((root / "clips/frames").iterdir()):
-        encode([Image.open(path) for path in sorted(frames.iterdir())], folder / f"{frames.name}.mp4")
+        encode([open_rgb(path) for path in sorted(frames.iterdir())], folder / f"{frames.name}.mp4")
 
 
 def encode(frames: list, path: Path, *, rate: int = 8) -> None:
