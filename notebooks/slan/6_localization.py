@@ -365,7 +365,10 @@ for i, line in enumerate(axes):
         phrases = [record.phrases[k] for k in text.labels]
         place = scores.argmax(0)
         caption = record.captions[number]
-        draw.show_boxes(ax, picture, (boxes[place] * frame).numpy(), labels=[caption[p.start : p.end] for p in phrases])
+        said = {}  # of phrases that choose one region, all at its box
+        for k, p in zip(place.tolist(), phrases, strict=True):
+            said.setdefault(k, []).append(caption[p.start : p.end])
+        draw.show_boxes(ax, picture, (boxes[list(said)] * frame).numpy(), labels=[", ".join(some) for some in said.values()])
         hits = sum(float(iou(boxes[k][None] * frame, torch.tensor(p.boxes)).max()) >= 0.5 for k, p in zip(place, phrases, strict=True))
         ax.set_title(f"{name}: {hits} of {len(phrases)} phrases found", fontsize=8)
 keep(figure, 1)
