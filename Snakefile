@@ -8,10 +8,10 @@
   Rows of one name in two grids of a method are one run: a table never pays again for what another has run.
   The executed notebook and the checkpoint are not declared as outputs, so they survive a failure: the one
   shows its traceback, from the other the next attempt resumes.
-* A cell of the CSV is a parameter of notebooks/<method>/2_train, or of the `page` that the toml names; an empty one leaves the notebook's default, or what
-  the toml's [scale.<scale>] says for all rows.
-  `{run:clip-cls}/encoder` is a path in that row's run folder with the same seed, and waits for that run, also where the row is one
-  of the grid that the toml `builds_on`;
+* A cell of the CSV is a parameter of notebooks/<method>/2_train, or of the `page` that the toml names. An empty one
+  leaves the notebook's default, or what the toml's [scale.<scale>] says for all rows.
+  `{run:clip-cls}/encoder` is a path in that row's run folder with the same seed, and waits for that run. The row may
+  also be one of the grid that the toml `builds_on`.
   `{PROPOSALS}` is the file of boxes that the command line names; without one such rows are left out.
 * A finished run is repeated when the parameters of its row change, or of a row it builds on; not when a
   notebook or the library is edited: metrics.json says which commit made it, FORCE=1 repeats the grid.

@@ -131,12 +131,12 @@ def test_batches_of_questions():
     hidden = AskedImages(source, [answered(answers=())], [0], WORDS)[0]
     assert set(hidden) == {"image", "text"}
     with pytest.raises(ValueError, match="no answers"):
-        Answerer(slan(), len(WORDS), 16)(hidden)
+        Answerer(slan())(hidden)
 
 
 @torch.no_grad()
 def test_the_likelihood_is_that_of_a_loop():
-    model, source = eval_(Answerer(slan(), len(WORDS), 16)), Painted()
+    model, source = eval_(Answerer(slan())), Painted()
     batch = AskedImages(source, asked(source), range(8), WORDS).__getitems__([0])
     states, valid = model.states(batch["image"], batch["text"])
     answers = tokenise(["red", "no", "two stars"], WORDS).batch([0, 1, 2])
@@ -145,7 +145,7 @@ def test_the_likelihood_is_that_of_a_loop():
     for row in range(3):
         ids, total = answers["input_ids"][row][answers["mask"][row]].tolist(), 0.0
         for k in range(1, len(ids)):
-            logits = model.decoder(torch.tensor([ids[:k]]), states, valid)[0, -1]
+            logits = model.logits(torch.tensor([ids[:k]]), states, valid)[0, -1]
             total += float(logits.log_softmax(0)[ids[k]])
         assert float(found[row]) == pytest.approx(total, abs=1e-4)
 
@@ -154,7 +154,7 @@ def test_questions_are_learned_then_ranked_and_generated():
     source = Painted()
     questions = asked(source)
     data = AskedImages(source, questions, range(8), WORDS)
-    model, batch = Answerer(slan(), len(WORDS), 16), data.__getitems__(range(8))
+    model, batch = Answerer(slan()), data.__getitems__(range(8))
     least = 0.5004  # entropy of 0.8 and 0.2: what disagreement leaves of the loss
     assert minimise(model, batch) < least + 0.05
     model.eval()
@@ -321,7 +321,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path, task):
 
     def begin():
         if task == "vqa":
-            return Answerer(slan(), len(WORDS), 16), AskedImages(source, asked(source), range(8), WORDS)
+            return Answerer(slan()), AskedImages(source, asked(source), range(8), WORDS)
         return PairClassifier(slan(), 16), paired(source)[0]
 
     plan = Plan(epochs=3, batch_size=4, lr=1e-3)

@@ -6,7 +6,6 @@ Printed by `python -m finematch data`; where the sets can be had says docs/data.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 
 from finematch.data import Entry, ImagePair, Question, dataset_names, load, load_regions
@@ -14,6 +13,7 @@ from finematch.data.record import DataError
 
 # images and captions of a split as the papers print them; 0: not printed. COCO is cut to five captions an image. Of
 # VQAv2 images and questions, of NLVR2 examples and distinct sentences, of MSR-VTT videos and sentences.
+UNITS = {"vqav2": ("images", "questions"), "nlvr2": ("pairs", "sentences"), "msrvtt": ("videos", "captions")}
 PUBLISHED: dict[str, dict[str, tuple[int, int]]] = {
     "flickr8k": {"train": (6000, 30000), "val": (1000, 5000), "test": (1000, 5000)},
     "flickr30k": {"train": (29000, 145000), "val": (1014, 5070), "test": (1000, 5000)},
@@ -58,16 +58,8 @@ def _set(name: str, root: Path) -> Iterator[str]:
             if error.record == f"dataset {name!r}":  # no folder: the other splits are not there either
                 return
             continue
-        nouns = {
-            "vqav2": ("images", "questions"),
-            "nlvr2": ("pairs", "sentences"),
-            "msrvtt": ("videos", "captions"),
-        }
-        line = "{} {}: {:,} {}, {:,} {}".format(
-            name,
-            split,
-            *chain.from_iterable(zip(found, nouns.get(name, ("images", "captions")), strict=True)),
-        )
+        units = UNITS.get(name, ("images", "captions"))
+        line = f"{name} {split}: {found[0]:,} {units[0]}, {found[1]:,} {units[1]}"
         if any(wanted):
             line += ", as published" if found == wanted else f"; PUBLISHED {wanted[0]:,} and {wanted[1]:,}"
         yield line

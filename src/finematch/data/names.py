@@ -46,3 +46,8 @@ def held_out_names(path: str | Path) -> set[str]:
     with reading(path, "the list `images`"):
         entries = [entry for entry in data["images"] if entry.get("split", "val") in ("val", "test")]
         return {name for entry in entries for name in known_names(entry, str(data.get("dataset", "")))}
+
+
+def result_id(image_id: str) -> int | str:
+    """An image's id as COCO's result files have it: one that is a number in text is written as a number."""
+    return int(image_id) if str(image_id).isdecimal() else image_id

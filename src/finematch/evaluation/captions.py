@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from finematch.data.names import result_id
 from finematch.files import DataError, write_text
 
 N = 4  # the longest n-grams
@@ -202,8 +203,7 @@ def write_results(path: str | Path, written: Mapping[str, str]) -> None:
     Raises:
         DataError: The file cannot be written.
     """
-    number = lambda one: int(one) if str(one).isdecimal() else one  # noqa: E731
-    write_text(path, json.dumps([{"image_id": number(i), "caption": text} for i, text in written.items()]))
+    write_text(path, json.dumps([{"image_id": result_id(i), "caption": text} for i, text in written.items()]))
 
 
 def read_results(path: str | Path, images: Iterable[str]) -> dict[str, str]:

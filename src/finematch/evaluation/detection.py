@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from finematch.data.names import result_id
 from finematch.data.record import DataError, Record
 from finematch.files import write_text
 
@@ -129,9 +130,8 @@ def write_results(path: str | Path, rows: list[dict]) -> None:
 
     COCO numbers its images, so an image id that is a number in text is written as one.
     """
-    number = lambda one: int(one) if str(one).isdecimal() else one  # noqa: E731
     kept = [
-        {"image_id": number(row["image_id"]), "category_id": row["category_id"],
+        {"image_id": result_id(row["image_id"]), "category_id": row["category_id"],
          "bbox": [round(v, 2) for v in row["bbox"]], "score": round(row["score"], 5)} for row in rows
     ]  # fmt: skip
     write_text(path, json.dumps(kept, allow_nan=False))

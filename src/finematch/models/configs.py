@@ -369,8 +369,6 @@ class AnsweringConfig(Config):
         help="how an answer is chosen: the likeliest of a list, or written word by word")
     answers: int = setting(3128, (1, 100000), "answers in the list, the most frequent of train")
     candidates: int = setting(128, (1, 100000), "answers scored whole, those whose first word is likeliest")
-    depth: int = setting(2, (1, 24), "layers of the decoder", register="S32", says="nothing of its size; BLIP: 12")
-    heads: int = setting(4, (1, 64), "attention heads of the decoder")
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from finematch.losses import wide
 from finematch.models.configs import LocalizationConfig
 from finematch.models.slan.detector import proposal_loss, rpn_rules
 from finematch.models.slan.locator import SelfLocator, similarity
-from finematch.models.slan.objective import SLAN, Boxed, pixels_or_maps
+from finematch.models.slan.objective import SLAN, prepare_images
 
 THRESHOLD = 0.5  # IoU from which on a region says a box's label
 MOST = 100  # boxes an image, as COCO counts them
@@ -250,13 +250,7 @@ class Localizer(nn.Module):
 
     def regions(self, image: dict[str, Tensor], text: dict[str, Tensor]) -> Regions:
         """Algorithm 1 on images and their texts, row by row."""
-        return self._locate(self._prepare(image)[0], text)
-
-    def _prepare(self, image: dict[str, Tensor]):
-        seen = pixels_or_maps(**image)
-        seen, given = seen if isinstance(seen, Boxed) else (seen, None)
-        features = self.towers.vision(seen)
-        return self.locator.prepare(features, seen, given), features
+        return self._locate(prepare_images(self.towers, self.locator, image)[0], text)
 
     def _locate(self, pictures, text: dict[str, Tensor]) -> Regions:
         mask, special = text["mask"], text["special"]
@@ -276,7 +270,7 @@ class Localizer(nn.Module):
     @torch.no_grad()
     def proposals(self, image: dict[str, Tensor]) -> list[tuple[Float[Tensor, "_ 4"], Float[Tensor, " _"]]]:
         """Boxes and saliency of each image's regions before any text, on the CPU."""
-        pictures, _ = self._prepare(image)
+        pictures, _ = prepare_images(self.towers, self.locator, image)
         return [(boxes[real].cpu(), scores[real].cpu()) for boxes, scores, real
                 in zip(pictures.boxes, pictures.scores, pictures.valid, strict=True)]  # fmt: skip
 
@@ -286,7 +280,7 @@ class Localizer(nn.Module):
     ) -> Float[Tensor, "b c h w"]:
         """The score of each label at `side` x `side` cells of the image (Fig. 1a), which the last level embeds as it
         embeds regions; they are compared with the words that no region has met yet."""
-        pictures, _ = self._prepare(image)
+        pictures, _ = prepare_images(self.towers, self.locator, image)
         cells = grid_boxes(1, 1, side, side).to(pictures.boxes).expand(len(pictures.boxes), -1, -1)
         if len(self.locator.adaptors):
             regions = self.locator.adaptors[-1].embed(pictures.maps[-1], cells)
@@ -298,7 +292,7 @@ class Localizer(nn.Module):
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """`loss` and its terms `align_loss`, `box_loss`, `proposal_loss` (0 of proposals that are frozen or given)."""
-        pictures, features = self._prepare(batch["image"])
+        pictures, features = prepare_images(self.towers, self.locator, batch["image"])
         at, spans = self._locate(pictures, batch["text"]), batch["text"]["spans"]
         boxes, owner, real = batch["boxes"], batch["owner"], batch["real"]
         wanted, nearest, matched = assign(at.boxes[-1], at.valid, boxes, owner, real, spans.shape[1])
@@ -324,7 +318,7 @@ class Localizer(nn.Module):
         Args:
             texts: the prompts, which every image meets.
         """
-        pictures, _ = self._prepare(image)
+        pictures, _ = prepare_images(self.towers, self.locator, image)
         device, parts = pictures.boxes.device, []
         for text in texts:
             given = {name: value.to(device).expand(len(pictures.boxes), *value.shape[1:])

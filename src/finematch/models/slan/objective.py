@@ -172,13 +172,21 @@ def pixels_or_maps(
     return seen if given is None else Boxed(seen, given)
 
 
+def prepare_images(
+    towers: nn.Module, locator: nn.Module, image: dict[str, Tensor]
+) -> tuple[Any, list[Tensor]]:
+    """What the locator prepares of images as batches have them, and the towers' maps."""
+    seen = pixels_or_maps(**image)
+    pixels, given = seen if isinstance(seen, Boxed) else (seen, None)
+    maps = towers.vision(pixels)
+    return locator.prepare(maps, pixels, given), maps
+
+
 def locate_pairs(
     towers: nn.Module, locator: nn.Module, image: dict[str, Tensor], text: dict[str, Tensor]
 ) -> Located:
     """Algorithm 1 on images and texts as batches have them, row by row; no pooled vector is made."""
-    seen = pixels_or_maps(**image)
-    pixels, given = seen if isinstance(seen, Boxed) else (seen, None)
-    pictures = locator.prepare(towers.vision(pixels), pixels, given)
+    pictures, _ = prepare_images(towers, locator, image)
     words = towers.text(text["input_ids"], text["mask"])
     return locator.locate(pictures, words, text["mask"], text.get("special"))
 

@@ -6,8 +6,8 @@
 The question is the text of the self-locator, so that it steers the regions. A causal Transformer decoder reads what the
 locator gives, {E^T_{L+1}, E^G_{L+1}}, and writes the answer. The paper leaves open how an answer is chosen (S32): by
 default every answer of a list is scored by its log-likelihood (BLIP: the first `candidates` by their first word, then
-whole); `generate` writes freely, the likeliest word at each step. Sizes of the decoder and the loss are BLIP's: each
-answer of a question counts with the share of people who gave it.
+whole); `generate` writes freely, the likeliest word at each step. The decoder is that of captioning
+(`encoders.causal_decoder`). The loss is BLIP's: each answer of a question counts with the share of people who gave it.
 
 Axes: `b` questions, `a` answers, `n` tokens, `s` states that the decoder reads, `v` words, `d` width.
 """
@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finematch.data.pairs import Source
 from finematch.data.record import Question
+from finematch.encoders import causal_decoder
 from finematch.evaluation.vqa import normalise
 from finematch.losses import wide
 from finematch.models.configs import AnsweringConfig
@@ -90,47 +91,20 @@ class AskedImages(Dataset):
         return found
 
 
-class AnswerDecoder(nn.Module):
-    """A causal Transformer decoder with cross attention to states of question and regions."""
-
-    def __init__(self, vocabulary: int, width: int, *, depth: int = 2, heads: int = 4, positions: int = 32):
-        super().__init__()
-        self.words, self.places = nn.Embedding(vocabulary, width), nn.Embedding(positions, width)
-        nn.init.normal_(self.words.weight, std=0.02)
-        nn.init.normal_(self.places.weight, std=0.02)
-        layer = nn.TransformerDecoderLayer(
-            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.layers = nn.TransformerDecoder(layer, depth, norm=nn.LayerNorm(width))
-        self.predict = nn.Linear(width, vocabulary)
-        self.predict.weight = self.words.weight
-
-    def forward(
-        self, ids: Int[Tensor, "a n"], states: Float[Tensor, "a s d"], valid: Bool[Tensor, "a s"]
-    ) -> Float[Tensor, "a n v"]:
-        """Logits of the word after each."""
-        n = ids.shape[1]
-        later = torch.ones(n, n, dtype=torch.bool, device=ids.device).triu(1)
-        x = self.words(ids) + self.places(torch.arange(n, device=ids.device))
-        x = self.layers(x, states, tgt_mask=later, memory_key_padding_mask=~valid)
-        return self.predict(x)
-
-
 class Answerer(nn.Module):
     """A pretrained SLAN that answers questions; `forward` is the loss of fine-tuning.
 
     Args:
-        model: its towers and locator are used and trained; its heads are left alone.
-        vocabulary: words of the tokenizer; the text tower must know as many (`BertTower.grow`).
-        width: D, of the model's tokens.
-        config: the readings; sizes of the decoder.
+        model: its towers and locator are used and trained; its heads are left alone. Its text tower must know all words
+            of the tokenizer (`BertTower.grow`).
+        config: the readings.
     """
 
-    def __init__(self, model: SLAN, vocabulary: int, width: int, config: AnsweringConfig | None = None):
+    def __init__(self, model: SLAN, config: AnsweringConfig | None = None):
         super().__init__()
-        self.config = config = config or AnsweringConfig()
+        self.config = config or AnsweringConfig()
         self.towers, self.locator = model.encoders.towers, model.locator
-        self.decoder = AnswerDecoder(vocabulary, width, depth=config.depth, heads=config.heads)
+        self.decoder = causal_decoder(self.towers.text_encoder.net)
 
     def states(
         self, image: dict[str, Tensor], text: dict[str, Tensor]
@@ -138,6 +112,13 @@ class Answerer(nn.Module):
         """{E^T_{L+1}, E^G_{L+1}} of questions and their images, and which are real."""
         at = locate_pairs(self.towers, self.locator, image, text)
         return torch.cat([at.words, at.regions], 1), torch.cat([text["mask"], at.valid], 1)
+
+    def logits(
+        self, ids: Int[Tensor, "a n"], states: Float[Tensor, "a s d"], valid: Bool[Tensor, "a s"]
+    ) -> Float[Tensor, "a n v"]:
+        """Of the word after each, fp32. Padding comes last, so that no word before it sees it."""
+        return wide(self.decoder(input_ids=ids, encoder_hidden_states=states, encoder_attention_mask=valid.long(),
+                                 use_cache=False).logits)  # fmt: skip
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """`loss`: -log p(answer) times the share of people who gave it, summed over answers, mean over questions.
@@ -160,7 +141,7 @@ class Answerer(nn.Module):
         mask: Bool[Tensor, "a n"],
     ) -> Float[Tensor, " a"]:
         """log p of whole answers, fp32: of every token after the first, [SEP] included."""
-        logits = wide(self.decoder(ids[:, :-1], states, valid))
+        logits = self.logits(ids[:, :-1], states, valid)
         each = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         return -(each * mask[:, 1:]).sum(1)
 
@@ -185,7 +166,7 @@ class Answerer(nn.Module):
         device, count = states.device, min(candidates, len(answers))
         every = {name: value.to(device) for name, value in answers.batch(range(len(answers))).items()}
         start = every["input_ids"][:1, :1].expand(len(states), 1)
-        first = wide(self.decoder(start, states, valid))[:, 0][:, every["input_ids"][:, 1]]
+        first = self.logits(start, states, valid)[:, 0][:, every["input_ids"][:, 1]]
         order = first.argsort(dim=1, descending=True, stable=True)[:, :count]
         best = []
         for row, chosen in enumerate(order):
@@ -205,12 +186,10 @@ class Answerer(nn.Module):
     ) -> list[str]:
         """An answer for each question, the likeliest word at each step until [SEP]."""
         states, valid = self.states(image, text)
-        ids = torch.full((len(states), 1), tokenizer.cls_token_id, device=states.device)
-        done = torch.zeros(len(states), dtype=torch.bool, device=states.device)
-        for _ in range(max_words):
-            word = self.decoder(ids, states, valid)[:, -1].argmax(1)
-            ids = torch.cat([ids, word.masked_fill(done, tokenizer.pad_token_id)[:, None]], 1)
-            done |= word == tokenizer.sep_token_id
-            if bool(done.all()):
-                break
+        start = torch.full((len(states), 1), tokenizer.cls_token_id, device=states.device)
+        ids = self.decoder.generate(
+            start, attention_mask=torch.ones_like(start), encoder_hidden_states=states,
+            encoder_attention_mask=valid.long(), do_sample=False, use_cache=False, max_new_tokens=max_words,
+            eos_token_id=tokenizer.sep_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
         return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
