@@ -23,12 +23,14 @@ AFTER = {
     "mvam/1_lesson": ["1_data"],
     "hslm/1_lesson": ["1_data"],
     "slan/1_lesson": [FIRST],
+    "slan/5_captioning": ["slan/2_train"],
     "slan/6_localization": ["slan/2_train"],
     "mvam/3_ablations": ["mvam/2_train", "tiny_grid"],
     "tiny_grid": ["mvam/2_train"],
     "9_scorecard": ["mvam/4_attention", "hslm/4_attention", "felga/4_retrieval", "slan/4_regions"],
 }
-SMOKE = ("slan/6_localization",)  # tasks that a run of slan/2_train is fine-tuned for; minutes each in full
+# tasks that a run of slan/2_train is fine-tuned for; minutes each in full
+SMOKE = ("slan/5_captioning", "slan/6_localization")
 LONGEST_FIRST = ("slan", "felga", "hslm", "mvam")
 PAGES = sorted(str(path.relative_to("notebooks").with_suffix("")) for path in Path("notebooks").rglob("[0-9]_*.ipynb")
                if not any(part.startswith(".") for part in path.parts))  # fmt: skip

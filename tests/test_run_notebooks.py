@@ -39,6 +39,7 @@ ORDER = [
     "slan/2_train",
     "slan/3_ablations",
     "slan/4_regions",
+    "slan/5_captioning",
     "slan/6_localization",
     "9_scorecard",
 ]
@@ -110,6 +111,11 @@ def executed(name, folder):
 @pytest.mark.parametrize("name", ORDER)
 def test_it_runs(name, folder):
     executed(name, folder)
+    if name == "slan/5_captioning":
+        found = json.loads((folder / "slan-5_captioning" / "metrics.json").read_text())["metrics"]
+        beside = ("", "shuffled_", "nearest_", "frequent_")
+        assert {f"{one}{key}_own_tokens" for one in beside for key in ("cider", "bleu4")} <= set(found)
+        assert (folder / "figures" / "slan_captioning.scenes.levels-3.smoke.1.png").is_file()
     if name == "slan/6_localization":
         found = json.loads((folder / "slan-6_localization" / "metrics.json").read_text())["metrics"]
         assert {

@@ -12,9 +12,13 @@ CONFIGS = {
     "mvam": [configs.MVAMConfig], "hslm": [configs.HSLMConfig], "felga": [configs.FELGAConfig],
     "slan": [configs.LocatorConfig, configs.SLANConfig],
 }  # fmt: skip
-TASKS = {"slan_localization": [configs.LocalizationConfig]}  # what a run of a method is fine-tuned for
+TASKS = {
+    "slan_localization": [configs.LocalizationConfig],
+    "slan_captioning": [configs.CaptioningConfig],
+}  # what a run of a method is fine-tuned for
 PAGES = {method: f"{method}/2_train.py" for method in CONFIGS} | {
-    "slan_localization": "slan/6_localization.py"
+    "slan_localization": "slan/6_localization.py",
+    "slan_captioning": "slan/5_captioning.py",
 }
 PARAMETERS = [(method, name) for method in PAGES for name in declared(method)]
 

@@ -67,7 +67,14 @@ from finematch.features.inputs import (
 )
 from finematch.features.proposals import Proposals, extract_proposals, given
 from finematch.features.small_clip import open_small_clip
-from finematch.models.configs import FELGAConfig, HSLMConfig, LocalizationConfig, MVAMConfig, SLANConfig
+from finematch.models.configs import (
+    CaptioningConfig,
+    FELGAConfig,
+    HSLMConfig,
+    LocalizationConfig,
+    MVAMConfig,
+    SLANConfig,
+)
 from finematch.models.felga import FELGA
 from finematch.models.hslm import HSLM
 from finematch.models.mvam import MVAM
@@ -106,6 +113,9 @@ def rebuild(run) -> tuple[Any, nn.Module]:
     elif run.method == "slan_localization":
         pretrained = pretrained_run(s)
         data, model = pretrained.data, slan_localizer(s, pretrained)
+    elif run.method == "slan_captioning":
+        pretrained = pretrained_run(s)
+        data, model = pretrained.data, slan_captioner(s, pretrained)
     else:
         data = open_inputs(s, root())
         model = slan_model(s, data)
@@ -153,6 +163,14 @@ def slan_localizer(s, pretrained) -> nn.Module:
     if s.task == "grounding" and s.grounding_top:
         open_filter(model.locator, s.grounding_top, 0.0)
     return Localizer(model, LocalizationConfig.of(s), task=s.task).to(accelerator())
+
+
+def slan_captioner(s, pretrained) -> nn.Module:
+    """SLAN's captioner on the pretrained run's model, or on one of its shape with random weights."""
+    from finematch.models.slan.captioning import Captioner
+
+    model = pretrained.model if s.start == "pretrained" else pretrained.untrained(s.seed)
+    return Captioner(model, pretrained.data.tokenizer, CaptioningConfig.of(s)).to(accelerator())
 
 
 @dataclass

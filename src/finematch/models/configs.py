@@ -356,8 +356,8 @@ class CaptioningConfig(Config):
         help="text of the locator when captions are written")
     smoothing: float = setting(0.1, (0, 0.9), "label smoothing of the loss (BLIP)")
     beams: int = setting(3, (1, 20), "beams of the search for a caption (BLIP)")
-    max_length: int = setting(20, (5, 64), "most tokens of a caption, those of the prompt among them (BLIP)")
-    min_length: int = setting(5, (1, 64), "fewest tokens of a caption, those of the prompt among them (BLIP)")
+    max_length: int = setting(20, (5, 64), "most tokens of a caption and its prompt (BLIP)")
+    min_length: int = setting(5, (1, 64), "fewest tokens of a caption and its prompt (BLIP)")
 
 
 @dataclass(frozen=True)
