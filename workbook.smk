@@ -25,12 +25,15 @@ AFTER = {
     "slan/1_lesson": [FIRST],
     "slan/5_captioning": ["slan/2_train"],
     "slan/6_localization": ["slan/2_train"],
+    "slan/7_vqa": ["slan/2_train"],
+    "slan/8_nlvr2": ["slan/2_train"],
+    "slan/9_video": ["slan/2_train"],
     "mvam/3_ablations": ["mvam/2_train", "tiny_grid"],
     "tiny_grid": ["mvam/2_train"],
     "9_scorecard": ["mvam/4_attention", "hslm/4_attention", "felga/4_retrieval", "slan/4_regions"],
 }
 # tasks that a run of slan/2_train is fine-tuned for; minutes each in full
-SMOKE = ("slan/5_captioning", "slan/6_localization")
+SMOKE = ("slan/5_captioning", "slan/6_localization", "slan/7_vqa", "slan/8_nlvr2", "slan/9_video")
 LONGEST_FIRST = ("slan", "felga", "hslm", "mvam")
 PAGES = sorted(str(path.relative_to("notebooks").with_suffix("")) for path in Path("notebooks").rglob("[0-9]_*.ipynb")
                if not any(part.startswith(".") for part in path.parts))  # fmt: skip

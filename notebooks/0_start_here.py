@@ -279,11 +279,12 @@ keep(figure, 4)
 # | `<method>/2_train` | one training run: a row of the paper's tables | minutes |
 # | `<method>/3_ablations` | the paper's tables, measured beside published, each claim judged | seconds, from finished runs |
 # | `mvam/4_attention`, `hslm/4_attention`, `felga/4_retrieval`, `slan/4_regions` | where a trained run attends | minutes, from a finished run |
+# | `slan/5_captioning` to `slan/9_video` | a trained SLAN fine-tuned for another task: captions, boxes, questions, image pairs, videos | minutes, from a finished run |
 # | `9_scorecard` | every table and every claim of all four methods | seconds, from finished runs |
 #
 # Learning? Take `mvam/1_lesson`. Reproducing? `make grid GRID=mvam_views` reruns a table, and `mvam/3_ablations` draws it. Your own photos? `1_data` and
-# `docs/data.md` say which files are read, and every `2_train` takes `dataset` and `data_root`. Of SLAN's seven downstream tasks, retrieval and grounding
-# are here; the other five, and a comparison of all four methods on one page, are not here yet.
+# `docs/data.md` say which files are read, and every `2_train` takes `dataset` and `data_root`. SLAN's seven downstream tasks are retrieval (`slan/2_train`)
+# and `slan/5_captioning` to `slan/9_video`. A comparison of all four methods on one page is not here yet.
 
 # %%
 metrics = {"t2i_r1": found["t2i_r1"], "t2i_r5": found["t2i_r5"], "i2t_r1": found["i2t_r1"],

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from formats import picture
 from PIL import Image
 
 from finematch.data import load, load_msrvtt, load_nlvr2, load_vqa, read_clips, task_digests
-from finematch.data.record import Clip, DataError
+from finematch.data.record import Clip, DataError, ImagePair, Question
 from finematch.data.splits import open_records
 from finematch.data.video import frame_numbers, read_frames
+from finematch.features.tasks import task_entries, task_frames, task_images, task_tokenizer
+from finematch.scenes.tasks import TOKENIZER
+from finematch.text import word_level
 
 NAME = "COCO_val2014_{:012d}.jpg".format
 
@@ -330,3 +334,72 @@ def test_digests_of_what_a_task_is_made_of(tmp_path):
     assert task_digests(clips) != task_digests(clips[:1])
     with pytest.raises(DataError, match="id 'video1': is that of two records"):
         task_digests([clips[0], clips[0]])
+
+
+# --- what a task's page reads --------------------------------------------------------------------------------------
+class Seen:
+    """A source that keeps the files of its records."""
+
+    def __init__(self, records):
+        self.files = [record.image for record in records]
+
+    def __len__(self):
+        return len(self.files)
+
+    def batch(self, index):
+        return {"file": torch.tensor(list(index))}
+
+
+def seen_files(records):
+    return {split: Seen(part) for split, part in records.items()}
+
+
+def test_each_image_of_questions_and_pairs_is_read_once(tmp_path):
+    a, b, c = (tmp_path / f"{name}.png" for name in "abc")
+    questions = [Question(k, "train", "what?", str(k), image) for k, image in enumerate((b, a, b))]
+    images, rows = task_images({"train": questions}, seen_files)
+    assert (images["train"].files, rows["train"]) == ([b, a], [(0,), (1,), (0,)])
+    pairs = [ImagePair(f"dev-{k}-0-0", "val", "x", two) for k, two in enumerate(((a, b), (b, c), (c, c)))]
+    images, rows = task_images({"val": pairs}, seen_files)
+    assert (images["val"].files, rows["val"]) == ([a, b, c], [(0, 1), (1, 2), (2, 2)])
+
+
+def test_frames_of_folders_lie_where_they_are(tmp_path):
+    for k in range(6):
+        picture(tmp_path / "v0" / f"{k}.png")
+    kept, images, skipped = task_frames(
+        {"test": [clip(tmp_path / "v0", "v0")]}, seen_files, tmp_path / "cache", count=3
+    )
+    assert [file.name for file in images["test"].files] == ["0.png", "2.png", "4.png"]
+    assert len(kept["test"]) == 1
+    assert skipped == {"test": []}
+    assert not (tmp_path / "cache").exists()
+
+
+def test_frames_of_video_files_are_decoded_once_and_broken_videos_are_named(tmp_path):
+    clips = [clip(encode(tmp_path / f"{name}.mp4", 8), name) for name in ("v0", "v1")]
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    clips[1:1] = [clip(tmp_path / "broken.mp4", "broken"), clip(tmp_path / "gone.mp4", "gone")]
+    (tmp_path / "empty").mkdir()
+    clips.append(clip(tmp_path / "empty", "empty"))
+    kept, images, skipped = task_frames({"test": clips}, seen_files, tmp_path / "cache", count=4)
+    assert [one.video_id for one in kept["test"]] == ["v0", "v1"]
+    assert skipped == {"test": ["broken", "gone", "empty"]}
+    assert greys([Image.open(file) for file in images["test"].files]) == [0, 2, 4, 6] * 2
+    stamp = images["test"].files[0].stat().st_mtime_ns
+    again = task_frames({"test": clips}, seen_files, tmp_path / "cache", count=4)
+    assert again[1]["test"].files == images["test"].files
+    assert again[1]["test"].files[0].stat().st_mtime_ns == stamp
+    encode(tmp_path / "v1.mp4", 6)  # another video of that name
+    other = task_frames({"test": clips}, seen_files, tmp_path / "cache", count=4)
+    assert greys([Image.open(file) for file in other[1]["test"].files]) == [0, 2, 4, 6, 0, 1, 3, 4]
+
+
+def test_the_tasks_of_a_run(tmp_path):
+    known = word_level(TOKENIZER.with_name("tokenizer.json"))
+    grown = task_tokenizer("scenes", known)
+    assert len(grown) > len(known)
+    assert grown("what colour")["input_ids"] != known("what colour")["input_ids"]
+    assert task_tokenizer("coco_karpathy", known) is known
+    with pytest.raises(DataError, match="the folder does not exist"):
+        task_entries("vqa", "coco_karpathy", tmp_path, ["val"])

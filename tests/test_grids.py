@@ -319,6 +319,12 @@ def test_seeds_that_are_not_different_numbers_are_refused(book, seeds):
             {"claims": '[{ text = "x", better = "one", worse = "one", metrics = ["rsum"] }]'},
             "a row with itself",
         ),
+        (
+            {"claims": '[{text = "x", row = "one", metric = "rsum", baseline = "b", better = "two"}]'},
+            "has or lacks better",
+        ),
+        ({"claims": '[{text = "x", row = "one", baseline = "b"}]'}, "has or lacks metric"),
+        ({"claims": '[{text = "x", row = "on", metric = "m", baseline = "b"}]'}, "names the row 'on'"),
         ({"claims": '[{ text = "x", better = "one" }]'}, "lacks worse"),
         ({"claims": '[{ text = "x", better = "one", worse = "two" }]'}, "has no metric"),
         ({"seeds": "1"}, "at least 2"),

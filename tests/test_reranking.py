@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from finematch.evaluation import reranking
-from finematch.evaluation.reranking import reranked_retrieval
-from finematch.evaluation.retrieval import retrieval, retrieval_from_scores
+from finematch.evaluation.reranking import reranked_retrieval, reranked_video_retrieval
+from finematch.evaluation.retrieval import retrieval, retrieval_from_scores, video_retrieval
 
 NAMES = [f"{way}_{m}" for way in ("i2t", "t2i") for m in ("r1", "r5", "r10", "medr", "meanr")] + ["rsum"]
 
@@ -268,3 +268,31 @@ def test_equal_captions_tie_exactly_in_galleries_of_any_size():
             wrong.mean() + 1
         )  # every caption ties: all wrong ones count
         assert found["ties_i2t"] == b
+
+
+def test_videos_are_reranked_as_images_are():
+    g = torch.Generator().manual_seed(5)
+    video, text = exact(12, 4, 0), exact(18, 4, 1)
+    video_of = np.sort(np.r_[np.arange(12), np.arange(6)])
+    head = torch.randint(-3, 4, (12, 18), generator=g).float()
+    itc = (video @ text.T).numpy()
+    found = reranked_video_retrieval(
+        video, text, video_of, lookup(head), k=5, split="x", frames="8 frames", skipped=2
+    )
+    expected = naive(itc, head.numpy(), video_of, 5)
+    for old, new in (("i2t", "v2t"), ("t2i", "t2v")):
+        for name in ("r1", "r5", "r10", "meanr"):
+            assert found[f"{new}_{name}"] == pytest.approx(expected[f"{old}_{name}"])
+        assert found[f"ties_{new}"] == expected[f"ties_{old}"]
+    assert found["protocol"] == (
+        "x: 12 videos x 18 captions, 8 frames, best 5 by ITC re-ranked by itm, the others below in ITC's order, "
+        "2 missing or broken videos left out, ties against the model"
+    )
+    # the whole gallery: the matching head's own ranking, its median as it is
+    whole = reranked_video_retrieval(video, text, video_of, lookup(head), k=18)
+    alone = video_retrieval(head, video_of)
+    assert {key: whole[key] for key in alone if key != "protocol"} == {
+        key: alone[key] for key in alone if key != "protocol"
+    }
+    with pytest.raises(ValueError, match="k is at least 1"):
+        reranked_video_retrieval(video, text, video_of, lookup(head), k=0)

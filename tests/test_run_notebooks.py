@@ -16,6 +16,7 @@ from transformers import BertModel
 from finematch.data import load
 from finematch.data.shards import write_shards
 from finematch.encoders import small_bert
+from finematch.runs import open_run
 from finematch.scenes.generator import TOKENIZER, generate
 from finematch.text import word_level, wordpiece
 
@@ -41,6 +42,9 @@ ORDER = [
     "slan/4_regions",
     "slan/5_captioning",
     "slan/6_localization",
+    "slan/7_vqa",
+    "slan/8_nlvr2",
+    "slan/9_video",
     "9_scorecard",
 ]
 SOURCES = {str(path.relative_to(NOTEBOOKS).with_suffix("")) for path in NOTEBOOKS.rglob("*.py")} - {"build"}
@@ -108,6 +112,27 @@ def executed(name, folder):
         done.touch()
 
 
+TASKS = {  # metrics of a task's page, and the file of results that it writes
+    "slan/7_vqa": (
+        {"vqa", "shuffled_vqa", "question_alone_vqa", "majority_vqa", "people_vqa"},
+        "answers.json",
+    ),
+    "slan/8_nlvr2": (
+        {"nlvr2_accuracy", "nlvr2_consistency", "shuffled_nlvr2_accuracy", "sentence_alone_nlvr2_accuracy"},
+        "judgements.csv",
+    ),
+    "slan/9_video": (
+        {
+            f"{when}_{one}t2v_r5"
+            for when in ("zero_shot", "fine_tuned")
+            for one in ("", "contrast_", "shuffled_", "one_frame_")
+        }
+        | {"zero_shot_t2v_mdr", "fine_tuned_v2t_mdr"},
+        None,
+    ),
+}
+
+
 @pytest.mark.parametrize("name", ORDER)
 def test_it_runs(name, folder):
     executed(name, folder)
@@ -123,6 +148,16 @@ def test_it_runs(name, folder):
             for one in ("zero_shot", "fine_tuned", "fine_tuned_shuffled", "uniform", "frequency")
         } <= set(found)
         assert len(list((folder / "figures").glob("slan_detection.scenes.levels-3.smoke.*.png"))) == 2
+    if name in TASKS:
+        out = folder / name.replace("/", "-")
+        wanted, file = TASKS[name]
+        assert wanted <= set(json.loads((out / "metrics.json").read_text())["metrics"])
+        assert file is None or (out / file).is_file()
+        picture = name.split("_")[1]
+        assert (folder / "figures" / f"slan_{picture}.scenes.levels-3.smoke.1.png").is_file()
+        run = open_run(out)
+        assert run.status == "current"
+        assert not run.model.training
     if name.endswith("/2_train"):
         metrics = json.loads((folder / name.replace("/", "-") / "metrics.json").read_text())
         assert metrics["parameters"]["smoke"] is True
@@ -289,8 +324,6 @@ def ran(name, out, processes=1, **given) -> dict:
 
 
 def test_phrases_are_grounded_from_the_same_run_and_the_run_opens_again(folder):
-    from finematch.runs import open_run
-
     executed("slan/2_train", folder)
     given = {
         "smoke": "True",

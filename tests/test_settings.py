@@ -15,10 +15,16 @@ CONFIGS = {
 TASKS = {
     "slan_localization": [configs.LocalizationConfig],
     "slan_captioning": [configs.CaptioningConfig],
+    "slan_vqa": [configs.AnsweringConfig],
+    "slan_nlvr2": [],
+    "slan_video": [configs.VideoConfig],
 }  # what a run of a method is fine-tuned for
 PAGES = {method: f"{method}/2_train.py" for method in CONFIGS} | {
     "slan_localization": "slan/6_localization.py",
     "slan_captioning": "slan/5_captioning.py",
+    "slan_vqa": "slan/7_vqa.py",
+    "slan_nlvr2": "slan/8_nlvr2.py",
+    "slan_video": "slan/9_video.py",
 }
 PARAMETERS = [(method, name) for method in PAGES for name in declared(method)]
 

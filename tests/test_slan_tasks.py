@@ -10,14 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from finematch.data.record import ImagePair, Question
+from finematch.data.record import Clip, ImagePair, Question
 from finematch.data.video import frame_numbers
 from finematch.encoders import BertTower, small_bert
 from finematch.models.configs import AnsweringConfig, LocatorConfig, SLANConfig, VideoConfig
 from finematch.models.slan.locator import CachedStages, SelfLocator, Towers
 from finematch.models.slan.nlvr2 import ImagePairs, PairClassifier
 from finematch.models.slan.objective import SLAN
-from finematch.models.slan.video import VideoSLAN, encode_video, match_video, rows_of, video_pair_scorer
+from finematch.models.slan.video import (
+    ClipPairs,
+    VideoSLAN,
+    encode_video,
+    match_video,
+    rows_of,
+    video_pair_scorer,
+)
 from finematch.models.slan.vqa import Answerer, AskedImages, answer_list, answer_shares
 from finematch.scenes.tasks import TOKENIZER
 from finematch.text import tokenise, word_level
@@ -296,8 +303,58 @@ def test_videos_are_learned():
     assert minimise(model, batch) < 0.1
     bare = slan()
     bare.head = None
+    assert set(VideoSLAN(bare, M)(batch)) == {"loss", "itc"}  # of a run without matching: the contrast alone
+    picture, _ = encode_video(bare, frames, M)
     with pytest.raises(ValueError, match="no matching head"):
-        VideoSLAN(bare, M)(batch)
+        match_video(bare, picture, bare.encode_text(**batch["text"]), M)
+
+
+def test_pairs_of_clips_and_captions():
+    source = Painted(4 * M)
+    clips = [Clip(f"v{k}", "train", ("a red star", "a star")[: 1 + k % 2], Path("x")) for k in range(4)]
+    data = ClipPairs(source, clips, WORDS, M)
+    assert data.clip_of.tolist() == [0, 1, 1, 2, 3, 3]
+    batch = data.__getitems__([2, 3])
+    assert batch["image_id"].tolist() == [1, 2]
+    assert torch.equal(batch["image"]["map0"], source.maps[0][M : 3 * M])
+    assert WORDS.batch_decode(batch["text"]["input_ids"], skip_special_tokens=True) == [
+        "a star",
+        "a red star",
+    ]
+
+
+# --- where the heads look -------------------------------------------------------------------------------------------
+def test_attention_is_that_of_the_layers_weights():
+    source = Painted()
+    answerer, batch = (
+        Answerer(slan()).eval(),
+        AskedImages(source, asked(source), range(8), WORDS).__getitems__([0, 3]),
+    )
+    seen = []
+    layer = answerer.decoder.bert.encoder.layer[-1].crossattention.self
+    layer.register_forward_hook(lambda _, __, output: seen.append(output[1]))
+    at, looked = answerer.attention(batch["image"], batch["text"])
+    words = batch["text"]["mask"].shape[1]
+    assert torch.equal(looked, seen[0].mean(1)[:, 0, words:])
+    shares = seen[0].mean(1)[:, 0]
+    assert torch.allclose(shares.sum(1), torch.ones(2), atol=1e-5)
+    assert (looked[~at.valid] == 0).all()
+    assert ((looked.sum(1) > 0) & (looked.sum(1) < 1)).all()
+    data, _ = paired(source)
+    classifier, some = PairClassifier(slan(), 16).eval(), data.__getitems__([1, 4])
+    looked, both = classifier.attention(some["left"], some["right"], some["text"])
+    assert looked.shape == (2, 2 * both[0].valid.shape[1])
+    assert torch.allclose(looked.sum(1), torch.ones(2), atol=1e-5)
+    assert (looked[~torch.cat([one.valid for one in both], 1)] == 0).all()
+    with torch.no_grad():
+        words = classifier.towers.text(some["text"]["input_ids"], some["text"]["mask"])[:, :1]
+        regions = torch.cat([one.regions + side for one, side in zip(both, classifier.sides, strict=True)], 1)
+        valid = torch.cat([one.valid for one in both], 1)
+        whole = classifier.norm(
+            words + classifier.attend(words, regions, regions, key_padding_mask=~valid)[0]
+        )[:, 0]
+        by_hand = classifier.classify(torch.cat([whole, both[0].text, both[1].text], 1))[:, 0]
+    assert torch.allclose(by_hand, classifier.logits(some["left"], some["right"], some["text"]), atol=1e-5)
 
 
 def test_frames_by_the_settings():

@@ -567,3 +567,19 @@ def test_a_recipe_that_names_what_is_not_there_is_refused(tmp_path, changes, mes
     recipe().rename(columns={"seed": "seeds"}).to_csv(file, index=False)
     with pytest.raises(DataError, match="the header: is method,dataset,split,seeds"):
         read_recipes(file)
+
+
+def test_a_row_is_judged_beside_a_baseline_of_its_own_runs():
+    claim = Claim("beats the images shuffled", "two", "two", "i2t_r1", "shuffled")
+    grid = replace(VIEWS, claims=(claim,))
+    runs = pd.DataFrame(
+        {"row": ["two"] * 3 + ["one"] * 3, "seed": [0, 1, 2] * 2, "i2t_r1": [51.0, 52.0, 53.0] + [0.0] * 3,
+         "shuffled": [10.0, 12.0, 11.0] + [99.0] * 3}
+    )  # fmt: skip
+    (line,) = verdicts(grid, {"default": runs}).to_dict("records")
+    assert (line["verdict"], line["difference"], line["n_a"]) == ("holds", 41.0, 3)
+    assert (line["better"], line["worse"]) == ("two i2t_r1", "two shuffled")
+    (line,) = verdicts(grid, {"default": runs[runs["seed"] == 0]}).to_dict("records")
+    assert (line["verdict"], line["note"]) == ("not run", "two has 1 run")
+    (line,) = verdicts(grid, {"default": runs.iloc[:0]}).to_dict("records")
+    assert line["verdict"] == "not run"

@@ -30,12 +30,14 @@ _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 @dataclass(frozen=True)
 class Claim:
-    """One statement to judge: `better` is above `worse` on `metric`; both are rows of the grid."""
+    """One statement to judge: `better` is above `worse` on `metric`; both are rows of the grid. With a `baseline` they
+    are one row, whose `metric` is above that other metric of the same run."""
 
     text: str
     better: str
     worse: str
     metric: str
+    baseline: str = ""
 
 
 @dataclass(frozen=True)
@@ -281,6 +283,9 @@ def _checked(path: Path, name: str, rows: dict, content: dict) -> Grid:
     claims = []
     for entry in content.pop("claims", []):
         label = f"claim {entry.get('text', '')!r}"
+        if "baseline" in entry:
+            claims.append(_beside_baseline(path, label, entry, rows))
+            continue
         if lacking := [key for key in ("text", "better", "worse") if key not in entry]:
             raise DataError(path, label, f"lacks {lacking[0]}", "A claim has text, better and worse")
         for which in ("better", "worse"):
@@ -305,6 +310,18 @@ def _checked(path: Path, name: str, rows: dict, content: dict) -> Grid:
                 raise DataError(path, key, f"names the column {column!r}", "It is not in [columns]")
     lists = {key: tuple(value) for key, value in content.items() if isinstance(value, list)}
     return Grid(name=name, rows=rows, names=ours, claims=tuple(claims), scales=scales, **(content | lists))
+
+
+def _beside_baseline(path: Path, label: str, entry: dict, rows: dict) -> Claim:
+    """The claim that a row's metric is above a baseline that its runs have measured beside it."""
+    wanted = ("text", "row", "metric", "baseline")
+    if odd := sorted(entry.keys() ^ set(wanted)):
+        raise DataError(
+            path, label, f"has or lacks {odd[0]}", f"A claim with a baseline has {', '.join(wanted)}"
+        )
+    if entry["row"] not in rows:
+        raise DataError(path, label, f"names the row {entry['row']!r}", f"Rows: {', '.join(rows)}")
+    return Claim(entry["text"], entry["row"], entry["row"], entry["metric"], entry["baseline"])
 
 
 def _parameters(path: Path, label: str, found: Any) -> dict[str, str]:

@@ -67,7 +67,9 @@ from finematch.features.inputs import (
 )
 from finematch.features.proposals import Proposals, extract_proposals, given
 from finematch.features.small_clip import open_small_clip
+from finematch.features.tasks import task_tokenizer
 from finematch.models.configs import (
+    AnsweringConfig,
     CaptioningConfig,
     FELGAConfig,
     HSLMConfig,
@@ -110,12 +112,9 @@ def rebuild(run) -> tuple[Any, nn.Module]:
             )
         data = open_gallery(s, root(), run.parameters)
         model = FELGA(data.width, FELGAConfig.of(s))
-    elif run.method == "slan_localization":
+    elif run.method in TASKS:
         pretrained = pretrained_run(s)
-        data, model = pretrained.data, slan_localizer(s, pretrained)
-    elif run.method == "slan_captioning":
-        pretrained = pretrained_run(s)
-        data, model = pretrained.data, slan_captioner(s, pretrained)
+        data, model = pretrained.data, TASKS[run.method](s, pretrained)
     else:
         data = open_inputs(s, root())
         model = slan_model(s, data)
@@ -124,8 +123,10 @@ def rebuild(run) -> tuple[Any, nn.Module]:
 
 
 def untrained(run, seed: int) -> nn.Module:
-    """The model of a finished run of SLAN with the random weights of `seed`, in eval mode."""
-    return slan_model(run.settings.replace(seed=seed), run.data).to(accelerator()).eval()
+    """The model of a finished run of SLAN with the random weights of `seed`, in eval mode. The proposals of a detector,
+    which the run was given and did not learn, are the detector's."""
+    s = run.settings.replace(seed=seed, pretrained="", encoder_epochs=0)
+    return slan_begun(s, run.data, root()).to(accelerator()).eval()
 
 
 def pretrained_run(s):
@@ -155,22 +156,64 @@ def pretrained_run(s):
     return run
 
 
+def _start(s, pretrained, words: int = 0) -> nn.Module:
+    """The pretrained run's model, or one of its shape with random weights; it knows at least so many `words`."""
+    model = pretrained.model if s.start == "pretrained" else pretrained.untrained(s.seed)
+    if words:
+        model.encoders.towers.text_encoder.grow(words)
+    return model
+
+
 def slan_localizer(s, pretrained) -> nn.Module:
     """SLAN's detection and grounding head on the pretrained run's model, or on one of its shape with random weights."""
     from finematch.models.slan.detection import Localizer, open_filter
 
-    model = pretrained.model if s.start == "pretrained" else pretrained.untrained(s.seed)
+    model = _start(s, pretrained)
     if s.task == "grounding" and s.grounding_top:
         open_filter(model.locator, s.grounding_top, 0.0)
     return Localizer(model, LocalizationConfig.of(s), task=s.task).to(accelerator())
 
 
 def slan_captioner(s, pretrained) -> nn.Module:
-    """SLAN's captioner on the pretrained run's model, or on one of its shape with random weights."""
+    """SLAN's captioner, likewise."""
     from finematch.models.slan.captioning import Captioner
 
-    model = pretrained.model if s.start == "pretrained" else pretrained.untrained(s.seed)
-    return Captioner(model, pretrained.data.tokenizer, CaptioningConfig.of(s)).to(accelerator())
+    return Captioner(_start(s, pretrained), pretrained.data.tokenizer, CaptioningConfig.of(s)).to(
+        accelerator()
+    )
+
+
+def slan_answerer(s, pretrained) -> nn.Module:
+    """SLAN's decoder of answers, likewise."""
+    from finematch.models.slan.vqa import Answerer
+
+    words = len(task_tokenizer(s.dataset, pretrained.data.tokenizer))
+    return Answerer(_start(s, pretrained, words), AnsweringConfig.of(s)).to(accelerator())
+
+
+def slan_pair_classifier(s, pretrained) -> nn.Module:
+    """SLAN's head for two images, likewise."""
+    from finematch.models.slan.nlvr2 import PairClassifier
+
+    words, of_run = len(task_tokenizer(s.dataset, pretrained.data.tokenizer)), pretrained.settings
+    return PairClassifier(_start(s, pretrained, words), of_run.width, heads=of_run.heads).to(accelerator())
+
+
+def slan_video(s, pretrained) -> nn.Module:
+    """SLAN on frames of videos, likewise."""
+    from finematch.models.slan.video import VideoSLAN
+
+    words = len(task_tokenizer(s.dataset, pretrained.data.tokenizer))
+    return VideoSLAN(_start(s, pretrained, words), s.frames).to(accelerator())
+
+
+TASKS = {  # what a run of `slan/2_train` is fine-tuned for, by the presets of its page
+    "slan_localization": slan_localizer,
+    "slan_captioning": slan_captioner,
+    "slan_vqa": slan_answerer,
+    "slan_nlvr2": slan_pair_classifier,
+    "slan_video": slan_video,
+}
 
 
 @dataclass

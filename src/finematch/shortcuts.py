@@ -51,6 +51,14 @@ def vqa_shortcuts(train: list[Question], test: list[Question]) -> dict[str, dict
     return {name: vqa_results(test, {q.question_id: way(q) for q in test}) for name, way in ways.items()}
 
 
+def sentence_alone(train: list[ImagePair], test: list[ImagePair]) -> list[bool]:
+    """For each example the label that its sentence has most often in train; of a new sentence the most frequent."""
+    labels, by_sentence = [pair.label for pair in train], defaultdict(list)
+    for pair in train:
+        by_sentence[pair.sentence].append(pair.label)
+    return [_most(by_sentence.get(pair.sentence, labels)) for pair in test]
+
+
 def nlvr2_shortcuts(
     test: list[ImagePair], train_truths: list[dict], truths: list[dict], train: list[ImagePair]
 ) -> dict[str, dict[str, float]]:
@@ -65,10 +73,7 @@ def nlvr2_shortcuts(
 
     labels, answers = [pair.label for pair in train], {}
     answers["constant"] = [_most(labels)] * len(test)
-    by_sentence = defaultdict(list)
-    for pair in train:
-        by_sentence[pair.sentence].append(pair.label)
-    answers["sentence alone"] = [_most(by_sentence.get(pair.sentence, labels)) for pair in test]
+    answers["sentence alone"] = sentence_alone(train, test)
     for side, name in enumerate(("left image alone", "right image alone")):
         seen = defaultdict(list)
         for cell, label in zip(cells(train_truths, side), labels, strict=True):

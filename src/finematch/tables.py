@@ -19,7 +19,7 @@ from scipy import stats
 
 from finematch.config import OUTSIDE_IDENTITY, READINGS, ParameterError, declared
 from finematch.files import DataError, write_text
-from finematch.grids import Grid, command, earlier, metrics_files, mismatches, readings
+from finematch.grids import Claim, Grid, command, earlier, metrics_files, mismatches, readings
 from finematch.runs import LABELS, measured
 
 PUBLISHED = Path(__file__).with_name("published.csv")
@@ -495,6 +495,9 @@ def _verdicts(grid: Grid, runs: pd.DataFrame) -> list[dict]:
     cells = printed(grid).set_index(["row", "column"])["value"]
     lines = []
     for claim in grid.claims:
+        if claim.baseline:
+            lines.append(_within(runs[runs["row"] == claim.better], claim))
+            continue
         better, worse = (runs[runs["row"] == row] for row in (claim.better, claim.worse))
         if {claim.better, claim.worse} <= set(grid.untrained):  # one number each, however many seeds were run
             line = judge(better.iloc[:1], worse.iloc[:1], claim.metric)
@@ -511,6 +514,19 @@ def _verdicts(grid: Grid, runs: pd.DataFrame) -> list[dict]:
             line["printed"] = round(float(pair[0] - pair[1]), 2)
         lines.append({"claim": claim.text, "metric": claim.metric} | line)
     return lines + _level_verdicts(grid, runs)
+
+
+def _within(runs: pd.DataFrame, claim: Claim) -> dict:
+    """Whether the metric of a row is above a baseline of the same runs, seed by seed."""
+    a, b = (
+        pd.DataFrame({"seed": runs["seed"], "value": runs.get(name)})
+        for name in (claim.metric, claim.baseline)
+    )
+    line = judge(a, b, "value")
+    line["note"] = line["note"].split(" and the second")[0].replace("the first", claim.better)
+    return {"claim": claim.text, "metric": claim.metric} | line | {
+        "better": f"{claim.better} {claim.metric}", "worse": f"{claim.better} {claim.baseline}",
+    }  # fmt: skip
 
 
 def _level_verdicts(grid: Grid, runs: pd.DataFrame) -> list[dict]:

@@ -28,7 +28,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from finematch.evaluation.retrieval import _Counts, _layout, _metrics, _pad, full_precision
+from finematch.evaluation.retrieval import (
+    _Counts,
+    _Layout,
+    _layout,
+    _metrics,
+    _pad,
+    full_precision,
+    video_metrics,
+)
 
 BLOCK = 500  # images of a block of ITC, as queries; captions are as many as fill a block of the same size
 PAIRS = 4096  # that `score_pairs` is given at a time
@@ -68,6 +76,66 @@ def reranked_retrieval(
         ValueError: as `retrieval`; for a matching score that is not finite (the pair is named), another `score`, a `k`
             below 1, or scores of the wrong shape.
     """
+    _check(image, text, k, score)
+    layout = _layout(image_of, len(image), len(text), image.device)
+    b, c = len(image), len(text)
+    if folds < 1 or b % folds:
+        raise ValueError(f"{folds} folds do not divide {b} images")
+    bounds, scored = [fold * b // folds for fold in range(folds + 1)], 0
+    parts = []
+    for low, high in pairwise(bounds):
+        counts, pairs = _fold(image, text, layout, low, high, score_pairs, k, score, progress)
+        scored += pairs
+        ties = {f"ties_{way}": int(tied.sum()) for way, (_, tied) in zip(("i2t", "t2i"), counts, strict=True)}
+        parts.append(_metrics(*(found for found, _ in counts)) | ties)
+    return _mean_of_folds(parts) | {
+        "images": b,
+        "captions": c,
+        "pairs": scored,
+        "protocol": f"{split + ': ' if split else ''}{b} images x {c} captions, image-to-text counts any of the "
+        f"picture's captions, {_ranked(k, score)}, ties against the "
+        f"model, {'1 fold' if folds == 1 else f'mean over {folds} contiguous folds of {b // folds} images'}",
+    }
+
+
+def reranked_video_retrieval(
+    video: Float[Tensor, "b d"],
+    text: Float[Tensor, "c d"],
+    video_of: Sequence[int] | np.ndarray | Tensor,
+    score_pairs: Callable[[Tensor, Tensor], Tensor],
+    *,
+    k: int = 128,
+    score: str = "itm",
+    split: str = "",
+    frames: str = "",
+    skipped: int = 0,
+    progress: bool = False,
+) -> dict:
+    """What `retrieval.video_retrieval` returns, with the best `k` of each query re-ranked; and `pairs`.
+
+    Args:
+        video, text, video_of, score_pairs, k, score, progress: as of `reranked_retrieval`.
+        split, frames, skipped: as of `video_retrieval`.
+
+    Raises:
+        ValueError: As `reranked_retrieval`.
+    """
+    _check(video, text, k, score)
+    layout = _layout(video_of, len(video), len(text), video.device)
+    counts, pairs = _fold(video, text, layout, 0, len(video), score_pairs, k, score, progress)
+    (v2t, tied_videos), (t2v, tied_texts) = counts
+    found = video_metrics(
+        v2t, t2v, layout, split=split, frames=frames, skipped=skipped, ranked=_ranked(k, score)
+    )
+    return found | {"ties_v2t": int(tied_videos.sum()), "ties_t2v": int(tied_texts.sum()), "pairs": pairs}
+
+
+def _ranked(k: int, score: str) -> str:
+    return f"best {k} by ITC re-ranked by {score}, the others below in ITC's order"
+
+
+def _check(image: Tensor, text: Tensor, k: int, score: str) -> None:
+    """Refuse what has no ranking."""
     if score not in SCORES:
         raise ValueError(f"score is {score!r}; use {' or '.join(map(repr, SCORES))}")
     if k < 1:
@@ -78,41 +146,39 @@ def reranked_retrieval(
             raise ValueError(
                 f"{name} embedding {int(bad[0])} is not finite: the model diverged, or an input was empty"
             )
-    layout = _layout(image_of, len(image), len(text), image.device)
-    b, c = len(image), len(text)
-    if folds < 1 or b % folds:
-        raise ValueError(f"{folds} folds do not divide {b} images")
-    bounds, scored = [fold * b // folds for fold in range(folds + 1)], 0
-    parts = []
-    with torch.no_grad(), full_precision(image.device):
-        for low, high in pairwise(bounds):
-            inside = slice(layout.start[low], layout.start[high])
-            captions, owner = layout.order[inside], layout.owner[inside]
-            pictures = torch.arange(low, high, device=image.device)
-            i, j = image[low:high].float(), text[captions].float()
-            captions_a_block = max(1, BLOCK * len(captions) // len(pictures))
-            i2t = _Direction(i, j, pictures, owner, captions, BLOCK, False)
-            t2i = _Direction(j, i, owner, pictures, captions, captions_a_block, True)
-            chosen = [[d.choose(itc, own, k) for itc, own in d.blocks()] for d in (i2t, t2i)]
-            wanted = torch.cat([d.keys(rows, c) for d, found in zip((i2t, t2i), chosen, strict=True)
-                                for rows in d.numbered(found)]).unique()  # fmt: skip
-            scores = _score(score_pairs, wanted, c, progress)
-            scored += len(wanted)
-            counts = [
-                d.count(found, wanted, scores, c, score) for d, found in zip((i2t, t2i), chosen, strict=True)
-            ]
-            ties = {
-                f"ties_{way}": int(tied.sum()) for way, (_, tied) in zip(("i2t", "t2i"), counts, strict=True)
-            }
-            parts.append(_metrics(*(found for found, _ in counts)) | ties)
-    return _mean_of_folds(parts) | {
-        "images": b,
-        "captions": c,
-        "pairs": scored,
-        "protocol": f"{split + ': ' if split else ''}{b} images x {c} captions, image-to-text counts any of the "
-        f"picture's captions, best {k} by ITC re-ranked by {score}, the others below in ITC's order, ties against the "
-        f"model, {'1 fold' if folds == 1 else f'mean over {folds} contiguous folds of {b // folds} images'}",
-    }
+
+
+@torch.no_grad()
+def _fold(
+    image: Float[Tensor, "b d"],
+    text: Float[Tensor, "c d"],
+    layout: _Layout,
+    low: int,
+    high: int,
+    score_pairs: Callable[[Tensor, Tensor], Tensor],
+    k: int,
+    score: str,
+    progress: bool,
+) -> tuple[list[tuple[_Counts, Bool[Tensor, " q"]]], int]:
+    """Ranks both ways among images `low` to `high` and their captions, with the queries whose rank a tie decided; and
+    how many pairs were scored."""
+    with full_precision(image.device):
+        inside = slice(layout.start[low], layout.start[high])
+        captions, owner = layout.order[inside], layout.owner[inside]
+        pictures = torch.arange(low, high, device=image.device)
+        i, j = image[low:high].float(), text[captions].float()
+        captions_a_block = max(1, BLOCK * len(captions) // len(pictures))
+        i2t = _Direction(i, j, pictures, owner, captions, BLOCK, False)
+        t2i = _Direction(j, i, owner, pictures, captions, captions_a_block, True)
+        chosen = [[d.choose(itc, own, k) for itc, own in d.blocks()] for d in (i2t, t2i)]
+        wanted = torch.cat([d.keys(rows, len(text)) for d, found in zip((i2t, t2i), chosen, strict=True)
+                            for rows in d.numbered(found)]).unique()  # fmt: skip
+        scores = _score(score_pairs, wanted, len(text), progress)
+        counts = [
+            d.count(found, wanted, scores, len(text), score)
+            for d, found in zip((i2t, t2i), chosen, strict=True)
+        ]
+    return counts, len(wanted)
 
 
 def _mean_of_folds(parts: list[dict]) -> dict:

@@ -207,6 +207,13 @@ def video_retrieval(
 
     with torch.no_grad():
         v2t, t2v = _count(score, layout, 0, layout.images, BLOCK)
+    return video_metrics(v2t, t2v, layout, split=split, frames=frames, skipped=skipped)
+
+
+def video_metrics(
+    v2t: _Counts, t2v: _Counts, layout: _Layout, *, split: str, frames: str, skipped: int, ranked: str = ""
+) -> dict:
+    """What `video_retrieval` returns, from the ranks both ways; `ranked` says for the protocol how they came about."""
     found = _metrics(v2t, t2v)
     names = {"i2t": "v2t", "t2i": "t2v"}
     kept = (*(f"r{k}" for k in KS), "meanr")
@@ -218,6 +225,7 @@ def video_retrieval(
     parts = (
         f"{layout.images} videos x {len(layout.order)} captions",
         frames,
+        ranked,
         left_out,
         "ties against the model",
     )

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from finematch.data.pairs import Source
 from finematch.data.record import ImagePair
 from finematch.losses import wide
+from finematch.models.slan.locator import Located
 from finematch.models.slan.objective import SLAN, locate_pairs
 from finematch.text import tokenise
 
@@ -81,17 +82,37 @@ class PairClassifier(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.classify = nn.Sequential(nn.Linear(3 * width, width), nn.GELU(), nn.Linear(width, 1))
 
-    def logits(
-        self, left: dict[str, Tensor], right: dict[str, Tensor], text: dict[str, Tensor]
-    ) -> Float[Tensor, " b"]:
-        """Above 0: the sentence is true, fp32."""
+    def _read(
+        self,
+        left: dict[str, Tensor],
+        right: dict[str, Tensor],
+        text: dict[str, Tensor],
+        *,
+        weights: bool = False,
+    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b 1 t2"] | None, list[Located]]:
+        """What [CLS] found among the regions of both images, how much it looks at each, and the two sides."""
         both = [locate_pairs(self.towers, self.locator, image, text) for image in (left, right)]
         regions = torch.cat([at.regions + side for at, side in zip(both, self.sides, strict=True)], 1)
         valid = torch.cat([at.valid for at in both], 1)
         words = self.towers.text(text["input_ids"], text["mask"])[:, :1]  # [CLS], which alone is read
-        seen, _ = self.attend(words, regions, regions, key_padding_mask=~valid, need_weights=False)
-        whole = self.norm(words + seen)[:, 0]
+        seen, looked = self.attend(words, regions, regions, key_padding_mask=~valid, need_weights=weights)
+        return self.norm(words + seen)[:, 0], looked, both
+
+    def logits(
+        self, left: dict[str, Tensor], right: dict[str, Tensor], text: dict[str, Tensor]
+    ) -> Float[Tensor, " b"]:
+        """Above 0: the sentence is true, fp32."""
+        whole, _, both = self._read(left, right, text)
         return wide(self.classify(torch.cat([whole, *(at.text for at in both)], 1)))[:, 0]
+
+    @torch.no_grad()
+    def attention(
+        self, left: dict[str, Tensor], right: dict[str, Tensor], text: dict[str, Tensor]
+    ) -> tuple[Float[Tensor, "b t2"], list[Located]]:
+        """How much the sentence's [CLS] looks at each region, those of the left image first (rows sum to 1, mean over
+        heads), and what the locator found in the left and the right image."""
+        _, looked, both = self._read(left, right, text, weights=True)
+        return looked[:, 0], both
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """`loss`: binary cross-entropy, the mean over the examples.

@@ -13,12 +13,18 @@ Axes: `v` videos, `m` frames of each, `p` pairs of a video and a text, `t` regio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
+from finematch.data.pairs import Source
+from finematch.data.record import Clip
 from finematch.losses import wide
 from finematch.models.slan.locator import mean_region
 from finematch.models.slan.objective import (
@@ -31,6 +37,39 @@ from finematch.models.slan.objective import (
     softmax_both_ways,
     unit,
 )
+from finematch.text import tokenise
+
+
+class ClipPairs(Dataset):
+    """Clips and their captions, one pair a caption, as batches of `VideoSLAN`.
+
+    Args:
+        frames: a source whose rows `k * m` to `k * m + m - 1` are the frames of clip k.
+    """
+
+    def __init__(self, frames: Source, clips: Sequence[Clip], tokenizer: PreTrainedTokenizerBase, m: int):
+        self.frames, self.m = frames, m
+        self.clip_of = np.repeat(np.arange(len(clips)), [len(clip.captions) for clip in clips])
+        self.texts = tokenise([text for clip in clips for text in clip.captions], tokenizer, max_length=32)
+
+    def __len__(self) -> int:
+        return len(self.clip_of)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])
+
+    def __getitems__(self, index: Sequence[int]) -> dict[str, Any]:
+        """`image` (frames "v m"), `text`, `image_id` "v"."""
+        clips = self.clip_of[np.asarray(index)]
+        return {
+            "image": self.clips(clips),
+            "text": self.texts.batch(index),
+            "image_id": torch.from_numpy(clips),
+        }
+
+    def clips(self, rows: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
+        """The frames of clips, "v m" rows."""
+        return self.frames.batch((np.asarray(rows)[:, None] * self.m + np.arange(self.m)).flatten())
 
 
 def encode_video(model: SLAN, frames: dict[str, Tensor], m: int) -> tuple[Picture, Float[Tensor, "v e"]]:
@@ -116,7 +155,7 @@ class VideoSLAN(nn.Module):
         self.model, self.m = model, m
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
-        """`loss`, `itc`, `itm` of videos and texts, row by row.
+        """`loss`, `itc` and, of a model with a matching head, `itm` of videos and texts, row by row.
 
         Args:
             batch: `image` (keywords of "v m" frames), `text` ("v" rows), `image_id` "v".
@@ -128,10 +167,11 @@ class VideoSLAN(nn.Module):
         contrast = softmax_both_ways(
             wide(table), image_id, model.form["same_picture"], model.form["reduction"]
         )
-        texts, videos = hard_negatives(table, image_id)
-        own = torch.arange(len(image_id), device=image_id.device)
-        which = rows_of(torch.cat([own, own, videos]), self.m)
-        logits = video_logits(model, picture[which], caption[torch.cat([own, texts, own])], self.m)
-        matching = itm(logits, torch.arange(len(logits), device=own.device) < len(own))
-        terms = {"itc": shared(contrast), "itm": shared(matching)}
+        terms = {"itc": shared(contrast)}
+        if model.head is not None:
+            texts, videos = hard_negatives(table, image_id)
+            own = torch.arange(len(image_id), device=image_id.device)
+            which = rows_of(torch.cat([own, own, videos]), self.m)
+            logits = video_logits(model, picture[which], caption[torch.cat([own, texts, own])], self.m)
+            terms["itm"] = shared(itm(logits, torch.arange(len(logits), device=own.device) < len(own)))
         return {"loss": sum(terms.values()), **terms}

@@ -32,6 +32,7 @@ from finematch.encoders import causal_decoder
 from finematch.evaluation.vqa import normalise
 from finematch.losses import wide
 from finematch.models.configs import AnsweringConfig
+from finematch.models.slan.locator import Located
 from finematch.models.slan.objective import SLAN, locate_pairs
 from finematch.text import Ragged, tokenise
 
@@ -110,8 +111,26 @@ class Answerer(nn.Module):
         self, image: dict[str, Tensor], text: dict[str, Tensor]
     ) -> tuple[Float[Tensor, "b s d"], Bool[Tensor, "b s"]]:
         """{E^T_{L+1}, E^G_{L+1}} of questions and their images, and which are real."""
+        return self._states(locate_pairs(self.towers, self.locator, image, text), text["mask"])
+
+    def _states(
+        self, at: Located, mask: Bool[Tensor, "b n"]
+    ) -> tuple[Float[Tensor, "b s d"], Bool[Tensor, "b s"]]:
+        return torch.cat([at.words, at.regions], 1), torch.cat([mask, at.valid], 1)
+
+    @torch.no_grad()
+    def attention(
+        self, image: dict[str, Tensor], text: dict[str, Tensor]
+    ) -> tuple[Located, Float[Tensor, "b t"]]:
+        """What the locator found for questions, and how much the decoder's last layer looks at each region when it
+        writes the first word of the answer, mean over heads. The rows sum to 1 less the share of the words."""
         at = locate_pairs(self.towers, self.locator, image, text)
-        return torch.cat([at.words, at.regions], 1), torch.cat([text["mask"], at.valid], 1)
+        states, valid = self._states(at, text["mask"])
+        looked = self.decoder(
+            input_ids=text["input_ids"][:, :1], encoder_hidden_states=states, encoder_attention_mask=valid.long(),
+            use_cache=False, output_attentions=True,
+        ).cross_attentions[-1]  # fmt: skip
+        return at, looked.mean(1)[:, 0, text["mask"].shape[1] :]
 
     def logits(
         self, ids: Int[Tensor, "a n"], states: Float[Tensor, "a s d"], valid: Bool[Tensor, "a s"]
