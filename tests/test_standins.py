@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from finematch import standins
-from finematch.data import load, load_regions
+from finematch.data import load, load_regions, read_clips
 from finematch.data.record import DataError, open_rgb
 from finematch.encoders import BertTower
 from finematch.features.detreg import DETReg
@@ -51,6 +51,24 @@ def test_the_loaders_read_it(root, dataset, splits):
         assert all(record.objects for record in records)
     if dataset == "visual_genome":
         assert all(phrase.boxes for record in records for phrase in record.phrases)
+
+
+def test_the_tasks_have_images_and_answers(root):
+    for split in ("train", "val"):
+        questions = load("vqav2", root, split)
+        assert len(questions) == 2
+        assert all(len(set(question.answers)) == 2 for question in questions)  # one of ten has counted wrong
+        assert all(question.open().size == SIZE for question in questions)
+    for split in ("train", "val", "test"):
+        pairs = load("nlvr2", root, split)
+        assert [pair.label for pair in pairs] == [True, False] * 2
+        for pair in pairs:
+            left, right = map(np.asarray, pair.open())
+            assert np.array_equal(left, right) == pair.label
+    clips = load("msrvtt", root, "test")
+    kept, frames, skipped = read_clips(clips, 4)
+    assert (len(kept), skipped) == (2, [])
+    assert not np.array_equal(*map(np.asarray, frames[0][:2]))
 
 
 @pytest.mark.parametrize("dataset", ["flickr8k", "flickr30k"])

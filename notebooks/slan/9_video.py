@@ -10,12 +10,13 @@
 # | on | cost |
 # |---|---|
 # | a smoke run | seconds, after `2_train` in smoke |
-# | `tiny`, scenes | up to five minutes on one core, from the weights of a finished run of `2_train` |
-# | `paper` | MSR-VTT's 1,000 test videos, zero-shot: no training |
+# | `tiny`, scenes | a minute on one core, from the weights of a finished run of `2_train`; no training |
+# | `paper` | MSR-VTT's 1,000 test videos; no training either |
 #
-# **Expected** The model has no place for the order of frames: it looks at all of them as at one image. A clip of scenes has a
-# twin with the same frames in opposite order ("rolls left", "rolls right"), so nobody who ignores the order finds more
-# than half of them at once (R@1 48.8). What the model must beat are the videos shuffled, and itself with one frame.
+# **Expected** The model must beat itself with the videos shuffled by far. It has no place for the order of frames: it looks at all of
+# them as at one image. A clip of scenes has a twin with the same frames in opposite order ("rolls left", "rolls right"), so nobody
+# who ignores the order finds more than half of them at once (R@1 48.8). The mean of the frames' vectors tells hardly
+# more than one frame, so both are shown.
 
 # %% tags=["parameters"]
 dataset: str = "scenes"  # that of the pretrained run: scenes, flickr8k, flickr30k or coco_karpathy
@@ -34,7 +35,7 @@ start: str = "pretrained"  # first weights: that run's, or random ones of its sh
 frames: int = None  # frames of a video, m; default 8 (S34)
 sample: str = None  # which frames are looked at: uniform | random; default uniform; literal random (S34)
 rerank: int = None  # candidates that are re-ranked; tiny 16, photos 16, paper 128
-epochs: int = None  # passes over the training videos; 0: zero-shot alone; tiny 6, photos 0, paper 0
+epochs: int = None  # passes over the training videos; 0: as in the paper, zero-shot; default 0
 batch_size: int = None  # videos per step; tiny 32, photos 32, paper 256
 lr: float = None  # learning rate; tiny 0.001, photos 0.0005, paper 1e-05
 weight_decay: float = None  # weight decay of AdamW; default 0.05
@@ -167,10 +168,10 @@ def evaluated(pairs: ClipPairs) -> dict[str, dict]:
     of = torch.as_tensor(pairs.clip_of)
     shuffled = (of + len(test) // 2) % len(test)
     contrast = video_retrieval(whole @ texts.T, of, **said)
-    found = {"ours": contrast}
+    found = {"ours": contrast, "contrast": contrast}
     if model.head is not None:
         scorer = video_pair_scorer(model, pairs.clips, pairs.texts.batch, m)
-        found = {"ours": reranked_video_retrieval(whole, texts, of, scorer, k=s.rerank, progress=s.scale == "paper", **said), "contrast": contrast}
+        found["ours"] = reranked_video_retrieval(whole, texts, of, scorer, k=s.rerank, progress=s.scale == "paper", **said)
     return found | {"shuffled": video_retrieval(whole @ texts.T, shuffled), "one_frame": video_retrieval(middle @ texts.T, of)}
 
 
@@ -183,9 +184,10 @@ print(results["zero_shot"]["ours"]["protocol"], f"{time.monotonic() - started:.0
 # %% [markdown]
 # ## Fine-tuning
 #
-# The paper's model is not trained on videos. On scenes the words for motion are new, and nobody can match what he has never
-# heard: contrast and matching (Eq. 4 to 6) of videos in place of images. The epoch with the best R@1 on val is kept
-# (contrast, both ways).
+# The paper's model is not trained on videos, and by default ours is not. With `epochs` above 0 it is: contrast and matching (Eq. 4
+# to 6) of videos in place of images, and the epoch with the best R@1 on val is kept (contrast, both ways). On scenes, where the words
+# for motion are new to the model, six epochs change little (val, one seed: R@1 from 14 to 16, and from video to text from 20
+# to 15): what the captions add to an image, the motion, is not in the mean of frames.
 
 # %%
 summary = {"seconds": 0.0, "best_epoch": 0}
@@ -203,9 +205,10 @@ if s.epochs:
     results["fine_tuned"] = evaluated(learned[reported])
     show(pd.DataFrame({name: {key: one[key] for key in KEPT} for name, one in results["fine_tuned"].items()}).rename_axis("fine-tuned"))
 best = results["fine_tuned" if s.epochs else "zero_shot"]
+key = best["contrast"]["t2v_r5"]
 for other in ("shuffled", "one_frame"):
-    key = best.get("contrast", best["ours"])["t2v_r5"]
-    print(f"R@5 of the contrast, text to video: {key - best[other]['t2v_r5']:+.1f} points beside {other}{'' if key > best[other]['t2v_r5'] else ' (FAILS: it must be above)'}")
+    print(f"R@5 of the contrast, text to video: {key - best[other]['t2v_r5']:+.1f} points beside {other}")
+assert key > best["shuffled"]["t2v_r5"] or s.smoke or s.start == "scratch"
 
 # %% [markdown]
 # ## Table 5, and ours beside it
@@ -222,24 +225,24 @@ show(paper.rename_axis("model"))
 # %% [markdown]
 # ## Frames and what they say
 #
-# The first captions of the split. Below each frame stands its own cosine with the caption (contrast): the model takes the mean.
+# The first captions of the split. Below each frame stands its own cosine with the caption (contrast). The model compares the mean
+# of the frames.
 
 # %%
 PICTURES = 4
-pairs = learned[reported] if s.epochs else zero_shot
-figure, axes = plt.subplots(min(PICTURES, len(pairs)), m, figsize=(1.35 * m, 1.75 * min(PICTURES, len(pairs))), squeeze=False, layout="constrained")
-with torch.no_grad():
-    model.eval()
-    for row, line in enumerate(axes):
-        clip = test[int(pairs.clip_of[row])]
-        picture, _ = encode_video(model, to_device(pairs.clips([pairs.clip_of[row]]), device), m)
-        text = model.encode_text(**to_device(pairs.texts.batch([row]), device)).vector
-        cosines = (picture.vector @ text[0]).tolist()
-        for ax, frame, cosine in zip(line, read_frames(clip, m, how=s.sample, seed=s.seed), cosines, strict=True):
-            draw.show_picture(ax, np.asarray(frame))
-            ax.set_xlabel(f"{cosine:.2f}", fontsize=7)
-        said = [caption for one in test for caption in one.captions][row]
-        line[0].set_title(draw.plain(said), fontsize=8, loc="left")
+pairs, texts = learned[reported] if s.epochs else zero_shot, [caption for clip in test for caption in clip.captions]
+count = min(PICTURES, len(pairs))
+figure = plt.figure(figsize=(1.2 * m, 1.65 * count), layout="constrained")
+for row, line in enumerate(np.atleast_1d(figure.subfigures(count))):
+    clip = test[int(pairs.clip_of[row])]
+    with torch.no_grad():
+        picture, _ = encode_video(model.eval(), to_device(pairs.clips([pairs.clip_of[row]]), device), m)
+        cosines = picture.vector @ model.encode_text(**to_device(pairs.texts.batch([row]), device)).vector[0]
+    line.suptitle(draw.plain(texts[row]), fontsize=8, x=0.01, ha="left")
+    frames = read_frames(clip, m, how=s.sample, seed=s.seed)
+    for ax, frame, cosine in zip(line.subplots(1, m, squeeze=False)[0], frames, cosines.tolist(), strict=True):
+        draw.show_picture(ax, np.asarray(frame))
+        ax.text(0.5, -0.03, f"{cosine:.2f}", fontsize=7, ha="center", va="top", transform=ax.transAxes)
 folder = root() / s.figures if s.dataset.startswith("scenes") else run.folder
 name = ".".join(["slan_video", s.dataset, f"levels-{of_run.levels}", *(["scratch"] if s.start == "scratch" else []),
                  *(["smoke"] if s.smoke else []), "1"])  # fmt: skip

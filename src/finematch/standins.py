@@ -47,7 +47,8 @@ def write_data(
     """Write a small set in the format and under the names that `finematch.data.load` reads.
 
     Beside the set itself: Entities' phrases and boxes (`flickr8k`, `flickr30k`), region features in SCAN's layout
-    (these and `coco_karpathy`; without boxes, as published), COCO's instances (all of COCO), and BERT's vocabulary.
+    (these and `coco_karpathy`; without boxes, as published), COCO's instances (all of COCO), BERT's vocabulary, and
+    what SLAN's tasks read: VQAv2 (`coco_karpathy`), NLVR2 and MSR-VTT.
 
     Args:
         dataset: one of `DATASETS`.
@@ -66,7 +67,7 @@ def write_data(
     if dataset not in DATASETS:
         raise DataError("(no file)", f"dataset {dataset!r}", "has no stand-in", f"Choose one of {DATASETS}")
     note = root / f"standin_{dataset}.json"
-    wanted = {"images": images, "seed": seed, "size": list(size), "captions": captions}
+    wanted = {"images": images, "seed": seed, "size": list(size), "captions": captions, "tasks": 1}
     if note.exists() and read_json(note) == wanted:
         return root
     year = {"coco": "2017", "coco2014": "2014", "coco_karpathy": "2014"}.get(dataset, "")
@@ -86,6 +87,11 @@ def write_data(
         _coco(root / "coco", year, pictures, rest, size, karpathy=dataset == "coco_karpathy")
     else:
         _flickr(root, dataset, pictures, size)
+    if dataset == "coco_karpathy":
+        for split, part in (("train", pictures["train"]), ("val", pictures["val"])):
+            _vqav2(root / "vqav2", f"{split}2014", part)
+    _nlvr2(root / "nlvr2", pictures)
+    _msrvtt(root / "msrvtt", pictures["test"])
     (root / "vocab").mkdir(exist_ok=True)
     (root / "vocab" / "bert-base-uncased-vocab.txt").write_text("\n".join(bert_vocabulary()) + "\n")
     note.write_text(json.dumps(wanted))
@@ -218,6 +224,49 @@ def _visual_genome(folder: Path, pictures: list[dict], size: tuple[int, int]) ->
         regions.append({"id": image_id, "regions": described})
     (folder / "image_data.json").write_text(json.dumps(data))
     (folder / "region_descriptions.json").write_text(json.dumps(regions))
+
+
+def _vqav2(folder: Path, part: str, pictures: list[dict]) -> None:
+    """How many things each picture shows; nine of ten people have counted right."""
+    folder.mkdir(exist_ok=True)
+    questions, answers = [], []
+    for picture in pictures:
+        image_id, count = generator.number(picture), len(picture["objects"])
+        both = {"question_id": 10 * image_id, "image_id": image_id}
+        questions.append(both | {"question": "how many things are there?"})
+        people = [{"answer": str(count + (k == 9)), "answer_id": k + 1} for k in range(10)]
+        answers.append(both | {"answers": people, "question_type": "how many", "answer_type": "number"})
+    for name, key, content in (
+        (f"v2_OpenEnded_mscoco_{part}_questions.json", "questions", questions),
+        (f"v2_mscoco_{part}_annotations.json", "annotations", answers),
+    ):
+        (folder / name).write_text(json.dumps({key: content}))
+
+
+def _nlvr2(folder: Path, pictures: dict[str, list[dict]]) -> None:
+    """Each picture beside itself (true) and beside the next one (false)."""
+    for split, name in (("train", "train"), ("val", "dev"), ("test", "test1")):
+        images, lines, part = folder / "images" / name, [], pictures[split]
+        images.mkdir(parents=True, exist_ok=True)
+        for k, picture in enumerate(part):
+            for pair, right in enumerate((picture, part[(k + 1) % len(part)])):
+                for side, one in enumerate((picture, right)):
+                    one["pixels"].save(images / f"{name}-{k}-{pair}-img{side}.png")
+                lines.append({"identifier": f"{name}-{k}-{pair}-0", "label": str(pair == 0),
+                              "sentence": "both pictures show the same things"})  # fmt: skip
+        (folder / f"{name}.json").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def _msrvtt(folder: Path, pictures: list[dict]) -> None:
+    """Ten frames of each picture that moves to the left, as a folder."""
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    rows = ["key,vid_key,video_id,sentence"]
+    for k, picture in enumerate(pictures):
+        (frames := folder / "videos" / f"video{k}").mkdir(exist_ok=True)
+        for n in range(10):
+            Image.fromarray(np.roll(np.asarray(picture["pixels"]), -8 * n, 1)).save(frames / f"{n}.jpg")
+        rows.append(f'ret{k},msr{k},video{k},"{picture["captions"][0]["text"]}"')
+    (folder / "MSRVTT_JSFUSION_test.csv").write_text("\n".join(rows) + "\n")
 
 
 def bert_vocabulary(size: int = 30522) -> list[str]:

@@ -98,7 +98,11 @@ def parameters(row: Row, out: Path, folder: Path, shrink: Mapping[str, Any]) -> 
         for key, cell in row.cells.items()
     }
     known = declared(row.presets)
-    given |= {key: value for key, value in SMALL.items() if key in known} | dict(shrink)
+    # zero epochs, of a page that trains nothing at that scale, stay
+    small = {
+        key: value for key, value in SMALL.items() if key in known and known[key].presets.get("paper") != 0
+    }
+    given |= small | dict(shrink)
     given |= {key: write_boxes(folder / "data" / row.dataset) for key in given if given[key] == grids.BOXES}
     if "shards" in given:  # of caption sets beside the paper's: its own train split takes their place
         given["shards"] = ""
