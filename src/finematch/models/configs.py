@@ -366,7 +366,7 @@ class AnsweringConfig(Config):
 
     choose: str = switch(
         "S32", "rank", "generate", says="'open-ended' generation; BLIP ranks a list of answers",
-        help="the answer: the likeliest of a list, or written word by word")
+        help="the answer: likeliest of a list, or written word by word")
     answers: int = setting(3128, (1, 100000), "answers in the list, the most frequent of train")
     candidates: int = setting(128, (1, 100000), "answers scored whole, those whose first word is likeliest")
 
