@@ -704,6 +704,8 @@ def test_claims_are_the_papers_own_order(name, dataset):
     cells = printed(table).set_index(["row", "column"])["value"]
     columns = {metric: column for column, metric in table.columns.items()}
     for claim in table.claims:
+        if claim.baseline:
+            continue
         pair = [
             cells.get((table.names[row], columns.get(claim.metric))) for row in (claim.better, claim.worse)
         ]

@@ -353,7 +353,8 @@ def test_attention_is_that_of_the_layers_weights():
         whole = classifier.norm(
             words + classifier.attend(words, regions, regions, key_padding_mask=~valid)[0]
         )[:, 0]
-        by_hand = classifier.classify(torch.cat([whole, both[0].text, both[1].text], 1))[:, 0]
+        tokens = [both[0].picture, both[0].text, both[1].picture, both[1].text]
+        by_hand = classifier.classify(torch.cat([whole, *tokens], 1))[:, 0]
     assert torch.allclose(by_hand, classifier.logits(some["left"], some["right"], some["text"]), atol=1e-5)
 
 

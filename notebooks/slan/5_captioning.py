@@ -38,7 +38,7 @@ max_length: int = None  # most tokens of a caption and its prompt (BLIP); tiny 4
 min_length: int = None  # fewest tokens of a caption and its prompt (BLIP); default 5
 epochs: int = None  # passes over the training captions; tiny 4, photos 4, paper 5
 batch_size: int = None  # captions per step; tiny 64, photos 64, paper 256
-lr: float = None  # learning rate; tiny 0.001, photos 0.0005, paper 1e-05
+lr: float = None  # learning rate; tiny 0.0005, photos 0.0005, paper 1e-05
 weight_decay: float = None  # weight decay of AdamW; default 0.05
 schedule: str = None  # lr over time: cosine | linear | constant; default cosine
 warmup: float = None  # share of the steps with a rising learning rate; tiny 0.05, photos 0.05, paper 0
@@ -55,6 +55,7 @@ s = settings(globals(), "slan_captioning")
 s
 
 # %%
+import textwrap
 import time
 
 import numpy as np
@@ -230,7 +231,7 @@ show(paper.rename_axis("model"))
 # are the first of the split; none is chosen by what the model does on it.
 
 # %%
-STOP = {"a", "an", "the", "of", "with", "and", "in", "on", "at", "to", "is", "are", "there"}
+STOP = {"a", "an", "the", "of", "with", "and", "as", "well", "in", "on", "at", "to", "is", "are", "there", "picture", "shows"}
 PICTURES = 4
 images = to_device(test.images.batch(rows[:PICTURES]), device)
 said, ids, at = captioner.generate(images)
@@ -245,7 +246,7 @@ for i, ax in enumerate(axes[0]):
             looked.setdefault(int(attention[i, n - 1].argmax()), []).append(tokens[n])
     boxes = at.boxes[-1, i, list(looked)].cpu() * torch.tensor([*picture.size, *picture.size])
     draw.show_boxes(ax, picture, boxes.numpy(), labels=[" ".join(words[:3]) for words in looked.values()])
-    ax.set_title(draw.plain("\n".join([said[i][k : k + 44] for k in range(0, min(len(said[i]), 132), 44)])), fontsize=7)
+    ax.set_title(draw.plain(textwrap.fill(said[i], 44)), fontsize=7)
 folder = root() / s.figures if s.dataset.startswith("scenes") else run.folder
 row = ["scratch"] if s.start == "scratch" else []
 name = ".".join(["slan_captioning", s.dataset, f"levels-{of_run.levels}", *row, *(["smoke"] if s.smoke else []), "1"])

@@ -115,8 +115,8 @@ pd.DataFrame({name: {"examples": len(part), "images": len(images[name]), "true, 
 #
 # The sentence passes the self-locator with either image. How two images become one input the paper leaves open (S33). We
 # follow BLIP: the regions of both are one sequence, with a learned vector for their side, and the sentence's [CLS] attends to
-# all of them. A perceptron reads what it found and the fused T_t of either side, and gives one number: above 0 the
-# sentence is true.
+# all of them. A perceptron reads what it found and the tokens T_v and T_t of either side, which the matching head compares, and
+# gives one number: above 0 the sentence is true.
 #
 # Here are one sentence and its pairs with the model as it begins. Exchanging the images changes the number: the sides count.
 

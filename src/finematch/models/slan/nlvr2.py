@@ -5,8 +5,8 @@
 
 The sentence passes the self-locator with either image. How two images become one input the paper leaves open (S33).
 We follow BLIP: the regions of both are concatenated, with a learned vector that says which side they are on, and the
-sentence's [CLS] attends to all of them. The classification module is a two-layer perceptron on what it found and the
-fused T_t of either side.
+sentence's [CLS] attends to all of them. The classification module is a two-layer perceptron on what it found and on
+T_v and T_t of either side, the tokens that the matching head compares.
 
 Axes: `b` examples, `t` regions of an image, `n` tokens, `d` width.
 """
@@ -80,7 +80,7 @@ class PairClassifier(nn.Module):
         self.sides = nn.Parameter(0.02 * torch.randn(2, width))
         self.attend = nn.MultiheadAttention(width, heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
-        self.classify = nn.Sequential(nn.Linear(3 * width, width), nn.GELU(), nn.Linear(width, 1))
+        self.classify = nn.Sequential(nn.Linear(5 * width, width), nn.GELU(), nn.Linear(width, 1))
 
     def _read(
         self,
@@ -103,7 +103,8 @@ class PairClassifier(nn.Module):
     ) -> Float[Tensor, " b"]:
         """Above 0: the sentence is true, fp32."""
         whole, _, both = self._read(left, right, text)
-        return wide(self.classify(torch.cat([whole, *(at.text for at in both)], 1)))[:, 0]
+        tokens = [token for at in both for token in (at.picture, at.text)]
+        return wide(self.classify(torch.cat([whole, *tokens], 1)))[:, 0]
 
     @torch.no_grad()
     def attention(
