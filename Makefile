@@ -46,7 +46,7 @@ LOCK = { if ls .snakemake/locks/* >/dev/null 2>&1; then \
   fi; exit 1; }
 WORKBOOK := papermill_runs/workbook
 
-.PHONY: help install git-filter notebooks workbook test lab bench data walk rehearse grid named unlock results lint lock clean
+.PHONY: help install git-filter notebooks workbook test lab student handout teacher bench data walk rehearse grid named unlock results lint lock clean
 
 help:  ## list the commands
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,17 @@ test: $(INSTALLED)  ## run all tests (JOBS=2)
 
 lab: $(INSTALLED)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks/
+
+student: $(INSTALLED) notebooks  ## the lessons without solutions: handout/student
+	$(BIN)/python -m finematch handout handout/student
+
+handout: $(INSTALLED) notebooks  ## the same as a zip with library, environment and data, to be used without a network
+	$(BIN)/python -m finematch handout handout/finematch-lessons.zip --data-root '$(DATA_ROOT)'
+
+teacher: $(INSTALLED) notebooks data  ## the lessons with solutions, run: handout/teacher
+	mkdir -p handout/teacher
+	for method in mvam hslm felga slan; do \
+	  $(PAPERMILL) notebooks/$$method/1_lesson.ipynb handout/teacher/$$method.ipynb -p data_root '$(DATA_ROOT)'; done
 
 # Those that say nothing without somebody else's code, or outside a fresh clone, are called by hand: their first lines say how.
 BY_HAND := benchmarks/grounding.py benchmarks/workbook.py

@@ -18,11 +18,8 @@ MODULES = sorted(LIBRARY.rglob("*.py"))
 METHODS = {"mvam", "hslm", "felga", "slan"}
 BOTTOM = {"boxes", "files", "hold", "text", "losses", "config"}  # import nothing of ours
 TOP = {"checkpoints", "training", "evaluation", "tables", "figures", "features", "runs"}
-OPENERS = {
-    "rebuild",
-    "explore",
-    "rehearsal",
-}  # open a run again, or before it is run: they know the models by name
+# open a run again, or before it is run, or run a student's answer beside the library: they know the models by name
+OPENERS = {"rebuild", "explore", "rehearsal", "exercises"}
 MIDDLE = {"data", "encoders", "scenes"}  # stand on the bottom alone
 GRIDS = sorted((ROOT / "grids").glob("*.csv"))
 

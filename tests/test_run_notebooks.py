@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import nbformat
 import pytest
 import torch
 from filelock import FileLock
@@ -148,6 +149,13 @@ def test_it_runs(name, folder):
             for one in ("zero_shot", "fine_tuned", "fine_tuned_shuffled", "uniform", "frequency")
         } <= set(found)
         assert len(list((folder / "figures").glob("slan_detection.scenes.levels-3.smoke.*.png"))) == 2
+    if name == "mvam/1_lesson":  # an empty cell does not pass, a solution does
+        page = nbformat.read(folder / f"{name.replace('/', '-')}.ipynb", as_version=4)
+        for tag, sign in (("exercise", "✗"), ("solution", "✓")):
+            cells = [c for c in page.cells if c.cell_type == "code" and tag in c.metadata.get("tags", [])]
+            said = [cell.outputs[-1]["data"]["text/plain"] for cell in cells]
+            assert len(said) >= 6
+            assert all(one.startswith(sign) for one in said), said
     if name in TASKS:
         out = folder / name.replace("/", "-")
         wanted, file = TASKS[name]

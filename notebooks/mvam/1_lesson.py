@@ -17,6 +17,9 @@
 # throughout: `b` pictures or captions, `n` tokens (patches, regions, words), `m` view codes, `k` the
 # width of one view, `d` the width of the encoder's states, `D` the width of the final representation. In
 # the library's shape annotations the views are `v`.
+#
+# An exercise has an empty cell, `...`, and a check that says what is wrong with your answer. The cells below it hold a
+# solution, folded: try first.
 
 # %% tags=["parameters"]
 dataset: str = "scenes"  # the embedded set alone: its truth is known, so claims can be checked
@@ -52,6 +55,7 @@ from finematch.data import load
 from finematch.scenes.generator import attributes, generate
 from finematch.scenes.baselines import bag_of_words
 from finematch.scenes.language import solutions
+from finematch.exercises import check
 from finematch.encoders import CLIPText, CLIPVision, Tokens, TokenTransformer, open_clip_model, small_clip
 from finematch.losses import contrastive
 from finematch.models.configs import MVAMConfig
@@ -271,32 +275,51 @@ assert (
 )
 
 # %% [markdown]
-# **Exercise 1.** COCO has five captions a picture. In a random batch of $B$ captions, two may describe the
-# same picture, and the loss then punishes a correct answer. How many such pairs does a batch of 1,024 hold,
-# with 113,287 training pictures? How many at $B=128$ on 6,000 pictures? (This is reading M11;
-# `same_picture_positives=True` makes both captions positives.)
-#
-# <details><summary>Solution</summary>
-#
-# There are $\binom B2$ pairs of captions. Given one caption, 4 of the other $5N-1$ belong to the same
-# picture. Expected: $\binom B2 \cdot 4/(5N-1)$, that is 3.7 for COCO and 1.1 for the small case. The next
-# cell also simulates it.
-#
-# </details>
+# **Exercise 1 (compute).** COCO has five captions an image. In a random batch of $B$ captions, two may describe the
+# same image, and the loss then punishes a correct answer. How many such pairs do you expect in a batch of 1,024,
+# with 113,287 training images? (This is reading M11; `same_picture_positives=True` makes both captions positives.)
+
+# %% tags=["exercise"]
+pairs_of_one_image = ...  # a number
+check("mvam.collisions", pairs_of_one_image)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# There are $\binom B2$ pairs of captions. Given one caption, 4 of the other $5N-1$ belong to the same image. Expected:
+# $\binom B2 \cdot 4/(5N-1)$, that is 3.7 for COCO. At $B=128$ on 6,000 images it is 1.1, which the cell also simulates.
 
 
-# %% jupyter={"source_hidden": true}
+# %% tags=["solution"] jupyter={"source_hidden": true}
 def collisions(batch: int, images: int) -> float:
     return math.comb(batch, 2) * 4 / (5 * images - 1)
 
 
 rng = np.random.default_rng(p.seed)
-batches = [rng.choice(30_000, 128, replace=False) // 5 for _ in range(2000)]  # each caption's picture
+batches = [rng.choice(30_000, 128, replace=False) // 5 for _ in range(2000)]  # each caption's image
 drawn = [sum(n * (n - 1) / 2 for n in np.unique(drawn_from, return_counts=True)[1]) for drawn_from in batches]
-print(f"COCO, 1,024: {collisions(1024, 113_287):.2f}; 6,000 pictures, 128: {collisions(128, 6_000):.2f}, "
-      f"simulated {np.mean(drawn):.2f}")  # fmt: skip
-assert abs(collisions(1024, 113_287) - 3.70) < 0.01
+print(f"6,000 images, 128: {collisions(128, 6_000):.2f}, simulated {np.mean(drawn):.2f}")
 assert abs(np.mean(drawn) - collisions(128, 6_000)) < 0.15
+check("mvam.collisions", collisions(1024, 113_287))
+
+# %% [markdown]
+# **Exercise 2 (build).** Write Eq. 5 and 6 yourself, for unit vectors "b d" of images and captions and the number $1/\tau$.
+# `torch.nn.functional.cross_entropy` may help.
+
+
+# %% tags=["exercise"]
+def contrast(image: Tensor, text: Tensor, scale: float) -> Tensor: ...
+
+
+check("mvam.contrast", contrast)
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+def contrast(image: Tensor, text: Tensor, scale: float) -> Tensor:
+    logits, own = scale * image @ text.T, torch.arange(len(image))
+    cross_entropy = torch.nn.functional.cross_entropy
+    return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+
+
+check("mvam.contrast", contrast)
 
 # %% [markdown]
 # ## 4. View codes (Eq. 7 to 9)
@@ -367,21 +390,44 @@ assert close(
 )  # tokens are a set: their order does not matter
 
 # %% [markdown]
-# **Exercise 2.** The paper prints no $1/\sqrt{k}$ and no temperature inside this softmax (reading M2). Does
-# the model miss one? Multiply the codes by 10 and look at $A$.
-#
-# <details><summary>Solution</summary>
-#
-# No: the length of a code *is* its temperature. Ten times the code is ten times the logit, so the weights
-# become nearly one-hot. The codes are learnt, so each view learns its own sharpness. The `scaled` switch
-# only changes where the learning starts.
-#
-# </details>
+# **Exercise 3 (build).** Write Eq. 7 to 9: codes "m k", keys "b n k", and a mask "b n" of the tokens that exist. The result
+# is "b (m k)".
 
-# %% jupyter={"source_hidden": true}
+
+# %% tags=["exercise"]
+def attended(codes: Tensor, keys: Tensor, mask: Tensor) -> Tensor: ...
+
+
+check("mvam.views", attended)
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+def attended(codes: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+    logits = torch.einsum("vk,bnk->bvn", codes, keys).masked_fill(~mask[:, None], -math.inf)
+    return torch.einsum("bvn,bnk->bvk", logits.softmax(-1), keys).flatten(1)
+
+
+check("mvam.views", attended)
+
+# %% [markdown]
+# **Exercise 4 (change).** The paper prints no $1/\sqrt{k}$ and no temperature inside this softmax (reading M2). Does the model miss
+# one? Predict what happens to the weights $A$ of the two views above if their codes are multiplied by 10: "sharper",
+# "flatter" or "the same". Then measure: `with_codes(...)(tokens(keys)).attention`.
+
+# %% tags=["exercise"]
+predicted, measured = ..., ...
+check("mvam.sharp", predicted, measured)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# No temperature is missing: the length of a code *is* its temperature. Ten times the code is ten times the logit, so the
+# weights become nearly one-hot. The codes are learnt, so each view learns its own sharpness. The `scaled` switch only
+# changes where the learning starts.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 sharp = with_codes([[10 * math.log(2), 0], [0, 10 * math.log(2)]])(tokens(keys)).attention
 print(sharp.numpy().round(4))
 assert sharp.max(-1).values.min() > 0.99
+check("mvam.sharp", "sharper", sharp)
 
 # %% [markdown]
 # ## 5. One view is "+Attn"
@@ -528,26 +574,26 @@ plt.show()
 # PVSE, an earlier method, takes the best of all combinations instead; the paper argues that this overlooks
 # mismatches and costs more.
 #
-# **Exercise 3.** In section 4.6.4 the paper finds that view 4 of the text looks at "holding onto" where view
-# 4 of the image looks at the rope. Is this correspondence a discovery? What happens if you permute the views
-# of one side? Of both?
-#
-# <details><summary>Solution</summary>
-#
-# It follows from the concatenation (M15). The loss rewards only products of views with the same number, so
-# numbers are all that ties the two sides together. Permuting both sides alike changes nothing; permuting one
-# breaks the score. *What* view 4 has specialised in is an empirical finding; *that* it is the same on both
-# sides was built in.
-#
-# </details>
+# **Exercise 5 (change).** In section 4.6.4 the paper finds that view 4 of the text looks at "holding onto" where view 4 of the image looks
+# at the rope. Is this correspondence a discovery? Predict what happens to the score if you permute the views of both
+# sides alike, and of one side alone: "higher", "lower" or "the same". Then measure it on `a` and `t` above: the score as it
+# is, with both permuted, with one permuted.
 
-# %% jupyter={"source_hidden": true}
+# %% tags=["exercise"]
+both, one_side, scores = ..., ..., ...  # two predictions; three numbers
+check("mvam.permuted", both, one_side, scores)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# It follows from the concatenation (M15). The loss rewards only products of views with the same number, so numbers are
+# all that ties the two sides together. Permuting both sides alike changes nothing; permuting one breaks the score.
+# *What* view 4 has specialised in is an empirical finding; *that* it is the same on both sides was built in.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 mixed = torch.tensor([1, 2, 3, 4, 5, 6, 7, 0])
 cosine = torch.nn.functional.cosine_similarity
-print(f"as trained {total:.3f}, both permuted {cosine(a[mixed].flatten(), t[mixed].flatten(), dim=0):.3f}, "
-      f"one permuted {cosine(a.flatten(), t[mixed].flatten(), dim=0):.3f}")  # fmt: skip
-assert close(cosine(a[mixed].flatten(), t[mixed].flatten(), dim=0), total)
-assert cosine(a.flatten(), t[mixed].flatten(), dim=0) < total / 2
+scores = [float(cosine(x.flatten(), y.flatten(), dim=0)) for x, y in ((a, t), (a[mixed], t[mixed]), (a, t[mixed]))]
+assert close(scores[0], total)
+check("mvam.permuted", "the same", "lower", scores)
 
 # %% [markdown]
 # ## 8. Keeping the views apart (Eq. 10 to 13)
@@ -788,21 +834,43 @@ assert "diversity_image" not in tiny(pooling="attention")(pairs)  # one view has
 {name: round(value.item(), 3) for name, value in terms.items()}
 
 # %% [markdown]
-# **Exercise 4.** A caption often has fewer tokens than there are views. Show that with $l < m$ tokens Eq. 10
-# can never fall below $m - l$, however long one trains. What does this mean for 16 views and a caption of
-# ten words?
-#
-# <details><summary>Solution</summary>
-#
-# $AA^{\top}$ is $m \times m$ but has rank at most $l$, so at least $m - l$ of its eigenvalues are 0.
-# $AA^{\top} - I$ has $-1$ there, and the squared Frobenius norm is the sum of squared eigenvalues: at least
-# $m - l$. With 10 words, [CLS] and [SEP], $l = 12$ and the floor is 4, times λ = 40: a constant that
-# training cannot remove, larger than $\ln 1024 \approx 7$. It has no slope of its own, but comparing losses
-# across captions or settings is misleading. The same holds for Eq. 11.
-#
-# </details>
+# **Exercise 6 (build).** Write Eq. 10 for attention "b m n": the squared norm, a mean over the batch.
 
-# %% jupyter={"source_hidden": true}
+
+# %% tags=["exercise"]
+def kept_apart(attention: Tensor) -> Tensor: ...
+
+
+check("mvam.diversity", kept_apart)
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+def kept_apart(attention: Tensor) -> Tensor:
+    excess = attention @ attention.mT - torch.eye(attention.shape[1])
+    return excess.square().sum((1, 2)).mean()
+
+
+check("mvam.diversity", kept_apart)
+
+# %% [markdown]
+# **Exercise 7 (compute).** A caption often has fewer tokens than there are views. Eq. 10 of $m$ views over $l$ tokens then cannot
+# reach 0, however long one trains. Give its largest lower bound that holds for any attention, as a function of $m$ and $l$. (The rank of
+# $AA^{\top}$ helps.) What does it mean for 16 views and a caption of ten words?
+
+
+# %% tags=["exercise"]
+def least(views: int, tokens: int) -> float: ...
+
+
+check("mvam.floor", least)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# $AA^{\top}$ is $m \times m$ but has rank at most $l$, so at least $m - l$ of its eigenvalues are 0. $AA^{\top} - I$ has $-1$
+# there, and the squared Frobenius norm is the sum of squared eigenvalues: at least $m - l$, and never below 0. With 10 words, [CLS] and [SEP],
+# $l = 12$ and the floor is 4, times λ = 40: a constant that training cannot remove, larger than $\ln 1024 \approx 7$. It has no
+# slope of its own, but comparing losses across captions or settings is misleading. The same holds for Eq. 11.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 torch.manual_seed(p.seed)
 few = torch.randn(1, 16, 12).requires_grad_()
 optimiser = torch.optim.Adam([few], lr=0.1)
@@ -813,6 +881,7 @@ for _ in range(500):
 reached = diversity(few.detach().softmax(-1))
 print(f"16 views, 12 tokens, after 500 steps: {reached:.2f} (floor 4)")
 assert reached >= 4
+check("mvam.floor", lambda views, tokens: max(views - tokens, 0))
 
 # %% [markdown]
 # ## 9. Two traps of CLIP
@@ -968,27 +1037,26 @@ assert (paper["batch_size"], paper["epochs"], paper["total_dim"]) == (1024, 20, 
 assert paper["diversity_weight"] == 10
 
 # %% [markdown]
-# **Exercise 5.** Section 4.5 says that MVAM gains "1.62%, 2.17%, and 0.71%" on MSCOCO-1K for ViT, FRCNN and
-# CLIP. Relative to which baseline, and averaged over what? Recompute it from Table 1.
-#
-# <details><summary>Solution</summary>
-#
-# Over +Attn, averaged over the six recall columns. Our recomputation gives the same three numbers to 0.01.
-# So "average score" hides that the gain at rank 1 is far larger than at rank 10: print the gain by column
-# and see.
-#
-# </details>
+# **Exercise 8 (compute).** Section 4.5 says that MVAM gains "1.62%, 2.17%, and 0.71%" on MSCOCO-1K for ViT, FRCNN and CLIP. Relative
+# to which baseline, and averaged over what? Recompute the three numbers from Table 1: `published("MVAM", 1)`.
 
-# %% jupyter={"source_hidden": true}
+# %% tags=["exercise"]
+gains = ...  # {"ViT": ..., "FRCNN": ..., "CLIP": ...}
+check("mvam.gains", gains)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# Over +Attn, averaged over the six recall columns. The recomputation gives the same three numbers to 0.01. So "average score" hides
+# that the gain at rank 1 is far larger than at rank 10.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 first = published("MVAM", 1)
 first = first[first.column.str.startswith("MSCOCO-1K")]
 first = first.pivot(index="row", columns="column", values="value")[list(first.column.unique())]
 gain = {name: first.loc[f"{name} +MVAM"] - first.loc[f"{name} +Attn"] for name in ("ViT", "FRCNN", "CLIP")}
-gains = pd.DataFrame(gain).T.rename(columns=lambda c: c.removeprefix("MSCOCO-1K "))
-show(gains.assign(mean=gains.mean(axis=1)).rename_axis("+MVAM over +Attn"))
-for name, claimed in {"ViT": 1.62, "FRCNN": 2.17, "CLIP": 0.71}.items():
-    assert abs(gain[name].mean() - claimed) < 0.015
-    assert gain[name]["MSCOCO-1K i2t@1"] > gain[name]["MSCOCO-1K i2t@10"]
+table_ = pd.DataFrame(gain).T.rename(columns=lambda c: c.removeprefix("MSCOCO-1K "))
+show(table_.assign(mean=table_.mean(axis=1)).rename_axis("+MVAM over +Attn"))
+assert all(one["MSCOCO-1K i2t@1"] > one["MSCOCO-1K i2t@10"] for one in gain.values())
+check("mvam.gains", {name: one.mean() for name, one in gain.items()})
 
 # %% [markdown]
 # ## What to take along

@@ -44,6 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
     _add_rehearse(
         commands.add_parser("rehearse", help="predict what a grid costs here: hours, memory, disk, batch")
     )
+    handout = commands.add_parser("handout", help="write the lessons without solutions")
+    handout.add_argument(
+        "out", help="folder of the student pages; ending in .zip: with library, data and environment"
+    )
+    handout.add_argument("--data-root", default="data", type=os.path.expanduser)
+    handout.set_defaults(run=_handout)
     _add_cache(commands.add_parser("cache", help="list or clear what runs have cached"))
 
     options = parser.parse_args(arguments)
@@ -55,6 +61,17 @@ def main(arguments: list[str] | None = None) -> int:
     except (DataError, ParameterError) as error:
         print(error, file=sys.stderr)
         return 1
+
+
+def _handout(options: argparse.Namespace) -> int:
+    from finematch.config import root
+    from finematch.handout import write_handout, write_student
+
+    if options.out.endswith(".zip"):
+        print(write_handout(options.out, root() / options.data_root))
+    else:
+        print(*write_student(options.out), sep="\n")
+    return 0
 
 
 def _stale(options: argparse.Namespace) -> int:

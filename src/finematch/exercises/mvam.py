@@ -1,0 +1,153 @@
+"""Checks of the exercises of `mvam/1_lesson`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finematch.encoders import Tokens
+from finematch.exercises import exercise, function, named_numbers, number, prediction, tensor
+from finematch.losses import contrastive
+from finematch.models import mvam
+from finematch.tables import published
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@exercise("mvam.collisions", "compute")
+def collisions(answer: Any) -> str:
+    """Pairs of captions of one image in a batch of 1,024 of COCO's training captions."""
+    pairs, captions = math.comb(1024, 2), 5 * 113_287
+    return number(answer, pairs * 4 / (captions - 1), hints={
+        2 * pairs * 4 / (captions - 1): "each pair was counted twice",
+        pairs * 5 / captions: "a caption is no other caption of its image: four are left, of all others",
+        1024 * 4 / (captions - 1): "this is the number for one caption, times the batch's size: count pairs",
+    })  # fmt: skip
+
+
+@exercise("mvam.contrast", "build")
+def contrast(answer: Any) -> str:
+    """Eq. 5 and 6 of unit vectors and 1 / tau."""
+    cases = [(F.normalize(random(n, 6, seed=n), dim=1), F.normalize(random(n, 6, seed=n + 9), dim=1), scale)
+             for n, scale in ((2, 5.0), (7, 14.0))]  # fmt: skip
+
+    def one_way(image: Tensor, text: Tensor, scale: float) -> Tensor:
+        return F.cross_entropy(scale * image @ text.T, torch.arange(len(image)))
+
+    return function(answer, contrastive, cases, slips={
+        "only images are asked for their captions: the captions' direction is missing": one_way,
+        "only captions are asked for their images: the images' direction is missing": lambda i, t, s: one_way(t, i, s),
+        "the two directions are added, and the half before them is missing": lambda i, t, s: 2 * contrastive(i, t, s),
+        "the temperature is missing": lambda i, t, s: contrastive(i, t, 1.0),
+    })  # fmt: skip
+
+
+@exercise("mvam.sharp", "change")
+def sharp(predicted: Any, measured: Any) -> str:
+    """What ten times the code does to the attention of section 4's two views."""
+    keys = torch.tensor([[[2.0, 0], [0, 2], [1, 1]]])
+    codes = torch.tensor([[10 * math.log(2), 0], [0, 10 * math.log(2)]])
+    right = (codes @ keys[0].T).softmax(-1)[None]
+    once = (codes @ keys[0].T / 10).softmax(-1)[None]
+    if message := prediction(predicted, ("sharper", "flatter", "the same")):
+        return message
+    if message := tensor(measured, right, slips={"these are the weights of the codes as they were": once}):
+        return f"measured: {message}"
+    return "" if predicted == "sharper" else "look at the weights again: it is not what you have predicted"
+
+
+@exercise("mvam.views", "build")
+def views(answer: Any) -> str:
+    """Eq. 7 to 9 of codes "m k", keys "b n k" and mask "b n": "b (m k)"."""
+
+    def library(codes: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        m, k = codes.shape
+        layer = mvam.ViewAttention(k, views=m, projection="shared", view_dim=k)
+        with torch.no_grad():
+            layer.project.weight.copy_(torch.eye(k))
+            layer.project.bias.zero_()
+            layer.codes.copy_(codes)
+            return layer(Tokens(keys, mask, torch.zeros_like(mask), keys[:, 0])).vector
+
+    def by_hand(codes: Tensor, keys: Tensor, mask: Tensor, *, over: int = -1, masked: bool = True,
+                scale: float = 1.0) -> Tensor:  # fmt: skip
+        logits = torch.einsum("vk,bnk->bvn", codes, keys) * scale
+        if masked:
+            logits = logits.masked_fill(~mask[:, None], -math.inf)
+        weights = logits.softmax(over).nan_to_num()
+        return torch.einsum("bvn,bnk->bvk", weights, keys).flatten(1)
+
+    masks = torch.ones(2, 5, dtype=torch.bool), torch.tensor([[True] * 4, [True, True, False, False]])
+    cases = [(random(3, 4), random(len(mask), mask.shape[1], 4, seed=1), mask) for mask in masks]
+    return function(answer, library, cases, slips={
+        "the softmax runs over the views: it runs over the tokens": lambda c, k, m: by_hand(c, k, m, over=1),
+        "padding is attended to": lambda c, k, m: by_hand(c, k, m, masked=False),
+        "the logits are divided by sqrt(k), which is not printed": lambda c, k, m: by_hand(c, k, m, scale=0.5),
+    })  # fmt: skip
+
+
+@exercise("mvam.permuted", "change")
+def permuted(both: Any, one: Any, measured: Any) -> str:
+    """The score with the views of both sides, and of one side, in another order."""
+    for name, predicted in (("both", both), ("one", one)):
+        if message := prediction(predicted, ("higher", "lower", "the same")):
+            return f"{name}: {message}"
+    total, moved, broken = measured
+    if abs(total - moved) > 1e-4:
+        return "measured: permute both sides in the same way"
+    if not broken < total:
+        return "measured: permute one side alone"
+    if (both, one) == ("the same", "lower"):
+        return ""
+    return "look at the scores again: they are not what you have predicted"
+
+
+@exercise("mvam.diversity", "build")
+def apart(answer: Any) -> str:
+    """Eq. 10 of attention "b m n": the squared norm, mean over the batch."""
+    cases = [(random(2, 4, 6).softmax(-1),), (random(3, 5, 3, seed=1).softmax(-1),)]
+
+    def product(a: Tensor) -> Tensor:
+        return a @ a.mT
+
+    return function(answer, mvam.diversity, cases, slips={
+        "the norm is not squared": lambda a: mvam.diversity(a, power=1),
+        "the sum over the batch, not its mean": lambda a: mvam.diversity(a, reduce="sum"),
+        "the identity is not subtracted": lambda a: product(a).square().sum((1, 2)).mean(),
+        "the mean over the matrix, not its sum": lambda a: (product(a) - torch.eye(a.shape[1])).square().mean(),
+        "this is Eq. 11: no root is drawn in Eq. 10": lambda a: mvam.diversity(a, variant="sqrt"),
+    })  # fmt: skip
+
+
+@exercise("mvam.floor", "compute")
+def floor(answer: Any) -> str:
+    """The least value of Eq. 10 of m views over l tokens, as a function of the two."""
+    if not callable(answer):
+        return f"give a function of the views and the tokens, not {type(answer).__name__}"
+    for m, n in ((16, 12), (9, 9), (4, 30), (32, 5)):
+        if message := number(answer(m, n), max(m - n, 0), hints={m - n: "a squared norm is not negative"}):
+            return f"{m} views and {n} tokens: {message}"
+    return ""
+
+
+@exercise("mvam.gains", "compute")
+def gains(answer: Any) -> str:
+    """MVAM over +Attn on MSCOCO-1K, mean over the six recalls, by encoder."""
+    cells = published("MVAM", 1)
+    cells = cells[cells["column"].str.startswith("MSCOCO-1K")].pivot(
+        index="row", columns="column", values="value"
+    )
+    right = {name: float((cells.loc[f"{name} +MVAM"] - cells.loc[f"{name} +Attn"]).mean())
+             for name in ("ViT", "FRCNN", "CLIP")}  # fmt: skip
+    if isinstance(answer, dict) and set(right) <= set(answer):
+        cls = {name: float((cells.loc[f"{name} +MVAM"] - cells.loc[f"{name} +[CLS]"]).mean()) for name in right
+               if f"{name} +[CLS]" in cells.index}  # fmt: skip
+        if cls and all(abs(float(answer[name]) - value) < 0.015 for name, value in cls.items()):
+            return "this is over +[CLS]: there is another baseline"
+    return named_numbers(answer, right, within=0.015)

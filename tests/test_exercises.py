@@ -1,0 +1,176 @@
+"""Exercises of the lessons: solutions pass, empty cells do not, and each plausible slip is told by what is wrong."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+
+import nbformat
+import pytest
+import torch
+import torch.nn.functional as F
+from notebook_text import NOTEBOOKS
+
+from finematch.exercises import KINDS, check, exercise, exercises, number, tensor
+from finematch.handout import student_page, write_handout, write_student
+
+METHODS = ("mvam",)  # whose exercises have checks
+
+
+def softmax_over_views(codes, keys, mask):
+    weights = torch.einsum("vk,bnk->bvn", codes, keys).softmax(1)
+    return torch.einsum("bvn,bnk->bvk", weights, keys).flatten(1)
+
+
+def without_mask(codes, keys, mask):
+    weights = torch.einsum("vk,bnk->bvn", codes, keys).softmax(-1)
+    return torch.einsum("bvn,bnk->bvk", weights, keys).flatten(1)
+
+
+def one_way(image, text, scale):
+    return F.cross_entropy(scale * image @ text.T, torch.arange(len(image)))
+
+
+def twice(image, text, scale):
+    return one_way(image, text, scale) + one_way(text, image, scale)
+
+
+def gram(a):
+    return a @ a.mT
+
+
+KEYS = torch.tensor([[2.0, 0], [0, 2], [1, 1]])
+WRONG = {  # at least two plausible answers to each, and what is said to them
+    "mvam.collisions": [
+        ((7.4,), "counted twice"),
+        ((1024 * 4 / (5 * 113_287),), "count pairs"),
+        ((4000.0,), "too large"),
+        (("many",), "give a number"),
+    ],
+    "mvam.contrast": [
+        ((one_way,), "captions' direction is missing"),
+        ((twice,), "half before them"),
+        ((lambda i, t, s: twice(i, t, 1.0) / 2,), "temperature is missing"),
+        ((lambda i, t, s: (s * i @ t.T).softmax(1),), "the shape is"),
+        ((lambda i, t, s: None,), "returns nothing"),
+    ],
+    "mvam.views": [
+        ((softmax_over_views,), "over the tokens"),
+        ((without_mask,), "padding"),
+        ((lambda c, k, m: without_mask(c / 3, k, m),), "values are not"),
+    ],
+    "mvam.sharp": [
+        (("sharper", (torch.eye(2) * math.log(2) @ KEYS.T).softmax(-1)[None]), "as they were"),
+        (
+            ("flatter", (torch.eye(2) * 10 * math.log(2) @ KEYS.T).softmax(-1)[None]),
+            "not what you have predicted",
+        ),
+        (("louder", torch.ones(1, 2, 3)), "predict one of"),
+    ],
+    "mvam.permuted": [
+        (("the same", "the same", (0.9, 0.9, 0.1)), "not what you have predicted"),
+        (("the same", "lower", (0.9, 0.1, 0.1)), "both sides in the same way"),
+        (("the same", "lower", (0.9, 0.9, 0.9)), "one side alone"),
+    ],
+    "mvam.diversity": [
+        ((lambda a: (gram(a) - torch.eye(a.shape[1])).square().sum((1, 2)).sqrt().mean(),), "not squared"),
+        ((lambda a: gram(a).square().sum((1, 2)).mean(),), "identity"),
+        ((lambda a: (gram(a) - torch.eye(a.shape[1])).square().mean(),), "not its sum"),
+    ],
+    "mvam.floor": [
+        ((lambda m, n: m - n,), "not negative"),
+        ((lambda m, n: n,), "too large"),
+        ((4,), "give a function"),
+    ],
+    "mvam.gains": [
+        (({"ViT": 1.62, "FRCNN": 2.17},), "'CLIP' is missing"),
+        (({"ViT": 1.62, "FRCNN": 2.17, "CLIP": 1.7},), "CLIP: the number is too large"),
+        ((1.62,), "give a dict"),
+    ],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_lesson_has_at_least_six_exercises_of_three_kinds(method):
+    found = exercises(method)
+    assert len(found) >= 6
+    assert {one.kind for one in found.values()} == set(KINDS)
+    assert set(found) == {key for key in WRONG if key.startswith(method)}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_slips_are_told_and_the_answer_is_not(key):
+    assert len(WRONG[key]) >= 2
+    for answer, said in WRONG[key]:
+        verdict = check(key, *answer)
+        assert not verdict.passed
+        assert said in verdict.message, verdict
+        assert str(verdict).startswith(f"✗ {key}: ")
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_an_empty_cell_does_not_pass_and_nothing_raises(key):
+    assert check(key, ...).message == "no answer yet"
+    assert not check(key, None).passed
+    assert not check(key, object()).passed
+    assert not check(key, lambda *_: 1 / 0).passed
+    assert not check(key, "x", "y", "z", "w").passed
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_exercise_of_the_page_has_an_empty_cell_and_a_solution(method):
+    page = nbformat.read(NOTEBOOKS / method / "1_lesson.ipynb", as_version=4)
+    asked = {"exercise": [], "solution": []}
+    for cell in page.cells:
+        for tag in set(cell.metadata.get("tags", [])) & set(asked):
+            if cell.cell_type == "code":
+                assert cell.source.splitlines()[-1].startswith("check("), cell.source
+                asked[tag].append(cell.source.splitlines()[-1].split('"')[1])
+                assert tag == "solution" or "..." in cell.source
+            if tag == "solution":
+                assert cell.metadata["jupyter"]["source_hidden"], cell.source
+    assert asked["exercise"] == asked["solution"]
+    assert sorted(asked["exercise"]) == sorted(exercises(method))
+    kinds = {key: one.kind for key, one in exercises(method).items()}
+    told = [line for cell in page.cells if cell.cell_type == "markdown" for line in cell.source.splitlines()
+            if line.startswith("**Exercise ")]  # fmt: skip
+    assert [line.split("(")[1].split(")")[0] for line in told] == [kinds[key] for key in asked["exercise"]]
+
+
+def test_student_pages_have_no_solutions(tmp_path):
+    for path in write_student(tmp_path):
+        page = nbformat.read(path, as_version=4)
+        assert not any("solution" in cell.metadata.get("tags", []) for cell in page.cells)
+        whole = nbformat.read(NOTEBOOKS / path.relative_to(tmp_path), as_version=4)
+        kept = [cell.source for cell in whole.cells if "solution" not in cell.metadata.get("tags", [])]
+        assert [cell.source for cell in page.cells] == kept
+    run = nbformat.v4.new_code_cell(
+        "1", outputs=[nbformat.v4.new_output("stream", text="1")], execution_count=3
+    )
+    (cell,) = student_page(nbformat.v4.new_notebook(cells=[run])).cells
+    assert (cell.outputs, cell.execution_count) == ([], None)
+
+
+def test_the_handout_holds_pages_library_and_data(tmp_path, scenes):
+    archive = write_handout(tmp_path / "lessons.zip", scenes.parent)
+    assert [path.name for path in tmp_path.glob("lessons*")] == ["lessons.zip"]
+    names = zipfile.ZipFile(archive).namelist()
+    for wanted in ("START.md", "notebooks/mvam/1_lesson.ipynb", "src/finematch/exercises/mvam.py", "pyproject.toml",
+                   "requirements.lock", "environment.yml", "data/scenes/dataset_scenes.json"):  # fmt: skip
+        assert f"lessons/{wanted}" in names
+    assert not any("__pycache__" in name or name.endswith("2_train.ipynb") for name in names)
+
+
+def test_what_is_compared():
+    assert number(3, 3) == ""
+    assert "not finite" in number(math.nan, 3)
+    assert tensor([1.0, 2.0], torch.tensor([1.0, 2.0])) == ""
+    assert "the shape is (1,), not (2,)" in tensor(torch.ones(1), torch.ones(2))
+    assert "not all values are finite" in tensor(torch.tensor([math.inf]), torch.ones(1))
+    assert "1 of 2 values" in tensor(torch.tensor([1.0, 5.0]), torch.ones(2))
+    with pytest.raises(KeyError, match=r"'mvam\.none' is no exercise; known: mvam\.collisions"):
+        check("mvam.none", 1)
+    with pytest.raises(KeyError, match="none of that name"):
+        check("else.none", 1)
+    with pytest.raises(ValueError, match="a key is"):
+        exercise("mvam.floor", "compute")
