@@ -583,3 +583,15 @@ def test_a_row_is_judged_beside_a_baseline_of_its_own_runs():
     assert (line["verdict"], line["note"]) == ("not run", "two has 1 run")
     (line,) = verdicts(grid, {"default": runs.iloc[:0]}).to_dict("records")
     assert line["verdict"] == "not run"
+
+
+def test_rows_that_a_reading_makes_one_are_not_compared():
+    grid = replace(VIEWS, claims=(Claim("8 views beat 1", "two", "one", "i2t_r1"),))
+    runs = pd.DataFrame({"row": ["two", "two", "one", "one"], "seed": [0, 1, 0, 1], "i2t_r1": [1.0, 2.0, 1.0, 2.0],
+                         "run_conditions": ["a", "b", "a", "b"]})  # fmt: skip
+    (line,) = verdicts(grid, {"literal": runs}).to_dict("records")
+    assert (line["verdict"], line["note"]) == (
+        "undecided",
+        "under this reading the two rows have the same settings",
+    )
+    assert pd.isna(line["lower"])

@@ -505,6 +505,11 @@ def _verdicts(grid: Grid, runs: pd.DataFrame) -> list[dict]:
                 line["verdict"] = UNDECIDED
                 line["note"] = "neither row is trained: one number each, no seeds to judge by"
                 line["difference"] = float(better[claim.metric].iloc[0] - worse[claim.metric].iloc[0])
+        elif (
+            len(better) and len(worse) and _one_condition(better, worse)
+        ):  # a switch whose reading both rows share
+            line = NOTHING | {"verdict": UNDECIDED, "n_a": len(better), "n_b": len(worse),
+                              "note": "under this reading the two rows have the same settings"}  # fmt: skip
         else:
             line = judge(better, worse, claim.metric)
             line["note"] = line["note"].replace("the first", claim.better).replace("the second", claim.worse)
@@ -623,7 +628,8 @@ def headlines(claims: pd.DataFrame) -> list[str]:
     for (method, name), of in claims.groupby(["method", "dataset"], sort=False):
         said = [f"{'default and literal' if reading == 'both' else reading}: {_headline(part)}."
                 for reading, part in of.groupby("reading", sort=False)]  # fmt: skip
-        lines.append(f"* **{method.upper()}, {name}** ({of['metric'].iloc[0]}), {' '.join(said)}")
+        metrics = ", ".join(dict.fromkeys(of["metric"]))
+        lines.append(f"* **{method.upper()}, {name}** ({metrics}), {' '.join(said)}")
     return lines
 
 
