@@ -55,6 +55,7 @@ from finematch import figures
 from finematch.boxes import iou
 from finematch.data import load
 from finematch.scenes.generator import TOKENIZER, attributes, generate
+from finematch.exercises import check
 from finematch.features.proposals import propose
 from finematch.models.configs import HSLMConfig
 from finematch.models.hslm import (
@@ -348,20 +349,20 @@ for words, expected in ((E[0], [0.1, 0.3, 0.6]), (after["word"][0], [1 / 226, 75
     assert close(column / column.sum(), expected)
 
 # %% [markdown]
-# **Exercise 1.** Public loaders start word vectors evenly between −0.1 and 0.1; `nn.Embedding` starts them with
-# standard deviation 1. By what factor is $E_f$ shorter *relative to E* with the first, for all three readings? Which
-# arguments save it?
-#
-# <details><summary>Solution</summary>
-#
-# Even numbers on (−0.1, 0.1) have standard deviation $0.1/\sqrt3 = 0.0577$. $E_f / E$ goes with the square of it for
-# the cubic readings: 1/300. For the softmax nothing is lost: it becomes the plain mean of the words. So with small
-# word vectors the caption all but vanishes before the GRU sees it. `self_residual=True` keeps $E$ in, `softmax` keeps
-# the length, and so do larger vectors to begin with (what the library does).
-#
-# </details>
+# **Exercise 1 (compute).** Public loaders start word vectors evenly between −0.1 and 0.1; `nn.Embedding` starts them with standard
+# deviation 1. By what factor is $E_f$ shorter *relative to E* with the first? Answer for all three readings.
 
-# %% jupyter={"source_hidden": true}
+# %% tags=["exercise"]
+shorter = ...  # {"word": ..., "channel": ..., "softmax": ...}
+check("hslm.short", shorter)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# Even numbers on (−0.1, 0.1) have standard deviation $0.1/\sqrt3 = 0.0577$. $E_f / E$ goes with the square of it for the cubic
+# readings: a factor of 300. For the softmax nothing is lost (a factor of 1): it becomes the plain mean of the words. So with small word vectors the caption all
+# but vanishes before the GRU sees it. `self_residual=True` keeps $E$ in, `softmax` keeps the length, and so do larger vectors to begin with (what the
+# library does).
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 torch.manual_seed(p.seed)
 drawn = torch.randn(20, 13, 300)
 gain = {}
@@ -373,6 +374,7 @@ show(gains.rename_axis("length of E_f relative to E"), digits=5)
 for form in ("word", "channel"):
     assert abs(gain[form][0] / gain[form][1] / 300 - 1) < 0.01
 assert abs(gain["softmax"][0] / gain["softmax"][1] - 1) < 0.2
+check("hslm.short", {"word": 300, "channel": 300, "softmax": 1})
 
 # %% [markdown]
 # ## 3. Relations: a graph in which all are neighbours (Eq. 7 to 9)
@@ -514,17 +516,22 @@ assert sizes("raw", unlike[:, :36])[-1] > 1e6 * sizes("nodes", unlike[:, :36])[-
 # Words have a graph of their own, of width $e$ (reading H7), with $M$ nodes and its own weights. Since a caption of
 # six words and one of twenty go through the same layers, dividing by the number of nodes matters there even more.
 #
-# **Exercise 2.** Eq. 6 with `residual=True` and Eq. 8 look alike. Are they? Write one as the other.
-#
-# <details><summary>Solution</summary>
-#
-# $E_f = (E_K E_Q^{\top}/M)\,E_V + E$ is a graph layer with $\mu = W_K$, $\nu = W_Q$ (without biases), $W_g = W_V$ and
-# $W_r = I$. The literal reading of Eq. 6 is a graph layer *without the skip*. That alone could take a word away: with
-# the residual, as in a graph layer, the word always stays.
-#
-# </details>
+# **Exercise 2 (build).** Write Eq. 6 with a residual, $E_f + E$, for one caption: words "l e" and the matrices of keys, queries and values
+# "e e" (a linear layer with matrix $W$ maps $e$ to $e\,W^{\top}$). Is it a graph layer, Eq. 8?
 
-# %% jupyter={"source_hidden": true}
+
+# %% tags=["exercise"]
+def attended(words: Tensor, key: Tensor, query: Tensor, value: Tensor) -> Tensor: ...
+
+
+check("hslm.words", attended)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# $E_f = (E_K E_Q^{\top}/M)\,E_V + E$ is a graph layer with $\mu = W_K$, $\nu = W_Q$ (without biases), $W_g = W_V$ and $W_r = I$: the cell
+# builds both and compares. The literal reading of Eq. 6 is a graph layer *without the skip*. That alone could take a word away: with the residual, as in a
+# graph layer, the word always stays.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 torch.manual_seed(p.seed)
 words_layer, nodes_layer = WordSelfAttention(6, residual=True), GraphLayer(6)
 for name, twin in (("mu", "key"), ("nu", "query"), ("gather", "value")):
@@ -533,6 +540,14 @@ fill(nodes_layer.update, 1.0)
 with torch.no_grad():
     assert close(nodes_layer(some, all_real(some)), words_layer(some, all_real(some)), 1e-5)
 print("Eq. 6 with a residual is Eq. 8 with W_r = I")
+
+
+def attended(words: Tensor, key: Tensor, query: Tensor, value: Tensor) -> Tensor:
+    relations = (words @ key.T) @ (words @ query.T).T / len(words)
+    return relations @ (words @ value.T) + words
+
+
+check("hslm.words", attended)
 
 # %% [markdown]
 # ## 4. Order: a GRU in both directions (Eq. 12 to 14)
@@ -717,6 +732,24 @@ for context_norm in (True, False):
     assert close(few, many, 1e-6) == context_norm  # unit contexts do not notice; raw ones do
 
 # %% [markdown]
+# **Exercise 3 (build).** Write Eq. 15 and 16 for words "l d", regions "n d" and a `scale` inside the sigmoid: the unit context of each word, "l d".
+
+
+# %% tags=["exercise"]
+def gathered(words: Tensor, regions: Tensor, scale: float) -> Tensor: ...
+
+
+check("hslm.contexts", gathered)
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+def gathered(words: Tensor, regions: Tensor, scale: float) -> Tensor:
+    return F.normalize((scale * words @ regions.T).sigmoid() @ regions, dim=1)
+
+
+check("hslm.contexts", gathered)
+
+# %% [markdown]
 # ## 6. From two sets of vectors to one number (Eq. 17 to 22)
 #
 # $$S(m_1, m_2) = \frac{W|m_1 - m_2|^2}{\|W|m_1 - m_2|^2\|_2} \quad (17), \qquad
@@ -778,26 +811,29 @@ assert close(scorer.similarity(compare, 10 * difference), scorer.similarity(comp
 assert close(scorer.similarity(compare, torch.zeros(8)), torch.zeros(4))
 
 # %% [markdown]
-# **Exercise 3.** With gates that are added and not averaged (`node_weights="raw"`, the default), what does a longer
-# caption do to the logit? Say the caption of the example twice and compare with `node_weights="l1"`.
-#
-# <details><summary>Solution</summary>
-#
-# Every word adds a node and each gate is positive, so $S_A$ grows with $M$: twice the words give twice the $S_A$, and
-# the logit goes from 2.326 to $2\cdot(2.326 - 0.5) + 0.5 = 4.152$, farther from the bias. Of two captions that match a
-# picture equally well word by word, the longer one has the more extreme logit. `l1` divides by the sum of the gates and
-# does not notice.
-#
-# </details>
+# **Exercise 4 (change).** With gates that are added and not averaged (`node_weights="raw"`, the default), what does a longer caption do to the logit? Predict
+# what saying the caption of the example twice does with "raw" and with "l1": "higher", "lower" or "the same". Then measure it: `rate` of a `PairScorer` with the
+# weights of `scorer`, for `torch.cat([words_2, words_2], 1)`.
 
-# %% jupyter={"source_hidden": true}
-said_twice = torch.cat([words_2, words_2], 1)
+# %% tags=["exercise"]
+raw, averaged, logits = ..., ..., ...  # two predictions; {"raw": ..., "l1": ...}
+check("hslm.longer", raw, averaged, logits)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# Every word adds a node and each gate is positive, so $S_A$ grows with $M$: twice the words give twice the $S_A$, and the logit goes from
+# 2.326 to $2\cdot(2.326 - 0.5) + 0.5 = 4.152$, farther from the bias. Of two captions that match an image equally well word by word, the longer one
+# has the more extreme logit. `l1` divides by the sum of the gates and does not notice.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+logits, said_twice = {}, torch.cat([words_2, words_2], 1)
 for weights, expected in (("raw", 2 * (2.3260 - 0.5) + 0.5), ("l1", None)):
     one = PairScorer(HSLMConfig(width=2, sim=2, glob=False, node_weights=weights)).requires_grad_(False)
     one.load_state_dict(scorer.state_dict())
     once, again = (rate(one, regions_2, w).item() for w in (words_2, said_twice))
     print(f"{weights}: once {once:.3f}, twice {again:.3f}")
     assert close(again, once if expected is None else expected, 1e-3)
+    logits[weights] = again
+check("hslm.longer", "higher", "the same", logits)
 
 # %% [markdown]
 # ## 7. The objective: the hardest negatives, and their plateau (Eq. 23)
@@ -829,6 +865,28 @@ one_picture[0, 1] = one_picture[1, 0] = True
 assert close(hinge(table, one_picture), 0.3 + 0.1 + 0.1)
 over_all = 0.05 + 0.15 + 0 + 0 + 0.3 + 0.05  # the same, averaged over both negatives of a row or column
 assert close(hinge(table, own, negatives="mean"), over_all)
+
+# %% [markdown]
+# **Exercise 5 (build).** Write Eq. 23 for scores "b b" with the true pairs on the diagonal, the hardest negatives and a margin of 0.2, summed over the batch.
+
+
+# %% tags=["exercise"]
+def ranking(scores: Tensor) -> Tensor: ...
+
+
+check("hslm.hinge", ranking)
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+def ranking(scores: Tensor) -> Tensor:
+    total, itself = 0.0, torch.eye(len(scores), dtype=torch.bool)
+    for asked in (scores, scores.T):
+        excess = (0.2 - asked.diagonal()[:, None] + asked).clamp(min=0)
+        total = total + excess.masked_fill(itself, 0.0).amax(1).sum()
+    return total
+
+
+check("hslm.hinge", ranking)
 
 # %% [markdown]
 # **The plateau.** A model that gives every pair the same score has a loss of exactly $2B\beta$: 51.2 for a batch of
@@ -993,24 +1051,25 @@ assert list(shares.values()) == sorted(shares.values())
 assert shares[0.4] > 10 * shares[0.0]
 
 # %% [markdown]
-# **Exercise 4.** All negatives score alike and every true pair scores $g$ more. The contrastive loss multiplies scores
-# by 10 (`start_scale`). At which $g$ has it fallen from $\ln B$ to half of it, for $B = 128$? And is the hinge, with
-# its margin of 0.2, then still at work?
-#
-# <details><summary>Solution</summary>
-#
-# $\ln(1 + (B - 1)e^{-10g}) = \tfrac12\ln B$ gives $g = \ln\frac{B-1}{\sqrt B - 1} / 10 = 0.251$. The hinge has stopped:
-# every bracket is $0.2 - 0.251 < 0$. The contrastive loss pulls on, which is why it can be trained with to the end.
-#
-# </details>
+# **Exercise 6 (compute).** All negatives score alike and every true pair scores $g$ more. The contrastive loss multiplies scores by 10 (`start_scale`). At which
+# $g$ has it fallen from $\ln B$ to half of it, for $B = 128$? (And is the hinge, with its margin of 0.2, then still at work?)
 
-# %% jupyter={"source_hidden": true}
+# %% tags=["exercise"]
+lead = ...  # a number
+check("hslm.half", lead)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# $\ln(1 + (B - 1)e^{-10g}) = \tfrac12\ln B$ gives $g = \ln\frac{B-1}{\sqrt B - 1} / 10 = 0.251$. The hinge has stopped: every bracket is
+# $0.2 - 0.251 < 0$. The contrastive loss pulls on, which is why it can be trained with to the end.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 gap = math.log((B - 1) / (math.sqrt(B) - 1)) / 10
 apart = gap * torch.eye(B)
 print(f"B = {B}: g = {gap:.3f}, loss {softmax_loss(10 * apart, diagonal):.3f} of {math.log(B):.3f}, "
       f"hinge {hinge(apart, diagonal):.3f}")  # fmt: skip
 assert close(softmax_loss(10 * apart, diagonal), math.log(B) / 2, 1e-3)
 assert hinge(apart, diagonal) == 0 or B < 128
+check("hslm.half", math.log(127 / (math.sqrt(128) - 1)) / 10)
 
 # %% [markdown]
 # **Search without a gradient.** Eq. 23 needs all $B^2$ scores to *find* the hardest negatives, but only $3B$ of them
@@ -1032,23 +1091,24 @@ assert all(close(a, b, 1e-9) for a, b in zip(full, mined, strict=True) if a is n
 assert (128**2 + 3 * 3 * 128) / (3 * 128**2) < 0.36
 
 # %% [markdown]
-# **Exercise 5.** How strong must the signal be, in deviations of the noise, before telling pairs apart pays with the
-# hardest of $B = 32$, 128 and 1,024? And with the mean?
-#
-# <details><summary>Solution</summary>
-#
-# The slope is negative once the signal exceeds the expected maximum of $B - 1$ draws: about 2.1, 2.6 and 3.2. It grows
-# like $\sqrt{2\ln B}$, so larger batches have a stickier plateau. With the mean the expected slope is minus the signal
-# itself: any positive one will do.
-#
-# </details>
+# **Exercise 7 (compute).** How strong must the signal be, in deviations of the noise, before telling pairs apart pays with the hardest of $B = 32$, 128 and 1,024? Give
+# the three numbers by drawing noise. (And with the mean?)
 
-# %% jupyter={"source_hidden": true}
+# %% tags=["exercise"]
+strength = ...  # {32: ..., 128: ..., 1024: ...}
+check("hslm.signal", strength)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# The slope is negative once the signal exceeds the expected maximum of $B - 1$ draws: about 2.1, 2.6 and 3.2. It grows like $\sqrt{2\ln B}$, so larger batches
+# have a stickier plateau. With the mean the expected slope is minus the signal itself: any positive one will do.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 torch.manual_seed(p.seed)
 needed = {B_: float(torch.randn(400, B_ - 1).amax(1).mean()) for B_ in (32, 128, 1024)}
 print(", ".join(f"B = {B_}: {value:.2f}" for B_, value in needed.items()))
 for (_, value), expected in zip(needed.items(), (2.06, 2.60, 3.24), strict=True):
     assert abs(value - expected) < 0.12
+check("hslm.signal", needed)
 
 # %% [markdown]
 # ## 8. Every picture against every caption, fast
@@ -1248,20 +1308,20 @@ assert count["9"] - count["1"] == d * s  # cross and local: the matrix of Eq. 17
 assert (rows["cross_attn"] == rows["loc"]).all()
 
 # %% [markdown]
-# **Exercise 6.** From the twelve published Rsums: what does each module gain, averaged over the pairs of rows that
-# differ in it alone? Where do the numbers contradict each other?
-#
-# <details><summary>Solution</summary>
-#
-# Cross attention with local alignment (only to be had together, and only where `glob` is on in both: rows 1 to 4
-# against 9 to 12) gains about 53; the graph about 7; self-attention about 4; global on top of local about 6. Two
-# contradictions: the six recalls of row 2 sum to 439.2, Rsum is printed as 437.5; and the full model has 497.8 here but
-# 508.6 in Table 1 on the same test set. The second is likely an ensemble of two models, as in VSRN and SGRAF; the paper
-# does not say. A single model's target is 497.8.
-#
-# </details>
+# **Exercise 8 (compute).** From the twelve published Rsums of Table 4 (`published("HSLM", 4)`): what does each module gain, a mean over the pairs of rows that differ in it
+# alone? Where do the numbers contradict each other?
 
-# %% jupyter={"source_hidden": true}
+# %% tags=["exercise"]
+means = ...  # {"mgcn": ..., "self_attn": ..., "glob": ..., "cross_attn and loc": ...}
+check("hslm.modules", means)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# Cross attention with local alignment (only to be had together, and only where `glob` is on in both: rows 1 to 4 against 9 to 12) gains about 53; the
+# graph about 7; self-attention about 4; global on top of local about 6. Two contradictions: the six recalls of row 2 sum to 439.2, Rsum is printed as
+# 437.5; and the full model has 497.8 here but 508.6 in Table 1 on the same test set. The second is likely an ensemble of two models, as in VSRN and SGRAF; the paper
+# does not say. A single model's target is 497.8.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 R = rows["Rsum, published"]
 pairs_of = {
     "cross_attn and loc": [("1", "9"), ("2", "10"), ("3", "11"), ("4", "12")],
@@ -1282,6 +1342,7 @@ ours = main[next(name for name in main.index if "HSLM" in name)]
 print(f"row 2 sums to {recalls['2']:.1f}, printed {R['2']:.1f}")
 print(f"the full model: {ours:.1f} in Table 1, {R['12']:.1f} in Table 4")
 assert ours - R["12"] > 10
+check("hslm.modules", gains["mean"].to_dict())
 
 # %% [markdown]
 # ## What to take along

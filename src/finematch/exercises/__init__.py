@@ -85,6 +85,11 @@ def check(key: str, *answer: Any) -> Verdict:
 
 
 # ------------------------------------------------------------------------------------------- what is compared
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers, the same for a seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def number(answer: Any, right: float | int, *, within: float = 0.01, hints: Mapping | None = None) -> str:
     """What is wrong with a number: its type, or its size; of a known slip what was forgotten.
 

@@ -10,14 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finematch.encoders import Tokens
-from finematch.exercises import exercise, function, named_numbers, number, prediction, tensor
+from finematch.exercises import exercise, function, named_numbers, number, prediction, random, tensor
 from finematch.losses import contrastive
 from finematch.models import mvam
 from finematch.tables import published
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @exercise("mvam.collisions", "compute")
