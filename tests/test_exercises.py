@@ -15,7 +15,7 @@ from notebook_text import NOTEBOOKS
 from finematch.exercises import KINDS, check, exercise, exercises, number, tensor
 from finematch.handout import student_page, write_handout, write_student
 
-METHODS = ("mvam", "hslm")  # whose exercises have checks
+METHODS = ("mvam", "hslm", "felga")  # whose exercises have checks
 
 
 def softmax_over_views(codes, keys, mask):
@@ -141,6 +141,39 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
             ({"mgcn": 70.0, "self_attn": 4.0, "glob": 6.0, "cross_attn and loc": 53.0},),
             "mgcn: the number is too large",
         ),
+    ],
+    "felga.dynamic": [
+        ((lambda s: s >= s.mean(0),), "keyword has its own"),
+        ((lambda s: s >= s.mean(1, keepdim=True),), "region has its own"),
+        ((lambda s: s < s.mean(),), "wrong way round"),
+    ],
+    "felga.unrelated": [
+        (({"dense": 100, "sparse": 10, "dynamic": 0},), "nothing fits"),
+        (({"dense": 100, "sparse": 100, "dynamic": 50},), "sparse: the number is too large"),
+    ],
+    "felga.third": [
+        (("more", torch.tensor([[1, 0], [0, 1], [0, 0]])), "without the third box"),
+        (("fewer", torch.tensor([[1, 1], [1, 1], [0, 0]])), "not what you have predicted"),
+    ],
+    "felga.relu": [
+        ((0.1592,), "mean square of one"),
+        ((0.0,), "all numbers are positive"),
+        ((0.5,), "asked is a cosine"),
+    ],
+    "felga.limit": [((1.5 / math.log(80),), "ln 10"), ((0.5 / math.log(700),), "the difference is 2")],
+    "felga.best": [
+        ((lambda s, r: s.amax((1, 3)),), "padding"),
+        ((lambda s, r: s.masked_fill(~r, -math.inf).amax((1, 3)).T,), "rows are texts"),
+        ((lambda s, r: s.masked_fill(~r, 0).sum((1, 3)) / r.sum((1, 3)),), "takes the best pair"),
+    ],
+    "felga.weight": [((20.0,), "other way round"), ((0.02,), "both axes")],
+    "felga.ties": [
+        (({"against": 0.7283, "for": 1.0},), "average over all orders"),
+        (({"against": 0.478, "for": 0.6},), "for: precision of the whole"),
+    ],
+    "felga.gains": [
+        (({"Dense": 8.7, "Sparse": 1.6, "Dynamic": 5.6},), "Dense: the number is too large"),
+        (({"Dense": 2.5, "Dynamic": 1.2},), "'Sparse' is missing"),
     ],
 }
 

@@ -72,6 +72,7 @@ from finematch.scenes.language import (
 )
 from finematch.encoders import open_clip_model, small_clip
 from finematch.evaluation import average_precision as metric
+from finematch.exercises import check
 from finematch.models.configs import FELGAConfig
 from finematch.models.felga import (
     FELGA, LABELS, FENet, FragmentPairs, affinity, batch_labels, cosine, dense, dynamic, global_affinity,
@@ -529,28 +530,60 @@ dogs = batch_labels(
 assert unpadded(dogs).int().tolist() == [[1, 0, 1], [0, 0, 0], [1, 0, 1]]
 
 # %% [markdown]
-# **Exercise 1.** (a) A text has nothing to do with its picture. How many positives has dense, sparse, dynamic? (b) To a picture
-# with two boxes and two words, similarities 0.9, 0.5 / 0.5, 0.9, comes a third box that shows nothing: −0.6, −0.4. What do the
-# dynamic labels do?
-#
-# <details><summary>Solution</summary>
-#
-# (a) All of them, one a word, and about half: a mean always has something above it. None of the three can say "nothing here
-# belongs together". (b) The mean falls from 0.7 to 0.3, and the two places of 0.5 become positives. A box that has nothing to do
-# with the text makes the *others* look alike: the threshold is relative to whatever else was proposed.
-#
-# </details>
+# **Exercise 1 (build).** Write Eq. 5 and 6 for the similarities "r k" of one image and its text: which pairs are positive, "r k".
 
-# %% jupyter={"source_hidden": true}
+
+# %% tags=["exercise"]
+def positives(similarity: Tensor) -> Tensor: ...
+
+
+check("felga.dynamic", positives)
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+def positives(similarity: Tensor) -> Tensor:
+    return similarity >= similarity.mean()
+
+
+check("felga.dynamic", positives)
+
+# %% [markdown]
+# **Exercise 2 (compute).** A text of ten keywords has nothing to do with its image of ten boxes. How many positives do dense, sparse and dynamic labels find,
+# about?
+
+# %% tags=["exercise"]
+found_there = ...  # {"dense": ..., "sparse": ..., "dynamic": ...}
+check("felga.unrelated", found_there)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# All of them, one a word, and about half: a mean always has something above it. None of the three can say "nothing here belongs together".
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 torch.manual_seed(p.seed)
 unrelated, every = 0.2 * torch.randn(50, 10, 10), torch.ones(50, 10, 10, dtype=torch.bool)
 print({kind: float(label(kind, unrelated, every).sum((1, 2)).float().mean()) for kind in LABELS})
 assert 45 < dynamic(unrelated, every).sum((1, 2)).float().mean() < 55
+check("felga.unrelated", {"dense": 100, "sparse": 10, "dynamic": 50})
+
+# %% [markdown]
+# **Exercise 3 (change).** To an image with two boxes and two words, similarities 0.9, 0.5 / 0.5, 0.9, comes a third box that shows nothing: −0.6, −0.4. Do the
+# dynamic labels find "more", "fewer" or "as many" positives? Predict, then measure the labels "3 2" with `dynamic`.
+
+# %% tags=["exercise"]
+predicted, measured = ..., ...
+check("felga.third", predicted, measured)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# The mean falls from 0.7 to 0.3, and the two places of 0.5 become positives. A box that has nothing to do with the text makes the *others* look alike: the
+# threshold is relative to whatever else was proposed.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 two = torch.tensor([[[0.9, 0.5], [0.5, 0.9], [-0.6, -0.4]]])
 with_third = torch.ones(1, 3, 2, dtype=torch.bool)
 without = torch.tensor([[[True], [True], [False]]]) & with_third
 assert dynamic(two, without)[0].int().tolist() == [[1, 0], [0, 1], [0, 0]]
 assert dynamic(two, with_third)[0].int().tolist() == [[1, 1], [1, 1], [0, 0]]
+check("felga.third", "more", dynamic(two, with_third)[0])
 
 # %% [markdown]
 # ## 5. The pseudo-label of wholes (3.2.3, Eq. 7)
@@ -640,18 +673,18 @@ assert start["the inputs"] < 0.05 < start["input_scale = rms"] < 0.65 < 0.85 < s
 # Even with `rms` the cosines begin around one half: ReLU makes vectors without negative numbers, and such vectors always lean
 # one way. Training has to open the cone.
 #
-# **Exercise 2.** In the cell above even orthogonal inputs come out at a cosine of 0.5. Where would one ReLU alone bring two
-# orthogonal random vectors?
-#
-# <details><summary>Solution</summary>
-#
-# To $1/\pi = 0.32$: the mean of $\max(x,0)\max(y,0)$ over two independent normal numbers is $1/2\pi$, that of $\max(x,0)^2$ is
-# $1/2$. The second ReLU starts from there and goes on, to
-# $\frac1\pi\big(\sqrt{1-\rho^2} + \rho\,(\pi - \arccos\rho)\big)$ with $\rho = 1/\pi$: 0.49.
-#
-# </details>
+# **Exercise 4 (compute).** In the cell above even orthogonal inputs come out at a cosine of 0.5. To which cosine would one ReLU alone bring two long random vectors,
+# independent and normal?
 
-# %% jupyter={"source_hidden": true}
+# %% tags=["exercise"]
+after_a_relu = ...  # a number
+check("felga.relu", after_a_relu)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# To $1/\pi = 0.32$: the mean of $\max(x,0)\max(y,0)$ over two independent normal numbers is $1/2\pi$, that of $\max(x,0)^2$ is $1/2$. The second ReLU starts
+# from there and goes on, to $\frac1\pi\big(\sqrt{1-\rho^2} + \rho\,(\pi - \arccos\rho)\big)$ with $\rho = 1/\pi$: 0.49.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 torch.manual_seed(p.seed)
 x, y = torch.randn(2, 200_000)
 after_one = float((x.relu() * y.relu()).mean() / x.relu().square().mean())
@@ -660,6 +693,7 @@ after_two = (math.sqrt(1 - rho**2) + rho * (math.pi - math.acos(rho))) / math.pi
 print(f"one ReLU {after_one:.3f}, 1/π {rho:.3f}; two {after_two:.3f}; FENet {start['input_scale = rms']:.3f}")
 assert abs(after_one - rho) < 0.01
 assert abs(after_two - start["input_scale = rms"]) < 0.06
+check("felga.relu", rho)
 
 # %% [markdown]
 # ## 7. Every region against every keyword (Eq. 9)
@@ -823,19 +857,20 @@ assert (
 )
 
 # %% [markdown]
-# **Exercise 3.** Below which temperature *can* the hinge close for a row with 10 positives and 70 negatives?
-#
-# <details><summary>Solution</summary>
-#
-# With $\tau$ the bracket is at least $(\lambda_1 - 2)/\tau + \ln 10 + \ln 70$; it is zero at
-# $\tau = 1.5 / \ln 700 = 0.229$.
-#
-# </details>
+# **Exercise 5 (compute).** Below which temperature *can* the hinge close for a row with 10 positives and 70 negatives?
 
-# %% jupyter={"source_hidden": true}
+# %% tags=["exercise"]
+below = ...  # a number
+check("felga.limit", below)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# With $\tau$ the bracket is at least $(\lambda_1 - 2)/\tau + \ln 10 + \ln 70$; it is zero at $\tau = 1.5 / \ln 700 = 0.229$.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 limit = 1.5 / log(700)
 print(f"τ = {limit:.3f}")
 assert close(lifted(perfect, in_pair, everywhere, tau=limit), 0, 1e-3)
+check("felga.limit", limit)
 
 # %% [markdown]
 # ## 9. Wholes, by their best fragments (Eq. 11 and 12)
@@ -904,6 +939,24 @@ for ax, (title, slope) in zip(
     )
     ax.set_title(title)
 plt.show()
+
+# %% [markdown]
+# **Exercise 6 (build).** Write Eq. 11: similarities "b r c k" of all fragments of `b` images and `c` texts, and which of them are real (not padding), to "b c".
+
+
+# %% tags=["exercise"]
+def nearest(similarity: Tensor, real: Tensor) -> Tensor: ...
+
+
+check("felga.best", nearest)
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+def nearest(similarity: Tensor, real: Tensor) -> Tensor:
+    return similarity.masked_fill(~real, -math.inf).amax((1, 3))
+
+
+check("felga.best", nearest)
 
 # %% [markdown]
 # ## 10. The sum, and two parameters that do nothing (Eq. 13)
@@ -1104,18 +1157,18 @@ assert close(lengths["anchor, hinge"][-5:], lengths["anchor"][-5:], 1e-6)  # all
 assert lengths["pair, hinge"][-1] > 1.2 * lengths["pair, hinge"][-5] > 0  # the one loss that feels it
 
 # %% [markdown]
-# **Exercise 4.** $\lambda_3$ weighs a mean against a mean here (reading F6). As printed, both terms are *sums*: over
-# $80 \times 80$ places, and over $8 \times 8$. What would the weight of the global term be in our terms? And what would become
-# of a step with the paper's rate of 0.1?
-#
-# <details><summary>Solution</summary>
-#
-# $0.2 \cdot 64 / 6400 = 0.002$: the global term would be all but gone, while Tables 4 and 5 show that it does much. And
-# the gradient of Eq. 10 would be 6,400 times as long; a step of 0.1 is then a step of 640. Both speak for means.
-#
-# </details>
+# **Exercise 7 (compute).** $\lambda_3 = 0.2$ weighs a mean against a mean here (reading F6). As printed, both terms are *sums*: over $80 \times 80$ places, and over
+# $8 \times 8$. What would the weight of the global term be in our terms? (And what would become of a step with the paper's rate of 0.1?)
 
-# %% jupyter={"source_hidden": true}
+# %% tags=["exercise"]
+in_our_terms = ...  # a number
+check("felga.weight", in_our_terms)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# $0.2 \cdot 64 / 6400 = 0.002$: the global term would be all but gone, while Tables 4 and 5 show that it does much. And the gradient of Eq. 10 would be
+# 6,400 times as long; a step of 0.1 is then a step of 640. Both speak for means.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 full = [n for n in range(len(batch_of)) if seen[n].all() and told[n].all()][:4]
 even = {side: {key: value[full] for key, value in parts.items()} for side, parts in batch.items()}
 scaled = {flag: small(loss="batch", literal_scale=flag)(even) for flag in (False, True)}
@@ -1129,6 +1182,7 @@ print(
 assert close(times["fragment"], n_places, 1.0)
 assert close(times["global"], len(full) ** 2, 0.01)
 assert close(0.2 * 64 / 6400, 0.002)
+check("felga.weight", 0.2 * 64 / 6400)
 
 # %% [markdown]
 # ## 11. A toy: embeddings on a circle
@@ -1418,22 +1472,24 @@ show(pd.DataFrame({"random ranking": {"object discovery": found_by_chance} |
 assert chance["instance"] < min(chance["lexical"], chance["category"])
 
 # %% [markdown]
-# **Exercise 5.** A model gives every picture the same score. What is its AP for cat in the example under three conventions: ties against the
-# model, ties for it, ties in the middle (the average over all orders)? Which of the three could be cheated?
-#
-# <details><summary>Solution</summary>
-#
-# Against: B and D first, then the three: (1/3 + 2/4 + 3/5)/3 = 0.478. For: 1. Middle: 0.728, the random ranking. With ties counted for the
-# model a constant is perfect; a saturated sigmoid, or half precision, would do the same by accident.
-#
-# </details>
+# **Exercise 8 (compute).** A model gives every image the same score. What is its AP for cat in the example (three of five images show one), with ties counted against the model,
+# and with ties counted for it? Which of the two could be cheated?
 
-# %% jupyter={"source_hidden": true}
+# %% tags=["exercise"]
+ap_of_a_constant = ...  # {"against": ..., "for": ...}, shares of 1
+check("felga.ties", ap_of_a_constant)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# Against: B and D first, then the three: (1/3 + 2/4 + 3/5)/3 = 0.478. For: 1. In the middle, the average over all orders: 0.728, the random ranking. With ties
+# counted for the model a constant is perfect; a saturated sigmoid, or half precision, would do the same by accident.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 constant = metric.average_precision_blocks(lambda index: torch.ones(len(index), 5), 5, shows_five := metric.category_relevance(gallery, CLASSES), torch.tensor([0]))  # fmt: skip
 print(f"against {constant['map']:.1f}, for 100.0, middle {100 * at_random[0]:.1f}")
 assert close(constant["map"], 100 * (1 / 3 + 2 / 4 + 3 / 5) / 3)
 assert close(ap([1, 3, 0, 2, 4], relevant_to["cat"]), constant["map"] / 100)
 assert shows_five[0].sum() == 3
+check("felga.ties", {"against": constant["map"] / 100, "for": 1.0})
 
 # %% [markdown]
 # ## 13. What a keyword wins (readings F25, F26)
@@ -1611,16 +1667,11 @@ with torch.no_grad():
 # So the two departures go together: of all keywords nearly every pair of texts shares one, and `distinct` leaves hardly any negative; of nouns
 # enough remain.
 #
-# **Exercise 6.** Why not simply remove the colours from the *gallery*'s keywords? What would a text lose?
-#
-# <details><summary>Solution</summary>
-#
-# The gallery is the task: whoever asks with a red box may want "red". And its keywords are also what a text is found by; a text of colours alone
-# would have none left and rank last for every box. Training with nouns changes what FENet learns and leaves the question as it was.
-#
-# </details>
+# Why not simply remove the colours from the *gallery*'s keywords? The gallery is the task: whoever asks with a red box may want "red". And its keywords are also
+# what a text is found by; a text of colours alone would have none left and rank last for every box. Training with nouns changes what FENet learns and leaves the
+# question as it was.
 
-# %% jupyter={"source_hidden": true}
+# %%
 without_colours = [[word for word in told_by["all"][n] if kind_of(word) != "colour"] for n in range(cut_at, len(truths))]
 lost = 100 * sum(map(len, without_colours)) / sum(len(told_by["all"][n]) for n in range(cut_at, len(truths)))
 print(f"{lost:.0f} % of the gallery's keywords would remain")
@@ -1717,18 +1768,19 @@ for row in ("Dense", "Sparse", "Dynamic"):
     assert (five.loc[row] == one.loc[row]).all()
 
 # %% [markdown]
-# **Exercise 7.** Of Table 5 the paper says that the global term helps description assignment obviously only with dynamic labels. Do the cells
-# agree? What does the term gain by label and task?
-#
-# <details><summary>Solution</summary>
-#
-# They do not. In description assignment dense gains most (+2.5 and +2.2), dynamic half of it (+1.2 and +1.1), sparse +0.7 and
-# +0.6. In object discovery dense gains 8.7 and 10.2, dynamic 5.6 and 6.7, sparse 1.6 and 4.9. The order dense, dynamic, sparse is the same in all four
-# columns. What is true is that dynamic with the global term is the best row in all of them.
-#
-# </details>
+# **Exercise 9 (compute).** Of Table 5 the paper says that the global term helps description assignment obviously only with dynamic labels. Do the cells agree? What does the term
+# gain on COCO 2017, by label (`five` above)?
 
-# %% jupyter={"source_hidden": true}
+# %% tags=["exercise"]
+by_label = ...  # {"Dense": ..., "Sparse": ..., "Dynamic": ...}
+check("felga.gains", by_label)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# They do not. In description assignment dense gains most (+2.5 and +2.2), dynamic half of it (+1.2 and +1.1), sparse +0.7 and +0.6. In object discovery dense
+# gains 8.7 and 10.2, dynamic 5.6 and 6.7, sparse 1.6 and 4.9. The order dense, dynamic, sparse is the same in all four columns. What is true is that
+# dynamic with the global term is the best row in all of them.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 gains = {row: five.loc[next(name for name in five.index if name.startswith(f"{row} +"))] - five.loc[row]
          for row in ("Dense", "Sparse", "Dynamic")}  # fmt: skip
 gains = pd.DataFrame(gains).T
@@ -1736,6 +1788,7 @@ show(gains.rename_axis("gain by the global term"), digits=1)
 for column in gains:
     assert gains[column].sort_values(ascending=False).index.tolist() == ["Dense", "Dynamic", "Sparse"]
     assert five[column].idxmax().startswith("Dynamic +")
+check("felga.gains", gains["assignment 2017"].to_dict())
 
 # %% [markdown]
 # ## What to take along
