@@ -15,7 +15,7 @@ from notebook_text import NOTEBOOKS
 from finematch.exercises import KINDS, check, exercise, exercises, number, tensor
 from finematch.handout import student_page, write_handout, write_student
 
-METHODS = ("mvam", "hslm", "felga")  # whose exercises have checks
+METHODS = ("mvam", "hslm", "felga", "slan")
 
 
 def softmax_over_views(codes, keys, mask):
@@ -51,6 +51,13 @@ def looked(words, regions, scale):
 def rival(scores):
     excess = (0.2 - scores.diagonal()[:, None] + scores).clamp(min=0)
     return excess.masked_fill(torch.eye(len(scores), dtype=torch.bool), 0.0).amax(1).sum()
+
+
+def shifted(weights, extent, *, middle=True):
+    steps = torch.arange(len(weights)) - (len(weights) // 2 if middle else 0)
+    return (
+        torch.stack([(weights.sum(0) * steps).sum(), (weights.sum(1) * steps).sum()]) * extent / len(weights)
+    )
 
 
 KEYS = torch.tensor([[2.0, 0], [0, 2], [1, 1]])
@@ -175,6 +182,37 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         (({"Dense": 8.7, "Sparse": 1.6, "Dynamic": 5.6},), "Dense: the number is too large"),
         (({"Dense": 2.5, "Dynamic": 1.2},), "'Sparse' is missing"),
     ],
+    "slan.best": [
+        (([0.05, 0.0, 0.1, 0.15],), "mind the sign"),
+        (([-0.05, 0.16, -0.1, -0.15],), "own score is 1"),
+        (([-0.05, -0.1, -0.15],), "the shape is"),
+    ],
+    "slan.ramp": [(([0.5, 0, 0.5, 0],), "of the edges"), (([1.0, 0, 0.5, 0],), "same mean")],
+    "slan.attend": [
+        ((lambda r, w: (r @ w.T).softmax(1) @ w,), "square root of D"),
+        ((lambda r, w: (r @ w.T / math.sqrt(r.shape[1])).softmax(0) @ w,), "runs over the words"),
+        ((lambda r, w: (r @ w.T / math.sqrt(r.shape[1])).softmax(1) @ w + r,), "residual"),
+    ],
+    "slan.offset": [
+        ((lambda w, e: shifted(w.T, e),), "changed places"),
+        ((lambda w, e: shifted(w, e) * len(w),), "cells are N / K apart"),
+        ((lambda w, e: shifted(w, e, middle=False),), "from the middle one"),
+    ],
+    "slan.reach": [((1.75,), "a whole neighbourhood"), ((0.875,), "its edge"), ((0.4,), "three levels")],
+    "slan.whole": [(("above zero", 0.0), "not what you have predicted"), (("zero", 0.4), "stop")],
+    "slan.matching": [
+        (
+            ({"true": 2.1269, "other text": 0.6931, "other picture": 1.3133},),
+            "true: this is -log of the wrong",
+        ),
+        (({"true": 0.1269, "other text": 0.6931, "other picture": 0.3133},), "does not belong together"),
+    ],
+    "slan.lonely": [
+        ((0.0,), "wrong ones too"),
+        ((4.0,), "logarithm"),
+        ((math.log(3),), "in the denominator"),
+    ],
+    "slan.median": [((1.5,), "500th"), ((1.0,), "fewer than half")],
 }
 
 

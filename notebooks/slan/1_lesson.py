@@ -65,6 +65,7 @@ from finematch.scenes.generator import TOKENIZER, attributes, generate
 from finematch.encoders import BertTower, small_bert
 from finematch.features.proposals import propose
 from finematch.tables import published, to_markdown
+from finematch.exercises import check
 from finematch.models.configs import (
     AnsweringConfig,
     CaptioningConfig,
@@ -354,22 +355,24 @@ assert by_downstream[LOGIT] > 1e-4
 assert by_regression[LOGIT] == 0 < by_regression[BOX]
 
 # %% [markdown]
-# **Exercise 1.** With `max` the best region has S = 1 whatever its logit $x_m$ is. Does $x_m$ get a gradient? In which direction can it act?
-#
-# <details><summary>Solution</summary>
-#
-# $S_t = \sigma(x_t)/\sigma(x_m)$, so $\partial S_t/\partial x_m = -S_t\,(1 - \sigma(x_m))$ for all others and 0 for itself. The best region
-# cannot make itself count more, only the *others* less. What is second can rise until it is first; then it is the one that holds the others
-# down. As $\sigma(x_m) \to 1$ even that fades.
-#
-# </details>
+# **Exercise 1 (compute).** With `max` the best region has S = 1 whatever its logit $x_m$ is. Does $x_m$ get a gradient? Take four regions whose sigmoids are 0.2, 0.8, 0.4, 0.6: give
+# $\partial S_t/\partial x_m$ for each, $m$ being the second.
 
-# %% jupyter={"source_hidden": true}
+# %% tags=["exercise"]
+slopes_of_the_best = ...  # four numbers
+check("slan.best", slopes_of_the_best)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# $S_t = \sigma(x_t)/\sigma(x_m)$, so $\partial S_t/\partial x_m = -S_t\,(1 - \sigma(x_m))$ for all others and 0 for itself. The best region cannot make itself count more, only the
+# *others* less. What is second can rise until it is first; then it is the one that holds the others down. As $\sigma(x_m) \to 1$ even that fades.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 x = torch.logit(torch.tensor([[0.2, 0.8, 0.4, 0.6]])).requires_grad_()
 S = RegionFilter(D, score_norm="max").normalise(x, real(x))[0]
 by_best = torch.stack([torch.autograd.grad(s, x, retain_graph=True)[0][0, 1] for s in S])
 print("dS / dx of the best:", [round(v, 3) for v in by_best.tolist()])
 assert close(by_best, [-0.25 * 0.2, 0, -0.5 * 0.2, -0.75 * 0.2])
+check("slan.best", by_best)
 
 # %% [markdown]
 # ## 4. Looking at a box (3.2.3): RoI pooling, and why it has to have gradients
@@ -465,20 +468,22 @@ assert (area[:3] < 0.5 * (climbing[0, :3, 2:] - climbing[0, :3, :2]).prod(-1)).a
 # A box that lies inside one cell of the map sees a plane (nearly), and the mean of a plane is its middle, whatever the size: the size then gets no gradient. So the
 # library gives boxes a least side of 1/32.
 #
-# **Exercise 2.** A map is a ramp, $f(x, y) = x$. What is the gradient of the mean with respect to the centre, and with respect to the width?
-#
-# <details><summary>Solution</summary>
-#
-# The mean is $(x_1 + x_2)/2$, the centre itself: gradient 1 with respect to the centre and 0 with respect to the width. Edges: ½ each.
-#
-# </details>
+# **Exercise 2 (compute).** A map is a ramp, $f(x, y) = x$. What is the gradient of its mean over a box, with respect to the box's $(x, y, w, h)$, centre and sides?
 
-# %% jupyter={"source_hidden": true}
+# %% tags=["exercise"]
+slope_of_the_mean = ...  # four numbers
+check("slan.ramp", slope_of_the_mean)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# The mean is $(x_1 + x_2)/2$, the centre itself: gradient 1 with respect to the centre's $x$ and 0 with respect to the width. Edges: ½ each.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 ramp = ((torch.arange(16) + 0.5) / 16).expand(1, 1, 16, 16)
 middle = torch.tensor([[[0.4, 0.5, 0.3, 0.2]]], requires_grad=True)
 (slope,) = torch.autograd.grad(roi_align_mean(ramp, convert(middle, "cxcywh", "xyxy")).sum(), middle)
 print("gradient with respect to (x, y, w, h):", [round(v, 4) + 0.0 for v in slope[0, 0].tolist()])
 assert close(slope, [[[1, 0, 0, 0]]])
+check("slan.ramp", slope[0, 0])
 
 # %% [markdown]
 # ## 5. Words and regions meet (Eq. 1; line 5)
@@ -536,7 +541,26 @@ with torch.no_grad():
 # Algorithm 1 has a surprise of its own. Line 5 computes new regions $E^G_{i+1}$, and line 9 *overwrites* them by what the moved box shows; and the saliency S of line 3
 # counts once, before the first level (reading S2). `region_update`: `overwrite` is as printed; `reweight` multiplies line 9 by S; `residual`, the default, also adds
 # what line 5 had found. The difference will matter in section 13.
-#
+
+# %% [markdown]
+# **Exercise 3 (build).** Write the first half of Eq. 1 as printed: regions "t d" and words "n d" to new regions "t d".
+
+
+# %% tags=["exercise"]
+def attended(regions: Tensor, words: Tensor) -> Tensor: ...
+
+
+check("slan.attend", attended)
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+def attended(regions: Tensor, words: Tensor) -> Tensor:
+    return (regions @ words.T / math.sqrt(regions.shape[1])).softmax(1) @ words
+
+
+check("slan.attend", attended)
+
+# %% [markdown]
 # ## 6. Where to move (Eq. 2; lines 6 to 8)
 #
 # About each region lies a *neighbourhood* of size $(N^h_i, N^w_i) = (r_i H_i, r_i W_i)$, with $r = 1, ½, ¼$: the whole picture, a half, a quarter. It is cut into
@@ -761,23 +785,46 @@ for part in (1, 0.5, 0.25):
 assert float(moved.abs().max()) > 0.16  # `map`: the same region, the same picture
 
 # %% [markdown]
-# **Exercise 3.** (a) `raw` weights, unit N, level 1, $K = 3$: by how much must the right column's $M$ exceed the left one's, in all three rows, for the region to move by a
-# whole picture? (b) How far can a region go in three levels with $K = 5$ under the defaults?
-#
-# <details><summary>Solution</summary>
-#
-# (a) $\Delta x = 3\,(M_{right} - M_{left})$: a third. Cosines of an untrained network differ by that easily. (b) A level reaches $2/5$ of its
-# neighbourhood: $1.75 \cdot 0.4 = 0.7$.
-#
-# </details>
+# **Exercise 4 (build).** Write Eq. 2 in our reading (`axes="image"`, `unit="N/K"`): the weights of the cells "k k", row by row, and the neighbourhood's (width, height), to
+# (dx, dy).
 
-# %% jupyter={"source_hidden": true}
+
+# %% tags=["exercise"]
+def moves(weights: Tensor, extent: Tensor) -> Tensor: ...
+
+
+check("slan.offset", moves)
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+def moves(weights: Tensor, extent: Tensor) -> Tensor:
+    k = len(weights)
+    steps = torch.arange(k) - k // 2
+    return torch.stack([(weights.sum(0) * steps).sum(), (weights.sum(1) * steps).sum()]) * extent / k
+
+
+check("slan.offset", moves)
+
+# %% [markdown]
+# **Exercise 5 (compute).** How far can a region go in three levels with $K = 5$ and neighbourhoods of 1, ½ and ¼ of the image, in our reading? (And with `raw` weights, unit N, level 1,
+# $K = 3$: by how much must the right column's $M$ exceed the left one's, in all three rows, to move it by a whole image?)
+
+# %% tags=["exercise"]
+farthest = ...  # a part of the image's side
+check("slan.reach", farthest)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# A level reaches $2/5$ of its neighbourhood: $1.75 \cdot 0.4 = 0.7$. With raw weights $\Delta x = 3\,(M_{right} - M_{left})$: a third is enough for a whole image. Cosines of an untrained network
+# differ by that easily.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 third = torch.tensor([[[0.2, 0.0, 0.2 + 1 / 3] * 3]])
 assert close(offset(third, torch.ones(1, 1, 2), unit="N"), [[[1, 0]]])
 last = F.one_hot(torch.tensor([[14]]), 25).float()  # row 2, column 4
 reach = sum(float(offset(last, torch.full((1, 1, 2), r))[0, 0, 0]) for r in (1, 0.5, 0.25))
 print(f"(b) {reach:.2f}")
 assert close(reach, 0.7)
+check("slan.reach", reach)
 
 # %% [markdown]
 # ## 7. How large to be: $p_w$ and $p_h$
@@ -1022,15 +1069,18 @@ assert sides[-1] < 0.05
 # %% [markdown]
 # So each of the two readings has its own collapse: one to "do not move", the other to "be small". Which of them is the worse, section 14 measures on the toy.
 #
-# **Exercise 4.** The proposal is the whole picture. What does Eq. 3 say of it, if $p \ge 1$? Is that an optimum, too?
-#
-# <details><summary>Solution</summary>
-#
-# A region as large as the picture cannot move: it would leave it, and stops. It cannot grow either. So $\bar g = g$ and the loss is 0, whatever the words say. It is another optimum of Eq. 3, and the cheapest one to keep. (We have seen proposals of a network with no more than Eq. 4, 6 and 9 to go by settle there.)
-#
-# </details>
+# **Exercise 6 (change).** The proposal is the whole image, and $p \ge 1$. Predict Eq. 3, "zero" or "above zero", wherever the words push it. Then measure it: `regression_loss` of
+# `stop(whole)` against the mean of three pushed and stopped boxes.
 
-# %% jupyter={"source_hidden": true}
+# %% tags=["exercise"]
+predicted, measured = ..., ...
+check("slan.whole", predicted, measured)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# A region as large as the image cannot move: it would leave it, and stops. It cannot grow either. So $\bar g = g$ and the loss is 0, whatever the words say. It is another optimum of Eq. 3, and the
+# cheapest one to keep. (We have seen proposals of a network with no more than Eq. 4, 6 and 9 to go by settle there.)
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 whole = torch.tensor([0.5, 0.5, 1.0, 1.0])
 pushed = [
     stop(whole + torch.tensor([*d, 0.2, 0.2]))[None, None] for d in ((0.3, 0.0), (-0.2, 0.4), (0.1, 0.1))
@@ -1038,6 +1088,7 @@ pushed = [
 value = regression_loss(stop(whole)[None, None], regression_target(torch.stack(pushed)), a_region)
 print(f"Eq. 3 of the whole picture: {float(value):.4f}")
 assert close(value, [0.0])
+check("slan.whole", "zero", float(value))
 
 # %% [markdown]
 # ## 10. Do they belong together? (Eq. 4)
@@ -1099,6 +1150,17 @@ print(f"picture B drew text 1 in {100 * share:.0f} % of 2,000 draws")
 assert (drawn[:, :2] == 2).all()
 assert (drawn[:, 2] < 2).all()
 assert abs(share - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 2000)
+
+# %% [markdown]
+# **Exercise 7 (compute).** Eq. 4 of the three pairs in the table above: give $-\log$ of the right answer of each, without looking at its last column.
+
+# %% tags=["exercise"]
+terms_of_matching = ...  # {"true": ..., "other text": ..., "other picture": ...}
+check("slan.matching", terms_of_matching)
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+wanted = {"true": (0.0, 2.0, 1), "other text": (0.0, 0.0, 0), "other picture": (0.0, 1.0, 0)}
+check("slan.matching", {name: math.log(math.exp(a) + math.exp(b)) - (b if y else a) for name, (a, b, y) in wanted.items()})
 
 # %% [markdown]
 # ## 11. Near and far, with queues (Eq. 5 and 6)
@@ -1192,16 +1254,11 @@ for version, expected in (("iccv", False), ("arxiv", True)):
     assert max(g for n, g in got.items() if n.startswith("locator.adaptors")) == 0  # line 4 comes later
 
 # %% [markdown]
-# **Exercise 5.** Two captions of one picture are in a batch, and there is no queue. What does `same_picture` change in the loss?
-#
-# <details><summary>Solution</summary>
-#
-# Nothing, once more than one caption's row is added up. Both rows have the same $v$, so that the logits of row 1 and row 2 are the same numbers. With one positive each the rows subtract $l_1$ and $l_2$; with shared targets each subtracts $½(l_1 + l_2)$. The sum is the same, and so is its gradient. The switch begins to matter
-# with a queue (or with momentum encoders), where other captions of a picture wait whose own rows are not in the batch.
-#
-# </details>
+# **Two captions of one image** in a batch, and no queue: what does `same_picture` change in the loss? Nothing, once more than one caption's row is added up. Both rows have the same $v$, so that the logits of row 1 and row 2
+# are the same numbers. With one positive each the rows subtract $l_1$ and $l_2$; with shared targets each subtracts $½(l_1 + l_2)$. The sum is the same, and so is its gradient. The switch begins to matter with a queue (or with momentum
+# encoders), where other captions of an image wait whose own rows are not in the batch.
 
-# %% jupyter={"source_hidden": true}
+# %%
 twins = F.normalize(torch.randn(3, 4), dim=-1)[[0, 1, 2, 0]]
 texts_ = F.normalize(torch.randn(4, 4), dim=-1)
 pictures_ = torch.tensor([5, 6, 7, 5])
@@ -1761,16 +1818,18 @@ if steps_here >= 100 and p.descent >= 50:
     assert of_words["distance, and region-word"].max() < 0.6 * of_words["distance, Eq. 4"].max()
 
 # %% [markdown]
-# **Exercise 6.** The region-word contrast reads words *before* they meet the regions. Suppose that it read them after the literal Eq. 1, of an image with one region. What is the score of a caption with an image, true or not? What is the loss of $b$ pairs, and can training lower it?
-#
-# <details><summary>Solution</summary>
-#
-# With one region every word *becomes* that region (section 5). Its cosine with the region is 1, whatever was said: every image explains every caption perfectly, the softmax is uniform, and the loss is $\ln b$ for ever. With more regions it is not as
-# bad, and the fault is the same: a word that has looked at an image tells what is in the image, and is no longer a question to it.
-#
-# </details>
+# **Exercise 8 (compute).** The region-word contrast reads words *before* they meet the regions. Suppose that it read them after the literal Eq. 1, of an image with one region. What is then the loss of $b = 4$ pairs?
+# Can training lower it?
 
-# %% jupyter={"source_hidden": true}
+# %% tags=["exercise"]
+stuck_at = ...  # a number
+check("slan.lonely", stuck_at)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# With one region every word *becomes* that region (section 5). Its cosine with the region is 1, whatever was said: every image explains every caption perfectly, the softmax is uniform, and the loss is $\ln b$ for ever. With
+# more regions it is not as bad, and the fault is the same: a word that has looked at an image tells what is in the image, and is no longer a question to it.
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 lonely, captions_ = torch.randn(4, 1, 4), torch.randn(4, 5, 4)
 table_ = torch.zeros(4, 4)
 for i, j in itertools.product(range(4), range(4)):
@@ -1780,6 +1839,7 @@ loss_ = F.cross_entropy(table_ / 0.07, torch.arange(4))
 print(f"all scores: {float(table_.min()):.3f} to {float(table_.max()):.3f}; loss {float(loss_):.4f}")
 assert close(table_, torch.ones(4, 4))
 assert close(loss_, log(4))
+check("slan.lonely", loss_)
 
 # %% [markdown]
 # ## 16. Every reading, in three tables
@@ -1936,15 +1996,18 @@ print("regions that stay under the four filters of Table 7, of 30 proposals and 
 assert survivors[0] == 30 > survivors[1] == 8 >= survivors[2] >= survivors[3]
 
 # %% [markdown]
-# **Exercise 7.** Three printed numbers cannot be, or cannot be explained. Find (a) the impossible one in the table of text-to-video retrieval (Table 5; 1,000 queries); (b) what changed between the versions in the rows "Ours" of the table of more tasks (ICCV Table 3, arXiv Table 2), and what did not; (c) what the text makes of arXiv's Table 9.
-#
-# <details><summary>Solution</summary>
-#
-# (a) A median rank of 1.5 with R@1 = 46.8 %. Of 1,000 ranks the median is the mean of the 500th and the 501st; only 468 queries have rank 1, so both are at least 2. 1.5 needs exactly 500. (b) Captions, VQA and NLVR2 rise (CIDEr 144.3 to 147.8, VQA 83.4 to 84.5), retrieval stays to the digit, with other proposals and another $T_v$; no reason is given. (c) "0.5 % and 0.8 %" for a loaded detector: image to text gains 0.5, text to image *loses* 1.2 (68.9 to 67.7).
-#
-# </details>
+# **Exercise 9 (compute).** Table 5 prints a median rank of 1.5 beside R@1 = 46.8 %, for 1,000 queries. What is the least median that goes with this R@1? (Two more puzzles: what changed between the versions in the rows "Ours" of ICCV's
+# Table 3 and arXiv's Table 2, and what did not; and what does the text make of arXiv's Table 9?)
 
-# %% jupyter={"source_hidden": true}
+# %% tags=["exercise"]
+least = ...  # a rank
+check("slan.median", least)
+
+# %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
+# Of 1,000 ranks the median is the mean of the 500th and the 501st; only 468 queries have rank 1, so both are at least 2. 1.5 needs exactly 500. Captions, VQA and NLVR2 rise between the versions (CIDEr 144.3 to 147.8, VQA 83.4 to 84.5), retrieval stays
+# to the digit, with other proposals and another $T_v$; no reason is given. "0.5 % and 0.8 %" for a loaded detector: image to text gains 0.5, text to image *loses* 1.2 (68.9 to 67.7).
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
 video = published("SLAN", 5).query("row.str.startswith('Ours')").set_index("column")["value"]
 rank_one = round(10 * video["R@1"])
 least_median = 1.0 if rank_one > 500 else 1.5 if rank_one == 500 else 2.0
@@ -1968,6 +2031,7 @@ gain = (detector["pre-trained"] - detector["from scratch"]).round(1)
 print("(c)", ", ".join(f"{name} {value:+.1f}" for name, value in gain.items()))
 assert gain["COCO i2t@1"] == 0.5
 assert gain["COCO t2i@1"] == -1.2
+check("slan.median", least_median)
 
 # %% [markdown]
 # ## What to take along
