@@ -186,6 +186,19 @@ def test_git_keeps_metrics_of_real_runs_only(path, ignored, tmp_path):
     assert (path not in shown.stdout.split()) == ignored
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout of git")
+def test_committed_runs_name_no_place_of_a_machine():
+    listed = subprocess.run(
+        ["git", "ls-files", "papermill_runs"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    files = [ROOT / name for name in listed.stdout.split()]
+    assert files
+    for file in files:
+        parameters = json.loads(file.read_text(encoding="utf-8"))["parameters"]
+        odd = [key for key, value in parameters.items() if isinstance(value, str) and os.path.isabs(value)]
+        assert odd == [], f"{file}: {odd}"
+
+
 @pytest.mark.parametrize(
     ("grid", "profile"),
     [*((grid, "default") for grid in GRIDS), *((grid, "slurm") for grid in GRIDS[::8])],

@@ -66,7 +66,7 @@ from matplotlib import pyplot as plt
 
 from finematch import figures as draw
 from finematch.evaluation.captions import caption_scores, most_frequent, read_results, write_results
-from finematch.rebuild import pretrained_run, slan_captioner
+from finematch.rebuild import pretrained_run, slan_captioner, with_run
 from finematch.runs import begin
 from finematch.tables import published, to_markdown
 from finematch.training import Plan, accelerator, fit, seed_everything, to_device
@@ -93,8 +93,7 @@ base = pretrained_run(s)
 data, of_run, tokenizer = base.data, base.settings, base.data.tokenizer
 train, val, test = data.splits["train"], data.splits["val"], data.splits[data.reported]
 references = {record.image_id: list(record.captions) for record in test.records}
-s = s.replace(pretrained=str(base.folder.resolve()))  # whatever was the latest; the identity has its digest, not its name
-run = begin("slan_captioning", s, data=base.identity.get("data", {}), features=base.identity.get("features", ""),
+run = begin("slan_captioning", with_run(s, base), data=base.identity.get("data", {}), features=base.identity.get("features", ""),
             out=s.out, resume=s.resume)  # fmt: skip
 print(f"{base.folder.name}: {of_run.levels} levels, weights: {s.start}; {len(train.captions)} captions of {len(train.records)} images to learn from, "
       f"{len(test.records)} images of {data.reported} to describe")  # fmt: skip

@@ -76,11 +76,11 @@ from finematch.evaluation.detection import (
 from finematch.evaluation.grounding import grounding
 from finematch.evaluation.phrases import annotated_phrases, located_phrases
 from finematch.files import digest
-from finematch.features.inputs import labelled_images, map_images, origin, pixel_images
+from finematch.features.inputs import labelled_images, origin
 from finematch.models.slan.detection import (
     LabelledBoxes, class_items, collate, phrase_items, phrase_texts, prompts,
 )  # fmt: skip
-from finematch.rebuild import pretrained_run, slan_localizer
+from finematch.rebuild import pretrained_run, seen_as, slan_localizer, with_run
 from finematch.runs import begin
 from finematch.tables import published, to_markdown
 from finematch.training import Plan, accelerator, fit, seed_everything, to_device
@@ -116,17 +116,9 @@ print(f"{pretrained.folder.name}: {of_run.levels} levels, T = {localizer.locator
 # Detection reads COCO's annotations: class names, and boxes in pixels. On scenes the shapes are the classes. Grounding reads Flickr30k Entities' format: phrases of the captions, and
 # their boxes. A phrase without boxes is dropped, as in MDETR's evaluation, and counted. The test split is reported where there is one, else val; the last epoch is kept.
 
-
 # %%
-def see(records):
-    """Images of other records as the run sees its own."""
-    if s.scale == "paper":
-        return pixel_images(records, of_run.size)
-    return map_images(records, data.network, root() / s.cache, stages=of_run.maps)
-
-
 if s.task == "detection":
-    parts, ids = labelled_images(s.dataset, data.data_root, data.splits, see)
+    parts, ids = labelled_images(s.dataset, data.data_root, data.splits, seen_as(s, pretrained))
     if s.smoke:
         parts = {name: (source, records[:40], rows[:40]) for name, (source, records, rows) in parts.items()}
     reported = s.report if s.report in parts else "val"
@@ -156,8 +148,7 @@ made_of = dict(pretrained.identity.get("data", {}))
 made_of |= {f"labels {name}": digests(part) for name, part in labelled.items()}
 if s.task == "detection" and not s.dataset.startswith("scenes"):  # images that the pretrained run has not seen
     made_of["label maps"] = {name: digest(key) for name, key in origin({name: part[0] for name, part in parts.items()}).items()}
-named = s if s.pretrained not in ("", "latest") else s.replace(pretrained=str(pretrained.folder.relative_to(root())))
-run = begin("slan_localization", named, data=made_of, features=pretrained.identity.get("features", ""), out=s.out, resume=s.resume)
+run = begin("slan_localization", with_run(s, pretrained), data=made_of, features=pretrained.identity.get("features", ""), out=s.out, resume=s.resume)
 run.folder
 
 # %% [markdown]

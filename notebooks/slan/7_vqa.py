@@ -62,10 +62,9 @@ from matplotlib import pyplot as plt
 from finematch import figures as draw
 from finematch.data import task_digests
 from finematch.evaluation.vqa import accuracy, normalise, vqa_results, write_vqa
-from finematch.features.inputs import map_images, pixel_images
 from finematch.features.tasks import task_entries, task_images, task_tokenizer
 from finematch.models.slan.vqa import AskedImages, answer_list, answer_shares
-from finematch.rebuild import pretrained_run, slan_answerer
+from finematch.rebuild import pretrained_run, seen_as, slan_answerer, with_run
 from finematch.runs import begin
 from finematch.shortcuts import vqa_shortcuts
 from finematch.tables import published, to_markdown
@@ -99,20 +98,12 @@ reported = s.report or ("test" if s.dataset.startswith("scenes") else "val")
 splits = list(dict.fromkeys(("train", "val", reported)))
 questions = task_entries("vqa", s.dataset, base.data.data_root, splits, smoke=s.smoke)
 
-
-def see(records):
-    """Images as the pretrained run sees its own."""
-    if s.scale == "paper":
-        return pixel_images(records, of_run.size)
-    return map_images(records, base.data.network, root() / s.cache, stages=of_run.maps)
-
-
-images, rows = task_images(questions, see)
+images, rows = task_images(questions, seen_as(s, base))
 asked = {name: AskedImages(images[name], part, [row for (row,) in rows[name]], tokenizer) for name, part in questions.items()}
 listed = answer_list(questions["train"], s.answers)
 test = questions[reported]
 made_of = base.identity.get("data", {}) | {f"questions {name}": task_digests(part) for name, part in questions.items()}
-run = begin("slan_vqa", s.replace(pretrained=str(base.folder.resolve())), data=made_of, features=base.identity.get("features", ""),
+run = begin("slan_vqa", with_run(s, base), data=made_of, features=base.identity.get("features", ""),
             out=s.out, resume=s.resume)  # fmt: skip
 print(f"{base.folder.name}: {of_run.levels} levels, weights: {s.start}; {len(listed)} answers in the list")
 pd.DataFrame({name: {"questions": len(part), "images": len(images[name])} for name, part in questions.items()})

@@ -59,10 +59,9 @@ from matplotlib import pyplot as plt
 from finematch import figures as draw
 from finematch.data import task_digests
 from finematch.evaluation.nlvr2 import nlvr2_results, write_nlvr2
-from finematch.features.inputs import map_images, pixel_images
 from finematch.features.tasks import task_entries, task_images, task_tokenizer
 from finematch.models.slan.nlvr2 import ImagePairs
-from finematch.rebuild import pretrained_run, slan_pair_classifier
+from finematch.rebuild import pretrained_run, seen_as, slan_pair_classifier, with_run
 from finematch.runs import begin
 from finematch.shortcuts import sentence_alone
 from finematch.tables import published, to_markdown
@@ -92,19 +91,11 @@ of_run, tokenizer, reported = base.settings, task_tokenizer(s.dataset, base.data
 splits = list(dict.fromkeys(("train", "val", reported)))
 pairs = task_entries("nlvr2", s.dataset, base.data.data_root, splits, smoke=s.smoke)
 
-
-def see(records):
-    """Images as the pretrained run sees its own."""
-    if s.scale == "paper":
-        return pixel_images(records, of_run.size)
-    return map_images(records, base.data.network, root() / s.cache, stages=of_run.maps)
-
-
-images, rows = task_images(pairs, see)
+images, rows = task_images(pairs, seen_as(s, base))
 data = {name: ImagePairs(images[name], part, rows[name], tokenizer) for name, part in pairs.items()}
 test = pairs[reported]
 made_of = base.identity.get("data", {}) | {f"pairs {name}": task_digests(part) for name, part in pairs.items()}
-run = begin("slan_nlvr2", s.replace(pretrained=str(base.folder.resolve())), data=made_of, features=base.identity.get("features", ""),
+run = begin("slan_nlvr2", with_run(s, base), data=made_of, features=base.identity.get("features", ""),
             out=s.out, resume=s.resume)  # fmt: skip
 print(f"{base.folder.name}: {of_run.levels} levels, weights: {s.start}")
 pd.DataFrame({name: {"examples": len(part), "images": len(images[name]), "true, %": 100 * np.mean([bool(p.label) for p in part])}

@@ -67,10 +67,9 @@ from finematch.data import task_digests
 from finematch.data.video import read_frames
 from finematch.evaluation.reranking import reranked_video_retrieval
 from finematch.evaluation.retrieval import video_retrieval
-from finematch.features.inputs import map_images, pixel_images
 from finematch.features.tasks import task_entries, task_frames, task_tokenizer
 from finematch.models.slan.video import ClipPairs, encode_video, video_pair_scorer
-from finematch.rebuild import pretrained_run, slan_video
+from finematch.rebuild import pretrained_run, seen_as, slan_video, with_run
 from finematch.runs import begin
 from finematch.tables import published, to_markdown
 from finematch.training import Plan, accelerator, fit, seed_everything, to_device
@@ -100,18 +99,10 @@ of_run, reported, m = base.settings, s.report, s.frames
 splits = ("train", "val", reported) if s.epochs else (reported,)
 clips = task_entries("video", s.dataset, base.data.data_root, list(dict.fromkeys(splits)), smoke=s.smoke)
 
-
-def see(records):
-    """Images as the pretrained run sees its own."""
-    if s.scale == "paper":
-        return pixel_images(records, of_run.size)
-    return map_images(records, base.data.network, root() / s.cache, stages=of_run.maps)
-
-
 made_of = base.identity.get("data", {}) | {f"videos {name}": task_digests(part) for name, part in clips.items()}
-clips, images, skipped = task_frames(clips, see, root() / s.cache, count=m, how=s.sample, seed=s.seed)
+clips, images, skipped = task_frames(clips, seen_as(s, base), root() / s.cache, count=m, how=s.sample, seed=s.seed)
 test, left_out = clips[reported], len(skipped[reported])
-run = begin("slan_video", s.replace(pretrained=str(base.folder.resolve())), data=made_of, features=base.identity.get("features", ""),
+run = begin("slan_video", with_run(s, base), data=made_of, features=base.identity.get("features", ""),
             out=s.out, resume=s.resume)  # fmt: skip
 print(f"{base.folder.name}: {of_run.levels} levels, weights: {s.start}; {m} frames of each video")
 pd.DataFrame({name: {"videos": len(part), "captions": sum(len(clip.captions) for clip in part), "skipped": len(skipped[name])}

@@ -12,9 +12,9 @@ import nbformat
 
 from finematch.config import root
 from finematch.data import load
+from finematch.exercises import METHODS
 from finematch.files import DataError
 
-METHODS = ("mvam", "hslm", "felga", "slan")
 FILES = ("pyproject.toml", "requirements.lock", "environment.yml", "LICENSE", "README.md", "docs")
 START = """\
 # Lessons of fine-grained image-text matching

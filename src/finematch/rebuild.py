@@ -156,6 +156,22 @@ def pretrained_run(s):
     return run
 
 
+def with_run(s, pretrained):
+    """The settings of a task, with the run that was the latest by its place in the workbook."""
+    if s.pretrained not in ("", "latest"):
+        return s
+    folder, base = pretrained.folder.resolve(), root().resolve()
+    return s.replace(pretrained=str(folder.relative_to(base) if folder.is_relative_to(base) else folder))
+
+
+def seen_as(s, pretrained) -> Callable[[Any], dict[str, Any]]:
+    """What makes images of other records as the pretrained run sees its own."""
+    of_run, network = pretrained.settings, pretrained.data.network
+    if s.scale == "paper":
+        return partial(pixel_images, size=of_run.size)
+    return partial(map_images, network=network, cache=root() / s.cache, stages=of_run.maps)
+
+
 def _start(s, pretrained, words: int = 0) -> nn.Module:
     """The pretrained run's model, or one of its shape with random weights; it knows at least so many `words`."""
     model = pretrained.model if s.start == "pretrained" else pretrained.untrained(s.seed)
