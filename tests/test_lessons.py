@@ -6,13 +6,14 @@ import dataclasses
 import re
 
 import jupytext
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 from finematch.config import root
 from finematch.figures.diagram import diagram
-from finematch.lessons import beside, close, shapes
+from finematch.lessons import beside, came_out, close, shapes
 from finematch.losses import contrastive
 
 LESSONS = []  # those that have the form below
@@ -54,6 +55,20 @@ def test_every_lesson_has_its_parts(method):
     assert "arxiv.org/abs/" in text[0] or "doi.org/" in text[0]
     assert "Next: [" in text[-1]
     assert "What came out" in "\n".join(text)
+
+
+def test_what_came_out_is_what_the_tables_say():
+    said = came_out("mvam").data
+    (line,) = [
+        line for line in said.splitlines() if line.startswith("| regions (FRCNN): +MVAM beats +[CLS] ")
+    ]
+    claims = pd.read_csv(root() / "figures" / "mvam_backbones.scenes.tiny.claims.csv")
+    of = claims[
+        (claims["claim"] == "regions (FRCNN): +MVAM beats +[CLS]") & (claims["metric"] == "rsum")
+    ].iloc[0]
+    assert f"**{of['verdict']}**: {of['difference']:+.1f} ({of['lower']:+.1f} to {of['upper']:+.1f})" in line
+    assert (root() / "notebooks" / "mvam" / re.search(r"\((\.\./[^)]+)\)", line)[1]).is_file()
+    assert "RESULTS.md" in came_out("mvam", "no such set").data
 
 
 def test_close_compares_shapes_too():
