@@ -1,21 +1,25 @@
 # %% [markdown]
 # # FELGA: the lesson
 #
-# **Paper** [*FELGA: Unsupervised Fragment Embedding for Fine-Grained Cross-Modal Association*](https://openaccess.thecvf.com/content/WACV2024/html/Zhuo_FELGA_Unsupervised_Fragment_Embedding_for_Fine-Grained_Cross-Modal_Association_WACV_2024_paper.html)
-# (WACV 2024). This page explains its sections 3.1 to 3.2.4 (Eq. 1 to 13) and the metric of section 4.3. The tensors are
-# small enough to work by hand. The page trains only a toy of a few angles and two small networks, for some seconds.
+# **Paper**
+# [*FELGA: Unsupervised Fragment Embedding for Fine-Grained Cross-Modal Association*](https://openaccess.thecvf.com/content/WACV2024/html/Zhuo_FELGA_Unsupervised_Fragment_Embedding_for_Fine-Grained_Cross-Modal_Association_WACV_2024_paper.html)
+# (WACV 2024). This page explains its sections 3.1 to 3.2.4 (Eq. 1 to 13) and the metric of section 4.3. The tensors
+# are small enough to work by hand. The page trains only a toy of a few angles and two small networks, for some
+# seconds.
 #
-# **Serves** no table. The page explains what the rows of Tables 1 to 5 are made of; [2_train](2_train.ipynb) runs them.
+# **Serves** no table. The page explains what the rows of Tables 1 to 5 are made of; [2_train](2_train.ipynb) runs
+# them.
 #
-# **Cost** under a minute on one core, and about 1 GB of memory. If the embedded data set has not been drawn yet, drawing it takes
-# half a minute more.
+# **Cost** under a minute on one core, and about 1 GB of memory. If the embedded data set has not been drawn yet,
+# drawing it takes half a minute more.
 #
-# **Expected** every cell passes. Each claim in the text is followed by an `assert`. If the page runs to its end, then what
-# it says is true of this code.
+# **Expected** every cell passes. Each claim in the text is followed by an `assert`. If the page runs to its end, then
+# what it says is true of this code.
 #
-# **How to read it** Short quotations from the paper stand in block quotes. An exercise is a cell with `...` and a check that
-# says what is wrong with your answer. The solution is in the folded cell below it: try first. A number such as F5 names a
-# [reading](../../docs/glossary.md), a place where the paper can be understood in several ways; section 16 lists them all.
+# **How to read it** Short quotations from the paper stand in block quotes. An exercise is a cell with `...` and a
+# check that says what is wrong with your answer. The solution is in the folded cell below it: try first. A number
+# such as F5 names a [reading](../../docs/glossary.md), a place where the paper can be understood in several ways;
+# section 16 lists them all.
 
 # %% tags=["parameters"]
 dataset: str = "scenes"  # the embedded set alone: what a box shows and what a word means is known
@@ -54,8 +58,8 @@ from finematch.lessons import felga as lesson
 from finematch.models import felga
 
 # %% [markdown]
-# **Symbols.** A letter keeps its meaning on the whole page. Bars and hats are the paper's: $f$ is a feature of the frozen
-# model, $\hat f$ is an embedding of FENet, and $\bar L$ is a label that nobody has checked.
+# **Symbols.** A letter keeps its meaning on the whole page. Bars and hats are the paper's: $f$ is a feature of the
+# frozen model, $\hat f$ is an embedding of FENet, and $\bar L$ is a label that nobody has checked.
 #
 # | symbol | shape | meaning | in the code | section |
 # |---|---|---|---|---|
@@ -80,14 +84,17 @@ from finematch.models import felga
 # MVAM and HSLM match an image with a sentence. FELGA matches *fragments*. A fragment of an image is a
 # [region](../../docs/glossary.md), a box. A fragment of a text is a keyword. The paper has two tasks:
 #
-# * **query-driven object discovery**: a word is the query, and images are ranked by $s(t, I) = \max_i d(\hat f_t, \hat f_{v_i})$;
-# * **description assignment**: a box is the query, and texts are ranked by $s(v, T) = \max_j d(\hat f_v, \hat f_{t_j})$.
+# * **query-driven object discovery**: a word is the query, and images are ranked by
+#   $s(t, I) = \max_i d(\hat f_t, \hat f_{v_i})$;
+# * **description assignment**: a box is the query, and texts are ranked by
+#   $s(v, T) = \max_j d(\hat f_v, \hat f_{t_j})$.
 #
 # The picture shows one image of the data set, its text (five captions, joined) and what we would like to know:
 #
 # $$L_{ij} = 1 \text{ if region } v_i \text{ is associated with keyword } t_j \text{, else } 0 \quad (1)$$
 #
-# The matrix $L$ has a row $i$ for each region and a column $j$ for each keyword of a batch. In the picture a dark cell is a 1.
+# The matrix $L$ has a row $i$ for each region and a column $j$ for each keyword of a batch. In the picture a dark
+# cell is a 1.
 
 # %%
 figures.style()
@@ -104,14 +111,14 @@ assert truth.shape == (len(boxes), len(keywords))
 # > "there is no annotation of visual entities and semantic concepts (and their correspondence) provided in the
 # > training stage"
 #
-# The model is given pairs of an image and a text, a frozen vision-language model (VLP), a method that proposes boxes and a
-# method that finds keywords. FELGA makes labels from these and trains a small network. On this data set the truth is
-# known, so this page can check the labels. Here a box goes with a keyword if it overlaps an object by half (IoU) and the
-# keyword says a true shape, colour or texture of that object.
+# The model is given pairs of an image and a text, a frozen vision-language model (VLP), a method that proposes boxes
+# and a method that finds keywords. FELGA makes labels from these and trains a small network. On this data set the
+# truth is known, so this page can check the labels. Here a box goes with a keyword if it overlaps an object by half
+# (IoU) and the keyword says a true shape, colour or texture of that object.
 #
-# **Why fragments?** A score of whole images dilutes what the query asks for. Let the vector of an image be the mean of its
-# parts, which are orthogonal. Image X has nine parts, and one of them is the query. Image Y has two parts; one has the
-# cosine 0.5 with the query, and the other has 0.
+# **Why fragments?** A score of whole images dilutes what the query asks for. Let the vector of an image be the mean
+# of its parts, which are orthogonal. Image X has nine parts, and one of them is the query. Image Y has two parts; one
+# has the cosine 0.5 with the query, and the other has 0.
 #
 # | | whole image | best fragment |
 # |---|---|---|
@@ -136,9 +143,9 @@ assert best[0] > best[1]
 #
 # ## 2. The model in one diagram
 #
-# The next cell runs [`FELGA`](../../src/finematch/models/felga.py#L215) on a tiny batch whose sizes are all different, and
-# records the shape of every tensor. Two pairs (`b` = 2) have three regions (`r`) and five keywords (`k`) each. The features
-# have the width `d` = 7, the hidden layers `h` = 13, and the embeddings `e` = 11.
+# The next cell runs [`FELGA`](../../src/finematch/models/felga.py#L215) on a tiny batch whose sizes are all
+# different, and records the shape of every tensor. Two pairs (`b` = 2) have three regions (`r`) and five keywords
+# (`k`) each. The features have the width `d` = 7, the hidden layers `h` = 13, and the embeddings `e` = 11.
 
 # %%
 config = felga.FELGAConfig(hidden_dim=13, out_dim=11, global_negatives="all")
@@ -166,8 +173,8 @@ assert recorded["f_v"] == "b r d"
 assert recorded["regions"] == "b r e"
 
 # %% [markdown]
-# An arrow without a shape carries images or words. The texts of a batch are as many as its images, so the axes `b` and `c`
-# have one size here. A shape of `1` is a single number. Note three things:
+# An arrow without a shape carries images or words. The texts of a batch are as many as its images, so the axes `b`
+# and `c` have one size here. A shape of `1` is a single number. Note three things:
 #
 # * The two towers are frozen. Only FENet is trained, and it is one network for both modalities.
 # * The pseudo-labels are made from the *frozen* features, before FENet.
@@ -177,21 +184,22 @@ assert recorded["regions"] == "b r e"
 #
 # ## 3. Fragments and their features (3.2.1, Eq. 2)
 #
-# The paper takes ten keywords of KeyBERT per text and the ten best boxes of DETReg per image. [2_train](2_train.ipynb) can use these or
-# others. Here the keywords come from tf-idf and the boxes from selective search, because both are instant.
+# The paper takes ten keywords of KeyBERT per text and the ten best boxes of DETReg per image.
+# [2_train](2_train.ipynb) can use these or others. Here the keywords come from tf-idf and the boxes from selective
+# search, because both are instant.
 #
 # $$F_{\bar V}, F_{\bar T} = \mathrm{VLP}(\bar V, \bar T) \quad (2)$$
 #
-# $\bar V$ are the region proposals and $\bar T$ the keywords of a batch. $F_{\bar V}$ (`b r d`, `f_v`) and $F_{\bar T}$ (`b k d`, `f_t`) are
-# their features. Each box is cut out and goes through the image tower by itself. Each keyword goes through the text tower by itself,
-# without a prompt. This is what the image tower gets:
+# $\bar V$ are the region proposals and $\bar T$ the keywords of a batch. $F_{\bar V}$ (`b r d`, `f_v`) and
+# $F_{\bar T}$ (`b k d`, `f_t`) are their features. Each box is cut out and goes through the image tower by itself.
+# Each keyword goes through the text tower by itself, without a prompt. This is what the image tower gets:
 
 # %%
 lesson.draw_crops(image, boxes)
 
 # %% [markdown]
-# The next cell compares the library's class [`VLP`](../../src/finematch/features/fragments.py#L70) with a loop over the boxes.
-# The model is a small CLIP with random weights. Its features mean nothing, but Eq. 2 is the same.
+# The next cell compares the library's class [`VLP`](../../src/finematch/features/fragments.py#L70) with a loop over
+# the boxes. The model is a small CLIP with random weights. Its features mean nothing, but Eq. 2 is the same.
 
 # %%
 vlp = lesson.random_vlp(p.seed)
@@ -207,10 +215,10 @@ assert close(crops.norm(dim=1), torch.ones(len(boxes)))
 print(f"{len(crops)} regions and {len(spoken)} keywords, unit vectors of width {crops.shape[1]}")
 
 # %% [markdown]
-# **From here on the features are made by hand** ([`HandMade`](../../src/finematch/lessons/felga.py#L168)), so that nothing on this page depends on
-# the training of a CLIP. The meaning of a word (a shape, a colour, a texture) is a random direction, and synonyms lie close together. A
-# box is the sum of what is true of the objects under it, each weighted by its IoU, of the background, and of noise. A
-# real VLP is less tidy: raise `noise` and run the page again.
+# **From here on the features are made by hand** ([`HandMade`](../../src/finematch/lessons/felga.py#L168)), so that
+# nothing on this page depends on the training of a CLIP. The meaning of a word (a shape, a colour, a texture) is a
+# random direction, and synonyms lie close together. A box is the sum of what is true of the objects under it, each
+# weighted by its IoU, of the background, and of noise. A real VLP is less tidy: raise `noise` and run the page again.
 #
 # Some statements below are measurements on these images. Their asserts apply only at about the default parameters
 # (`usual`). With other parameters the page shows your numbers, and asserts what the mathematics says.
@@ -227,8 +235,8 @@ assert truth_of_batch.shape == (*seen.shape, *told.shape)
 assert not (truth_of_batch & ~(seen[:, :, None, None] & told)).any()  # padding belongs to nothing
 
 # %% [markdown]
-# An image can have fewer boxes than others, and a text fewer keywords. They are padded, and the masks `seen` (`b r`) and
-# `told` (`b k`) say which fragments are real.
+# An image can have fewer boxes than others, and a text fewer keywords. They are padded, and the masks `seen` (`b r`)
+# and `told` (`b k`) say which fragments are real.
 #
 # <a id="example"></a>
 #
@@ -249,8 +257,8 @@ assert not (truth_of_batch & ~(seen[:, :, None, None] & told)).any()  # padding 
 # | **b** ball | **0.6** | 1 | 0.8 |
 # | **c** cat | 0.96 | **0.8** | **1** |
 #
-# The cosines within a pair are bold. The example has two difficulties. The ball has the cosine 1 with "sofa", a word of the
-# other text. And the cat is closer to the word "dog" than the dog is.
+# The cosines within a pair are bold. The example has two difficulties. The ball has the cosine 1 with "sofa", a word
+# of the other text. And the cat is closer to the word "dog" than the dog is.
 
 # %%
 EXAMPLE = {
@@ -263,8 +271,8 @@ v, t, v_real, t_real = (EXAMPLE[side][key] for key in ("features", "mask") for s
 real = felga.real_pairs(v_real, t_real)  # "b r k": no padding
 
 # %% [markdown]
-# Two helpers: `matrix` writes the axes "b r c k" as the rows `i` and columns `j` of the paper, and `unpadded` keeps the nine
-# places of the example that are no padding.
+# Two helpers: `matrix` writes the axes "b r c k" as the rows `i` and columns `j` of the paper, and `unpadded` keeps
+# the nine places of the example that are no padding.
 
 
 # %%
@@ -288,9 +296,9 @@ NAMES = ["a dog", "b ball", "c cat"], ["p dog", "q sofa", "r cat"]
 # ## 5. Pseudo-labels of fragments (3.2.2, Eq. 3 to 6)
 #
 # The paper guesses Eq. 1 from the frozen features in three ways: [`dense`](../../src/finematch/models/felga.py#L42),
-# [`sparse`](../../src/finematch/models/felga.py#L47) and [`dynamic`](../../src/finematch/models/felga.py#L57). Each gives
-# [pseudo-labels](../../docs/glossary.md) $\bar L$ of the shape `b r k`, one for each region and keyword of a pair. Between different pairs
-# all labels are 0.
+# [`sparse`](../../src/finematch/models/felga.py#L47) and [`dynamic`](../../src/finematch/models/felga.py#L57). Each
+# gives [pseudo-labels](../../docs/glossary.md) $\bar L$ of the shape `b r k`, one for each region and keyword of a
+# pair. Between different pairs all labels are 0.
 #
 # | | $\bar L_{ij} = 1$ if $i$ and $j$ are of one pair and | the assumption |
 # |---|---|---|
@@ -300,8 +308,8 @@ NAMES = ["a dog", "b ball", "c cat"], ["p dog", "q sofa", "r cat"]
 #
 # $$\mathrm{mean}_n = \frac{1}{\bar m^v_n\,\bar m^t_n}\sum_{i}\sum_{j} d(f_{v_i}, f_{t_j}) \quad (5)$$
 #
-# $\mathrm{mean}_n$ is one number for each pair $n$ (`mean` in the code). By hand: pair 1 has the cosines 0.8 and 0.6, so its mean is
-# 0.7. Pair 2 has 0.8 and 1, so its mean is 0.9.
+# $\mathrm{mean}_n$ is one number for each pair $n$ (`mean` in the code). By hand: pair 1 has the cosines 0.8 and 0.6,
+# so its mean is 0.7. Pair 2 has 0.8 and 1, so its mean is 0.9.
 #
 # | | dense | sparse | dynamic |
 # |---|---|---|---|
@@ -341,9 +349,9 @@ assert torch.equal(mine["sparse"].int().argmax(0), here.argmax(0))  # Eq. 4
 assert torch.equal(mine["dynamic"], here >= here.sum() / here.numel())  # Eq. 5 and 6
 
 # %% [markdown]
-# The next cell counts over the whole batch. *Precision* is the share of the positives that is right. *Recall* is the share of
-# what is right that is positive. Dense labels have all that is right, but most of them are wrong. Sparse labels are more
-# often right and find the least. Dynamic labels lie between, and have no parameter to set.
+# The next cell counts over the whole batch. *Precision* is the share of the positives that is right. *Recall* is the
+# share of what is right that is positive. Dense labels have all that is right, but most of them are wrong. Sparse
+# labels are more often right and find the least. Dynamic labels lie between, and have no parameter to set.
 
 # %%
 places = torch.arange(len(f_v))
@@ -362,13 +370,13 @@ assert not usual or recall["sparse"] < recall["dynamic"] <= recall["dense"] == 1
 # %% [markdown]
 # Three properties:
 #
-# * **Dynamic labels stay the same when all cosines are scaled and shifted.** A VLP whose cosines all lie between 0.2 and 0.3
-#   gives the same labels as one that uses the whole range.
+# * **Dynamic labels stay the same when all cosines are scaled and shifted.** A VLP whose cosines all lie between 0.2
+#   and 0.3 gives the same labels as one that uses the whole range.
 # * **Sparse labels leave many boxes without any positive.** At most ten boxes are chosen by ten keywords, and several
-#   keywords choose the same box. A box without a positive is a negative of every keyword, its own text's included. Section 9
-#   says what the loss does about it.
-# * **Labels come from $f$, not from $\hat f$**, so they are constants of the data set. The paper also says "dynamically
-#   construct"; with `label_features="online"` the library takes the current embeddings instead (F9).
+#   keywords choose the same box. A box without a positive is a negative of every keyword, its own text's included.
+#   Section 9 says what the loss does about it.
+# * **Labels come from $f$, not from $\hat f$**, so they are constants of the data set. The paper also says
+#   "dynamically construct"; with `label_features="online"` the library takes the current embeddings instead (F9).
 
 # %%
 assert torch.equal(felga.dynamic(0.1 * alike + 0.2, all_real), marked["dynamic"])
@@ -392,13 +400,13 @@ with torch.no_grad():
 agree = float((online == frozen)[all_real].float().mean())
 print(f"labels of an untrained FENet agree with the frozen ones in {100 * agree:.0f} % of the places")
 assert torch.equal(frozen, marked["dynamic"])
-assert agree < 1
-assert not usual or agree > 0.5
+assert not usual or 0.5 < agree < 1
 
 # %% [markdown]
-# **Between pairs every place is a negative**, although two texts of a batch often say the same word. The paper regrets this in
-# its section 5. With `same_keyword_positives=True` (F10) a box that goes with "red" in its own text goes with "red" in every
-# text. In the example, let "cat" and "dog" be the same word (number 7): then a also goes with r, and c also goes with p.
+# **Between pairs every place is a negative**, although two texts of a batch often say the same word. The paper
+# regrets this in its section 5. With `same_keyword_positives=True` (F10) a box that goes with "red" in its own text
+# goes with "red" in every text. In the example, let "cat" and "dog" be the same word (number 7): then a also goes
+# with r, and c also goes with p.
 
 # %%
 same_word = felga.batch_labels(felga.dynamic(felga.cosine(v, t), real), torch.tensor([[7, 0], [3, 7]]))
@@ -413,7 +421,8 @@ assert not usual or (truth_of_batch & between).any()
 assert not (plain & ~shared).any()  # it only adds positives
 
 # %% [markdown]
-# **Exercise 1 (build).** Write Eq. 5 and 6 for the similarities "r k" of one image and its text: which pairs are positive, "r k".
+# **Exercise 1 (build).** Write Eq. 5 and 6 for the similarities "r k" of one image and its text: which pairs are
+# positive, "r k".
 
 
 # %% tags=["exercise"]
@@ -431,16 +440,16 @@ def positives(similarity: Tensor) -> Tensor:
 check("felga.dynamic", positives)
 
 # %% [markdown]
-# **Exercise 2 (compute).** A text of ten keywords has nothing to do with its image of ten boxes. About how many positives do dense, sparse and dynamic
-# labels find?
+# **Exercise 2 (compute).** A text of ten keywords has nothing to do with its image of ten boxes. About how many
+# positives do dense, sparse and dynamic labels find?
 
 # %% tags=["exercise"]
 found_there = ...  # {"dense": ..., "sparse": ..., "dynamic": ...}
 check("felga.unrelated", found_there)
 
 # %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
-# Dense labels find all 100, sparse labels 10 (one for each keyword), and dynamic labels about 50, because some values always lie above their mean. None of
-# the three can say "nothing here belongs together".
+# Dense labels find all 100, sparse labels 10 (one for each keyword), and dynamic labels about 50, because some values
+# always lie above their mean. None of the three can say "nothing here belongs together".
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 torch.manual_seed(p.seed)
@@ -450,16 +459,17 @@ assert 45 < felga.dynamic(unrelated, every).sum((1, 2)).float().mean() < 55
 check("felga.unrelated", {"dense": 100, "sparse": 10, "dynamic": 50})
 
 # %% [markdown]
-# **Exercise 3 (change).** An image has two boxes and its text two keywords, with the similarities 0.9, 0.5 / 0.5, 0.9. A third box is added that shows nothing: −0.6,
-# −0.4. Do the dynamic labels now find "more", "fewer" or "as many" positives? Predict, then measure the labels "3 2" with `felga.dynamic`.
+# **Exercise 3 (change).** An image has two boxes and its text two keywords, with the similarities 0.9, 0.5 / 0.5,
+# 0.9. A third box is added that shows nothing: −0.6, −0.4. Do the dynamic labels now find "more", "fewer" or "as
+# many" positives? Predict, then measure the labels "3 2" with `felga.dynamic`.
 
 # %% tags=["exercise"]
 predicted, measured = ..., ...
 check("felga.third", predicted, measured)
 
 # %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
-# They find more. The mean falls from 0.7 to 0.3, so the two places of 0.5 become positives. A box that has nothing to do with the text makes the *others* look
-# alike, because the threshold depends on all boxes that were proposed.
+# They find more. The mean falls from 0.7 to 0.3, so the two places of 0.5 become positives. A box that has nothing to
+# do with the text makes the *others* look alike, because the threshold depends on all boxes that were proposed.
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 three = torch.tensor([[[0.9, 0.5], [0.5, 0.9], [-0.6, -0.4]]])
@@ -478,10 +488,10 @@ check("felga.third", "more", felga.dynamic(three, with_third)[0])
 #
 # $$\bar L^{global}_{kl} = 1 \text{ if } k = l, \text{ else } 0 \quad (7)$$
 #
-# $k$ numbers the images and $l$ the texts of a batch, so the matrix has the shape `b c`. Image $k$ goes with text $k$. This is the
-# only label of FELGA that is *known* to be right, because it is the pairing itself. MVAM's contrastive loss has the same label;
-# what differs is the vector that stands for an image (section 10). The library's function is
-# [`global_labels`](../../src/finematch/models/felga.py#L83).
+# $k$ numbers the images and $l$ the texts of a batch, so the matrix has the shape `b c`. Image $k$ goes with text
+# $k$. This is the only label of FELGA that is *known* to be right, because it is the pairing itself. MVAM's
+# contrastive loss has the same label. What differs is how an image and a text are compared (section 10). The
+# library's function is [`global_labels`](../../src/finematch/models/felga.py#L83).
 
 # %%
 pair_label = felga.global_labels(3)
@@ -495,14 +505,16 @@ lesson.draw_matrices({"label of pairs, N = 3": pair_label}, ["image 1", "image 2
 #
 # $$\hat F_{\bar V} = \mathrm{FENet}(F_{\bar V}), \qquad \hat F_{\bar T} = \mathrm{FENet}(F_{\bar T}) \quad (8)$$
 #
-# $F_{\bar V}$ (`b r d`) and $F_{\bar T}$ (`b k d`) are the frozen features, $\hat F_{\bar V}$ (`b r e`) and $\hat F_{\bar T}$ (`b k e`) the embeddings.
-# [`FENet`](../../src/finematch/models/felga.py#L89) has three linear layers, $d \to 4096 \to 4096 \to 512$. ReLU and dropout stand between them, and
-# the result is scaled to length one. One network serves regions and keywords, because Eq. 8 has one symbol for both. With
-# `fenet="separate"` each modality has its own (F12).
+# $F_{\bar V}$ (`b r d`) and $F_{\bar T}$ (`b k d`) are the frozen features, $\hat F_{\bar V}$ (`b r e`) and
+# $\hat F_{\bar T}$ (`b k e`) the embeddings. [`FENet`](../../src/finematch/models/felga.py#L89) has three linear
+# layers, $d \to 4096 \to 4096 \to 512$. ReLU and dropout stand between them, and the result is scaled to length one.
+# One network serves regions and keywords, because Eq. 8 has one symbol for both. With `fenet="separate"` each
+# modality has its own (F12).
 #
-# By hand, for $d = 2$: the first matrix is $\mathrm{diag}(1, -1)$, and the others are the identity. The region $(3, -4)$ has
-# the length 5. Scaled to one it is $(0.6, -0.8)$. The first layer makes it $(0.6, 0.8)$, and the rest does not change it. The
-# region $(3, 4)$ becomes $(0.6, -0.8)$. ReLU leaves $(0.6, 0)$, and scaled to length one this is $(1, 0)$.
+# By hand, for $d = 2$: the first matrix is $\mathrm{diag}(1, -1)$, and the others are the identity. The region
+# $(3, -4)$ has the length 5. Scaled to one it is $(0.6, -0.8)$. The first layer makes it $(0.6, 0.8)$, and the rest
+# does not change it. The region $(3, 4)$ becomes $(0.6, -0.8)$. ReLU leaves $(0.6, 0)$, and scaled to length one this
+# is $(1, 0)$.
 
 
 # %%
@@ -521,8 +533,8 @@ with torch.no_grad():
     assert close(two_wide().encode_regions(v[v_real]), v[v_real])  # the example passes through unchanged
 
 # %% [markdown]
-# The number of parameters follows from the widths: each layer has a weight for every input and output, and a bias for every
-# output.
+# The number of parameters follows from the widths: each layer has a weight for every input and output, and a bias for
+# every output.
 
 # %%
 setting, d_in = preset("felga", p.scale), 512 if p.scale == "paper" else 96
@@ -535,13 +547,14 @@ assert sum(weights.numel() for weights in built.parameters()) == count
 assert p.scale != "paper" or round(count / 1e6, 1) == 21.0
 
 # %% [markdown]
-# **How long are the vectors that FENet takes?** The paper does not say, and it matters (F13). PyTorch draws the weights and the bias of a layer
-# evenly from $\pm 1/\sqrt d$, so each has the variance $1/3d$. For an input $x$ the weights add a number of variance
-# $\|x\|^2/3d$ to that of the bias.
+# **How long are the vectors that FENet takes?** The paper does not say, and it matters (F13). PyTorch draws the
+# weights and the bias of a layer uniformly between $-1/\sqrt d$ and $1/\sqrt d$, so each has the variance $1/3d$. For
+# an input $x$ the weights add a number of variance $\|x\|^2/3d$ to that of the bias.
 #
-# * At length 1 (`input_scale="unit"`) both variances are equal. Half of what the first layer says is the bias, which is
-#   the same for every fragment. At the start all fragments are nearly the same vector.
-# * At length $\sqrt d$ (`rms`, the default) the mean square of an entry is 1, and the weights have $d$ times the variance of the bias.
+# * At length 1 (`input_scale="unit"`) both variances are equal. Half of what the first layer says is the bias, which
+#   is the same for every fragment. At the start all fragments are nearly the same vector.
+# * At length $\sqrt d$ (`rms`, the default) the mean square of an entry is 1, and the weights have $d$ times the
+#   variance of the bias.
 #
 # The picture shows the cosines of 64 unrelated fragments, as they go in and as they come out of an untrained FENet.
 
@@ -569,19 +582,20 @@ assert abs(mean_cosine["the inputs"]) < 0.05 < mean_cosine["embeddings, rms"] < 
 assert mean_cosine["embeddings, unit"] > 0.85
 
 # %% [markdown]
-# Even with `rms` the cosines begin around one half. ReLU makes vectors without negative numbers, and such vectors lie in
-# one part of the space. Training has to spread them.
+# Even with `rms` the cosines begin around one half. ReLU makes vectors without negative numbers, and such vectors lie
+# in one part of the space. Training has to spread them.
 #
-# **Exercise 4 (compute).** In the cell above even orthogonal inputs come out at a cosine of 0.5. To which cosine would one ReLU alone bring two long random vectors,
-# independent and normal?
+# **Exercise 4 (compute).** In the cell above even orthogonal inputs come out at a cosine of 0.5. To which cosine
+# would one ReLU alone bring two long random vectors, independent and normal?
 
 # %% tags=["exercise"]
 after_a_relu = ...  # a number
 check("felga.relu", after_a_relu)
 
 # %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
-# To $1/\pi = 0.32$. The mean of $\max(x,0)\max(y,0)$ over two independent normal numbers is $1/2\pi$, and that of $\max(x,0)^2$ is $1/2$. The second ReLU starts
-# at $\rho = 1/\pi$ and leads to $\frac1\pi\big(\sqrt{1-\rho^2} + \rho\,(\pi - \arccos\rho)\big) = 0.49$.
+# To $1/\pi = 0.32$. The mean of $\max(x,0)\max(y,0)$ over two independent normal numbers is $1/2\pi$, and that of
+# $\max(x,0)^2$ is $1/2$. The second ReLU starts at $\rho = 1/\pi$ and leads to
+# $\frac1\pi\big(\sqrt{1-\rho^2} + \rho\,(\pi - \arccos\rho)\big) = 0.49$.
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 torch.manual_seed(p.seed)
@@ -601,9 +615,10 @@ check("felga.relu", rho)
 #
 # $$\hat S^{local} = d(\hat F_{\bar V}, \hat F_{\bar T}) = \hat F_{\bar V}\hat F_{\bar T}^{\top} \quad (9)$$
 #
-# $\hat F_{\bar V}$ are the embeddings of all regions of a batch, one a row, and $\hat F_{\bar T}$ those of all keywords.
-# $\hat S$ (`b r c k`, `similarity` in the code) holds their cosines. Eight pairs of ten regions and ten keywords give an 80 × 80 matrix. The library's function is
-# [`affinity`](../../src/finematch/models/felga.py#L117). The picture is the example; a frame is around the places within a pair.
+# $\hat F_{\bar V}$ are the embeddings of all regions of a batch, one a row, and $\hat F_{\bar T}$ those of all
+# keywords. $\hat S$ (`b r c k`, `similarity` in the code) holds their cosines. Eight pairs of ten regions and ten
+# keywords give an 80 × 80 matrix. The library's function is [`affinity`](../../src/finematch/models/felga.py#L117).
+# The picture is the example; a frame is around the places within a pair.
 #
 # The paper gives the range $[0, 1]$. But a cosine goes down to −1, and FENet's last layer has no ReLU (F7).
 
@@ -621,11 +636,13 @@ lesson.draw_matrices({"cosines (Eq. 9)": d}, *NAMES, label="d", pairs=own)
 # $$L_{con\_l} = \sum_i\sum_j\Big[\log\sum_{\bar L_{ij}=1} e^{\lambda_1 - d(\hat f_{v_i}, \hat f_{t_j})} +
 # \log\sum_{\bar L_{ij}=0} e^{d(\hat f_{v_i}, \hat f_{t_j})}\Big] \quad (10)$$
 #
-# $i$ numbers the regions and $j$ the keywords of the whole batch. $\bar L_{ij}$ is the pseudo-label of section 5 (`positive`), $d$ the cosine
-# of Eq. 9 (`similarity`), and $\lambda_1$ a number (`margin`). The library's function is [`lifted`](../../src/finematch/models/felga.py#L147).
+# $i$ numbers the regions and $j$ the keywords of the whole batch. $\bar L_{ij}$ is the pseudo-label of section 5
+# (`positive`), $d$ the cosine of Eq. 9 (`similarity`), and $\lambda_1$ a number (`margin`). The library's function is
+# [`lifted`](../../src/finematch/models/felga.py#L147).
 #
-# The inner sums have no index of their own. As printed they run over *all* positives and *all* negatives. Then the bracket is a
-# single number, and the outer sums only multiply it by 6,400. The library has three readings (F1):
+# The inner sums have no index of their own. As printed they run over *all* positives and *all* negatives. Then the
+# bracket is a single number, and the outer sums only multiply it by the number of places, 6,400 for eight pairs of
+# ten and ten. The library has three readings (F1):
 #
 # | `loss` | what is computed | source |
 # |---|---|---|
@@ -633,7 +650,8 @@ lesson.draw_matrices({"cosines (Eq. 9)": d}, *NAMES, label="d", pairs=own)
 # | `batch` (literal) | one bracket over the whole batch; `literal_scale=True` multiplies it as printed | the letters of Eq. 10 |
 # | `pair` | for each positive $\lambda_1 - d_{ij} + \log(\sum_{N(i)}e^{d_{il}} + \sum_{N(j)}e^{d_{lj}})$; then the mean | [lifted structure](https://arxiv.org/abs/1511.06452), which the paper cites |
 #
-# $P$ are the positives and $N$ the negatives of an anchor, which is a row or a column. By hand, with $\lambda_1 = ½$ and the dynamic labels:
+# $P$ are the positives and $N$ the negatives of an anchor, which is a row or a column. By hand, with $\lambda_1 = ½$
+# and the dynamic labels:
 #
 # | anchor | $\log\sum_P e^{½-d}$ | $\log\sum_N e^{d}$ | bracket |
 # |---|---|---|---|
@@ -658,8 +676,8 @@ assert close(felga.lifted(d, L, everywhere, margin=0.5), fragment)
 assert close(two_wide(alignment="local")(EXAMPLE)["fragment"].detach(), fragment)  # from features to the loss
 
 # %% [markdown]
-# The other two readings on the same tensor. `batch` has two positives and seven negatives in one bracket. `pair` has one
-# term for a with p and one for c with r; each takes the negatives of its row and of its column.
+# The other two readings on the same tensor. `batch` has two positives and seven negatives in one bracket. `pair` has
+# one term for a with p and one for c with r; each takes the negatives of its row and of its column.
 
 # %%
 one_bracket = log(e(0.5 - 0.8) + e(0.5 - 1)) + log(sum(map(e, [0, 0.6, 0.6, 1, 0.8, 0.96, 0.8])))
@@ -672,10 +690,10 @@ values = {"anchor": fragment, "batch": one_bracket, "batch, as printed": 9 * one
 show(pd.DataFrame({"value": values}).rename_axis("Eq. 10"), digits=4)
 
 # %% [markdown]
-# **What is pushed and what is pulled?** The gradient of a bracket is two softmaxes. Each positive is pulled by its share of
-# $e^{-d}$, and each negative is pushed away by its share of $e^{d}$. Both sum to one. For example row **a** pushes q by $1/(1 + e^{0.6}) =
-# 0.354$ and r by 0.646. The picture shows the whole gradient under the three readings: dark places are pushed apart, pale places
-# are pulled together.
+# **What is pushed and what is pulled?** The gradient of a bracket is two softmaxes. Each positive is pulled by its
+# share of $e^{-d}$, and each negative is pushed away by its share of $e^{d}$. Both sum to one. For example row **a**
+# pushes q by $1/(1 + e^{0.6}) = 0.354$ and r by 0.646. The picture shows the whole gradient under the three readings:
+# dark places are pushed apart, pale places are pulled together.
 
 # %%
 pushes = {}
@@ -690,9 +708,9 @@ for slope in pushes.values():
     assert close(slope.sum(), 0, 1e-6)  # as much push as pull
 
 # %% [markdown]
-# Look at (b, q): the ball is exactly the sofa, in the wrong pair. Under `anchor` and `pair` this place gets **nothing**. Neither its row nor its
-# column has a positive, so neither has a bracket. Only `batch` sees it, and there it is pushed most. The cell also builds the
-# gradient of `anchor` from the softmaxes.
+# Look at (b, q): the ball is exactly the sofa, in the wrong pair. Under `anchor` and `pair` this place gets
+# **nothing**. Neither its row nor its column has a positive, so neither has a bracket. Only `batch` sees it, and
+# there it is pushed most. The cell also builds the gradient of `anchor` from the softmaxes.
 
 # %%
 assert pushes["anchor"][1, 1] == pushes["pair"][1, 1] == 0
@@ -707,10 +725,10 @@ expected = torch.tensor([
 assert close(pushes["anchor"], expected)
 
 # %% [markdown]
-# **Anchors without positives** (F5). With sparse labels many boxes are such anchors. The default `empty="skip"` leaves them out.
-# `empty="keep"` counts the summand that they have, which pushes and does not pull. The more boxes no keyword has chosen, the more
-# the loss drives boxes away from words, even from the words of their own text. The cell measures this on the batch, as the push that has no
-# pull, divided by the whole push.
+# **Anchors without positives** (F5). With sparse labels many boxes are such anchors. The default `empty="skip"`
+# leaves them out. `empty="keep"` counts the summand that they have, which pushes and does not pull. The more boxes no
+# keyword has chosen, the more the loss drives boxes away from words, even from the words of their own text. The cell
+# measures this on the batch, as the push that has no pull, divided by the whole push.
 
 # %%
 row_b, column_q = log(e(0.6) + e(1) + e(0.8)), log(e(0) + e(1) + e(0.8))
@@ -734,14 +752,16 @@ assert min(shares["keep"].values()) > -1e-3
 assert not usual or shares["keep"]["sparse"] > max(0.1, shares["keep"]["dynamic"])
 
 # %% [markdown]
-# **The hinge** (F2). Lifted losses have a hinge $[\cdot]_+$ around the bracket, and the paper has none. Does it matter? A cosine lies between −1 and
-# 1, so the bracket of an anchor with $|P|$ positives and $|N|$ negatives is at least
+# **The hinge** (F2). Lifted losses have a hinge $[\cdot]_+$ around the bracket, and the paper has none. Does it
+# matter? A cosine lies between −1 and 1, so the bracket of an anchor with $|P|$ positives and $|N|$ negatives is at
+# least
 #
 # $$\lambda_1 - 1 + \ln|P| \;+\; \ln|N| - 1$$
 #
-# With eight pairs of ten and ten a row has at least 70 negatives: $½ - 2 + \ln 70 = 2.75$. **The hinge can never close**,
-# whatever the embeddings are. In Eq. 12 there are seven negatives: $½ - 2 + \ln 7 = 0.45$, so it never closes there either. At the paper's sizes
-# the switch does nothing under `anchor`. It begins to matter with a temperature $\tau$ that divides the cosines.
+# With eight pairs of ten and ten a row has at least 70 negatives: $½ - 2 + \ln 70 = 2.75$. **The hinge can never
+# close**, whatever the embeddings are. In Eq. 12 there are seven negatives: $½ - 2 + \ln 7 = 0.45$, so it never
+# closes there either. At the paper's sizes the switch does nothing under `anchor`. It begins to matter with a
+# temperature $\tau$ that divides the cosines.
 
 # %%
 in_pair = torch.eye(8, dtype=torch.bool).repeat_interleave(10, 0).repeat_interleave(10, 1)
@@ -753,14 +773,16 @@ assert felga.lifted(perfect, in_pair, anywhere, tau=0.2) < 0
 assert felga.lifted(perfect, in_pair, anywhere, tau=0.2, hinge=True) == 0
 
 # %% [markdown]
-# **Exercise 5 (compute).** Below which temperature *can* the hinge close for a row with 10 positives and 70 negatives?
+# **Exercise 5 (compute).** Below which temperature *can* the hinge close for a row with 10 positives and 70
+# negatives?
 
 # %% tags=["exercise"]
 below = ...  # a number
 check("felga.limit", below)
 
 # %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
-# With $\tau$ the bracket is at least $(\lambda_1 - 2)/\tau + \ln 10 + \ln 70$. This is zero at $\tau = 1.5 / \ln 700 = 0.229$.
+# With $\tau$ the bracket is at least $(\lambda_1 - 2)/\tau + \ln 10 + \ln 70$. This is zero at
+# $\tau = 1.5 / \ln 700 = 0.229$.
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 limit = 1.5 / log(700)
@@ -778,8 +800,9 @@ check("felga.limit", limit)
 # $$L_{con\_g} = \sum_k\sum_l\Big[\log\sum_{\bar L_{kl}=1} e^{\lambda_2 - d(I_k, T_l)} + \log\sum_{\bar L_{kl}=0} e^{d(I_k, T_l)}\Big]
 # \quad (12)$$
 #
-# In Eq. 11 $i$ runs over the regions of image $k$, and $j$ over the keywords of text $l$. The result has the shape `b c`. [`global_affinity`](../../src/finematch/models/felga.py#L126)
-# returns it, with a mask of the pairs that have fragments at all. $\bar L_{kl}$ is Eq. 7, and $\lambda_2$ a number. Eq. 12 is
+# In Eq. 11 $i$ runs over the regions of image $k$, and $j$ over the keywords of text $l$. The result has the shape
+# `b c`. [`global_affinity`](../../src/finematch/models/felga.py#L126) returns it, with a mask of the pairs that have
+# fragments at all. $\bar L_{kl}$ is Eq. 7, and $\lambda_2$ a number. Eq. 12 is
 # [`lifted`](../../src/finematch/models/felga.py#L147) again. By hand:
 #
 # | $d(I, T)$ | text 1: p | text 2: q, r | bracket of the row, $\lambda_2 = ½$ |
@@ -798,8 +821,9 @@ assert close(felga.lifted(largest, felga.global_labels(2), known, margin=0.5), 0
 assert close(two_wide(alignment="global")(EXAMPLE)["global"].detach(), 0.58)
 
 # %% [markdown]
-# An anchor of Eq. 12 has one positive, so its bracket is $\lambda_2 - d_{kk} + \ln\sum_{l \ne k}e^{d_{kl}}$. This is the contrastive loss of
-# MVAM (its Eq. 5) without a temperature, without the positive in the denominator, and with a constant. The cell checks it on random numbers.
+# An anchor of Eq. 12 has one positive, so its bracket is $\lambda_2 - d_{kk} + \ln\sum_{l \ne k}e^{d_{kl}}$. This is
+# the contrastive loss of MVAM (its Eq. 5) without a temperature, without the positive in the denominator, and with a
+# constant. The cell checks it on random numbers.
 
 # %%
 torch.manual_seed(p.seed)
@@ -808,10 +832,10 @@ contrast = [line[off[k]].logsumexp(0) - line[k] for side in (some, some.T) for k
 assert close(felga.lifted(some, ~off, torch.ones_like(off), margin=0.5), 0.5 + sum(contrast) / 12)
 
 # %% [markdown]
-# **A maximum moves one place.** The gradient of Eq. 11 goes to a single pair of fragments. So the second term moves four of the nine
-# cosines. For image 1 and text 2 the maximum is (b, q), the ball that looks like a sofa. This is the place that the loss of
-# fragments cannot see (section 9). The two terms complement each other: Eq. 10 trains the fragments within a pair, and Eq. 12 pushes down
-# the largest cosine between strangers.
+# **A maximum moves one place.** The gradient of Eq. 11 goes to a single pair of fragments. So the second term moves
+# four of the nine cosines. For image 1 and text 2 the maximum is (b, q), the ball that looks like a sofa. This is the
+# place that the loss of fragments cannot see (section 9). The two terms complement each other: Eq. 10 trains the
+# fragments within a pair, and Eq. 12 pushes down the largest cosine of an image and a text of different pairs.
 
 # %%
 free = d.clone().requires_grad_()
@@ -824,7 +848,8 @@ assert set(map(tuple, free.grad.nonzero().tolist())) == {(0, 0), (1, 1), (2, 0),
 assert free.grad[1, 1] > 0 == pushes["anchor"][1, 1]
 
 # %% [markdown]
-# **Exercise 6 (build).** Write Eq. 11: similarities "b r c k" of all fragments of `b` images and `c` texts, and which of them are real (not padding), to "b c".
+# **Exercise 6 (build).** Write Eq. 11: similarities "b r c k" of all fragments of `b` images and `c` texts, and which
+# of them are real (not padding), to "b c".
 
 
 # %% tags=["exercise"]
@@ -848,15 +873,16 @@ check("felga.best", nearest)
 #
 # $$L = L_{con\_l} + \lambda_3 L_{con\_g} \quad (13)$$
 #
-# The paper sets $\lambda_1 = \lambda_2 = 0.5$ and $\lambda_3 = 0.2$; all are numbers (`lambda1`, `lambda2`, `lambda3`). By hand: $0.9753 + 0.2 \cdot 0.58 = 1.0913$.
+# The paper sets $\lambda_1 = \lambda_2 = 0.5$ and $\lambda_3 = 0.2$; all are numbers (`lambda1`, `lambda2`,
+# `lambda3`). By hand: $0.9753 + 0.2 \cdot 0.58 = 1.0913$.
 
 # %%
 assert close(two_wide()(EXAMPLE)["loss"].detach(), fragment + 0.2 * 0.58)
 assert close(fragment + 0.2 * 0.58, 1.0913)
 
 # %% [markdown]
-# Now the whole model on four pairs of the batch, against loops in plain Python. First the labels (Eq. 5 and 6): one mean for each
-# pair, and a comparison for each place.
+# Now the whole model on four pairs of the batch, against loops in plain Python. First the labels (Eq. 5 and 6): one
+# mean for each pair, and a comparison for each place.
 
 # %%
 four = {side: {key: value[:4] for key, value in parts.items()} for side, parts in batch.items()}
@@ -870,8 +896,8 @@ for n in range(len(x)):
     positive |= {at: value >= mean for at, value in inside_n.items()}
 
 # %% [markdown]
-# Then the cosines of the embeddings (Eq. 9) and the bracket of one anchor (Eq. 10). An anchor is given by its places, a row
-# or a column. An anchor without positives or without negatives has no bracket.
+# Then the cosines of the embeddings (Eq. 9) and the bracket of one anchor (Eq. 10). An anchor is given by its places,
+# a row or a column. An anchor without positives or without negatives has no bracket.
 
 # %%
 model = small()
@@ -887,8 +913,8 @@ def bracket(anchor: list, D: dict, positive: dict) -> float | None:
 
 
 # %% [markdown]
-# The loss is the mean over the rows that have a bracket, the same over the columns, and the mean of both. Eq. 11 takes the
-# largest cosine of each image and text, and Eq. 12 is the same loss on these.
+# The loss is the mean over the rows that have a bracket, the same over the columns, and the mean of both. Eq. 11
+# takes the largest cosine of each image and text, and Eq. 12 is the same loss on these.
 
 
 # %%
@@ -919,8 +945,8 @@ assert close(terms["loss"], local_loss + 0.2 * pair_loss)
 # \frac{\partial L}{\partial\lambda_1} = 1, \quad \frac{\partial L}{\partial\lambda_2} = \lambda_3, \quad
 # \frac{\partial}{\partial\theta}\frac{\partial L}{\partial\lambda_1} = 0$$
 #
-# $\theta$ are the weights of FENet. The paper calls λ₁ and λ₂ thresholds and sets both to 0.5. Any other number trains the same
-# network, up to rounding. The first cell shows it by the gradient, and by the slope of the loss in λ.
+# $\theta$ are the weights of FENet. The paper calls λ₁ and λ₂ thresholds and sets both to 0.5. Any other number
+# trains the same network, up to rounding. The first cell shows it by the gradient, and by the slope of the loss in λ.
 
 
 # %%
@@ -938,8 +964,8 @@ for name, slope in (("lambda1", 1.0), ("lambda2", 0.2)):  # lambda2 has the weig
     assert close((slopes(**{name: 0.75})[0] - slopes(**{name: 0.25})[0]) / 0.5, slope, 1e-3)
 
 # %% [markdown]
-# The second cell trains for 30 steps with λ = 0.5 and with λ = 5. The weights end at the same place. λ₃ is different: it
-# weighs one term against the other, and it does change the result.
+# The second cell trains for 30 steps with λ = 0.5 and with λ = 5. The weights end at the same place. λ₃ is different:
+# it weighs one term against the other, and it does change the result.
 
 
 # %%
@@ -963,26 +989,29 @@ assert differ < 1e-3 * moved
 assert (trained(lambda3=2.0) - usual_end).norm() > 0.01 * moved
 
 # %% [markdown]
-# The picture shows both over a range of λ. Left: without a hinge the loss is a straight line in λ; with a hinge it is flat where the
-# brackets are closed, far from any λ that one would set. Right: the length of the gradient does not depend on λ. There are two exceptions:
-# where a hinge is closed, and for the *squared* hinge of `pair`, whose slope is $J$ itself.
+# The picture shows both over a range of λ. Left: without a hinge the loss is a straight line in λ; with a hinge it is
+# flat where the brackets are closed, far from any λ that one would set. Right: the length of the gradient does not
+# depend on λ. There are two exceptions: where a hinge is closed, and for the *squared* hinge of `pair`, whose slope
+# is $J$ itself.
 
 # %%
-axis = [-9 + 0.5 * n for n in range(23)]
+low = -2 - 2 * log(max(valid.shape) / 2)  # below this lambda every bracket is negative, whatever the cosines are
+axis = [low + n * (2 - low) / 22 for n in range(23)]
 ways = {"anchor": {}, "anchor, hinge": {"hinge": True}, "pair, hinge": {"loss": "pair", "hinge": True}}
 at = {name: [slopes(lambda1=x, lambda2=x, **way) for x in axis] for name, way in ways.items()}
 losses = {name: [loss for loss, _ in each] for name, each in at.items()}
 lengths = {name: [float(gradient.norm()) for _, gradient in each] for name, each in at.items()}
 lesson.draw_lambda(axis, losses, lengths)
-assert close(torch.tensor(losses["anchor"]).diff(), [1.2 * 0.5] * 22, 1e-3)  # 1 + lambda_3, for steps of one half
+assert close(torch.tensor(losses["anchor"]).diff(), [1.2 * (2 - low) / 22] * 22, 1e-3)  # the slope is 1 + lambda_3
 assert max(lengths["anchor"]) < (1 + 1e-4) * min(lengths["anchor"])
-assert lengths["anchor, hinge"][0] == 0  # every bracket is closed
+assert lengths["anchor, hinge"][0] == 0
 assert lengths["pair, hinge"][-1] > 1.1 * lengths["pair, hinge"][-5] > 0  # the one loss that depends on lambda
 
 # %% [markdown]
-# **A temperature does what one expects of a threshold** (F4). Take a row with 70 negatives: one has $d = 0.8$, the others have $d = 0$. At $\tau = 1$
-# the hard one gets 3 % of the push, hardly more than an equal share, because $e^{d}$ always lies between 0.37 and 2.72. The paper's loss
-# looks at means. At $\tau = 0.1$ the hard one gets nearly everything.
+# **A temperature does what one expects of a threshold** (F4). Take a row with 70 negatives: one has $d = 0.8$, the
+# others have $d = 0$. At $\tau = 1$ the hard one gets 3 % of the push, hardly more than an equal share, because
+# $e^{d}$ always lies between 0.37 and 2.72. The paper's loss looks at means. At $\tau = 0.1$ the hard one gets nearly
+# everything.
 
 # %%
 cosines_of_row = torch.zeros(1, 71)
@@ -1007,16 +1036,18 @@ assert share(0.1) > 0.97
 assert close([e(-1), e(1)], [0.37, 2.72], 0.01)
 
 # %% [markdown]
-# **Exercise 7 (compute).** $\lambda_3 = 0.2$ weighs a mean against a mean here (F6). As printed, both terms are *sums*: over $80 \times 80$ places, and over
-# $8 \times 8$. What would the weight of the global term be in our terms? (And what would become of a step with the paper's rate of 0.1?)
+# **Exercise 7 (compute).** $\lambda_3 = 0.2$ weighs a mean against a mean here (F6). As printed, both terms are
+# *sums*: over $80 \times 80$ places, and over $8 \times 8$. What would the weight of the global term be in our terms?
+# (And what would become of a step with the paper's rate of 0.1?)
 
 # %% tags=["exercise"]
 in_our_terms = ...  # a number
 check("felga.weight", in_our_terms)
 
 # %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
-# $0.2 \cdot 64 / 6400 = 0.002$. The global term would have hardly any weight, but Tables 4 and 5 show that it does much. And the gradient of Eq. 10 would be
-# 6,400 times as long, so a step of 0.1 would be a step of 640. Both speak for means.
+# $0.2 \cdot 64 / 6400 = 0.002$. The global term would have hardly any weight, but Tables 4 and 5 show that it does
+# much. And the gradient of Eq. 10 would be 6,400 times as long, so a step of 0.1 would be a step of 640. Both speak
+# for means.
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 even = {side: {key: value[:1].expand(4, *value.shape[1:]) for key, value in parts.items()} for side, parts in batch.items()}
@@ -1032,8 +1063,8 @@ check("felga.weight", 0.2 * 64 / 6400)
 #
 # ## 12. The training step beside the code
 #
-# The paper prints no algorithm. The table lists the steps of one batch in the paper's order, each beside the statement of the library that does it. The
-# features of Eq. 2 are made once, before training.
+# The paper prints no algorithm. The table lists the steps of one batch in the paper's order, each beside the
+# statement of the library that does it. The features of Eq. 2 are made once, before training.
 
 # %%
 forward = felga.FELGA.forward
@@ -1050,10 +1081,12 @@ beside([
     ("the sum (Eq. 13)", forward, 'terms["loss"] =', "")])  # fmt: skip
 
 # %% [markdown]
-# Around this stands an ordinary loop. Batches have eight pairs, and the optimiser is SGD with momentum 0.9, weight decay 0.0005 and the rate 0.1, which the paper divides by
-# ten at epoch 40 of 50. Section 11 has this loop in the function `trained`.
+# This step stands in an ordinary loop. Batches have eight pairs, and the optimiser is SGD with momentum 0.9, weight
+# decay 0.0005 and the rate 0.1, which the paper divides by ten at epoch 40 of 50. Section 11 has this loop in the
+# function `trained`.
 #
-# Can the model cheat? A pair without any region or keyword must not change the loss, and padding may hold anything.
+# Pairs have different numbers of fragments, so a batch has padding. Padding may hold anything, and the loss stays the
+# same.
 
 # %%
 junk = {side: dict(parts) for side, parts in batch.items()}
@@ -1067,7 +1100,8 @@ with torch.no_grad():
 #
 # ## 13. A toy: embeddings on a circle
 #
-# Here FENet is taken away, and the embeddings themselves move. They lie on a circle, so each fragment is an angle. There are two pairs:
+# Here FENet is taken away, and the embeddings themselves move. They lie on a circle, so each fragment is an angle.
+# There are two pairs:
 #
 # | | regions | keywords |
 # |---|---|---|
@@ -1082,7 +1116,8 @@ with torch.no_grad():
 # | sparse | 1 | **0** | 1 | 0 |
 # | dynamic | 1 | 1 | 1 | 0 |
 #
-# The bold labels are wrong. Dense labels call wrong places right. Sparse labels give each word its one best box, so they call a right place wrong.
+# The bold labels are wrong. Dense labels call wrong places right. Sparse labels give each word its one best box, so
+# they call a right place wrong.
 
 # %%
 REGIONS, WORDS = torch.tensor([[0.0, 20, 85], [180, 200, 265]]), torch.tensor([[8.0, 78], [188, 258]])
@@ -1132,14 +1167,16 @@ start = REGIONS[None], WORDS[None]
 lesson.draw_circles(start, runs)
 
 # %% [markdown]
-# * **dense** makes one point of each pair, so "dog" and "ball" cannot be told apart any more. **global alone** does the
-#   same, because it only asks which image belongs to which text.
-# * **sparse** keeps the words apart but drives the head away from its own word, because the head was not chosen and is a negative. **With the global
-#   term the head comes back.** That term pulls the best fragments of a pair together and does not push the head.
+# * **dense** makes one point of each pair, so "dog" and "ball" cannot be told apart any more. **global alone** does
+#   the same, because it only asks which image belongs to which text.
+# * **sparse** keeps the words apart but drives the head away from its own word, because the head was not chosen and
+#   is a negative. **With the global term the head comes back.** That term pulls the best fragments of a pair together
+#   and does not push the head.
 # * **dynamic** keeps the words apart and the head at its word, with the global term and without it.
 #
-# The toy shows what the labels *ask for*. It proves nothing about COCO. In Table 5 of the paper the global term helps dense labels
-# most (exercise 9). Here it cannot help them at all, because two pairs on a circle have nowhere else to go.
+# The toy shows what the labels *ask for*. It proves nothing about COCO. In Table 5 of the paper the global term helps
+# dense labels most (exercise 9). Here it cannot help them, because on this circle it asks for the same as dense
+# labels: the fragments of a pair together, those of different pairs apart.
 
 
 # %%
@@ -1172,12 +1209,13 @@ if p.steps >= 400:
 #
 # > "we select the mean Average Precision (mAP)"
 #
-# The paper says no more. The definition used here ranks the whole gallery by the score. The *precision* at a relevant item is the share of relevant
-# items from the first rank down to it. AP is the mean of these precisions, without cut-off and without interpolation, and [mAP](../../docs/glossary.md) is the mean
-# over the queries. **Ties count against the model**: of equal scores the irrelevant items come first.
+# The paper says no more. The definition used here ranks the whole gallery by the score. The *precision* at a relevant
+# item is the share of relevant items from the first rank down to it. AP is the mean of these precisions, without
+# cut-off and without interpolation, and [mAP](../../docs/glossary.md) is the mean over the queries. **Ties count
+# against the model**: of equal scores the irrelevant items come first.
 #
-# By hand: five images have one or two fragments each. The queries are cat = (1, 0), dog = (0, 1), person = (0.6, 0.8), and boat, which no
-# image shows. A score of a relevant image is bold.
+# By hand: five images have one or two fragments each. The queries are cat = (1, 0), dog = (0, 1), person = (0.6,
+# 0.8), and boat, which no image shows. A score of a relevant image is bold.
 #
 # | image | fragments | shows | cat | dog | person |
 # |---|---|---|---|---|---|
@@ -1189,7 +1227,8 @@ if p.steps >= 400:
 #
 # * *cat*: A is first. B and C tie, so C is third. E is fifth. AP = (1/1 + 2/3 + 3/5)/3 = **0.756**.
 # * *dog*: E ties with C and goes before it. AP = **1/2**.
-# * *person*: A and D come first. C ties with B and goes before it, so B is fourth, and E is fifth. AP = (1/4 + 2/5)/2 = **0.325**.
+# * *person*: A and D come first. C ties with B and goes before it, so B is fourth, and E is fifth. AP = (1/4 + 2/5)/2
+#   = **0.325**.
 # * *boat* has no relevant image and is skipped. mAP = (0.756 + 0.5 + 0.325)/3 = **0.527**.
 
 # %%
@@ -1205,8 +1244,9 @@ assert close(scored["map"], 52.7, 0.05)
 assert (scored["queries"], scored["skipped"], scored["ties"]) == (3, 1, 3)
 
 # %% [markdown]
-# The library's function is [`object_discovery`](../../src/finematch/evaluation/average_precision.py#L169). Here is the definition in two functions: `ranked` puts
-# equal scores in the worst order, and `ap` takes the mean of the precisions. The picture shows the three rankings. A relevant image is dark, with its precision.
+# The library's function is [`object_discovery`](../../src/finematch/evaluation/average_precision.py#L169). Here is
+# the definition in two functions: `ranked` puts equal scores in the worst order, and `ap` takes the mean of the
+# precisions. The picture shows the three rankings. A relevant image is dark, with its precision.
 
 
 # %%
@@ -1226,13 +1266,16 @@ lesson.draw_rankings({c: [("ABCDE"[i], i in relevant_to[c]) for i in order] for 
 assert close([100 * ap(orders[c], relevant_to[c]) for c in relevant_to], [scored[f"map/{c}"] for c in relevant_to])
 
 # %% [markdown]
-# **Is 0.527 good?** A random ranking is better! With $R$ relevant items among $n$ its AP is, on average over all orders,
+# **Is 0.527 good?** A random ranking is better! With $R$ relevant items among $n$ its AP is, on average over all
+# orders,
 #
 # $$E[AP] = \frac1n\Big(H_n + (n - H_n)\,\frac{R - 1}{n - 1}\Big), \qquad H_n = 1 + \tfrac12 + \dots + \tfrac1n$$
 #
-# $n$ is the size of the gallery and $H_n$ a harmonic number; the function is [`expected_random`](../../src/finematch/evaluation/average_precision.py#L382). Here $H_5 =
-# 137/60$, which gives 0.728 for cat, 0.457 for dog and 0.592 for person. Their mean is 0.593. So a mAP says nothing without its random
-# baseline, and every table of this workbook has it. For a large gallery the baseline is near $R/n$. The cell walks through all 120 orders.
+# $n$ is the size of the gallery and $H_n$ a harmonic number; the function is
+# [`expected_random`](../../src/finematch/evaluation/average_precision.py#L382). Here $H_5 = 137/60$, which gives
+# 0.728 for cat, 0.457 for dog and 0.592 for person. Their mean is 0.593. So a mAP says nothing without its random
+# baseline, and every table of this workbook has it. For a large gallery the baseline is near $R/n$. The cell walks
+# through all 120 orders.
 
 # %%
 every_order = list(itertools.permutations(range(5)))
@@ -1245,8 +1288,9 @@ assert scored["map"] < scored["random"]
 assert close(metric.expected_random(torch.tensor([3000]), 10000), [0.3], 1e-3)
 
 # %% [markdown]
-# **Description assignment** asks with boxes. Then one must say which texts are relevant (F22). The paper's words "relevant sentences containing the associated
-# semantic concepts, which are the labels of the objects" allow three answers:
+# **Description assignment** asks with boxes. Then one must say which texts are relevant (F22). The paper's words
+# "relevant sentences containing the associated semantic concepts, which are the labels of the objects" allow three
+# answers:
 #
 # | relevance | a text is relevant to a box of class c if | relevant to the boxes of persons (in B and E) |
 # |---|---|---|
@@ -1254,8 +1298,9 @@ assert close(metric.expected_random(torch.tensor([3000]), 10000), [0.3], 1e-3)
 # | `lexical` | it names c, by name, synonym or plural | the text of B ("a man"); E's text names no person |
 # | `instance` | it is the text of the box's own image | to each box its own |
 #
-# The paper averages over *boxes* (micro). Then a class with many boxes decides the number, so the tables also have the average over classes (macro). The next
-# cells give each text two keywords and score six boxes against the five texts.
+# The paper averages over *boxes* (micro). Then a class with many boxes decides the number, so the tables also have
+# the average over classes (macro). The next cells give each text two keywords and score six boxes against the five
+# texts.
 
 # %%
 meaning = {"kitten": (0.96, 0.28), "cat": (1, 0), "dog": (0, 1), "man": (0.6, 0.8), "sea": (0.28, 0.96), "sofa": (0.8, 0.6)}
@@ -1281,7 +1326,8 @@ show(pd.DataFrame(judged).T.rename_axis("six boxes, five texts"), digits=1)
 assert len({round(one["mAP (micro)"], 3) for one in judged.values()}) == 3
 
 # %% [markdown]
-# On real data the three kinds differ before there is any model, because different numbers of texts are relevant. On scenes:
+# On real data the three kinds differ before there is any model, because different numbers of texts are relevant. On
+# scenes:
 
 # %%
 chance = lesson.random_rankings(bench)
@@ -1290,16 +1336,18 @@ of_relevance = chance["random ranking"].filter(like="assignment")
 assert of_relevance.idxmin() == "description assignment, instance"
 
 # %% [markdown]
-# **Exercise 8 (compute).** A model gives every image the same score. What is its AP for cat in the example (three of five images show one), with ties counted against the model,
-# and with ties counted for it? Which of the two could be cheated?
+# **Exercise 8 (compute).** A model gives every image the same score. What is its AP for cat in the example (three of
+# five images show one), with ties counted against the model, and with ties counted for it? Which of the two could be
+# cheated?
 
 # %% tags=["exercise"]
 ap_of_a_constant = ...  # {"against": ..., "for": ...}, shares of 1
 check("felga.ties", ap_of_a_constant)
 
 # %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
-# Against the model: B and D come first, then the three: (1/3 + 2/4 + 3/5)/3 = 0.478. For the model: 1. The average over all orders is 0.728, the random ranking. If ties
-# count for the model, a constant score is perfect. A saturated sigmoid or half precision would get the same by accident.
+# Against the model: B and D come first, then the three: (1/3 + 2/4 + 3/5)/3 = 0.478. For the model: 1. The average
+# over all orders is 0.728, the random ranking. If ties count for the model, a constant score is perfect. A saturated
+# sigmoid or half precision would get the same by accident.
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 constant = ap(ranked(torch.ones(5), relevant_to["cat"]), relevant_to["cat"])
@@ -1315,9 +1363,10 @@ check("felga.ties", {"against": constant, "for": 1.0})
 #
 # ## 15. What a keyword wins (F25, F26)
 #
-# In description assignment the *best keyword* of a box decides which texts it finds. KeyBERT and tf-idf choose words that tell texts apart. Nothing says
-# that a keyword must name an object. The cell counts the keywords of the val texts by what they mean: a noun that names a class, a colour, a texture, a
-# background, or another word ("left", "sits", "thing"). `train_keywords="nouns"` (F25) keeps only nouns for training.
+# In description assignment the *best keyword* of a box decides which texts it finds. KeyBERT and tf-idf choose words
+# that tell texts apart. Nothing says that a keyword must name an object. The cell counts the keywords of the val
+# texts by what they mean: a noun that names a class, a colour, a texture, a background, or another word ("left",
+# "sits", "thing"). `train_keywords="nouns"` (F25) keeps only nouns for training.
 
 # %%
 study = lesson.Study(bench, made)
@@ -1330,11 +1379,13 @@ assert not usual or every_word["noun of a class"] < 50 < only_nouns["noun of a c
 assert only_nouns["colour"] == 0
 
 # %% [markdown]
-# Most keywords name no class. Eq. 3 to 6 give them positives like any other, so training pulls the box of a red square to "red" as much as to "square".
-# But the texts that say "red" belong to *all* images with something red, and these images do not have a square more often than others.
+# Most keywords name no class. Eq. 3 to 6 give them positives like any other, so training pulls the box of a red
+# square to "red" as much as to "square". But the texts that say "red" belong to *all* images with something red, and
+# these images do not have a square more often than others.
 #
-# The next cell trains FENet on the features of section 3, with all keywords and with nouns alone ([`Study`](../../src/finematch/lessons/felga.py#L281)). The
-# boxes are those of the objects, so no proposal is to blame. The gallery is the same in every row and **keeps all its keywords**. It has other images than training.
+# The next cell trains FENet on the features of section 3, with all keywords and with nouns alone
+# ([`Study`](../../src/finematch/lessons/felga.py#L281)). The boxes are those of the objects, so no proposal is to
+# blame. The gallery is the same in every row and **keeps all its keywords**. It has other images than training.
 
 # %%
 trials = {"frozen": study.judge(*[torch.nn.functional.normalize] * 2)}
@@ -1346,30 +1397,36 @@ show(pd.DataFrame({name: {"discovery": one.discovery, "assignment": one.assignme
 lesson.draw_winners(trials)
 
 # %% [markdown]
-# * **Frozen features**: a noun wins about as many boxes as a colour, because a box shows both.
-# * A box that a **colour** wins is assigned little better than at random. A box that a **noun** wins is assigned well. Both hold before and after training.
-# * **Trained with all keywords** assignment gains little or nothing.
-# * **Trained with nouns** most boxes are won by a noun, and assignment rises far. Discovery rises too, because the embedding of a class name no longer shares its
-#   positives with "red".
+# * **Frozen features**: nouns win fewer than half of the boxes, because a box shows colours and textures as well.
+# * A box that a **colour** wins is assigned only somewhat better than at random. A box that a **noun** wins is
+#   assigned well. Both hold for frozen features and after training with all keywords.
+# * **Trained with all keywords** assignment changes by a few points, up or down. Discovery falls, because the
+#   embedding of a class name shares its positives with "red".
+# * **Trained with nouns** more than half of the boxes are won by a noun, and assignment rises far. Discovery is
+#   higher than with all keywords.
 #
-# [2_train](2_train.ipynb) measures the same with the features of a small CLIP. The paper does not speak of the kind of a keyword, so `train_keywords=all` is its text. The
-# library departs from it with the default `nouns`; `reading=literal` takes all.
+# [2_train](2_train.ipynb) measures the same with the features of a small CLIP, which are less tidy. The paper does
+# not speak of the kind of a keyword, so `train_keywords=all` is its text. The library departs from it with the
+# default `nouns`; `reading=literal` takes all.
 
 # %%
 frozen, with_all, with_nouns = trials.values()
 if usual:
-    assert abs(frozen.share["noun of a class"] - frozen.share["colour"]) < 20
-    assert frozen.map_of["noun of a class"] > frozen.map_of["colour"] + 25
-    assert frozen.map_of["colour"] < frozen.random + 20
-    assert with_nouns.share["noun of a class"] > 50 > with_all.share["noun of a class"]
-    assert with_all.assignment < frozen.assignment + 5
+    assert frozen.share["noun of a class"] < 50
+    for one in (frozen, with_all):
+        assert one.map_of["noun of a class"] > one.map_of["colour"] + 20
+        assert one.map_of["colour"] < one.random + 20
+    assert abs(with_all.assignment - frozen.assignment) < 12
+    assert with_all.discovery < min(frozen.discovery, with_nouns.discovery)
+    assert with_nouns.share["noun of a class"] > 50
     assert with_nouns.assignment > max(frozen.assignment, with_all.assignment) + 8
-    assert with_nouns.discovery > with_all.discovery
 
 # %% [markdown]
-# **False negatives of pairs.** Eq. 7 calls all other texts of a batch wrong, and Eq. 11 takes the best fragments of such a pair. Often these truly
-# belong together, because the other text says "red" as well. The default `global_negatives="distinct"` (F26) leaves out the texts that share a keyword with the
-# image's own text ([`share_keyword`](../../src/finematch/models/felga.py#L141)). The cell counts in the batch of section 3 how many of the winning fragments are right by Eq. 1.
+# **False negatives of pairs.** Eq. 7 calls all other texts of a batch wrong, and Eq. 11 takes the best fragments of
+# such a pair. Often these truly belong together, because the other text says "red" as well. The default
+# `global_negatives="distinct"` (F26) leaves out the texts that share a keyword with the image's own text
+# ([`share_keyword`](../../src/finematch/models/felga.py#L141)). The cell counts in the batch of section 3 how many of
+# the winning fragments are right by Eq. 1.
 
 # %%
 common = felga.share_keyword(keyword_id, told)  # "b c"
@@ -1385,8 +1442,9 @@ counted = {"pairs of texts that share a keyword": common[negative],
 show(pd.DataFrame({"%": {name: 100 * float(of.float().mean()) for name, of in counted.items()}}), digits=0)
 
 # %% [markdown]
-# The switch does what it says: if no two texts share a keyword it changes nothing, and if all do, no negative is left and the term is 0. It goes
-# together with `train_keywords="nouns"`: fewer pairs of texts share a noun than share any keyword, so more negatives are left.
+# The switch does what it says: if no two texts share a keyword it changes nothing, and if all do, no negative is left
+# and the term is 0. It goes together with `train_keywords="nouns"`: fewer pairs of texts share a noun than share any
+# keyword, so more negatives are left.
 
 # %%
 assert torch.equal(common, common.T)
@@ -1407,9 +1465,10 @@ assert few <= many
 #
 # ## 16. Every reading, and the rows of Tables 1 to 5
 #
-# Where the paper leaves a choice, the choice is an argument of the model or of the metric. The first table is made from
-# [`FELGAConfig`](../../src/finematch/models/configs.py#L160), the second from the metric. [2_train](2_train.ipynb) takes all of them as parameters. The proposals, the keywords, the frozen model and
-# the prompt are choices, too, which fall before training (F14 to F21, F25).
+# Where the paper leaves a choice, the choice is an argument of the model or of the metric. The first table is made
+# from [`FELGAConfig`](../../src/finematch/models/configs.py#L160), the second from the metric.
+# [2_train](2_train.ipynb) takes all of them as parameters. The proposals, the keywords, the frozen model and the
+# prompt are choices, too, which fall before training (F14 to F21, F25).
 
 # %%
 columns = ["reading", "argument", "values", "default", "literal", "the paper"]
@@ -1455,9 +1514,10 @@ with torch.no_grad():
         assert small(labels=kind, lambda3=0.0)(batch)["loss"] == rows_of[kind, "local"]["loss"]
 
 # %% [markdown]
-# These are the numbers of Table 1 as printed. Two things are odd (F23). CLIP's object discovery is 50.7 in **four cells**: for entire images and for proposals, on 5,000 images (2017)
-# and on 40,504 (2014). Four equal measurements are unlikely. And Tables 4 and 5 repeat rows of Table 1 exactly, so they seem to be the same runs. The
-# paper says nothing of seeds.
+# These are the numbers of Table 1 as printed. Two things are odd (F23). CLIP's object discovery is 50.7 in **four
+# cells**: for entire images and for proposals, on 5,000 images (2017) and on 40,504 (2014). Four equal measurements
+# are unlikely. And Tables 4 and 5 repeat rows of Table 1 exactly, so they seem to be the same runs. The paper says
+# nothing of seeds.
 
 # %%
 one, four_, five = lesson.printed(1), lesson.printed(4), lesson.printed(5)
@@ -1469,17 +1529,18 @@ for row in ("Dense", "Sparse", "Dynamic"):
     assert (five.loc[row] == one.loc[row]).all()
 
 # %% [markdown]
-# **Exercise 9 (compute).** Of Table 5 the paper says that the global term helps description assignment obviously only with dynamic labels. Do the cells agree? What does the term
-# gain on COCO 2017, by label (`five` above)?
+# **Exercise 9 (compute).** Of Table 5 the paper says that the global term helps description assignment obviously only
+# with dynamic labels. Do the cells agree? What does the term gain on COCO 2017, by label (`five` above)?
 
 # %% tags=["exercise"]
 by_label = ...  # {"Dense": ..., "Sparse": ..., "Dynamic": ...}
 check("felga.gains", by_label)
 
 # %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
-# They do not. In description assignment dense labels gain most (+2.5 and +2.2), dynamic ones half of it (+1.2 and +1.1), sparse ones +0.7 and +0.6. In object discovery dense
-# labels gain 8.7 and 10.2, dynamic ones 5.6 and 6.7, sparse ones 1.6 and 4.9. The order is the same in all four columns. It is true that dynamic labels with
-# the global term are the best row in all of them.
+# They do not. In description assignment dense labels gain most (+2.5 and +2.2), dynamic ones half of it (+1.2 and
+# +1.1), sparse ones +0.7 and +0.6. In object discovery dense labels gain 8.7 and 10.2, dynamic ones 5.6 and 6.7,
+# sparse ones 1.6 and 4.9. The order is the same in all four columns. It is true that dynamic labels with the global
+# term are the best row in all of them.
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 gains = pd.DataFrame({row: five.loc[next(name for name in five.index if name.startswith(f"{row} +"))] - five.loc[row]
@@ -1495,9 +1556,11 @@ check("felga.gains", gains["assignment 2017"].to_dict())
 #
 # ## 17. What came out
 #
-# The paper claims that FELGA beats the frozen model in both tasks, that dynamic labels are better than dense or sparse ones in most cases, and that the global term
-# helps. The table shows what this workbook measured on scenes. A line is one claim, and a cell has its verdict, the difference in the grid's first metric, its 95 %
-# interval and the number of seeds. *default* are the readings that work best here; *literal* are the paper's words. The last column links to the whole table with both tasks.
+# The paper claims that FELGA beats the frozen model in both tasks, that dynamic labels are better than dense or
+# sparse ones in most cases, and that the global term helps. The table shows what this workbook measured on scenes. A
+# line is one claim, and a cell has its verdict, the difference in the grid's first metric, its 95 % interval and the
+# number of seeds. *default* are the readings that work best here; *literal* are the paper's words. The last column
+# links to the whole table with both tasks.
 
 # %%
 came_out("felga")
@@ -1505,10 +1568,11 @@ came_out("felga")
 # %% [markdown]
 # Compare it with what you have seen on this page:
 #
-# * Does it help to train on nouns and to leave out false negatives (section 15)? Compare *default* with *literal* for "FELGA beats the frozen fragments".
+# * Does it help to train on nouns and to leave out false negatives (section 15)? Compare *default* with *literal* for
+#   "FELGA beats the frozen fragments".
 # * Is the global term alone enough? Section 10 says that it moves one place per pair.
-# * Are dense labels as bad as the toy of section 13 makes them? The first metric is object discovery, which does not ask which object of an image is meant. Look
-#   at description assignment in the linked table, too.
+# * Are dense labels as bad as the toy of section 13 makes them? The first metric is object discovery, which does not
+#   ask which object of an image is meant. Look at description assignment in the linked table, too.
 #
 # [The findings](../../docs/findings.md) discuss the answers, and [RESULTS.md](../../RESULTS.md) has every run.
 #
@@ -1516,8 +1580,9 @@ came_out("felga")
 #
 # ## 18. Your own image and sentence
 #
-# The cell takes the newest trained FELGA run and shows, for each keyword of the sentence, the three regions that fit it best. Replace `image` by a file of yours, such as `"dog.jpg"`, and try
-# a keyword that the image does not show. [2_train](2_train.ipynb) makes a run.
+# The cell takes the newest trained FELGA run and shows, for each keyword of the sentence, the three regions that fit
+# it best. Replace `image` by a file of yours, such as `"dog.jpg"`, and try a keyword that the image does not show.
+# [2_train](2_train.ipynb) makes a run.
 
 # %%
 look("felga", image, bench.records[bench.batch[0]].captions[0])
@@ -1525,28 +1590,38 @@ look("felga", image, bench.records[bench.batch[0]].captions[0])
 # %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
 # ## Ten questions
 #
-# 1. *Which shapes have the pseudo-labels of 8 pairs with 10 regions and 10 keywords, within the pairs and as a matrix of the batch?* `8 10 10`, and
-#    `8 10 8 10`, which is 80 × 80. All places between pairs are 0.
+# 1. *Which shapes have the pseudo-labels of 8 pairs with 10 regions and 10 keywords, within the pairs and as a matrix
+#    of the batch?* `8 10 10`, and `8 10 8 10`, which is 80 × 80. All places between pairs are 0.
 # 2. *Which parts of the model are trained?* FENet alone. The two towers are frozen, and the labels have no weights.
-# 3. *Why can labels of frozen features be computed before training?* Because $f$ never changes. With `label_features="online"` they must be made anew in each step.
-# 4. *All cosines of a VLP are halved. Which labels change?* None. Sparse labels depend on the order alone, and the mean of dynamic labels is halved as well.
+# 3. *Why can labels of frozen features be computed before training?* Because $f$ never changes. With
+#    `label_features="online"` they must be made anew in each step.
+# 4. *All cosines of a VLP are halved. Which labels change?* None. Sparse labels depend on the order alone, and the
+#    mean of dynamic labels is halved as well.
 # 5. *Can dynamic labels find no positive in a pair?* No. The largest cosine is at least the mean.
-# 6. *What would break if a region without positives were not skipped?* Its bracket would only push. It would be driven away from all keywords, its own included.
+# 6. *What would break if a region without positives were not skipped?* Its bracket would only push. It would be
+#    driven away from all keywords, its own included.
 # 7. *You set `lambda1=5`. What changes?* The loss is larger by 4.5. No gradient changes, so the training is the same.
-# 8. *You set `lambda3=0`. Which row of Table 1 do you train?* Dynamic (with `labels="dynamic"`), the same as `alignment="local"`.
-# 9. *Why does the global loss see the ball that looks like a sofa, and the fragment loss not?* (b, q) is the maximum of image 1 and text 2, so Eq. 12 pushes it. Its row and its column
-#    have no positive, so Eq. 10 skips both.
-# 10. *A model has a mAP of 35 % in description assignment on scenes. Is that good?* No. A random ranking has about as much.
+# 8. *You set `lambda3=0`. Which row of Table 1 do you train?* Dynamic (with `labels="dynamic"`), the same as
+#    `alignment="local"`.
+# 9. *Why does the global loss see the ball that looks like a sofa, and the fragment loss not?* (b, q) is the maximum
+#    of image 1 and text 2, so Eq. 12 pushes it. Its row and its column have no positive, so Eq. 10 skips both.
+# 10. *A model has a mAP of 35 % in description assignment on scenes (relevance `category`). Is that good?* No. A
+#     random ranking has about as much.
 
 # %% [markdown]
 # ## 19. What to take along
 #
-# * FELGA makes labels from the cosines of a frozen model. Dense labels are complete and mostly wrong, sparse labels are more often right and few, dynamic labels
-#   lie between. All three find positives even where nothing belongs together.
-# * As printed, Eq. 10 and 12 are a constant times one number. Read with anchors they are a contrastive loss whose denominator leaves the positives out.
-# * λ₁ and λ₂ change no gradient, and at the paper's sizes a hinge changes nothing under `anchor`. λ₃ and a temperature do.
-# * A fragment without a positive gets nothing from the bracket of its own. The global term trains the largest cosine of each pair.
-# * A keyword need not be an object. The words that FENet learns from decide which words win a box: nouns assign it well, colours do not.
+# * FELGA makes labels from the cosines of a frozen model. Dense labels are complete and mostly wrong, sparse labels
+#   are more often right and few, dynamic labels lie between. All three find positives even where nothing belongs
+#   together.
+# * As printed, Eq. 10 and 12 are a constant times one number. Read with anchors they are a contrastive loss whose
+#   denominator leaves the positives out.
+# * λ₁ and λ₂ change no gradient, and at the paper's sizes a hinge changes nothing under `anchor`. λ₃ and a
+#   temperature do.
+# * A fragment without a positive gets nothing from the bracket of its own. The global term trains the largest cosine
+#   of each pair.
+# * A keyword need not be an object. The words that FENet learns from decide which words win a box: nouns assign it
+#   well, colours do not.
 # * A mAP needs the random ranking beside it, and a definition of what is relevant.
 #
 # Previous: [0_vlp](0_vlp.ipynb) · Next: [2_train](2_train.ipynb)

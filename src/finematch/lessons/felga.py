@@ -288,7 +288,8 @@ class Study:
         nouns = keyword_method("words", train=of.texts, top=of.method.top, nouns=GrammarNouns())
         self.keywords = {name: [[word for word, _ in method(text)] for text in of.texts]
                          for name, method in (("all", of.method), ("nouns", nouns))}  # fmt: skip
-        self.vocabulary = sorted({word for words in self.keywords.values() for one in words for word in one})
+        spoken = {word for words in self.keywords.values() for one in words for word in one}
+        self.vocabulary = sorted(spoken | set(SHAPES))  # the names of the classes are queries
         self.words = F.normalize(made.words(self.vocabulary), dim=-1)
         boxes = [torch.tensor([thing["box"] for thing in one["objects"]]).float() for one in of.truths]
         self.regions = [made.regions(box, one) for box, one in zip(boxes, of.truths, strict=True)]
@@ -482,7 +483,7 @@ def draw_cosines(samples: Mapping[str, Tensor]) -> None:
 
 
 def draw_lambda(
-    axis: np.ndarray, losses: Mapping[str, list[float]], lengths: Mapping[str, list[float]]
+    axis: Sequence[float], losses: Mapping[str, list[float]], lengths: Mapping[str, list[float]]
 ) -> None:
     """The loss moves with lambda, the gradient of the weights does not, unless a hinge is closed or squared."""
     _, axes = plt.subplots(1, 2, figsize=(6.6, 2.5), layout="constrained")
@@ -498,11 +499,10 @@ def draw_lambda(
     for ax in axes:
         ax.axvline(0.5, color=figures.FAINT, linestyle=":", linewidth=1, marker="")
         ax.set_xlabel(r"$\lambda_1 = \lambda_2$")
-        ax.set_xticks([-9, -6, -3, 0, 2])
     axes[1].text(0.3, 3.9 * max(lengths["anchor"]), "the paper's", fontsize=7, rotation=90, ha="right", va="top")
 
 
-def draw_temperature(taus: np.ndarray, shares: Sequence[float], equal: float, at_one: float) -> None:
+def draw_temperature(taus: Sequence[float], shares: Sequence[float], equal: float, at_one: float) -> None:
     """The share of the push that the one hard negative takes: all at a low temperature, hardly more than equal at 1."""
     _, ax = plt.subplots(figsize=(4.4, 2.3), layout="constrained")
     ax.plot(taus, shares, marker="")
