@@ -58,8 +58,10 @@ from finematch.lessons import felga as lesson
 from finematch.models import felga
 
 # %% [markdown]
-# **Symbols.** A letter keeps its meaning on the whole page. Bars and hats are the paper's: $f$ is a feature of the
-# frozen model, $\hat f$ is an embedding of FENet, and $\bar L$ is a label that nobody has checked.
+# **Symbols.** Letters keep their meaning on the whole page, with two exceptions that come from the paper: $L$ is the
+# matrix of Eq. 1 and the loss of Eq. 13, and `d` is a width in shapes and the cosine in formulas. Bars and hats are
+# the paper's: $f$ is a feature of the frozen model, $\hat f$ is an embedding of FENet, and $\bar L$ is a label that
+# nobody has checked.
 #
 # | symbol | shape | meaning | in the code | section |
 # |---|---|---|---|---|
@@ -67,7 +69,7 @@ from finematch.models import felga
 # | $\bar m^v_n$, $\bar m^t_n$ | numbers | region proposals of image $n$, keywords of text $n$ | `r`, `k`, and masks | [3](#fragments) |
 # | $f_{\bar v}$, $f_{\bar t}$ | `b r d`, `b k d` | frozen features of regions and keywords | `f_v`, `f_t` | [3](#fragments) |
 # | $d(x, y)$ | a number | cosine of two vectors | [`cosine`](../../src/finematch/models/felga.py#L30), [`affinity`](../../src/finematch/models/felga.py#L117) | [4](#example) |
-# | $L$ | `b r c k` | what belongs together in truth (Eq. 1) | `bench.truth` | [1](#problem) |
+# | $L$ | `b r c k` | what belongs together in truth (Eq. 1) | [`Bench.truth`](../../src/finematch/lessons/felga.py#L116) | [1](#problem) |
 # | $\bar L$ | `b r k` | pseudo-labels of fragments (Eq. 3 to 6) | [`dense`](../../src/finematch/models/felga.py#L42), [`sparse`](../../src/finematch/models/felga.py#L47), [`dynamic`](../../src/finematch/models/felga.py#L57) | [5](#labels) |
 # | $\bar L^{global}$ | `b c` | label of an image and a text (Eq. 7) | [`global_labels`](../../src/finematch/models/felga.py#L83) | [6](#global-label) |
 # | $\hat f_{\bar v}$, $\hat f_{\bar t}$ | `b r e`, `b k e` | embeddings, unit vectors (Eq. 8) | [`FENet`](../../src/finematch/models/felga.py#L89) | [7](#fenet) |
@@ -113,8 +115,9 @@ assert truth.shape == (len(boxes), len(keywords))
 #
 # The model is given pairs of an image and a text, a frozen vision-language model (VLP), a method that proposes boxes
 # and a method that finds keywords. FELGA makes labels from these and trains a small network. On this data set the
-# truth is known, so this page can check the labels. Here a box goes with a keyword if it overlaps an object by half
-# (IoU) and the keyword says a true shape, colour or texture of that object.
+# truth is known, so this page can check the labels. Here a box goes with a keyword if it overlaps an object
+# (intersection over union, IoU, of at least one half) and the keyword says a true shape, colour or texture of that
+# object.
 #
 # **Why fragments?** A score of whole images dilutes what the query asks for. Let the vector of an image be the mean
 # of its parts, which are orthogonal. Image X has nine parts, and one of them is the query. Image Y has two parts; one
@@ -148,6 +151,7 @@ assert best[0] > best[1]
 # (`k`) each. The features have the width `d` = 7, the hidden layers `h` = 13, and the embeddings `e` = 11.
 
 # %%
+torch.manual_seed(p.seed)
 config = felga.FELGAConfig(hidden_dim=13, out_dim=11, global_negatives="all")
 tiny = felga.FELGA(7, config).eval()
 f_v, f_t, all_boxes, all_words = torch.randn(2, 3, 7), torch.randn(2, 5, 7), torch.ones(2, 3) > 0, torch.ones(2, 5) > 0
@@ -164,7 +168,6 @@ def run() -> dict:
 
 
 # %%
-torch.manual_seed(p.seed)
 recorded = shapes(tiny, run, {2: "b", 3: "r", 5: "k", 7: "d", 13: "h", 11: "e", 16: "n"})
 lesson.draw_model(recorded)
 assert recorded["similarity"] == recorded["labels"] == "b r b k"
@@ -242,7 +245,7 @@ assert not (truth_of_batch & ~(seen[:, :, None, None] & told)).any()  # padding 
 #
 # ## 4. An example to keep
 #
-# Every equation below is worked by hand on two pairs:
+# The equations below are worked by hand on two pairs (Eq. 8 on single vectors):
 #
 # | | regions | keywords |
 # |---|---|---|
@@ -351,7 +354,8 @@ assert torch.equal(mine["dynamic"], here >= here.sum() / here.numel())  # Eq. 5 
 # %% [markdown]
 # The next cell counts over the whole batch. *Precision* is the share of the positives that is right. *Recall* is the
 # share of what is right that is positive. Dense labels have all that is right, but most of them are wrong. Sparse
-# labels are more often right and find the least. Dynamic labels lie between, and have no parameter to set.
+# labels are more often right and find the least. Dynamic labels lie between, and nobody has to choose their
+# threshold.
 
 # %%
 places = torch.arange(len(f_v))
@@ -384,9 +388,13 @@ assert torch.equal(felga.sparse(alike**3, all_real), marked["sparse"])  # any in
 chosen = marked["sparse"].any(2)
 assert (seen & ~chosen).sum() >= seen.sum() - told.sum()
 
+# %% [markdown]
+# The helper `small` makes a FELGA for the features made by hand, always with the same weights at the start. An
+# untrained FENet already changes some of the labels.
 
+
+# %%
 def small(**options) -> felga.FELGA:
-    """A small FELGA for the features made by hand, always from the same start."""
     torch.manual_seed(p.seed)
     form = {"hidden_dim": 64, "out_dim": 16, "dropout": 0.0, "global_negatives": "all"}  # Eq. 12 as printed
     return felga.FELGA(lesson.WIDTH, felga.FELGAConfig(**{**form, **options})).eval()
@@ -548,8 +556,8 @@ assert p.scale != "paper" or round(count / 1e6, 1) == 21.0
 
 # %% [markdown]
 # **How long are the vectors that FENet takes?** The paper does not say, and it matters (F13). PyTorch draws the
-# weights and the bias of a layer uniformly between $-1/\sqrt d$ and $1/\sqrt d$, so each has the variance $1/3d$. For
-# an input $x$ the weights add a number of variance $\|x\|^2/3d$ to that of the bias.
+# weights and the bias of a layer uniformly between $-1/\sqrt d$ and $1/\sqrt d$, so each has the variance $1/3d$. The
+# layer multiplies an input $x$ by the weights, which gives numbers of variance $\|x\|^2/3d$, and adds the bias.
 #
 # * At length 1 (`input_scale="unit"`) both variances are equal. Half of what the first layer says is the bias, which
 #   is the same for every fragment. At the start all fragments are nearly the same vector.
@@ -701,7 +709,7 @@ for reading in ("anchor", "batch", "pair"):
     free = d.clone().requires_grad_()
     felga.lifted(free, L, everywhere, loss=reading).backward()
     pushes[reading] = free.grad
-lesson.draw_matrices(pushes, *NAMES, low=-0.6, high=0.4, label="gradient by d")
+lesson.draw_matrices(pushes, *NAMES, low=-0.6, high=0.4, label="slope of the loss in d")
 for slope in pushes.values():
     assert (slope[L] < 0).all()
     assert (slope[~L] >= 0).all()
@@ -728,7 +736,7 @@ assert close(pushes["anchor"], expected)
 # **Anchors without positives** (F5). With sparse labels many boxes are such anchors. The default `empty="skip"`
 # leaves them out. `empty="keep"` counts the summand that they have, which pushes and does not pull. The more boxes no
 # keyword has chosen, the more the loss drives boxes away from words, even from the words of their own text. The cell
-# measures this on the batch, as the push that has no pull, divided by the whole push.
+# measures this on the frozen features of the batch: the push that has no pull, divided by the whole push.
 
 # %%
 row_b, column_q = log(e(0.6) + e(1) + e(0.8)), log(e(0) + e(1) + e(0.8))
@@ -843,7 +851,7 @@ padded = torch.zeros(2, 2, 2, 2).masked_scatter(v_real[:, :, None, None] & t_rea
 largest = felga.global_affinity(padded, v_real[:, :, None, None] & t_real)[0]
 felga.lifted(largest, felga.global_labels(2), known).backward()
 lesson.draw_matrices({"fragments (Eq. 10)": pushes["anchor"], "pairs (Eq. 12)": free.grad}, *NAMES, low=-0.6, high=0.6,
-                     label="gradient by d")  # fmt: skip
+                     label="slope of the loss in d")  # fmt: skip
 assert set(map(tuple, free.grad.nonzero().tolist())) == {(0, 0), (1, 1), (2, 0), (2, 2)}
 assert free.grad[1, 1] > 0 == pushes["anchor"][1, 1]
 
@@ -1209,10 +1217,10 @@ if p.steps >= 400:
 #
 # > "we select the mean Average Precision (mAP)"
 #
-# The paper says no more. The definition used here ranks the whole gallery by the score. The *precision* at a relevant
-# item is the share of relevant items from the first rank down to it. AP is the mean of these precisions, without
-# cut-off and without interpolation, and [mAP](../../docs/glossary.md) is the mean over the queries. **Ties count
-# against the model**: of equal scores the irrelevant items come first.
+# The paper adds only that the APs of all queries are averaged. The definition used here ranks the whole gallery by
+# the score. The *precision* at a relevant item is the share of relevant items from the first rank down to it. AP is
+# the mean of these precisions, without cut-off and without interpolation, and [mAP](../../docs/glossary.md) is the
+# mean over the queries. **Ties count against the model**: of equal scores the irrelevant items come first.
 #
 # By hand: five images have one or two fragments each. The queries are cat = (1, 0), dog = (0, 1), person = (0.6,
 # 0.8), and boat, which no image shows. A score of a relevant image is bold.
