@@ -179,7 +179,8 @@ assert recorded["regions"] == "b r e"
 # An arrow without a shape carries images or words. The texts of a batch are as many as its images, so the axes `b`
 # and `c` have one size here. A shape of `1` is a single number. Note three things:
 #
-# * The two towers are frozen. Only FENet is trained, and it is one network for both modalities.
+# * The two [towers](../../docs/glossary.md) are frozen. Only [FENet](../../docs/glossary.md) is trained, and it is
+#   one network for both modalities.
 # * The pseudo-labels are made from the *frozen* features, before FENet.
 # * The two losses read the same cosines.
 #
@@ -541,8 +542,8 @@ with torch.no_grad():
     assert close(two_wide().encode_regions(v[v_real]), v[v_real])  # the example passes through unchanged
 
 # %% [markdown]
-# The number of parameters follows from the widths: each layer has a weight for every input and output, and a bias for
-# every output.
+# The number of parameters follows from the widths, which the parameter `scale` chooses
+# ([preset](../../docs/glossary.md)): each layer has a weight for every input and output, and a bias for every output.
 
 # %%
 setting, d_in = preset("felga", p.scale), 512 if p.scale == "paper" else 96
@@ -1566,9 +1567,10 @@ check("felga.gains", gains["assignment 2017"].to_dict())
 #
 # The paper claims that FELGA beats the frozen model in both tasks, that dynamic labels are better than dense or
 # sparse ones in most cases, and that the global term helps. The table shows what this workbook measured on scenes. A
-# line is one claim, and a cell has its verdict, the difference in the grid's first metric, its 95 % interval and the
-# number of seeds. *default* are the readings that work best here; *literal* are the paper's words. The last column
-# links to the whole table with both tasks.
+# line is one claim, and a cell has its verdict ([*holds*, *contradicted* or *undecided*](../../docs/glossary.md)),
+# the difference in the grid's first metric, its 95 % interval and the number of [seeds](../../docs/glossary.md).
+# *default* are the readings that work best here; *literal* are the paper's words. The last column links to the whole
+# table with both tasks.
 
 # %%
 came_out("felga")
