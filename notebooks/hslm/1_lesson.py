@@ -58,27 +58,29 @@ p = parameters(globals(), dataset={"scenes"}, scale={"tiny", "photos", "paper"},
            layers=(2, 6), sharp=(6, 64), batch=(32, 256))  # fmt: skip
 
 # %%
-import itertools, math  # noqa: E401
-import numpy as np, pandas as pd, torch, torch.nn.functional as F  # noqa: E401
+import math
+from itertools import pairwise, product
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finematch.boxes import iou
 from finematch.exercises import check
 from finematch.lessons import beside, came_out, close, hslm as lesson, look, shapes, show
 from finematch.lessons.hslm import batch_of, fill, full, rate, refused, tiny
-from finematch.models.configs import HSLMConfig
-from finematch.models.hslm import HSLM, MGCN, MODULES, GraphLayer, PairScorer, WordEncoder, WordSelfAttention
-from finematch.models.hslm import hinge, score, softmax_loss, word_correlation
+from finematch.models.hslm import HSLM, MGCN, MODULES, GraphLayer, HSLMConfig, PairScorer, WordEncoder
+from finematch.models.hslm import WordSelfAttention, hinge, score, softmax_loss, word_correlation
 from finematch.tables import published
 
 # %% [markdown]
 # <a id="problem"></a>
 #
-# ## 1. The problem in one picture (section 1, Figure 1)
+# ## 1. The problem in one figure (section 1, Figure 1)
 #
 # MVAM computes one vector for an image and one for a caption; their score is a dot product. HSLM compares every image
-# with *every caption*, region by region and word by word. This costs about a thousand times more, and it is more exact.
-# The paper wants to match on three levels:
+# with *every caption*, region by region and word by word. For one pair this takes more than a thousand times as many
+# operations ([section 9](#fast) counts them). The paper wants to match on three levels:
 #
 # > "it is essential to understand both higher-level semantics and lower-level relationship"
 #
@@ -99,8 +101,7 @@ lesson.draw_levels(one)
 # next cell counts the proposals, the words and the objects that have no partner.
 
 # %%
-overlap = iou(one.proposals, one.boxes).max(1).values
-unnamed = int((overlap < 0.5).sum())
+unnamed = int((one.overlap < 0.5).sum())
 words = one.text.split()
 wordless = len(words) - sum(len(phrase.split()) for phrase in one.phrases)
 print(f"{unnamed} of {len(one.proposals)} proposals show nothing that the caption names")
@@ -171,7 +172,7 @@ assert found["logit"] == "b c"
 # | **red** | 0 | 1 | 2 | (1/3 + 2·2/3, 0) = (5/3, 0) | 0.14, 0.28, 0.58: (1.436, 0.140) |
 # | **circle** | 0 | 2 | 4 | (2/3 + 2·4/3, 0) = (10/3, 0) | 0.05, 0.19, 0.77: (1.723, 0.045) |
 #
-# This is the paper's idea in small. Nothing relates to "a", so it shrinks to a third. "red" and "circle" relate to each
+# This is the paper's idea in small. No other word relates to "a", so it shrinks to a third. "red" and "circle" relate to each
 # other, so they grow by 5/3. The softmax cannot do this: its rows sum to one, so each word becomes a *mean* of words.
 
 # %%
@@ -376,7 +377,7 @@ growth = {"raw": lambda x: x + 36 / 16 * x**3, "nodes": lambda x: x + x**3 / 16,
 alike = F.normalize(torch.ones(1, 100, 32).double(), dim=-1)
 for relation, step in growth.items():
     found = lengths(relation, alike[:, :36])
-    assert all(abs(longer / step(length) - 1) < 1e-6 for length, longer in itertools.pairwise(found))
+    assert all(abs(longer / step(length) - 1) < 1e-6 for length, longer in pairwise(found))
 raw, divided = lengths("raw", alike[:, :36]), lengths("nodes", alike[:, :36])
 assert close(raw[:3], [1.0, 3.25, 80.49], 0.01)
 assert 3e18 < raw[-1] < 4e18
@@ -450,7 +451,7 @@ check("hslm.words", attended)
 #   scales each $t_j$ to unit length, as it does with the regions at their start (H9).
 #
 # **By hand.** A GRU of width 1 has all weights 0 but one. Its candidate is $\tanh(x_j)$, and both gates stand at
-# $\sigma(0) = ½$. So $h_j = ½\tanh(x_j) + ½\,h_{j-1}$: an echo that halves at every word. Take three words with
+# $\sigma(0) = \tfrac12$. So $h_j = \tfrac12\tanh(x_j) + \tfrac12\,h_{j-1}$: an echo that halves at every word. Take three words with
 # $\tanh(x) = 0.8, 0, 0.4$:
 #
 # | | word 1 | word 2 | word 3 |
@@ -482,7 +483,7 @@ lesson.draw_echo(forward, backward)
 # %%
 encoder, text = model.text, few["text"]
 for layer in encoder.graph:
-    nn.init.normal_(layer.update.weight)  # an untrained graph is the identity: move it
+    nn.init.normal_(layer.update.weight, std=0.1)  # an untrained graph is the identity: move it
 order = torch.tensor([4, 1, 0, 6, 2, 3, 5])
 mixed = {name: part[:, order] for name, part in text.items()}
 with torch.no_grad():
@@ -572,7 +573,7 @@ def likeness(weights: Tensor) -> float:
 
 # %%
 looks = {f"cross_scale = {scale:g}": lesson.relate(toy_words, toy_regions, scale) for scale in (1.0, p.sharp)}
-scales = np.geomspace(0.5, 64, 25).tolist()
+scales = torch.logspace(-1, 6, 25, base=2).tolist()  # 0.5 to 64
 curves = {
     "sigmoid": [likeness((scale * products).sigmoid()) for scale in scales],
     "softmax": [likeness((scale * products).softmax(-1)) for scale in scales],
@@ -593,10 +594,10 @@ assert likeness((1e4 * products).sigmoid()) > 0.3
 assert likeness((16 * products).softmax(-1)) < 0.2
 
 # %% [markdown]
-# **Why is the context made unit?** (reading H11) The weights of a word sum to about $N/2$, so $fR^*$ is many times
-# longer than the word. $|E^* - R_a^*|^2$ would then measure *how many* regions there are. By hand: take each of the two
-# regions twice. The raw context of word 1 doubles from (0.731, 0.5) to (1.462, 1), and its squared distance from the
-# word jumps from 0.322 to 1.214. The unit context does not move: 0.349 both times.
+# **Why is the context made unit?** (reading H11) All weights lie around ½, so a word's weights sum to about $N/2$: the
+# more regions there are, the longer $fR^*$ is. $|E^* - R_a^*|^2$ would then measure *how many* regions there are.
+# By hand: take each of the two regions twice. The raw context of word 1 doubles from (0.731, 0.5) to (1.462, 1), and
+# its squared distance from the word jumps from 0.322 to 1.214. The unit context does not move: 0.349 both times.
 
 # %%
 doubled = torch.cat([regions_2, regions_2], 1)
@@ -683,7 +684,7 @@ lesson.draw_nodes({"$|E^* - R_a^*|^2$": squared, "$s_k$, Eq. 17": s_k, "gate tim
 # $d \to d$) and $v$ (`vote`, $d$) are learnt; $*$ is elementwise.
 #
 # **By hand.** Let $x = (1,0), (0,1)$, let both matrices be the identity, and let $v = (1, 0)$. The mean is (½, ½).
-# Word 1 answers $\tanh 1\cdot\tanh ½ = 0.3519$, and word 2 answers 0. The weights are 0.587 and 0.413, and
+# Word 1 answers $\tanh 1\cdot\tanh \tfrac12 = 0.3519$, and word 2 answers 0. The weights are 0.587 and 0.413, and
 # $\hat x = (0.818, 0.575)$.
 #
 # The image's vector is pooled from the contexts $R_a^*$. So an image has *another* global vector for every caption
@@ -717,7 +718,7 @@ assert close(scorer.similarity(compare, torch.zeros(8)), torch.zeros(4))
 # %%
 tile, similarity, fuse = PairScorer.tile, PairScorer.similarity, PairScorer.fuse
 beside([
-    ("Eq. 16: a score in (0, 1) for each word and region", PairScorer.relate, "torch.sigmoid(", "H10: ⊙ is a product; cross_scale"),
+    ("Eq. 16: a score for each word and region", PairScorer.relate, "torch.sigmoid(", "H10: ⊙ is a matrix product"),
     ("Eq. 15: the context of each word", tile, "f = f * square", "H11: made unit, by dividing its weights"),
     ("Eq. 18: word minus context", tile, "difference =", "H10: M words, M contexts"),
     ("Eq. 17: W, then unit length", similarity, "vector = F.linear", "H14: W of its own for each alignment"),
@@ -726,7 +727,7 @@ beside([
     ("Eq. 20: local and global together", fuse, "for node, mask", "H15: M + 1 nodes"),
     ("Eq. 21: a gate for each node", fuse, "gate = torch.sigmoid", "H16: one number a node"),
     ("Eq. 21, 22: the sum of the gated nodes, FC", fuse, "(gate * F.linear", "FC of a sum is the sum of FC"),
-    ("3.6: the score in the loss", HSLM.squash, "torch.sigmoid(", "H17: a sigmoid; images are ranked by the logit")])  # fmt: skip
+    ("3.6: the score in the loss", HSLM.squash, "torch.sigmoid(", "H17: sigmoid or logit")])  # fmt: skip
 
 # %% [markdown]
 # **Exercise 4 (change).** The gates are added and not averaged (`node_weights="raw"`, the default). What does a longer
@@ -836,16 +837,16 @@ kinds = {"hardest": lambda scores: hinge(scores, diagonal) / plateau,
          "mean": lambda scores: hinge(scores, diagonal, negatives="mean") / plateau,
          "contrastive": lambda scores: softmax_loss(10 * scores, diagonal) / math.log(B)}  # fmt: skip
 assert all(close(loss(torch.full((B, B), 0.37)), 1.0) for loss in kinds.values())
-spread = np.linspace(0, 0.12, 25)
+spread = torch.linspace(0, 0.12, 25).tolist()
 signals = {signal: noise + signal * torch.eye(B) for signal in (1.0, 5.0)}
-curves = {(kind, signal): [float(loss(x * z)) for x in spread.tolist()]
+curves = {(kind, signal): [float(loss(x * z)) for x in spread]
           for kind, loss in kinds.items() for signal, z in signals.items()}  # fmt: skip
 lesson.draw_plateau(spread, curves, B)
 
 # %% [markdown]
-# The vertical axis is the loss as a share of its plateau. One curve rises: the hardest negatives with a weak signal.
-# The training log marks the steps that sit on the plateau (`plateau` of
-# [`HSLM.forward`](../../src/finematch/models/hslm.py#L554)). The next cell checks the straight line and the directions.
+# The vertical axis is the loss as a share of its plateau. One curve rises: the hardest negatives with a weak signal. In
+# training, `plateau` of [`HSLM.forward`](../../src/finematch/models/hslm.py#L554) is 1 for a step that sits on the
+# plateau, and the log of a run counts these steps. The next cell checks the straight line and the directions.
 
 # %%
 weak, strong = signals.values()
@@ -865,7 +866,8 @@ assert kinds["contrastive"](1e-2 * weak) < 1
 # **What does the gradient do there?** It pushes each true pair up by 2, since a true pair stands in two brackets. It
 # pushes two negatives of each pair down by 1. Which ones? At *exactly* equal scores all negatives tie, and the maximum
 # shares its gradient among them (left). With a tiny difference, chance picks one negative for each image and one for
-# each caption (right). The mean over negatives and the contrastive loss always look like the left panel.
+# each caption (right). The mean over negatives and the contrastive loss look like the left panel. (The cell scales each
+# gradient so that the true pairs have −2.)
 
 # %%
 torch.manual_seed(p.seed)
@@ -877,8 +879,8 @@ starts = {"hardest, scores equal": (torch.zeros(6, 6), lambda x: hinge(x, small)
 slopes = {}
 for name, (start, loss) in starts.items():
     (gradient,) = torch.autograd.grad(loss(start.requires_grad_()), start)
-    slopes[name] = gradient / gradient.diagonal().mean() * -2  # of one size, to be compared
-lesson.draw_slopes(dict(itertools.islice(slopes.items(), 2)))
+    slopes[name] = gradient / gradient.diagonal().mean() * -2
+lesson.draw_slopes(dict(list(slopes.items())[:2]))
 
 # %% [markdown]
 # All entries of a gradient sum to zero. So if the model cannot tell images or captions apart, the pushes cancel inside
@@ -908,14 +910,14 @@ assert max(float(weight.grad.abs().max()) for weight in stuck.parameters()) < 1e
 
 # %%
 others = [[j for j in range(3) if j != i] for i in range(3)]
-choices = list(itertools.product(*others))  # a caption for each image, or an image for each caption
+choices = list(product(*others))  # a caption for each image, or an image for each caption
 losses = []
-for for_images, for_captions in itertools.product(choices, choices):
+for for_images, for_captions in product(choices, choices):
     excess = [table[i, j] - table[i, i] for i, j in enumerate(for_images)]
     excess += [table[k, i] - table[i, i] for i, k in enumerate(for_captions)]
     losses.append(float(F.relu(0.2 + torch.stack(excess)).sum()))
 assert len(losses) == 64
-assert close(np.mean(losses), hinge(table, own, negatives="mean"))
+assert close(sum(losses) / 64, hinge(table, own, negatives="mean"))
 assert max(losses) <= float(hinge(table, own)) + 1e-6  # none costs more than the hardest
 
 # %% [markdown]
@@ -927,12 +929,12 @@ data = batch_of(6)
 warm, anew = tiny(p.seed, start="random", warmup_steps=2).train(), tiny(p.seed, negatives="random").train()
 with torch.no_grad():
     first, second, third = (float(warm(data)["loss"]) for _ in range(3))
-    drawn = [float(anew(data)["loss"]) for _ in range(200)]
+    drawn = torch.stack([anew(data)["loss"] for _ in range(200)])
     hard, mean = (float(tiny(p.seed, negatives=kind)(data)["loss"]) for kind in ("hardest", "mean"))
-print(f"start {first:.4f}, {second:.4f}, then {third:.4f}; 200 draws {np.mean(drawn):.4f}, mean {mean:.4f}")
+print(f"start {first:.4f}, {second:.4f}, then {third:.4f}; 200 draws {drawn.mean():.4f}, mean {mean:.4f}")
 assert close(third, hard, 1e-5)
 assert max(first, second) <= hard + 1e-5
-assert abs(np.mean(drawn) - mean) < 5 * np.std(drawn) / math.sqrt(len(drawn)) + 1e-4
+assert abs(drawn.mean() - mean) < 5 * drawn.std() / math.sqrt(200) + 1e-4
 
 # %% [markdown]
 # **The default start is contrastive** (`start="contrastive"`). On the plateau it has the direction of the mean. Later
@@ -1064,10 +1066,10 @@ assert close(layer(f @ r), f @ (r @ layer.weight.T) + layer.bias)  # linearity
 for c, length in enumerate(told):
     alone = rate(scorer, seen.regions, captions.words[c : c + 1, :length], captions.vector[c : c + 1])
     assert close(alone[:, 0], fast[:, c], 1e-5)
-shuffled = np.random.default_rng(p.seed).permutation(one.lengths)
-padded = sum(len(chunk) * chunk.max() for chunk in np.array_split(shuffled, max(1, len(shuffled) // 100)))
-print(f"in batches of 100 captions, {100 * (1 - one.lengths.sum() / padded):.0f} % of all positions would be padding")
-assert padded > one.lengths.sum()
+shuffled, needed = one.lengths[torch.randperm(len(one.lengths))], int(one.lengths.sum())
+padded = sum(len(chunk) * int(chunk.max()) for chunk in shuffled.split(100))
+print(f"in batches of 100 captions, {100 * (1 - needed / padded):.0f} % of all positions would be padding")
+assert padded > needed
 
 # %% [markdown]
 # How much work is saved? The cell counts operations of one pair (a multiplication and an addition are two operations)
@@ -1098,6 +1100,7 @@ book = lesson.operations(lambda: by_the_book(scorer, seen.regions[0], captions.w
 fast = lesson.operations(lambda: score(scorer, view, captions)) / 8e6  # 2 images with 4 captions
 once = lesson.operations(lambda: scorer.prepare(seen)) / 2e6
 assert close(steps.sum().tolist(), [book, fast], 1e-6)
+assert 1e6 * fast > 1000 * 2 * d  # a dot product of two vectors takes 2 d operations
 print(f"million operations a pair: {book:.2f} and {fast:.2f}, {book / fast:.1f} times fewer")
 print(f"once for each image: {once:.2f} million, or {once / 5000:.4f} million a pair with 5,000 captions")
 assert p.scale != "paper" or 3 < book / fast < 4
@@ -1127,8 +1130,8 @@ with torch.no_grad():
         assert tiny(p.seed, **{argument: standard})(batch_of(6))["loss"] == default  # ... and the default is the default
 
 # %% [markdown]
-# Two more choices are not in the table: `negatives` of section 8, and `depth`, 4 in the paper, which counts Eq. 8 as the
-# first layer (H6). Images are always ranked by the logit, whatever the loss compares (H17), because a sigmoid near 1
+# Readings without an argument, such as H3, are explained where they stand. Two more arguments are not in the table:
+# `negatives` of section 8, and `depth`, 4 in the paper, which counts Eq. 8 as the first layer (H6). Images are always ranked by the logit, whatever the loss compares (H17), because a sigmoid near 1
 # makes ties.
 
 # %% [markdown]
@@ -1178,7 +1181,7 @@ check("hslm.modules", means)
 
 # %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
 # Cross attention with local alignment gains about 53. They can only be had together, and only where `glob` is on in both
-# rows: rows 1 to 4 against 9 to 12. The graph gains about 7, global on top of local about 6, self-attention about 4.
+# rows: rows 1 to 4 against 9 to 12. The graph gains about 7.5, global on top of local about 6.4, self-attention about 4.
 # There are two contradictions. The six recalls of row 2 sum to 439.2, but Rsum is printed as 437.5. And the full model
 # has 497.8 here but 508.6 in Table 1, on the same test set. The second is probably an ensemble of two models, as in VSRN
 # and SGRAF; the paper does not say. The number to compare a single model with is 497.8.
@@ -1188,7 +1191,7 @@ R, has = printed["Rsum"], {row: {name for name in MODULES if on.loc[row, name]} 
 
 
 def gain(*names: str) -> float:
-    return float(np.mean([R[b] - R[a] for a in has for b in has if has[a] < has[b] and has[b] - has[a] == set(names)]))
+    return pd.Series([R[b] - R[a] for a in has for b in has if has[a] < has[b] and has[b] - has[a] == set(names)]).mean()
 
 
 means = {"cross_attn and loc": gain("cross_attn", "loc"), **{name: gain(name) for name in ("mgcn", "glob", "self_attn")}}
@@ -1221,8 +1224,9 @@ came_out("hslm", "flickr8k")
 
 # %% [markdown]
 # Two cautions. Our images, features and models are far smaller than the paper's, so compare the *order* of rows and not
-# their numbers. And some runs are older than today's defaults of H2 (the residual of section 3) and H26 (the contrastive
-# start of section 8): the tables mark them. [findings.md](../../docs/findings.md) says what these two settings changed.
+# their numbers. And settings decide: the residual of section 3 (H2) and the contrastive start of section 8 (H26) change
+# these results. [findings.md](../../docs/findings.md) says how, and what the tables suggest. If a run is older than
+# today's defaults, its table says so.
 #
 # <a id="own"></a>
 #
@@ -1249,8 +1253,8 @@ look("hslm", one.image, one.text)
 #    GRU. Before it, a caption is a set of words.
 # 7. *Why are the contexts of two words so similar at `cross_scale=1`?* All weights lie between 0.27 and 0.73, so each
 #    context is nearly the sum of all regions.
-# 8. *`context_norm=False` and 100 regions in place of 36: what happens to $|E^* - R_a^*|^2$?* The context gets about
-#    three times as long, and so the difference measures the number of regions.
+# 8. *`context_norm=False` and 100 regions in place of 36: what happens to $|E^* - R_a^*|^2$?* The contexts get longer.
+#    So the difference measures how many regions there are.
 # 9. *Why can the hinge with the hardest negatives stay at $2B\beta$?* A weak model that spreads its scores raises
 #    the loss, since the hardest of $B - 1$ negatives is far above the mean. At equal scores the gradient cancels.
 # 10. *What can be computed once for each image, and what cannot?* The regions, their Gram matrix and the pooling layer of
@@ -1259,12 +1263,12 @@ look("hslm", one.image, one.text)
 # %% [markdown]
 # ## What to take along
 #
-# * Eq. 6 and Eq. 8 are one operation, and it is cubic: relations times vectors. Only the residual tells them apart. Only
-#   division by the number of nodes keeps it bounded.
+# * Eq. 6 and Eq. 8 are one operation, relations times vectors, and it is cubic. Only the residual tells them apart.
+#   Division by the number of nodes keeps it from growing with that number.
 # * A sigmoid does not choose. At scale 1 every word sees nearly the sum of all regions. The words' contexts differ
 #   little, and the local alignment lives on this difference.
-# * Eq. 17 compares directions, not distances.
+# * Eq. 17 keeps the direction of a difference and forgets its size.
 # * The hardest negative of a batch makes a plateau. A contrastive loss or random negatives lead out of it.
 # * Scoring every pair is slow by the book, but what depends on the image alone is computed once for each image.
 #
-# Previous: [MVAM: where the views look](../mvam/4_attention.ipynb) · Next: [HSLM: one training run](2_train.ipynb)
+# Previous: [MVAM: what the views look at](../mvam/4_attention.ipynb) · Next: [HSLM: one training run](2_train.ipynb)

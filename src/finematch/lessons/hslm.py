@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from finematch import figures
+from finematch.boxes import iou
 from finematch.config import root
 from finematch.data import load
 from finematch.data.splits import data_folder
@@ -51,8 +52,9 @@ class Example(NamedTuple):
     relation: tuple[int, str, int]  # which of the two, its relation, to which
     objects: int  # in the image
     proposals: Tensor  # "n 4", best first
+    overlap: Tensor  # "n", the IoU of each proposal with the nearer of the two boxes
     spoken: dict[str, Tensor]  # the first captions of up to 200 images, ready for the word encoder
-    lengths: np.ndarray  # tokens of each caption of these images
+    lengths: Tensor  # tokens of each caption of these images
     vocabulary: int
 
 
@@ -74,14 +76,14 @@ def example(p: Any) -> Example:
     number, caption = next((i, c) for i, one in enumerate(truth) for c in one["captions"] if fits(one, c))
     image, objects = records[number].open(), truth[number]["objects"]
     phrases = {mention: caption["text"][a:b] for a, b, mention in caption["phrases"] if mention >= 0}
-    boxes = [objects[mention["objects"][0]]["box"] for mention in caption["mentions"]]
+    boxes = torch.tensor([objects[mention["objects"][0]]["box"] for mention in caption["mentions"]]).float()
     proposals = torch.as_tensor(propose("auto")[1](image, p.regions)).float()
     tokenizer = word_level(TOKENIZER)
     spoken = tokenise([record.captions[0] for record in records], tokenizer).batch(range(len(records)))
     lengths = tokenise([c for record in records for c in record.captions], tokenizer).lengths
     relation = tuple(caption["relations"][0])
-    return Example(image, caption["text"], [phrases[0], phrases[1]], torch.tensor(boxes).float(), relation,
-                   len(objects), proposals, spoken, lengths, len(tokenizer))  # fmt: skip
+    return Example(image, caption["text"], [phrases[0], phrases[1]], boxes, relation, len(objects), proposals,
+                   iou(proposals, boxes).amax(1), spoken, torch.tensor(lengths), len(tokenizer))  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- layers with chosen weights
@@ -388,7 +390,7 @@ def draw_nodes(steps: Mapping[str, Tensor]) -> None:
         ax.set_title(title)
 
 
-def draw_plateau(spread: np.ndarray, curves: Mapping[tuple[str, float], list], pairs: int) -> None:
+def draw_plateau(spread: Sequence[float], curves: Mapping[tuple[str, float], list], pairs: int) -> None:
     """Losses as shares of their plateaus while the scores spread: above the dotted line, telling pairs apart costs."""
     _, ax = plt.subplots(figsize=(6.8, 2.8), layout="constrained")
     signals = sorted({signal for _, signal in curves})
