@@ -253,16 +253,16 @@ def draw_model(size: Mapping[str, str]) -> None:
 
 def draw_filter(scores: Mapping[str, Tensor], threshold: float) -> None:
     """The saliency of four regions under each normalisation: a sure image and an unsure one. Above the line stays."""
-    _, axes = plt.subplots(1, len(scores), figsize=(7.2, 2.2), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, len(scores), figsize=(7.2, 2.5), layout="constrained", sharey=True)
     for ax, (name, of) in zip(axes, scores.items(), strict=True):
         regions = [str(i + 1) for i in range(of.shape[1])]
         figures.bars(ax, regions, {"a sure image": of[0].tolist(), "an unsure one": of[1].tolist()})
         ax.axhline(threshold, color=figures.INK, linestyle="--", linewidth=1, marker="")
-        ax.set(title=f"`{name}`", xlabel="region", ylim=(0, 1.3))
+        ax.set(title=f'score_norm="{name}"', xlabel="region", ylim=(0, 1.05))
         ax.get_legend().remove()
     axes[0].set_ylabel("S")
-    axes[0].text(3.45, threshold + 0.02, "h", fontsize=8, ha="right")
-    axes[-1].legend(fontsize=7, loc="upper right", ncols=2, borderaxespad=0)
+    axes[-1].text(3.45, threshold + 0.02, "h", fontsize=8, ha="right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
 def draw_climb(plane: Tensor, track: Sequence[Tensor], at: Sequence[int]) -> None:
@@ -336,13 +336,13 @@ def _first_move(ax: Axes) -> None:
     x1, y1, x2, y2 = (64 * box[0]).tolist()
     ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **OUTLINE | {"edgecolor": figures.INK, "linewidth": 1.4}))
     origin = torch.tensor([32.0, 32.0])
-    for order, name, colour, line, aside in (("image", "ours", figures.PALETTE[0], "-", -4.0),
+    for order, name, colour, line, aside in (("image", "ours", figures.PALETTE[0], "-", -3.0),
                                              ("paper", "as printed", figures.WRONG, "--", 6.0)):  # fmt: skip
         _, moved = searcher(1, axes=order).search(PLANES[0], box[None], SAID, A_WORD)
         end = origin + 64 * moved[0, 0]
         arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.8, "linestyle": line, "shrinkA": 0, "shrinkB": 0}
         ax.annotate("", end.tolist(), origin.tolist(), arrowprops=arrow)
-        ax.text(float(end[0]) - 2, float(end[1]) + aside, name, fontsize=7, color=colour, ha="center")
+        ax.text(float(end[0]) - 2, float(end[1]) + aside, name, fontsize=7, ha="center", color=figures.INK)
     ax.set_title("level 1, $M_j$ of the cells")
 
 
@@ -354,14 +354,16 @@ def _line(ax: Axes, x, y, k: int, name: str, **look) -> None:
 
 def draw_border(asked: Tensor, stopped: Tensor, cut: Tensor) -> None:
     """A box that would leave the image: a region stops at the border and keeps its size, a proposal loses a part."""
-    _, axes = plt.subplots(1, 2, figsize=(4.6, 2.2), layout="constrained")
+    _, axes = plt.subplots(1, 2, figsize=(5.0, 2.2), layout="constrained")
     x, y, w, h = asked.tolist()
     panels = ((axes[0], stopped, "a region stops"), (axes[1], cut, "a proposal is cut"))
     for ax, (x1, y1, x2, y2), title in panels:
-        ax.add_patch(Rectangle((0, 0), 1, 1, **OUTLINE))
-        ax.add_patch(Rectangle((x - w / 2, y - h / 2), w, h, **OUTLINE | {"linestyle": "--", "edgecolor": figures.INK}))
-        ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=figures.PALETTE[0], linewidth=2.4))
-        ax.set(title=title, xlim=(-0.15, 0.65), ylim=(0.75, 0.25), aspect="equal")
+        ax.add_patch(Rectangle((0, 0), 1, 1, facecolor="#e6eaee", edgecolor=figures.INK, linewidth=0.8))
+        ax.text(0.62, 0.72, "inside the image", fontsize=7, ha="right")
+        ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=figures.PALETTE[0], linewidth=2.8))
+        dashed = OUTLINE | {"linestyle": "--", "edgecolor": figures.INK, "linewidth": 1.2}
+        ax.add_patch(Rectangle((x - w / 2, y - h / 2), w, h, **dashed))
+        ax.set(title=title, xlim=(-0.15, 0.65), ylim=(0.76, 0.26), aspect="equal")
         ax.set_axis_off()
 
 
@@ -453,22 +455,14 @@ def draw_collapse(runs: Mapping[str, Sequence[Mapping]], apart: float) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7.5)
 
 
-def draw_rates(rates: pd.DataFrame, of_words: pd.DataFrame) -> None:
-    """Left: how fast a step down each loss's gradient raises the margin. Then each word's margin, and its distance."""
-    _, axes = plt.subplots(1, 3, figsize=(8.6, 2.5), layout="constrained", width_ratios=[1.1, 1, 1])
-    at = range(rates.shape[1])
-    axes[0].barh(at, rates.mean(), xerr=rates.std(), color=figures.PALETTE[0], height=0.6)
-    axes[0].set_yticks(at, list(rates))
-    axes[0].invert_yaxis()
-    axes[0].axvline(0, color=figures.INK, linewidth=0.8, marker="")
-    axes[0].set(xlabel="rate at which the margin rises", title="one step down a gradient")
-    for ax, what, ylabel in ((axes[1], "margin", "margin of the cosine"), (axes[2], "distance", "distance, level 3")):
-        columns = [name for name in of_words if name.startswith(what)]
-        for k, name in enumerate(columns):
+def draw_margins(of_words: pd.DataFrame) -> None:
+    """For each word: its margin, and how far the regions of level 3 end from what it names; two ways of training."""
+    _, axes = plt.subplots(1, 2, figsize=(7.2, 2.6), layout="constrained")
+    for ax, what, ylabel in ((axes[0], "margin", "margin of the cosine"), (axes[1], "distance", "distance, level 3")):
+        for k, name in enumerate(name for name in of_words if name.startswith(what)):
             _line(ax, range(len(of_words)), of_words[name], k, name.removeprefix(f"{what}, "))
         ax.set_xticks(range(len(of_words)), list(of_words.index), rotation=45)
         ax.set_ylabel(ylabel)
-    axes[1].axhline(0, color=figures.FAINT, linestyle=":", linewidth=1, marker="")
-    axes[2].set_ylim(0, None)
-    axes[1].legend(fontsize=7)
-
+    axes[0].axhline(0, color=figures.FAINT, linestyle=":", linewidth=1, marker="")
+    axes[1].set_ylim(0, None)
+    axes[0].legend(fontsize=7)
