@@ -93,7 +93,8 @@ def example(of: Scenes) -> Example:
     """The first image with at least three things, two of whose captions name one or two things each, none in common."""
     for number, truth in enumerate(of.truths):
         named = [
-            {thing for mention in one["mentions"] for thing in mention["objects"]} for one in truth["captions"]
+            {thing for mention in one["mentions"] for thing in mention["objects"]}
+            for one in truth["captions"]
         ]
         for a, b in itertools.combinations(range(len(named)), 2):
             few = all(0 < len(named[k]) <= 2 for k in (a, b))
@@ -101,7 +102,9 @@ def example(of: Scenes) -> Example:
                 boxes = [torch.tensor([truth["objects"][k]["box"] for k in sorted(named[c])]) for c in (a, b)]
                 record = of.records[number]
                 return Example(number, record.open(), [record.captions[k] for k in (a, b)], boxes)
-    raise ValueError(f"none of {len(of.truths)} images has two captions that name different things: load more images")
+    raise ValueError(
+        f"none of {len(of.truths)} images has two captions that name different things: load more images"
+    )
 
 
 def proposals(image: Image.Image, n: int) -> tuple[str, Tensor]:
@@ -125,7 +128,9 @@ def small(
              "query_depth": 1, "query_heads": 2, **PRINTED} | dict(locator or {})  # fmt: skip
     terms = {"embed": 12, "queue": 12, "region_word": 0.0} | dict(objective or {})
     part = SelfLocator(towers.channels, LocatorConfig(width=WIDTH, **shape))
-    model = SLAN(towers, part, SLANConfig(width=WIDTH, **terms), words=Words.of(tokenizer), random_steps=random_steps)
+    model = SLAN(
+        towers, part, SLANConfig(width=WIDTH, **terms), words=Words.of(tokenizer), random_steps=random_steps
+    )
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -167,7 +172,10 @@ _AT = (torch.arange(64) + 0.5) / 64
 IS_THING = ((_AT[None, :] - THING[0]).abs() < 0.1) & ((_AT[:, None] - THING[1]).abs() < 0.1)
 # F_1 to F_3: how much of a cell is the thing, how much the ground
 PLANES = [F.avg_pool2d(torch.stack([IS_THING, ~IS_THING]).float()[None], k) for k in (8, 4, 2)]
-SAID, A_WORD = torch.tensor([[[0.0, 1], [1, 0], [0, 1]]]), torch.tensor([[False, True, False]])  # [CLS], thing, [SEP]
+SAID, A_WORD = (
+    torch.tensor([[[0.0, 1], [1, 0], [0, 1]]]),
+    torch.tensor([[False, True, False]]),
+)  # [CLS], thing, [SEP]
 
 
 def starts() -> Tensor:
@@ -286,7 +294,9 @@ def draw_turned(before: Tensor, after: Tensor) -> None:
             aside = (0.0, 0.14) if word[0] else (0.2, 0.0)
             if title != "before" and k:
                 aside = (0.0, -0.24)
-            ax.text(word[0] + aside[0], word[1] + aside[1], f"$t_{k + 1}$", color=figures.PALETTE[k], ha="center")
+            ax.text(
+                word[0] + aside[0], word[1] + aside[1], f"$t_{k + 1}$", color=figures.PALETTE[k], ha="center"
+            )
         ax.set(title=title, xlim=(-0.2, 2.4), ylim=(-0.4, 2.4), xlabel="first number")
     axes[0].set_ylabel("second number")
 
@@ -311,10 +321,15 @@ def draw_axes(ways: Mapping[tuple[str, str], Tensor], far: Mapping[tuple[str, st
         figures.show_picture(ax, canvas)
         ax.add_patch(Rectangle((0, 0), 64, 64, **OUTLINE))
     _first_move(axes[0])
-    panels = {("image", "N/K"): (axes[1], "ours, three levels"), ("paper", "N/K"): (axes[2], "axes as printed")}
+    panels = {
+        ("image", "N/K"): (axes[1], "ours, three levels"),
+        ("paper", "N/K"): (axes[2], "axes as printed"),
+    }
     for k, (key, (ax, title)) in enumerate(panels.items()):
         for way in 64 * ways[key].transpose(0, 1):
-            ax.plot(*way.T, "-", color=(figures.PALETTE[0], figures.WRONG)[k], linewidth=0.9, marker="", alpha=0.7)
+            ax.plot(
+                *way.T, "-", color=(figures.PALETTE[0], figures.WRONG)[k], linewidth=0.9, marker="", alpha=0.7
+            )
             ax.plot(*way[0], "o", color=figures.FAINT, markersize=2.5)
             ax.plot(*way[-1], "D", color=figures.INK, markersize=3)
         ax.set_title(title)
@@ -334,13 +349,22 @@ def _first_move(ax: Axes) -> None:
         ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **OUTLINE | {"linestyle": ":", "linewidth": 0.6}))
         ax.text(x1 + 1.5, y2 - 1.5, f"{match[0, 0, j]:.2f}", fontsize=6.5, color=figures.INK)
     x1, y1, x2, y2 = (64 * box[0]).tolist()
-    ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **OUTLINE | {"edgecolor": figures.INK, "linewidth": 1.4}))
+    ax.add_patch(
+        Rectangle((x1, y1), x2 - x1, y2 - y1, **OUTLINE | {"edgecolor": figures.INK, "linewidth": 1.4})
+    )
     origin = torch.tensor([32.0, 32.0])
     for order, name, colour, line, aside in (("image", "ours", figures.PALETTE[0], "-", -3.0),
                                              ("paper", "as printed", figures.WRONG, "--", 6.0)):  # fmt: skip
         _, moved = searcher(1, axes=order).search(PLANES[0], box[None], SAID, A_WORD)
         end = origin + 64 * moved[0, 0]
-        arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.8, "linestyle": line, "shrinkA": 0, "shrinkB": 0}
+        arrow = {
+            "arrowstyle": "-|>",
+            "color": colour,
+            "linewidth": 1.8,
+            "linestyle": line,
+            "shrinkA": 0,
+            "shrinkB": 0,
+        }
         ax.annotate("", end.tolist(), origin.tolist(), arrowprops=arrow)
         ax.text(float(end[0]) - 2, float(end[1]) + aside, name, fontsize=7, ha="center", color=figures.INK)
     ax.set_title("level 1, $M_j$ of the cells")
@@ -360,7 +384,9 @@ def draw_border(asked: Tensor, stopped: Tensor, cut: Tensor) -> None:
     for ax, (x1, y1, x2, y2), title in panels:
         ax.add_patch(Rectangle((0, 0), 1, 1, facecolor="#e6eaee", edgecolor=figures.INK, linewidth=0.8))
         ax.text(0.62, 0.72, "inside the image", fontsize=7, ha="right")
-        ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=figures.PALETTE[0], linewidth=2.8))
+        ax.add_patch(
+            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=figures.PALETTE[0], linewidth=2.8)
+        )
         dashed = OUTLINE | {"linestyle": "--", "edgecolor": figures.INK, "linewidth": 1.2}
         ax.add_patch(Rectangle((x - w / 2, y - h / 2), w, h, **dashed))
         ax.set(title=title, xlim=(-0.15, 0.65), ylim=(0.76, 0.26), aspect="equal")
@@ -458,7 +484,10 @@ def draw_collapse(runs: Mapping[str, Sequence[Mapping]], apart: float) -> None:
 def draw_margins(of_words: pd.DataFrame) -> None:
     """For each word: its margin, and how far the regions of level 3 end from what it names; two ways of training."""
     _, axes = plt.subplots(1, 2, figsize=(7.2, 2.6), layout="constrained")
-    for ax, what, ylabel in ((axes[0], "margin", "margin of the cosine"), (axes[1], "distance", "distance, level 3")):
+    for ax, what, ylabel in (
+        (axes[0], "margin", "margin of the cosine"),
+        (axes[1], "distance", "distance, level 3"),
+    ):
         for k, name in enumerate(name for name in of_words if name.startswith(what)):
             _line(ax, range(len(of_words)), of_words[name], k, name.removeprefix(f"{what}, "))
         ax.set_xticks(range(len(of_words)), list(of_words.index), rotation=45)

@@ -147,7 +147,9 @@ def train(
 def gradient(value: Tensor, weights: list[nn.Parameter]) -> Tensor:
     """The gradient of a value with respect to all weights as one vector; 0 where there is none."""
     got = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
-    return torch.cat([(torch.zeros_like(w) if x is None else x).flatten() for w, x in zip(weights, got, strict=True)])
+    return torch.cat(
+        [(torch.zeros_like(w) if x is None else x).flatten() for w, x in zip(weights, got, strict=True)]
+    )
 
 
 # ------------------------------------------------------------------------------------------- what came of it
