@@ -1382,8 +1382,8 @@ if trained:
 #   thing, or *leave* it, and the matching head is often as good about those. Eq. 4 asks whether the sentence is true.
 #   To go where the colour is, or to go where it is not and see whether there is such a place: both tell. Which of the
 #   two a word falls into is decided early and by chance (change `seed`).
-# * **The sides shrink at every level**, in the end below the blob's own. $p_w$ and $p_h$ know neither image nor word,
-#   and the matching loss rewards pure regions and not regions that fit (section 4).
+# * **The sides shrink at every level.** $p_w$ and $p_h$ know neither image nor word, and the matching loss rewards pure
+#   regions and not regions that fit (section 4).
 #
 # ## 14. The same toy under Eq. 3
 #
@@ -1412,7 +1412,7 @@ show(found.rename_axis(f"after {further} steps"))
 #   ln 2 = 0.693, which is a coin's, or above. What it had taught is gone. That is the collapse that the gradient of
 #   section 9 announced.
 # * **Fixed**: regions still go to what is named. But the proposals follow a target that is smaller than they are, and
-#   shrink. Small boxes on the right spot have hardly any IoU. That is the other collapse.
+#   shrink. Small boxes on the right spot have little IoU. That is the other collapse.
 # * **Eq. 4 alone** does neither. Its proposals shrink slowly.
 #
 # So `detach_target=True` is the default, and it is no cure. A lower weight slows the shrinking and does not stop it,
@@ -1578,7 +1578,7 @@ show(pd.DataFrame(configs.LocatorConfig.readings(), columns=columns).set_index("
 # Then those of the objective, [`SLANConfig`](../../src/finematch/models/configs.py#L385):
 
 # %%
-show(pd.DataFrame(configs.SLANConfig.readings(), columns=columns).set_index("reading"))
+show(pd.DataFrame(configs.SLANConfig.readings(), columns=columns).set_index("reading"), digits=3)
 
 # %% [markdown]
 # The tasks for which a trained model is fine-tuned have readings of their own, each a parameter of its page. One is no
@@ -1725,7 +1725,7 @@ came_out("slan")
 #    proposals' deltas are not trained by them, and with a fixed target nothing trains $p$.
 # 6. *What does `attn="literal"` do to a sentence if the image has one region?* All words become that region.
 # 7. *A cell to the right matches best. Where does the region go with `axes="paper"`?* Down.
-# 8. *How far can a region of side 0.1 move with `extent="region"`, K = 3?* 0.1 · (1 + ½ + ¼) / 3 = 0.058.
+# 8. *How far can a region of side 0.1 move with `extent="region"`, K = 3, p = 1?* 0.1 · (1 + ½ + ¼) / 3 = 0.058.
 # 9. *What does Eq. 3 teach with `detach_target=False`?* The adaptors learn not to move and not to scale, on average;
 #    the proposals learn nothing about their place.
 # 10. *Why can the contrast not use the fused tokens and a queue?* A fused token belongs to a pair: each image would
