@@ -236,7 +236,8 @@ assert everything[2].all()
 # of sections 10 to 12 read $T_v$. The paper calls these losses "downstream". The regression loss (section 9) reads
 # boxes alone and never reaches the saliency. The cell takes any function of $T_v$ and $T_t$ in place of a downstream
 # loss. It looks at the gradients of two layers: the one that makes the logits of the saliency, and the one that makes
-# the deltas of the boxes.
+# the deltas of the boxes. The threshold is 0, so that $T$ regions stay. (Where one region alone stays, it has S = 1
+# whatever its logit is, and the saliency gets no gradient.)
 
 # %%
 LOGIT, BOX = "locator.proposals.head.cls_logits.weight", "locator.proposals.head.bbox_pred.weight"
@@ -253,8 +254,9 @@ def downstream(found):
 
 
 # %%
-by_downstream = lesson.slopes(downstream(pair(model)), model)
-by_regression = lesson.slopes(pair(model).reg_loss.sum(), model)
+all_stay = lesson.small(p.seed, {"threshold": 0.0})
+by_downstream = lesson.slopes(downstream(pair(all_stay)), all_stay)
+by_regression = lesson.slopes(pair(all_stay).reg_loss.sum(), all_stay)
 assert by_downstream[LOGIT] > 0
 assert by_regression[LOGIT] == 0 < by_regression[BOX]
 
@@ -730,7 +732,9 @@ assert close(locator.cut(asked), [0, 0.4, 0.3, 0.6])
 losses = {"downstream": downstream, "Eq. 3": lambda found: found.reg_loss.sum()}
 reached = {}
 for box_grad, fixed in itertools.product((True, False), repeat=2):
-    one = lesson.small(p.seed, {"box_grad": box_grad, "detach_target": fixed, "anchor": 4.0})
+    one = lesson.small(
+        p.seed, {"box_grad": box_grad, "detach_target": fixed, "anchor": 4.0, "threshold": 0.0}
+    )
     row = reached[f"box_grad={box_grad}, detach_target={fixed}"] = {}
     for name, loss in losses.items():
         got = lesson.slopes(loss(pair(one)), one)
