@@ -16,7 +16,7 @@ from finematch.figures.diagram import diagram
 from finematch.lessons import beside, came_out, close, shapes
 from finematch.losses import contrastive
 
-LESSONS = []  # those that have the form below
+LESSONS = ["mvam"]  # those that have the form below
 NOTEBOOKS = root() / "notebooks"
 
 
