@@ -24,6 +24,7 @@ from finematch.data.splits import data_folder
 from finematch.encoders import Tokens, TokenTransformer, open_clip_model, small_clip, text_tower
 from finematch.figures.diagram import diagram
 from finematch.files import DataError
+from finematch.grids import grid
 from finematch.losses import contrastive
 from finematch.models.configs import MVAMConfig
 from finematch.models.mvam import MVAM, ViewAttention, view_statistics
@@ -152,34 +153,20 @@ def printed(table: int) -> pd.DataFrame:
     return numbers.pivot(index="row", columns="column", values="value")[list(numbers.column.unique())]
 
 
-def verdicts(*grids: str, metrics: Mapping[str, str]) -> pd.DataFrame:
-    """What was judged on `scenes` by these grids, one line a claim and metric; a comparison counts once.
-
-    Args:
-        metrics: which metrics, by our name and the paper's.
+def verdicts(*grids: str) -> pd.DataFrame:
+    """What was judged on `scenes` by each grid's first metric, one line a claim.
 
     Raises:
         DataError: a grid has no verdicts yet.
     """
     frames = []
-    for grid in grids:
-        file = root() / "figures" / f"{grid}.scenes.tiny.claims.csv"
+    for name in grids:
+        file = root() / "figures" / f"{name}.scenes.tiny.claims.csv"
         if not file.is_file():
-            raise DataError(file, f"the grid {grid}", "has no verdicts", f"Run `make grid GRID={grid}`")
-        frames.append(pd.read_csv(file))
-    found = pd.concat(frames).drop_duplicates(["reading", "better", "worse", "metric"])
-    found = found[found["metric"].isin(list(metrics)) & found["lower"].notna()]
-    return found.assign(metric=found["metric"].map(metrics)).reset_index(drop=True)
-
-
-def told(found: pd.DataFrame) -> pd.DataFrame:
-    """Verdicts as a table to read: the paper's difference beside ours, with its interval."""
-    spans = [f"{low:+.1f} to {high:+.1f}" for low, high in zip(found["lower"], found["upper"], strict=True)]
-    table = found.assign(reading=found["reading"].replace("both", "default and literal"), interval=spans)
-    names = {"claim": "claim of the paper", "metric": "metric", "printed": "difference in the paper",
-             "difference": "difference here", "interval": "95 % interval", "verdict": "verdict", "reading": "reading",
-             "n_a": "seeds"}  # fmt: skip
-    return table[list(names)].rename(columns=names).set_index("claim of the paper")
+            raise DataError(file, f"the grid {name}", "has no verdicts", f"Run `make grid GRID={name}`")
+        found = pd.read_csv(file)
+        frames.append(found[found["metric"].isin(grid(name).headline[:1]) & found["lower"].notna()])
+    return pd.concat(frames, ignore_index=True)
 
 
 # ------------------------------------------------------------------------------------------- drawings
@@ -226,13 +213,16 @@ def draw_answers(mean: Tensor, view: Tensor) -> None:
 
 def draw_first_token(states: Tensor, vector: Tensor) -> None:
     """States "n d" of one image, of which the framed first row alone becomes the vector."""
-    left, right = plt.subplots(1, 2, figsize=(5.6, 1.9), layout="constrained")[1]
+    left, right = plt.subplots(1, 2, figsize=(6.4, 1.9), layout="constrained")[1]
     rows, columns = ["[IMG]", *(f"token {j}" for j in range(1, len(states)))], ["1st number", "2nd number"]
     figures.matrix(left, states, rows, columns, low=-4, high=4, label="state")
-    left.add_patch(plt.Rectangle((-0.5, -0.5), 2, 1, fill=False, edgecolor=figures.PALETTE[4], linewidth=2))
+    frame = {"fill": False, "edgecolor": figures.PALETTE[4], "linewidth": 2.5, "clip_on": False}
+    left.add_patch(plt.Rectangle((-0.5, -0.5), 2, 1, **frame))
     left.set_title("the first row alone is read")
     figures.matrix(right, vector[None], ["R"], columns, low=-1, high=1, label="value")
-    right.set_title("R = tanh(W h + b)")
+    right.set_title("R = tanh(W h + c)")
+    for ax in (left, right):
+        ax.set_aspect("auto")
 
 
 def draw_contrast(image: Tensor, text: Tensor, scale: float) -> None:
@@ -244,7 +234,7 @@ def draw_contrast(image: Tensor, text: Tensor, scale: float) -> None:
     scales = np.geomspace(0.1, 100, 60)
     right.plot(scales, [float(contrastive(image, text, float(s))) for s in scales], marker="")
     right.axhline(math.log(2), color=figures.FAINT, linestyle="--", marker="")
-    right.text(100, math.log(2) + 0.02, "ln 2: knows nothing", fontsize=7, ha="right")
+    right.text(0.1, math.log(2) + 0.02, "ln 2: knows nothing", fontsize=7)
     for x, name in ((scale, "left"), (1 / 0.07, "start"), (100, "largest")):
         right.axvline(x, color=figures.FAINT, linestyle=":", marker="")
         right.text(x, 0.4, name + " ", fontsize=7, ha="right", rotation=90)
@@ -297,8 +287,8 @@ def draw_score(products: Tensor) -> None:
     """Products "m m" of all views of an image with all views of a caption, of which the diagonal alone is read."""
     left, right = plt.subplots(1, 2, figsize=(6.8, 2.7), layout="constrained", width_ratios=[1.1, 1])[1]
     own, names = products.diagonal(), [str(v + 1) for v in range(len(products))]
-    largest = float(products.abs().max())
-    figures.matrix(left, products, names, low=-largest, high=largest, label="share of the score")
+    low, high = min(0.0, float(products.min())), float(products.max())
+    figures.matrix(left, products, names, low=low, high=high, label="share of the score")
     for v in range(len(products)):
         left.add_patch(
             plt.Rectangle((v - 0.5, v - 0.5), 1, 1, fill=False, edgecolor=figures.PALETTE[4], linewidth=1.6)
@@ -313,16 +303,16 @@ def draw_score(products: Tensor) -> None:
 
 def draw_overlaps(attention: Tensor) -> None:
     """Attention "m n" of a few views, and the matrices that Eq. 10 and Eq. 11 compare with the identity."""
-    axes = plt.subplots(1, 3, figsize=(7.2, 1.9), layout="constrained", width_ratios=[1.3, 1, 1])[1]
+    axes = plt.subplots(1, 3, figsize=(7.6, 1.9), layout="constrained", width_ratios=[1.3, 1, 1])[1]
     views = [f"view {v + 1}" for v in range(len(attention))]
     named = [f"token {j + 1}" for j in range(attention.shape[1])]
     root_ = attention.sqrt()
     for ax, title, values, columns in (
         (axes[0], "A", attention, named),
         (axes[1], "Eq. 10: $A A^T$", attention @ attention.T, views),
-        (axes[2], "Eq. 11: root of A", root_ @ root_.T, views),
+        (axes[2], r"Eq. 11: $\sqrt{A}\sqrt{A}^T$", root_ @ root_.T, views),
     ):
-        figures.matrix(ax, values, views, columns)
+        figures.matrix(ax, values, views, columns, label="weight" if title == "A" else "overlap")
         ax.set_title(title)
 
 
@@ -333,11 +323,10 @@ def draw_weight(costs: Mapping[str, float | int]) -> None:
                    color=[figures.PALETTE[1], *[figures.PALETTE[0]] * (len(costs) - 1)])  # fmt: skip
     bars[0].set_hatch("///")
     for y, value in enumerate(costs.values()):
-        ax.text(value * 1.1, y, f"{value:,.0f}" if value > 20 else f"{value:.1f}", va="center", fontsize=7)
+        ax.text(value * 1.1, y, f"{value:,.0f}" if value > 20 else f"{value:.2g}", va="center", fontsize=7)
     ax.invert_yaxis()
-    ax.set(
-        xscale="log", xlim=(1, 2e4), xlabel="cost at the start (ln B in nats; λ times a penalty has no unit)"
-    )
+    low, high = min(costs.values()), max(costs.values())
+    ax.set(xscale="log", xlim=(low / 4, 5 * high), xlabel="at the start of the training")
 
 
 def draw_padding(naive: Tensor, cut: Tensor, real: int) -> None:
@@ -357,7 +346,7 @@ def draw_padding(naive: Tensor, cut: Tensor, real: int) -> None:
 
 def draw_verdicts(found: pd.DataFrame) -> None:
     """Differences here with their 95 % intervals: right of zero the claim holds, left of it it is contradicted."""
-    figures.intervals(found, xlabel="difference in R@1 (points)")
+    figures.intervals(found, xlabel="difference (points)")
 
 
 # ------------------------------------------------------------------------------------------- the toy of section 9
@@ -411,7 +400,7 @@ def draw_toy(started: Tensor, ended: Mapping[tuple[str, float], Tensor]) -> None
     ax.text(-0.45, cells / views * 1.1, "an equal share", fontsize=7)
     ax.set(yscale="log", ylim=(0.9, 1.4 * cells), xlim=(-0.5, 3.5), ylabel="cells a view (log scale)")
     ax.yaxis.set_major_formatter("{x:g}")
-    ax.set_xticks(range(4), ["Eq. 10", "Eq. 11", "10,\npull", "11,\npull"])
+    ax.set_xticks(range(4), ["Eq. 10", "Eq. 11", "10\n+ pull", "11\n+ pull"])
 
 
 def _mosaic(ax: plt.Axes, attention: Tensor, title: str) -> None:
