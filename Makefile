@@ -125,9 +125,10 @@ named:
 unlock:  ## after a grid or the workbook was killed: let it run again
 	rm -rf .snakemake/locks
 
-results: $(INSTALLED)  ## rewrite RESULTS.md and the README's generated lines from the metrics of finished runs
+results: $(INSTALLED)  ## rewrite RESULTS.md and what is generated of README and docs/, from the metrics of finished runs
 	mkdir -p $(WORKBOOK)
 	$(PAPERMILL) notebooks/9_scorecard.ipynb $(WORKBOOK)/9_scorecard.ipynb -p results RESULTS.md -p readme README.md
+	$(BIN)/python -m finematch pages
 
 lint: $(INSTALLED)  ## style, and whether each notebook is what its .py says
 	$(BIN)/ruff check

@@ -608,6 +608,15 @@ def verdict_table(frame: pd.DataFrame) -> str:
     return to_markdown(shown.reset_index()) + (f"\n\n{chance_note(judged)}" if judged else "")
 
 
+def said(claim: Mapping[str, Any]) -> str:
+    """The verdict of one line of a claims file, with the interval and the seeds where it has them."""
+    if pd.isna(claim["lower"]):
+        return str(claim["verdict"])
+    difference, lower, upper = (float(claim[name]) for name in ("difference", "lower", "upper"))
+    seeds = "" if claim["n_a"] == claim["n_b"] else f" and {claim['n_b']}"
+    return f"**{claim['verdict']}**: {difference:+.1f} ({lower:+.1f} to {upper:+.1f}), {claim['n_a']}{seeds} seeds"
+
+
 def verdict_counts(claims: pd.DataFrame) -> pd.DataFrame:
     """Verdicts by `method` and `dataset`; a cell is "default / literal". What is one under both counts in both."""
     every = claims.assign(
