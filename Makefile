@@ -79,8 +79,8 @@ workbook: $(INSTALLED) notebooks data  ## run every notebook and a tiny grid, pr
 test: $(INSTALLED)  ## run all tests (JOBS=2)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=agg $(BIN)/pytest -n $(JOBS) --dist worksteal
 
-lab: $(INSTALLED)  ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab notebooks/
+lab: $(INSTALLED)  ## open JupyterLab on the map of the workbook, notebooks/0_start_here
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/0_start_here.ipynb
 
 student: $(INSTALLED) notebooks  ## the lessons without solutions: handout/student
 	$(BIN)/python -m finematch handout handout/student
