@@ -522,7 +522,14 @@ def _verdicts(grid: Grid, runs: pd.DataFrame) -> list[dict]:
 
 
 def _within(runs: pd.DataFrame, claim: Claim) -> dict:
-    """Whether the metric of a row is above a baseline of the same runs, seed by seed."""
+    """Whether the metric of a row is above a baseline of the same runs, seed by seed.
+
+    Raises:
+        DataError: the runs have not measured one of the two.
+    """
+    if missing := [name for name in (claim.metric, claim.baseline) if len(runs) and name not in runs]:
+        raise DataError(runs["run_file"].iloc[0], f"claim {claim.text!r}", f"asks for {missing[0]}, not measured",
+                        "Name metrics that the page writes into metrics.json")  # fmt: skip
     a, b = (
         pd.DataFrame({"seed": runs["seed"], "value": runs.get(name)})
         for name in (claim.metric, claim.baseline)
