@@ -79,8 +79,8 @@ workbook: $(INSTALLED) notebooks data  ## run every notebook and a tiny grid, pr
 test: $(INSTALLED)  ## run all tests (JOBS=2)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=agg $(BIN)/pytest -n $(JOBS) --dist worksteal
 
-lab: $(INSTALLED)  ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab notebooks/
+lab: $(INSTALLED)  ## open JupyterLab on the map of the workbook, notebooks/0_start_here
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/0_start_here.ipynb
 
 student: $(INSTALLED) notebooks  ## the lessons without solutions: handout/student
 	$(BIN)/python -m finematch handout handout/student
@@ -125,9 +125,10 @@ named:
 unlock:  ## after a grid or the workbook was killed: let it run again
 	rm -rf .snakemake/locks
 
-results: $(INSTALLED)  ## rewrite RESULTS.md and the README's generated lines from the metrics of finished runs
+results: $(INSTALLED)  ## rewrite RESULTS.md and what is generated of README and docs/, from the metrics of finished runs
 	mkdir -p $(WORKBOOK)
 	$(PAPERMILL) notebooks/9_scorecard.ipynb $(WORKBOOK)/9_scorecard.ipynb -p results RESULTS.md -p readme README.md
+	$(BIN)/python -m finematch pages
 
 lint: $(INSTALLED)  ## style, and whether each notebook is what its .py says
 	$(BIN)/ruff check

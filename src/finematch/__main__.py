@@ -50,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     handout.add_argument("--data-root", default="data", type=os.path.expanduser)
     handout.set_defaults(run=_handout)
+    commands.add_parser("pages", help="rewrite the generated parts of docs/").set_defaults(run=_pages)
     _add_cache(commands.add_parser("cache", help="list or clear what runs have cached"))
 
     options = parser.parse_args(arguments)
@@ -71,6 +72,14 @@ def _handout(options: argparse.Namespace) -> int:
         print(write_handout(options.out, root() / options.data_root))
     else:
         print(*write_student(options.out), sep="\n")
+    return 0
+
+
+def _pages(options: argparse.Namespace) -> int:
+    """Prints the pages that changed."""
+    from finematch.pages import rewrite
+
+    print(*(f"{page} rewritten" for page in rewrite()), sep="\n")
     return 0
 
 
