@@ -235,7 +235,7 @@ def draw_contrast(image: Tensor, text: Tensor, scale: float) -> None:
     right.plot(scales, [float(contrastive(image, text, float(s))) for s in scales], marker="")
     right.axhline(math.log(2), color=figures.FAINT, linestyle="--", marker="")
     right.text(0.1, math.log(2) + 0.02, "ln 2: knows nothing", fontsize=7)
-    for x, name in ((scale, "left"), (1 / 0.07, "start"), (100, "largest")):
+    for x, name in ((scale, "example"), (1 / 0.07, "start"), (100, "largest")):
         right.axvline(x, color=figures.FAINT, linestyle=":", marker="")
         right.text(x, 0.4, name + " ", fontsize=7, ha="right", rotation=90)
     right.set(xscale="log", xlabel="1/τ (no unit)", ylabel="$L_c$ (nats)", ylim=(0, 0.8))
