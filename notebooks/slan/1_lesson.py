@@ -1370,8 +1370,8 @@ lesson.draw_toy(mover, learning, words)
 # %%
 if trained:
     assert after["named"][-1] < 0.9 * after["named"][0]  # nearer to what is named,
-    assert after["named"][-1] < 0.9 * after["other"][-1]  # and nearer to it than to the other blob
-    assert abs(before["named"][-1] / before["other"][-1] - 1) < 0.1  # before training neither was nearer
+    assert after["named"][-1] < 0.85 * after["other"][-1]  # and nearer to it than to the other blob
+    assert abs(before["named"][-1] / before["other"][-1] - 1) < 0.15  # before training neither was much nearer
     assert (after["side"].diff() < 0).all()  # p has learned to shrink
     assert words["level 3"].min() < 0.5 * words["proposals"].max()  # a word that is found
     assert words["level 3"].max() > 0.8 * words["proposals"].min()  # a word that is not
