@@ -1099,10 +1099,9 @@ terms_of_matching = ...  # {"true": ..., "other text": ..., "other picture": ...
 check("slan.matching", terms_of_matching)
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-wanted = {"true": (0.0, 2.0, 1), "other text": (0.0, 0.0, 0), "other picture": (0.0, 1.0, 0)}
-check(
-    "slan.matching", {name: log(e(a) + e(b)) - (b if right else a) for name, (a, b, right) in wanted.items()}
-)
+pairs = {"true": (0.0, 2.0, 1), "other text": (0.0, 0.0, 0), "other picture": (0.0, 1.0, 0)}
+answers = {name: log(e(a) + e(b)) - (b if right else a) for name, (a, b, right) in pairs.items()}
+check("slan.matching", answers)
 
 # %% [markdown]
 # <a id="contrast"></a>
