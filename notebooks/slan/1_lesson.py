@@ -732,9 +732,8 @@ assert close(locator.cut(asked), [0, 0.4, 0.3, 0.6])
 losses = {"downstream": downstream, "Eq. 3": lambda found: found.reg_loss.sum()}
 reached = {}
 for box_grad, fixed in itertools.product((True, False), repeat=2):
-    one = lesson.small(
-        p.seed, {"box_grad": box_grad, "detach_target": fixed, "anchor": 4.0, "threshold": 0.0}
-    )
+    options = {"box_grad": box_grad, "detach_target": fixed, "anchor": 4.0, "threshold": 0.0}
+    one = lesson.small(p.seed, options)
     row = reached[f"box_grad={box_grad}, detach_target={fixed}"] = {}
     for name, loss in losses.items():
         got = lesson.slopes(loss(pair(one)), one)
@@ -1100,10 +1099,9 @@ terms_of_matching = ...  # {"true": ..., "other text": ..., "other picture": ...
 check("slan.matching", terms_of_matching)
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-wanted = {"true": (0.0, 2.0, 1), "other text": (0.0, 0.0, 0), "other picture": (0.0, 1.0, 0)}
-check(
-    "slan.matching", {name: log(e(a) + e(b)) - (b if right else a) for name, (a, b, right) in wanted.items()}
-)
+pairs = {"true": (0.0, 2.0, 1), "other text": (0.0, 0.0, 0), "other picture": (0.0, 1.0, 0)}
+answers = {name: log(e(a) + e(b)) - (b if right else a) for name, (a, b, right) in pairs.items()}
+check("slan.matching", answers)
 
 # %% [markdown]
 # <a id="contrast"></a>
@@ -1370,8 +1368,8 @@ lesson.draw_toy(mover, learning, words)
 # %%
 if trained:
     assert after["named"][-1] < 0.9 * after["named"][0]  # nearer to what is named,
-    assert after["named"][-1] < 0.9 * after["other"][-1]  # and nearer to it than to the other blob
-    assert abs(before["named"][-1] / before["other"][-1] - 1) < 0.1  # before training neither was nearer
+    assert after["named"][-1] < 0.85 * after["other"][-1]  # and nearer to it than to the other blob
+    assert abs(before["named"][-1] / before["other"][-1] - 1) < 0.15  # hardly so before training
     assert (after["side"].diff() < 0).all()  # p has learned to shrink
     assert words["level 3"].min() < 0.5 * words["proposals"].max()  # a word that is found
     assert words["level 3"].max() > 0.8 * words["proposals"].min()  # a word that is not
