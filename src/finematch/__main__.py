@@ -90,7 +90,8 @@ def _pages(options: argparse.Namespace) -> int:
     """Prints the pages that changed."""
     from finematch.pages import rewrite
 
-    print(*(f"{page} rewritten" for page in rewrite()), sep="\n")
+    for page in rewrite():
+        print(f"{page} rewritten")
     return 0
 
 
