@@ -1475,7 +1475,7 @@ assert not usual or few < many
 # ## 16. Every reading, and the rows of Tables 1 to 5
 #
 # Where the paper leaves a choice, the choice is an argument of the model or of the metric. The first table is made
-# from [`FELGAConfig`](../../src/finematch/models/configs.py#L160), the second from the metric.
+# from [`FELGAConfig`](../../src/finematch/models/configs.py#L161), the second from the metric.
 # [2_train](2_train.ipynb) takes all of them as parameters. The proposals, the keywords, the frozen model and the
 # prompt are choices, too, which fall before training (F14 to F21, F25).
 

@@ -26,7 +26,7 @@
 #
 # | symbol | shape | meaning | in the code | section |
 # |---|---|---|---|---|
-# | $D$, $L$ | numbers | width of a token, number of levels | `width`, `levels` of [`LocatorConfig`](../../src/finematch/models/configs.py#L210) | <a href="#model">2</a> |
+# | $D$, $L$ | numbers | width of a token, number of levels | `width`, `levels` of [`LocatorConfig`](../../src/finematch/models/configs.py#L211) | <a href="#model">2</a> |
 # | $V$ | b c h w | the image encoder's last map | [`Towers.vision`](../../src/finematch/models/slan/locator.py#L221) | <a href="#model">2</a> |
 # | $F_i$ | b p h w | the map of level i | [`VisionDecoder`](../../src/finematch/models/slan/locator.py#L248) | <a href="#model">2</a> |
 # | $E^T_i$ | b n D | embeddings of the tokens at level i | `words` of [`Located`](../../src/finematch/models/slan/locator.py#L1122) | <a href="#model">2</a> |
@@ -1570,14 +1570,14 @@ check("slan.lonely", loss)
 #
 # Where the paper leaves a choice, the choice is an argument. The tables have its values, ours (`default`), and what
 # the paper says, taken by its words (`literal`), where that is another. `2_train` takes them all as parameters. First
-# those of the model, [`LocatorConfig`](../../src/finematch/models/configs.py#L210):
+# those of the model, [`LocatorConfig`](../../src/finematch/models/configs.py#L211):
 
 # %%
 columns = ["reading", "argument", "values", "default", "literal", "the paper"]
 show(pd.DataFrame(configs.LocatorConfig.readings(), columns=columns).set_index("reading"))
 
 # %% [markdown]
-# Then those of the objective, [`SLANConfig`](../../src/finematch/models/configs.py#L385):
+# Then those of the objective, [`SLANConfig`](../../src/finematch/models/configs.py#L386):
 
 # %%
 show(pd.DataFrame(configs.SLANConfig.readings(), columns=columns).set_index("reading"), digits=3)

@@ -47,12 +47,12 @@ def rewrite(folder: Path | None = None, figures: Path | None = None) -> list[Pat
 
 def _made(part: re.Match, figures: Path) -> str:
     begin, kind, name, claims, end = part.groups()
-    frame = (
-        readings(name)
+    text = (
+        to_markdown(readings(name))
         if kind == "readings"
-        else came_out(name, claims.split("; ") if claims else [], figures)
+        else came_out(name, claims and claims.split("; "), figures)
     )
-    return f"{begin}\n{to_markdown(frame)}\n\n{end}"
+    return f"{begin}\n{text}\n\n{end}"
 
 
 # ------------------------------------------------------------------------------------------- readings
@@ -102,26 +102,35 @@ def _plain(value: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------------- claims
-def came_out(name: str, claims: list[str], figures: Path) -> pd.DataFrame:
-    """A line per claim, data set and main metric: the paper's difference, the verdict under each reading."""
+def came_out(name: str, claims: list[str] | None, figures: Path) -> str:
+    """A table with a line per claim, data set and main metric: the paper's difference, the verdict under each reading.
+
+    Of a grid that has not run at all, its claims and the command that runs it.
+    """
     grid = grids.grid(name)
     files = sorted(
         figures.glob(f"{name}.*.claims.csv"), key=lambda file: ("scenes" not in file.name, file.name)
     )
     judged = {file: pd.read_csv(file, keep_default_na=False, na_values={"lower": [""]}) for file in files}
-    known = {claim.text for claim in grid.claims}.union(*(frame["claim"] for frame in judged.values()))
+    own = list(dict.fromkeys(claim.text for claim in grid.claims))
+    claims, known = claims or own, set(own).union(*(frame["claim"] for frame in judged.values()))
     if unknown := [claim for claim in claims if claim not in known]:
         raise DataError(
             root() / "grids" / f"{name}.toml", unknown[0], "is no claim there", "Take one of its texts"
         )
+    if not files:
+        line = grids.command(grid, grid.dataset, "paper")
+        return f"*Not run here*: {'; '.join(claims)}. The command is `{line}`."
     lines = []
-    for claim in claims or dict.fromkeys(claim.text for claim in grid.claims):
-        own = [_line(grid, metric, file, of[of["metric"] == metric])
-               for file, frame in judged.items() if len(of := frame[frame["claim"] == claim])
-               for metric in _main(grid, list(dict.fromkeys(of["metric"])))]  # fmt: skip
-        own = own or [dict.fromkeys(("metric", "data", "the paper"), "") | dict.fromkeys(READINGS, NOT_RUN)]
-        lines += [{"claim": "" if number else claim} | line for number, line in enumerate(own)]
-    return pd.DataFrame(lines)
+    for claim in claims:
+        found = [_line(grid, metric, file, of[of["metric"] == metric])
+                 for file, frame in judged.items() if len(of := frame[frame["claim"] == claim])
+                 for metric in _main(grid, list(dict.fromkeys(of["metric"])))]  # fmt: skip
+        found = found or [
+            dict.fromkeys(("metric", "data", "the paper"), "") | dict.fromkeys(READINGS, NOT_RUN)
+        ]
+        lines += [{"claim": "" if number else claim} | line for number, line in enumerate(found)]
+    return to_markdown(pd.DataFrame(lines))
 
 
 def _main(grid: grids.Grid, judged: list[str]) -> list[str]:
