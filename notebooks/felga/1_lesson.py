@@ -710,7 +710,7 @@ for reading in ("anchor", "batch", "pair"):
     free = d.clone().requires_grad_()
     felga.lifted(free, L, everywhere, loss=reading).backward()
     pushes[reading] = free.grad
-lesson.draw_matrices(pushes, *NAMES, low=-0.6, high=0.4, label="slope of the loss in d")
+lesson.draw_matrices(pushes, *NAMES, low=-0.6, high=0.4, label="slope in d")
 for slope in pushes.values():
     assert (slope[L] < 0).all()
     assert (slope[~L] >= 0).all()
@@ -852,7 +852,7 @@ padded = torch.zeros(2, 2, 2, 2).masked_scatter(v_real[:, :, None, None] & t_rea
 largest = felga.global_affinity(padded, v_real[:, :, None, None] & t_real)[0]
 felga.lifted(largest, felga.global_labels(2), known).backward()
 lesson.draw_matrices({"fragments (Eq. 10)": pushes["anchor"], "pairs (Eq. 12)": free.grad}, *NAMES, low=-0.6, high=0.6,
-                     label="slope of the loss in d")  # fmt: skip
+                     label="slope in d")  # fmt: skip
 assert set(map(tuple, free.grad.nonzero().tolist())) == {(0, 0), (1, 1), (2, 0), (2, 2)}
 assert free.grad[1, 1] > 0 == pushes["anchor"][1, 1]
 
