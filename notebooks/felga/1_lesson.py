@@ -2,7 +2,7 @@
 # # FELGA: the lesson
 #
 # **Paper**
-# [*FELGA: Unsupervised Fragment Embedding for Fine-Grained Cross-Modal Association*](https://openaccess.thecvf.com/content/WACV2024/html/Zhuo_FELGA_Unsupervised_Fragment_Embedding_for_Fine-Grained_Cross-Modal_Association_WACV_2024_paper.html)
+# [*FELGA: Unsupervised Fragment Embedding for Fine-Grained Cross-Modal Association*](https://openaccess.thecvf.com/WACV2024)
 # (WACV 2024). This page explains its sections 3.1 to 3.2.4 (Eq. 1 to 13) and the metric of section 4.3. The tensors
 # are small enough to work by hand. The page trains only a toy of a few angles and two small networks, for some
 # seconds.
