@@ -46,7 +46,7 @@ LOCK = { if ls .snakemake/locks/* >/dev/null 2>&1; then \
   fi; exit 1; }
 WORKBOOK := papermill_runs/workbook
 
-.PHONY: help install git-filter notebooks workbook book test lab student handout teacher bench data walk rehearse grid named unlock results lint lock clean
+.PHONY: help install git-filter notebooks workbook book test lab student handout teacher lesson-seeds bench data walk rehearse grid named unlock results lint lock clean
 
 help:  ## list the commands
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -97,8 +97,11 @@ teacher: $(INSTALLED) notebooks data  ## the lessons with solutions, run: handou
 	for method in mvam hslm felga slan; do \
 	  $(PAPERMILL) notebooks/$$method/1_lesson.ipynb handout/teacher/$$method.ipynb -p data_root '$(DATA_ROOT)'; done
 
+lesson-seeds: $(INSTALLED) notebooks data  ## run each lesson at ten seeds, and write what it took to benchmarks/lessons.json
+	$(BIN)/python benchmarks/lessons.py --data-root '$(DATA_ROOT)'
+
 # Those that say nothing without somebody else's code, or outside a fresh clone, are called by hand: their first lines say how.
-BY_HAND := benchmarks/grounding.py benchmarks/workbook.py
+BY_HAND := benchmarks/grounding.py benchmarks/workbook.py benchmarks/lessons.py
 bench: $(INSTALLED)  ## measure speed and memory; results are written as data
 	for benchmark in $(filter-out $(BY_HAND),$(wildcard benchmarks/*.py)); do $(BIN)/python $$benchmark; done
 

@@ -8,11 +8,16 @@ numbered cell ids, no outputs, the kernel `python3`, of the cells' metadata only
 
 The parameters of a page that calls `settings(globals(), NAME)` are declared in `presets/NAME.toml` and in the configs
 that it names. Their lines in the .py, type, default and comment, are written from there as well; their order is the page's.
+
+A link whose text is a name in backquotes and whose target is a .py file gets the line where the name stands:
+[`MVAM`](../../src/finematch/models/mvam.py) becomes ...mvam.py#L52.
 """
 
 import argparse
+import ast
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import jupytext
@@ -50,8 +55,8 @@ def build(source: Path) -> str:
 
 
 def generated(source: Path) -> str:
-    """The text of `source`, the lines of its parameters as they are declared."""
-    text = source.read_text(encoding="utf-8")
+    """The text of `source`, the lines of its parameters as they are declared, its links at the lines of today."""
+    text = linked(source.read_text(encoding="utf-8"), source)
     named = re.search(r'^s = settings\(globals\(\), "(\w+)"\)', text, re.MULTILINE)
     if named is None or not (PRESETS / f"{named[1]}.toml").is_file():
         return text
@@ -61,6 +66,41 @@ def generated(source: Path) -> str:
     names = re.findall(r"^(\w+): ", cell, re.MULTILINE)
     lines = [known[name].line if name in known else f"{name}: str  # is not declared" for name in names]
     return head + tag + "".join(f"{line}\n" for line in lines) + mark + rest
+
+
+def linked(text: str, page: Path) -> str:
+    """Give each link to a name in a .py file the line where the name is defined.
+
+    Raises:
+        ValueError: the file is not there, or has no such name.
+    """
+
+    def line(found: re.Match) -> str:
+        name, target = found[1], found[2]
+        file = (page.parent / target).resolve()
+        if not file.is_file():
+            raise ValueError(f"{page}: the link [`{name}`]({target}) leads to no file: mend its path")
+        lines = definitions(file)
+        if (short := name.removesuffix("()")) not in lines:
+            raise ValueError(f"{page}: {target} defines no {short}: mend the link's text or its file")
+        return f"[`{name}`]({target}#L{lines[short]})"
+
+    return re.sub(r"\[`([\w.]+(?:\(\))?)`\]\(((?:\.\./)+[\w/]+\.py)(?:#L\d+)?\)", line, text)
+
+
+@cache
+def definitions(file: Path) -> dict[str, int]:
+    """The line of each function, class, method ("Class.method") and constant of a .py file."""
+    lines = {}
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            lines[node.name] = node.lineno
+            inside = node.body if isinstance(node, ast.ClassDef) else ()
+            lines |= {f"{node.name}.{one.name}": one.lineno for one in inside if isinstance(one, ast.FunctionDef)}
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            lines |= {one.id: node.lineno for one in targets if isinstance(one, ast.Name)}
+    return lines
 
 
 def edited(source: Path) -> bool:

@@ -186,6 +186,13 @@ def test_it_runs(name, folder):
         assert len(list((folder / "figures").glob(f"{pictures}.*.png"))) >= 4
 
 
+@pytest.mark.parametrize("method", ["mvam", "hslm", "felga", "slan"])
+def test_a_lesson_runs_at_another_seed(method, folder):
+    """What it asserts is no luck of seed 0; `make lesson-seeds` runs ten."""
+    given = {"smoke": True, "seed": 1, "out": folder / f"{method}-seed", "cache": folder / "cache"}
+    run_notebook(f"{method}/1_lesson", folder / f"{method}-lesson-seed-1", given)
+
+
 def test_a_folder_never_mixes_two_runs(folder, tmp_path):
     """Other parameters in the `out` of a finished run: refused, or trained anew, never the old numbers renamed."""
     executed("mvam/2_train", folder)  # fills the cache

@@ -70,6 +70,10 @@ def write_handout(archive: str | Path, data_root: str | Path) -> Path:
             (shutil.copytree if source.is_dir() else shutil.copy)(source, inside / name)
         skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(root() / "src", inside / "src", ignore=skip)
+        (inside / "figures").mkdir()
+        for table in (*(root() / "figures").glob("*.claims.csv"), *(root() / "figures").glob("*.md")):
+            shutil.copy(table, inside / "figures")
+        shutil.copytree(root() / "grids", inside / "grids")
         lessons_need = shutil.ignore_patterns("vqa", "nlvr2", "clips", "videos", ".*")
         shutil.copytree(Path(data_root) / "scenes", inside / "data" / "scenes", ignore=lessons_need)
         shutil.make_archive(str(folder / "zip"), "zip", folder, archive.stem)

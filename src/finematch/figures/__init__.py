@@ -14,6 +14,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib as mpl
@@ -380,6 +381,40 @@ def _under(ax: Axes, text: str, note: str) -> None:
         ha="left",
         fontsize=7,
     )
+
+
+def looks(picture, found, *, most: int = 6) -> Figure:
+    """Where a model looked for a sentence: a panel for each of the first `most` looks.
+
+    Attention (weights that sum to one) is drawn as a map, other weights by their three best boxes.
+
+    Args:
+        picture: the image, or its file.
+        found: the `Match` of `finematch.explore.match`.
+    """
+    if isinstance(picture, (str, Path)):
+        with Image.open(picture) as opened:
+            picture = opened.convert("RGB")
+    drawn = found.looks[:most]
+    columns = max(min(len(drawn), 3), 1)
+    rows = max(-(-len(drawn) // columns), 1)
+    size = (2.4 * columns, 2.4 * rows + 0.5)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for ax, one in zip_longest(axes.flat, drawn):
+        if one is None:
+            ax.set_axis_off()
+            continue
+        weights = np.asarray(one.weights, float)
+        if (weights >= 0).all() and abs(weights.sum() - 1) < 0.01:
+            show_attention(ax, picture, one.boxes, weights)
+        else:
+            best = np.argsort(-weights, kind="stable")[:3]
+            show_boxes(ax, picture, one.boxes[best], labels=[f"{weight:.2f}" for weight in weights[best]])
+        ax.set_title(plain(one.label))
+    if not drawn:
+        show_picture(axes[0, 0], picture)
+    figure.suptitle(textwrap.fill(plain(f"“{found.sentence}”  score {found.score:.3f}"), 30 * columns), fontsize=9)
+    return figure
 
 
 # ------------------------------------------------------------------------------------------- plots
