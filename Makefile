@@ -46,7 +46,7 @@ LOCK = { if ls .snakemake/locks/* >/dev/null 2>&1; then \
   fi; exit 1; }
 WORKBOOK := papermill_runs/workbook
 
-.PHONY: help install git-filter notebooks workbook test lab student handout teacher slides lesson-seeds bench data walk rehearse grid named unlock results lint lock clean
+.PHONY: help install git-filter notebooks workbook book test lab student handout teacher slides lesson-seeds bench data walk rehearse grid named unlock results lint lock clean
 
 help:  ## list the commands
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +75,10 @@ workbook: $(INSTALLED) notebooks data  ## run every notebook and a tiny grid, pr
 	  --rerun-triggers mtime --config jobs=$(JOBS) "$$@"; }; \
 	until pages --dry-run 2>&1 | grep 'Nothing to be done'; do pages || $(LOCK); done
 	@echo "Executed notebooks: $(WORKBOOK)/; tables and figures: figures/"
+
+book: $(INSTALLED) notebooks  ## build a site of what was run, docs and results: book/html, readable without a network
+	$(BIN)/python -c 'import furo, mathjax, myst_nb' 2>/dev/null || $(BIN)/pip install -q -e '.[book]'
+	$(BIN)/python book/build.py
 
 test: $(INSTALLED)  ## run all tests (JOBS=2)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=agg $(BIN)/pytest -n $(JOBS) --dist worksteal
@@ -144,6 +148,6 @@ lock: $(INSTALLED)  ## refresh requirements.lock with the newest versions that f
 	$(BIN)/uv pip compile -q --universal --upgrade --no-annotate --extra dev --extra minilm \
 	  --custom-compile-command 'make lock' --output-file requirements.lock pyproject.toml
 
-clean:  ## remove the workbook's and the smoke runs and the tools' caches; data, runs and .venv stay
-	rm -rf $(WORKBOOK) papermill_runs/*/*.smoke[.-]* figures/*.smoke[.-]* .pytest_cache .ruff_cache
+clean:  ## remove the workbook's and the smoke runs, the book and the tools' caches; data, runs and .venv stay
+	rm -rf $(WORKBOOK) book/*/ papermill_runs/*/*.smoke[.-]* figures/*.smoke[.-]* .pytest_cache .ruff_cache
 	find src tests notebooks benchmarks -name __pycache__ -prune -exec rm -r {} +

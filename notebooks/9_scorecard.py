@@ -27,7 +27,7 @@ p = parameters(globals(), scale={"tiny", "paper"}, seed=(0, 2**31))
 import json
 
 import pandas as pd
-from IPython.display import Markdown, display
+from IPython.display import SVG, Markdown, display
 
 from finematch import grids, tables as T
 from finematch.runs import measured
@@ -357,15 +357,14 @@ def ratio_row(work: str, beside: str, name: str, part: str, key: str, unit: str)
 columns = ["work", "beside", "ratio", "which is", "machine", "date"]
 ratios = pd.DataFrame([ratio_row(*line) for line in RATIOS], columns=columns)
 text = T.to_markdown(ratios)
+display(Markdown(text))
 path = root() / "benchmarks" / "growth.json"
 if path.exists():
     b = json.loads(path.read_text(encoding="utf-8"))
-    text += (
-        f"\n\n![Time and memory against the number of images](figures/growth.svg)\n\nEvaluation against the size of the gallery: {b['device']}, "
-        f"{b['date']}; data in `benchmarks/growth.json`."
-    )
+    told = f"Evaluation against the size of the gallery: {b['device']}, {b['date']}; data in `benchmarks/growth.json`."
+    display(SVG(filename=str(root() / "figures" / "growth.svg")), Markdown(told))
+    text += f"\n\n![Time and memory against the number of images](figures/growth.svg)\n\n{told}"
 sections["Speed beside public code, and growth"] = text
-Markdown(text)
 
 
 # %%
