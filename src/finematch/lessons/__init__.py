@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -107,9 +108,8 @@ def _statement(where: Callable | type, text: str) -> tuple[str, str]:
         if isinstance(node, ast.stmt) and not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             written = ast.get_source_segment(source, node)
             if isinstance(node, (ast.If, ast.For, ast.With, ast.While)):
-                written = written.split(":\n")[
-                    0
-                ]  # its head alone: what is inside are statements of their own
+                # its head alone: what is inside are statements of their own
+                written = re.split(r":[ \t]*(?:#.*)?\n", written, maxsplit=1)[0]
             flat[node.lineno] = " ".join(written.split())
     found = {line: code for line, code in flat.items() if text in code}
     if len(found) != 1:

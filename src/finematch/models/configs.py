@@ -132,7 +132,8 @@ class HSLMConfig(Config):
         says="Eq. 22 ends with FC; SGRAF adds a sigmoid. The logit ranks",
         help="score in the loss (Eq. 23)")
     include_special: bool = switch(
-        "H24", True, False, says="whether <start> and <end> count as words", help="[CLS] and [SEP] count as words")
+        "H24", True, False, says="whether the marks of start and end count as words",
+        help="[CLS] and [SEP] count as words")
     margin: float = setting(0.2, (1e-6, 100), "margin of the loss, beta of Eq. 23")
     negatives: str = setting(
         "hardest", {"hardest", "mean", "random", "contrastive"},
