@@ -278,7 +278,8 @@ assert close(contrastive(image, text, 1e-4), math.log(2))  # the right ranking, 
 # %% [markdown]
 # **Exercise 1 (compute).** COCO has five captions an image. In a random batch of $b$ captions, two may describe the
 # same image, and the loss then punishes a correct answer. How many such pairs do you expect in a batch of 1,024 that
-# is drawn without replacement, as in an epoch, with 113,287 training images? (This is reading M11; `same_picture_positives=True` makes both captions positives.)
+# is drawn without replacement, as in an epoch, with 113,287 training images? (This is reading M11;
+# `same_picture_positives=True` makes both captions positives.)
 
 # %% tags=["exercise"]
 pairs_of_one_image = ...  # a number
@@ -796,9 +797,9 @@ assert 20 * cost["base", 2] > 40 * math.log(1024)  # at the paper's λ and batch
 assert 11 < 20 * cost["base", 1] / math.log(1024) < 12
 
 # %% [markdown]
-# With the paper's λ, the squared norm of Eq. 10 costs more than 40 times as much as the matching loss at the start, and
-# the norm itself 11 times as much. What "λ = 10" means
-# also depends on reading M4: is the norm squared, and is it summed or averaged over the batch?
+# With the paper's λ, the squared norm of Eq. 10 costs more than 40 times as much as the matching loss at the start,
+# and the norm itself 11 times as much. What "λ = 10" means also depends on reading M4: is the norm squared, and is it
+# summed or averaged over the batch?
 #
 # The size of a loss says little, though, because only its gradient trains. If all views are *exactly* uniform, the
 # gradient is zero: all logits of a view are pushed alike, and a softmax ignores a push that all its logits share.
@@ -1100,8 +1101,8 @@ look("mvam", rivals.images[0].image, rivals.caption)
 # 7. *What does `normalise="per_view"` change?* Every view has the same weight $1/m$ in the score. Without it a view
 #    with long answers counts more.
 # 8. *Which views satisfy Eq. 11 but not Eq. 10?* Views that do not overlap, but are spread over more than one token.
-# 9. *A batch has 1,024 pairs and the contrastive loss is 6.93. What has the model learnt?* Nothing that helps this loss:
-#    $\ln 1024 = 6.93$ is the loss of a model that gives all pairs the same score.
+# 9. *A batch has 1,024 pairs and the contrastive loss is 6.93. What has the model learnt?* Nothing that helps this
+#    loss: $\ln 1024 = 6.93$ is the loss of a model that gives all pairs the same score.
 # 10. *Can 16 views of a caption of ten tokens reach $L_{div} = 0$?* No. The rank of $AA^{\top}$ is at most 10, so Eq.
 #     10 is at least 6. Attention cannot even reach 6.
 
