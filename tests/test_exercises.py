@@ -28,6 +28,16 @@ def without_mask(codes, keys, mask):
     return torch.einsum("bvn,bnk->bvk", weights, keys).flatten(1)
 
 
+def mask_of_zeros(codes, keys, mask):
+    weights = (torch.einsum("vk,bnk->bvn", codes, keys) * mask[:, None]).softmax(-1)
+    return torch.einsum("bvn,bnk->bvk", weights, keys).flatten(1)
+
+
+def numbers_first(codes, keys, mask):
+    logits = torch.einsum("vk,bnk->bvn", codes, keys).masked_fill(~mask[:, None], -math.inf)
+    return torch.einsum("bvn,bnk->bkv", logits.softmax(-1), keys).flatten(1)
+
+
 def one_way(image, text, scale):
     return F.cross_entropy(scale * image @ text.T, torch.arange(len(image)))
 
@@ -72,12 +82,16 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         ((one_way,), "captions' direction is missing"),
         ((twice,), "half before them"),
         ((lambda i, t, s: twice(i, t, 1.0) / 2,), "temperature is missing"),
+        ((lambda i, t, s: twice(i / s, t, 1.0) / 2,), "do not divide"),
+        ((lambda i, t, s: -twice(i, t, s) / 2,), "the sign"),
         ((lambda i, t, s: (s * i @ t.T).softmax(1),), "the shape is"),
         ((lambda i, t, s: None,), "returns nothing"),
     ],
     "mvam.views": [
         ((softmax_over_views,), "over the tokens"),
-        ((without_mask,), "padding"),
+        ((without_mask,), "padding is attended"),
+        ((mask_of_zeros,), "-inf"),
+        ((numbers_first,), "next to each other"),
         ((lambda c, k, m: without_mask(c / 3, k, m),), "values are not"),
     ],
     "mvam.sharp": [
@@ -104,8 +118,10 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         ((4,), "give a function"),
     ],
     "mvam.gains": [
-        (({"ViT": 1.62, "FRCNN": 2.17},), "'CLIP' is missing"),
-        (({"ViT": 1.62, "FRCNN": 2.17, "CLIP": 1.7},), "CLIP: the number is too large"),
+        (({"ViT": 2.75, "FRCNN": 4.05},), "'CLIP' is missing"),
+        (({"ViT": 2.75, "FRCNN": 4.05, "CLIP": 1.7},), "CLIP: the number is too large"),
+        (({"ViT": 1.62, "FRCNN": 2.17, "CLIP": 0.71},), "asked is MSCOCO-5K"),
+        (({"ViT": 3.62, "FRCNN": 6.19, "CLIP": 2.26},), "another baseline"),
         ((1.62,), "give a dict"),
     ],
     "hslm.short": [

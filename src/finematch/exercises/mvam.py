@@ -18,7 +18,7 @@ from finematch.tables import published
 
 @exercise("mvam.collisions", "compute")
 def collisions(answer: Any) -> str:
-    """Pairs of captions of one image in a batch of 1,024 of COCO's training captions."""
+    """Pairs of captions of one image in a batch of 1,024 of COCO's training captions, drawn without replacement."""
     pairs, captions = math.comb(1024, 2), 5 * 113_287
     return number(answer, pairs * 4 / (captions - 1), hints={
         2 * pairs * 4 / (captions - 1): "each pair was counted twice",
@@ -36,11 +36,17 @@ def contrast(answer: Any) -> str:
     def one_way(image: Tensor, text: Tensor, scale: float) -> Tensor:
         return F.cross_entropy(scale * image @ text.T, torch.arange(len(image)))
 
+    def both_ways(image: Tensor, text: Tensor, scale: float) -> Tensor:
+        return contrastive(image, text, scale)
+
     return function(answer, contrastive, cases, slips={
         "only images are asked for their captions: the captions' direction is missing": one_way,
         "only captions are asked for their images: the images' direction is missing": lambda i, t, s: one_way(t, i, s),
         "the two directions are added, and the half before them is missing": lambda i, t, s: 2 * contrastive(i, t, s),
         "the temperature is missing": lambda i, t, s: contrastive(i, t, 1.0),
+        "scale is 1/tau already: multiply by it, do not divide": lambda i, t, s: both_ways(i, t, 1 / s),
+        "the sign: a loss is minus the mean of the logarithms": lambda i, t, s: -both_ways(i, t, s),
+        "the sum over the batch, not its mean": lambda i, t, s: len(i) * both_ways(i, t, s),
     })  # fmt: skip
 
 
@@ -71,19 +77,24 @@ def views(answer: Any) -> str:
             layer.codes.copy_(codes)
             return layer(Tokens(keys, mask, torch.zeros_like(mask), keys[:, 0])).vector
 
-    def by_hand(codes: Tensor, keys: Tensor, mask: Tensor, *, over: int = -1, masked: bool = True,
+    def by_hand(codes: Tensor, keys: Tensor, mask: Tensor, *, over: int = -1, hidden: float | None = -math.inf,
                 scale: float = 1.0) -> Tensor:  # fmt: skip
         logits = torch.einsum("vk,bnk->bvn", codes, keys) * scale
-        if masked:
-            logits = logits.masked_fill(~mask[:, None], -math.inf)
+        if hidden is not None:
+            logits = logits.masked_fill(~mask[:, None], hidden)
         weights = logits.softmax(over).nan_to_num()
         return torch.einsum("bvn,bnk->bvk", weights, keys).flatten(1)
+
+    def other_order(codes: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        return library(codes, keys, mask).unflatten(1, codes.shape).mT.flatten(1)
 
     masks = torch.ones(2, 5, dtype=torch.bool), torch.tensor([[True] * 4, [True, True, False, False]])
     cases = [(random(3, 4), random(len(mask), mask.shape[1], 4, seed=1), mask) for mask in masks]
     return function(answer, library, cases, slips={
         "the softmax runs over the views: it runs over the tokens": lambda c, k, m: by_hand(c, k, m, over=1),
-        "padding is attended to": lambda c, k, m: by_hand(c, k, m, masked=False),
+        "padding is attended to": lambda c, k, m: by_hand(c, k, m, hidden=None),
+        "a logit of 0 still gets a weight: padding needs a logit of -inf": lambda c, k, m: by_hand(c, k, m, hidden=0.0),
+        "the order is (k m): put the k numbers of one view next to each other": other_order,
         "the logits are divided by sqrt(k), which is not printed": lambda c, k, m: by_hand(c, k, m, scale=0.5),
     })  # fmt: skip
 
@@ -123,7 +134,7 @@ def apart(answer: Any) -> str:
 
 @exercise("mvam.floor", "compute")
 def floor(answer: Any) -> str:
-    """The least value of Eq. 10 of m views over l tokens, as a function of the two."""
+    """The lower bound of Eq. 10 that the rank of A A^T implies, for m views over l tokens, as a function of the two."""
     if not callable(answer):
         return f"give a function of the views and the tokens, not {type(answer).__name__}"
     for m, n in ((16, 12), (9, 9), (4, 30), (32, 5)):
@@ -134,16 +145,25 @@ def floor(answer: Any) -> str:
 
 @exercise("mvam.gains", "compute")
 def gains(answer: Any) -> str:
-    """MVAM over +Attn on MSCOCO-1K, mean over the six recalls, by encoder."""
-    cells = published("MVAM", 1)
-    cells = cells[cells["column"].str.startswith("MSCOCO-1K")].pivot(
-        index="row", columns="column", values="value"
-    )
-    right = {name: float((cells.loc[f"{name} +MVAM"] - cells.loc[f"{name} +Attn"]).mean())
-             for name in ("ViT", "FRCNN", "CLIP")}  # fmt: skip
-    if isinstance(answer, dict) and set(right) <= set(answer):
-        cls = {name: float((cells.loc[f"{name} +MVAM"] - cells.loc[f"{name} +[CLS]"]).mean()) for name in right
-               if f"{name} +[CLS]" in cells.index}  # fmt: skip
-        if cls and all(abs(float(answer[name]) - value) < 0.015 for name, value in cls.items()):
-            return "this is over +[CLS]: there is another baseline"
-    return named_numbers(answer, right, within=0.015)
+    """MVAM over +Attn on MSCOCO-5K, mean over the six recalls, by encoder."""
+    cells = published("MVAM", 1).pivot(index="row", columns="column", values="value")
+
+    def over(baseline: str, columns: str) -> dict[str, float]:
+        chosen = cells[[name for name in cells.columns if name.startswith(columns)]]
+        return {name: float((chosen.loc[f"{name} +MVAM"] - chosen.loc[f"{name} {baseline}"]).mean())
+                for name in ("ViT", "FRCNN", "CLIP")}  # fmt: skip
+
+    slips = {
+        "this is over +[CLS]: there is another baseline": over("+[CLS]", "MSCOCO-5K"),
+        "these are the paper's numbers on MSCOCO-1K: asked is MSCOCO-5K": over("+Attn", "MSCOCO-1K"),
+        "this is the mean at rank 1 alone: take all six recalls": {
+            name: (over("+Attn", "MSCOCO-5K i2t@1")[name] + over("+Attn", "MSCOCO-5K t2i@1")[name]) / 2
+            for name in ("ViT", "FRCNN", "CLIP")
+        },
+    }
+    message = named_numbers(answer, over("+Attn", "MSCOCO-5K"), within=0.015)
+    if message:
+        for hint, slip in slips.items():
+            if not named_numbers(answer, slip, within=0.015):
+                return hint
+    return message

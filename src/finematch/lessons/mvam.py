@@ -36,7 +36,7 @@ from finematch.tables import published
 
 # ------------------------------------------------------------------------------------------- an example in the data
 class Rivals(NamedTuple):
-    """A caption of the embedded set, its image first, and images in which a bag of words finds the same things."""
+    """A caption of the embedded set, its image first, and images in which a bag of words finds the same words."""
 
     caption: str
     images: list[Record]
@@ -64,12 +64,12 @@ def find_rivals(data_root: Path, cache: Path, *, smoke: bool = False, images: in
 
 
 def draw_rivals(rivals: Rivals) -> None:
-    """Images that contain every thing the caption names; the caption is true of the first one alone."""
+    """Images in which every word of the caption is found; the caption is true of the first one alone."""
     figure, axes = plt.subplots(1, len(rivals.images), figsize=(1.5 * len(rivals.images), 1.9), layout="constrained",
                                 squeeze=False)  # fmt: skip
     for ax, record, true in zip(axes[0], rivals.images, rivals.true, strict=True):
         figures.show_picture(ax, record.open())
-        ax.set_title("✓ its image" if true else "✗ same things", fontsize=8)
+        ax.set_title("✓ its image" if true else "✗ same words", fontsize=8)
     figure.suptitle(figures.plain(f"“{rivals.caption}”"), fontsize=9)
 
 
