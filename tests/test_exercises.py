@@ -63,6 +63,11 @@ def rival(scores):
     return excess.masked_fill(torch.eye(len(scores), dtype=torch.bool), 0.0).amax(1).sum()
 
 
+def masked_by_zero(scores):
+    rivals = scores.masked_fill(torch.eye(len(scores), dtype=torch.bool), 0.0)
+    return sum((0.2 - scores.diagonal() + rivals.amax(side)).clamp(min=0).sum() for side in (0, 1))
+
+
 def shifted(weights, extent, *, middle=True):
     steps = torch.arange(len(weights)) - (len(weights) // 2 if middle else 0)
     return (
@@ -128,6 +133,7 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         (({"word": 17.3, "channel": 17.3, "softmax": 1},), "count the powers"),
         (({"word": 1 / 300, "channel": 300, "softmax": 1},), "the inverse"),
         (({"word": 300, "channel": 300, "softmax": 300},), "softmax: the number is too large"),
+        (({"word": 300, "channel": 300, "softmax": 3.5},), "softmax: the number is too large"),
     ],
     "hslm.words": [
         ((filtered,), "residual is missing"),
@@ -152,11 +158,13 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
             (lambda s: sum((0.2 - t.diagonal()[:, None] + t).clamp(min=0).amax(1).sum() for t in (s, s.T)),),
             "its own",
         ),
+        ((masked_by_zero,), "mask with -inf"),
     ],
     "hslm.half": [((2.51,), "multiplied by 10"), ((0.2,), "too small")],
     "hslm.signal": [
         (({32: 2.06, 128: 2.6, 1024: 2.6},), "B = 1024: the number is too small"),
         (({32: 2.06, 128: 2.6},), "give a dict|missing"),
+        (({32: 2.25, 128: 2.6, 1024: 3.24},), "B = 32: near, but drawn too few times"),
     ],
     "hslm.modules": [
         (({"mgcn": 7.0, "self_attn": 4.0, "glob": 6.0},), "'cross_attn and loc' is missing"),

@@ -8,7 +8,7 @@
 # **Serves** no table. It explains what the rows of Tables 1 to 4 are made of; [`2_train`](2_train.ipynb) trains them.
 #
 # **Cost** under a minute on one core, about 1 GB of memory. It takes half a minute more if the embedded set has not
-# been drawn yet. The page trains nothing and writes no file.
+# been drawn yet. The page trains nothing and writes no file but that set.
 #
 # **Expected** every cell passes. An `assert` follows each claim in the text. If the page runs to its end, its claims
 # are true of this code.
@@ -16,7 +16,17 @@
 # **How to read it.** Block quotes are short quotations from the paper. Vectors are *rows* on this page, as in the code;
 # the paper writes words as columns. A number such as H10 is a [reading](../../docs/glossary.md): a place where the
 # paper can be read in several ways. An exercise has an empty cell, `...`, and a check that says what is wrong with your
-# answer. The folded cells below it hold a solution: try first.
+# answer. In the build with solutions, the folded cells below an exercise hold one: try first. The students' build has
+# none. These helpers come back on many cells:
+#
+# | helper | what it does |
+# |:--|:--|
+# | `close(a, b)`, `refused(product)` | whether two results agree; whether the shapes of a product do not fit |
+# | `full(x)`, `fill(layer, weight)` | a mask without padding; writes weights that we choose into a layer |
+# | `tiny(seed)`, `batch_of(n)` | an untrained [`HSLM`](../../src/finematch/models/hslm.py#L515) of very small widths; random images and captions for it |
+# | `rate(scorer, regions, words)` | the logits of images with captions |
+# | `one` | the example of section 1; `one.spoken` holds the captions of 200 images as word ids |
+# | `encoder.stages(...)` | $E$, then $E_f$, then the mask of real words: `[1]` is $E_f$ |
 #
 # | symbol | shape | meaning | name in the code | section |
 # |:--|:--|:--|:--|:--|
@@ -43,7 +53,7 @@ dataset: str = "scenes"  # the embedded set alone: which region belongs to which
 data_root: str = "data"  # folder above the dataset's own
 scale: str = "paper"  # whose sizes are counted in sections 9 and 11: tiny, photos or paper
 seed: int = 0  # of every random tensor below
-out: str = "papermill_runs/hslm_lesson"  # not written to: the lesson writes no file
+out: str = "papermill_runs/hslm_lesson"  # not written to
 smoke: bool = False  # a small embedded set of its own; the rest is small anyway
 cache: str = "data/cache"  # where the small set of a smoke run goes
 regions: int = 20  # proposals drawn on the image of section 1
@@ -78,7 +88,7 @@ from finematch.tables import published
 #
 # ## 1. The problem in one figure (section 1, Figure 1)
 #
-# MVAM computes one vector for an image and one for a caption; their score is a dot product. HSLM compares every image
+# MVAM, the method of the [previous lesson](../mvam/1_lesson.ipynb), computes one vector for an image and one for a caption; their score is a dot product. HSLM compares every image
 # with *every caption*, region by region and word by word. For one pair this takes more than a thousand times as many
 # operations ([section 9](#fast) counts them). The paper wants to match on three levels:
 #
@@ -121,8 +131,15 @@ assert one.objects > 2
 #
 # The shapes on the arrows are recorded while a tiny [`HSLM`](../../src/finematch/models/hslm.py#L515) scores 2 images with 3
 # captions. All its sizes differ, so a size tells its axis. The letter $v$ is the width of a region's feature (2,048 in
-# the paper). The axis $c{\cdot}M$ holds the words of all captions, one after the other. "Pool the contexts" returns one
-# weight for each region, since every context is a weighted sum of regions.
+# the paper). The axis $c{\cdot}M$ holds the words of all captions, one after the other.
+#
+# "Pool the contexts" returns $N$ weights for each pair, one for each region. They are enough, because every context is a
+# weighted sum of regions. If $a_m$ is the weight of context $m$, and $f_{mn}$ that of region $n$ in it, then
+#
+# $$\sum_m a_m \sum_n f_{mn}\, r_n = \sum_n \Big(\sum_m a_m f_{mn}\Big)\, r_n.$$
+#
+# The two boxes at the top are simple. Eq. 1 makes $R$: a linear layer of the features of a region, scaled to unit
+# length. Eq. 2 makes $E$: each word looks up its row in a learnt table of word vectors.
 
 # %%
 letters = {2: "b", 3: "c", 4: "N", 7: "M", 21: "c·M", 11: "v", 8: "d", 5: "e", 6: "s"}
@@ -139,6 +156,11 @@ lesson.draw_model(found)
 assert (found["image"], found["text.0"]) == ("b N d", "c M d")
 assert all(found[name].startswith("b c") for name in ("f", "local difference", "local", "pooled", "global", "logit"))
 assert found["logit"] == "b c"
+with torch.no_grad():  # an untrained graph returns its input, see section 4
+    assert close(model.encode_image(**few["image"]).regions, F.normalize(model.image.embed(few["image"]["features"]), dim=-1))
+    assert close(model.text.stages(**few["text"])[0], model.text.embed.weight[few["text"]["input_ids"]])
+some_f, some_a, some_r = torch.rand(7, 4), torch.rand(7), torch.randn(4, 8)
+assert close(some_a @ (some_f @ some_r), (some_a @ some_f) @ some_r)
 
 # %% [markdown]
 # <a id="words"></a>
@@ -155,7 +177,8 @@ assert found["logit"] == "b c"
 # * $E_f$ (what the layer returns, $M \times e$): the words after self-attention.
 #
 # The product of Eq. 6 does not exist as it is printed. With words as columns all three factors are $e \times M$. One
-# factor must be transposed, and the paper does not say which one (reading H1). In rows, the library has three forms:
+# factor must be transposed, and the paper does not say which one (reading H1). From here on words are rows, and the
+# three products above read $E_K = E W_K^{\top}$, $E_Q = E W_Q^{\top}$, $E_V = E W_V^{\top}$. The library has three forms:
 #
 # | `self_attention` | formula | the bracket relates |
 # |---|---|---|
@@ -168,7 +191,7 @@ assert found["logit"] == "b c"
 #
 # | | a | red | circle | `word`: the row / 3, times $E$ | `softmax` of the row / √2, times $E$ |
 # |---|---|---|---|---|---|
-# | **a** relates to | 1 | 0 | 0 | (0, 1/3) | 0.50, 0.25, 0.25: (0.745, 0.504) |
+# | **a** relates to | 1 | 0 | 0 | (0, 1/3) | 0.50, 0.25, 0.25: (0.745, 0.503) |
 # | **red** | 0 | 1 | 2 | (1/3 + 2·2/3, 0) = (5/3, 0) | 0.14, 0.28, 0.58: (1.436, 0.140) |
 # | **circle** | 0 | 2 | 4 | (2/3 + 2·4/3, 0) = (10/3, 0) | 0.05, 0.19, 0.77: (1.723, 0.045) |
 #
@@ -182,7 +205,7 @@ by_hand = relations @ E[0]
 after = {form: lesson.attention(form)(E, full(E)) for form in ("word", "channel", "softmax")}
 assert close(by_hand, [[0, 1 / 3], [5 / 3, 0], [10 / 3, 0]])
 assert close(after["word"][0], by_hand)
-assert close(after["softmax"], [[[0.745, 0.504], [1.436, 0.140], [1.723, 0.045]]], 1e-3)
+assert close(after["softmax"], [[[0.745, 0.503], [1.436, 0.140], [1.723, 0.045]]], 1e-3)
 assert refused(lambda: E[0].T @ E[0].T @ E[0].T)  # Eq. 6 as printed
 lesson.draw_words(E[0], ["a", "red", "circle"], {"word (Eq. 6)": by_hand, "softmax": after["softmax"][0]})
 
@@ -257,8 +280,18 @@ assert literal[1] < 30 < 90 < default[1]
 # %% [markdown]
 # **The paper's Figure 3** shows how much each word relates to the others, before and after.
 # [`word_correlation`](../../src/finematch/models/hslm.py#L100) takes the cosine for that; the paper only says "normalized".
-# By hand, the columns of cosines sum to 1, 2, 2. So the shares are 0.2, 0.4, 0.4 before *and* after, because a cosine
-# does not see lengths, and with identity matrices only lengths have changed. With plain products in place of cosines
+# The share of word $j$ is the sum of column $j$ of this matrix, divided by the sum of all its entries. By hand:
+#
+# | cosine | a | red | circle |
+# |---|---|---|---|
+# | **a** | 1 | 0 | 0 |
+# | **red** | 0 | 1 | 1 |
+# | **circle** | 0 | 1 | 1 |
+# | sum of the column | 1 | 2 | 2 |
+# | its share of 5 | 0.2 | 0.4 | 0.4 |
+#
+# The shares are the same before *and* after self-attention, because a cosine does not see lengths, and with identity
+# matrices only lengths have changed. With plain products in place of cosines
 # the shares are 0.1, 0.3, 0.6 before and 0.004, 0.33, 0.66 after. The paper's figure looks like these ("a" drops to
 # 0.002). So it may have been made without dividing by lengths.
 
@@ -271,7 +304,8 @@ assert close(word_correlation(after["word"], full(E), similarity="product"), exp
 
 # %% [markdown]
 # **Exercise 1 (compute).** Public loaders draw word vectors evenly between −0.1 and 0.1. `nn.Embedding` draws them with
-# standard deviation 1. By what factor is $E_f$ shorter *relative to $E$* with the first? Answer for all three forms.
+# standard deviation 1. Measure the ratio $\|E_f\| / \|E\|$ with both. By what factor is the ratio smaller with the
+# first? Answer for all three forms, for freshly drawn $W$, where the softmax is nearly flat.
 
 # %% tags=["exercise"]
 shorter = ...  # {"word": ..., "channel": ..., "softmax": ...}
@@ -311,8 +345,10 @@ check("hslm.short", {"word": 300, "channel": 300, "softmax": 1})
 #
 # Eq. 8 gathers what the neighbours say and *adds* it to the node. Three details are readings. The paper prints
 # $\nu(r_i)$ in Eq. 7, which would relate a node to itself alone (H3). With nodes as rows, $A R W_g$ is $N \times d$,
-# so $W_r$ must stand on its right (H5). The paper does not normalise $A$; we divide by $N$, as the code of the cited
-# VSRN does (H4).
+# so $W_r$ must stand on its right (H5). The paper does not normalise $A$; we divide by $N$, as the code of VSRN does, an
+# earlier method that the paper cites (H4). In rows, the library computes
+#
+# $$A = \mu(R)\,\nu(R)^{\top} / N, \qquad R_g = A R W_g W_r + R.$$
 #
 # **By hand.** There are three nodes $(1,0), (0,1), (1,1)$, and all matrices are the identity.
 #
@@ -333,7 +369,8 @@ lesson.draw_graph(nodes[0], moved, A)
 
 # %% [markdown]
 # **At the start a layer does nothing.** $W_r$ begins as zero, as in VSRN's code. So $R_g = R$, and a new layer is the
-# identity: four untrained layers score exactly like none. Training decides how much the graph does. In the first step
+# identity: four untrained layers score exactly like none. Training then starts from the plain regions, and the cube below
+# cannot explode at once. Training decides how much the graph does. In the first step
 # only $W_r$ moves, because the gradient of everything before it passes through a zero.
 
 # %%
@@ -356,8 +393,11 @@ with torch.no_grad():
 # $$x + \tfrac{N}{16}\,x^3 \ (\texttt{raw}), \qquad x + \tfrac{1}{16}\,x^3 \ (\texttt{nodes}), \qquad
 # x + \tfrac14\,x \ (\texttt{softmax})$$
 #
+# Why? $\mu$ and $\nu$ halve their nodes, so $A_{ij} = x^2/4$. $R W_g$ has the length $x/2$, and a sum over $N$ equal
+# nodes gives $N x^3/8$. $W_r$ halves once more.
+#
 # The names are values of `relation` (H4): no division, division by $N$ (default), a softmax over $j$. With $N = 36$ the
-# raw lengths go 1, 3.25, 80.5, 1.2 million, 3·10¹⁸. With division they go 1, 1.06, 1.14, 1.23, 1.35, whatever $N$ is.
+# raw lengths go 1, 3.25, 80.5, 1.2 million, 3.6·10¹⁸. With division they go 1, 1.06, 1.14, 1.23, 1.35, whatever $N$ is.
 # The division keeps the cube, but it removes the number of nodes. A softmax removes the cube as well.
 
 
@@ -380,7 +420,7 @@ for relation, step in growth.items():
     assert all(abs(longer / step(length) - 1) < 1e-6 for length, longer in pairwise(found))
 raw, divided = lengths("raw", alike[:, :36]), lengths("nodes", alike[:, :36])
 assert close(raw[:3], [1.0, 3.25, 80.49], 0.01)
-assert 3e18 < raw[-1] < 4e18
+assert 3.55e18 < raw[-1] < 3.65e18
 assert close(divided, [1, 1.0625, 1.1375, 1.2295, 1.3456], 1e-3)
 assert close(lengths("nodes", alike), divided, 1e-6)  # 100 nodes or 36
 
@@ -509,10 +549,10 @@ assert close(row_1, F.normalize(average, dim=-1), 1e-5)
 #
 # The paper calls ⊙ a dot product, but $E^*$ is $M \times d$ and $R^*$ is $N \times d$. Two readings conform (H10):
 #
-# | `cross` | weights | $R_a^*$ | what it is | Eq. 18 compares |
+# | `cross` | weights | $R_a^*$ | what it is | Eq. 18 (section 7) compares |
 # |---|---|---|---|---|
 # | `attend` (default) | $f = \sigma(E^* R^{*\top})$, $M\times N$ | $f R^*$, $M\times d$ | each word's *context*: what it sees of the image | $M$ words with $M$ contexts |
-# | `gate` | $g_n$ = mean or maximum of column $n$ of $f$ | $g \odot R^*$, $N \times d$ | the regions, weakened where no word asks for them | $M$ words with $N$ regions: it needs a context as well |
+# | `gate` | $g_n$ = mean or maximum of column $n$ of $f$ | $g \odot R^*$, $N \times d$ | the regions, each times one weight: weak where no word asks for it | $M$ words with $N$ regions: it needs a context as well |
 #
 # **By hand.** Two words are exactly two orthogonal regions, $E^* = R^* = I$. A word scores $\sigma(1) = 0.731$ with its
 # own region and $\sigma(0) = 0.5$ with the other one.
@@ -542,7 +582,7 @@ assert refused(lambda: torch.zeros(5, 8) - torch.zeros(4, 8))  # M words minus N
 # %% [markdown]
 # **The weights hardly differ.** Words and regions are unit vectors. (Regions can leave unit length as the graph learns;
 # `normalise_graph=True` keeps it, H9.) So a dot product lies between −1 and 1, and *every* weight of Eq. 16 lies between
-# $\sigma(-1) = 0.269$ and $\sigma(1) = 0.731$. No region can be ignored: the best one weighs at most $e = 2.72$ times
+# $\sigma(-1) = 0.269$ and $\sigma(1) = 0.731$. No region can be ignored: the best one weighs at most 2.72 times
 # as much as the worst one. With 36 regions a context is nearly the sum of the image, whatever the word is.
 
 # %%
@@ -598,6 +638,7 @@ assert likeness((16 * products).softmax(-1)) < 0.2
 # more regions there are, the longer $fR^*$ is. $|E^* - R_a^*|^2$ would then measure *how many* regions there are.
 # By hand: take each of the two regions twice. The raw context of word 1 doubles from (0.731, 0.5) to (1.462, 1), and
 # its squared distance from the word jumps from 0.322 to 1.214. The unit context does not move: 0.349 both times.
+# In general the raw length grows like $N$ if the regions have a common part, and like $\sqrt N$ if they are unrelated.
 
 # %%
 doubled = torch.cat([regions_2, regions_2], 1)
@@ -608,6 +649,14 @@ for regions, distance in ((regions_2, 0.322), (doubled, 1.214)):
 for unit in (True, False):
     scorer = lesson.pair_scorer(context_norm=unit)
     assert close(rate(scorer, regions_2, words_2), rate(scorer, doubled, words_2), 1e-5) == unit
+
+# %%
+torch.manual_seed(p.seed)
+for common, power in ((1.0, 1.0), (0.0, 0.5)):  # 16 times the regions: 16 times, or 4 times as long
+    many = F.normalize(torch.randn(1600, 512) + common, dim=-1)
+    longer = lesson.relate(toy := F.normalize(torch.randn(20, 512), dim=-1), many) @ many
+    grows = longer.norm(dim=-1).mean() / (lesson.relate(toy, many[:100]) @ many[:100]).norm(dim=-1).mean()
+    assert abs(grows / 16**power - 1) < 0.2
 
 # %% [markdown]
 # **Exercise 3 (build).** Write Eq. 15 and 16 for words "l d", regions "n d" and a `scale` inside the sigmoid: the unit
@@ -643,7 +692,7 @@ check("hslm.contexts", gathered)
 #   of width $s$ and of length 1 ([`PairScorer.similarity`](../../src/finematch/models/hslm.py#L481)).
 # * $S_L$ (`local`, $M \times s$) has one row for each word. $S_G$ (`globe`, $s$) is one more row.
 # * $S^*$ ($(M + 1) \times s$): the rows, one below the other; they are called nodes again (H15).
-# * $W_S$ (`gate`, $s \to 1$): each node $s_k$ gets one gate. We read Eq. 21 as $S_A = \sum_k \sigma(w\cdot s_k)\,s_k$
+# * $W_S$ (`gate`, $s \to 1$): each node $s_k$ gets one gate, and $w$ is the only row of $W_S$. We read Eq. 21 as $S_A = \sum_k \sigma(w\cdot s_k)\,s_k$
 #   (`node_gate`, H16), so that captions of any length end in one vector $S_A$ ($s$).
 # * $FC$ (`score`, $s \to 1$): the logit $S_F$ ([`PairScorer.fuse`](../../src/finematch/models/hslm.py#L486)).
 #
@@ -678,12 +727,13 @@ lesson.draw_nodes({"$|E^* - R_a^*|^2$": squared, "$s_k$, Eq. 17": s_k, "gate tim
 # **The global vectors** $\hat E^*$ and $\hat R_a^*$. Each side pools its vectors into one: the mean asks, the parts
 # answer, and a softmax weighs ([`SelfAttentionPooling`](../../src/finematch/models/hslm.py#L245)).
 #
-# $$w = \mathrm{softmax}_i\; v\cdot\big(\tanh(W_l x_i) * \tanh(W_g \bar x)\big), \qquad \hat x = \sum_i w_i x_i\,/\,|\cdot|$$
+# $$a = \mathrm{softmax}_i\; u\cdot\big(\tanh(W_1 x_i) * \tanh(W_2 \bar x)\big), \qquad
+# z = \sum_i a_i x_i, \qquad \hat x = z\,/\,\|z\|$$
 #
-# Here $x_i$ (`parts`, $d$) are the words or the contexts and $\bar x$ is their mean; $W_l$, $W_g$ (`local`, `query`,
-# $d \to d$) and $v$ (`vote`, $d$) are learnt; $*$ is elementwise.
+# Here $x_i$ (`parts`, $d$) are the words or the contexts and $\bar x$ is their mean; $W_1$, $W_2$ (`local`, `query`,
+# $d \to d$) and $u$ (`vote`, $d$) are learnt; $*$ is elementwise.
 #
-# **By hand.** Let $x = (1,0), (0,1)$, let both matrices be the identity, and let $v = (1, 0)$. The mean is (½, ½).
+# **By hand.** Let $x = (1,0), (0,1)$, let both matrices be the identity, and let $u = (1, 0)$. The mean is (½, ½).
 # Word 1 answers $\tanh 1\cdot\tanh \tfrac12 = 0.3519$, and word 2 answers 0. The weights are 0.587 and 0.413, and
 # $\hat x = (0.818, 0.575)$.
 #
@@ -701,8 +751,13 @@ assert close(lesson.pooling()(words_2, full(words_2))[0], by_hand)
 # %% [markdown]
 # **What Eq. 17 cannot see.** It divides by the length of the similarity vector, so it forgets how *far* apart two
 # vectors are. Only the channels in which they differ most are left. A difference that is ten times as large gives the
-# same vector. A perfect match, a difference of zero, gives a vector of zeros. This form comes from SGRAF. It works
+# same vector. A perfect match, a difference of zero, gives a vector of zeros. This form comes from SGRAF, an earlier
+# method. It works
 # because $W$ learns which channels differ for true pairs and which channels differ for false pairs.
+#
+# Does Eq. 17 not make the unit context of section 6 (H11) needless? No. A raw context 20 times as long as the word
+# drowns the word: the direction of the difference is then that of the context alone. So H11 matters although Eq. 17
+# divides by a length.
 
 # %%
 torch.manual_seed(p.seed)
@@ -710,6 +765,8 @@ compare, difference = nn.Linear(8, 4, bias=False).requires_grad_(False), torch.r
 once = scorer.similarity(compare, difference.clone())
 assert close(scorer.similarity(compare, 10 * difference), once, 1e-5)
 assert close(scorer.similarity(compare, torch.zeros(8)), torch.zeros(4))
+word, context = F.normalize(torch.randn(2, 8), dim=-1)
+assert F.cosine_similarity(word - 20 * context, -context, dim=0) > 0.99
 
 # %% [markdown]
 # **The score, line by line.** The left column has the paper's steps, from the first product to the number that the loss
@@ -883,9 +940,10 @@ for name, (start, loss) in starts.items():
 lesson.draw_slopes(dict(list(slopes.items())[:2]))
 
 # %% [markdown]
-# All entries of a gradient sum to zero. So if the model cannot tell images or captions apart, the pushes cancel inside
-# it, and the gradient of every parameter is zero: the plateau is not only flat, it also holds the model. The cell
-# checks this for a batch of six equal images and six equal captions.
+# All entries of a gradient sum to zero. If the model tells *neither* images nor captions apart, all $S_{ij}$ change
+# alike with every parameter. The change is multiplied by the sum of the gradient, which is zero. So the plateau is not
+# only flat, it also holds the model. The cell checks this for a batch of six equal images and six equal captions. If
+# the images alone are alike, the captions are still pushed: the columns of the gradient need not sum to zero.
 
 # %%
 equal, nearly, mean, contrastive = slopes.values()
@@ -901,10 +959,37 @@ assert terms["plateau"] == 1
 assert close(terms["loss"].detach(), 2 * 6 * 0.2)
 assert max(float(weight.grad.abs().max()) for weight in stuck.parameters()) < 1e-5
 
+# %%
+by_caption = torch.tensor([0.6, 0.5, 0.4, 0.3, 0.2, 0.1], requires_grad=True)  # equal images, unlike captions
+hinge(by_caption.expand(6, 6), small).backward()
+assert by_caption.grad.abs().max() > 0.5
+
 # %% [markdown]
-# **The way out** is to begin with easier negatives (reading H26; the paper says nothing about a start). With
-# `start="random"`, the first `warmup_steps` of training take *one random* negative for each image and for each caption.
-# On average this costs exactly the mean over negatives, but only $3B$ pairs have to be scored. The cell
+# **The way out** is to begin with another loss (reading H26; the paper says nothing about a start). By default
+# (`start="contrastive"`) the first `warmup_epochs` epochs of [`2_train`](2_train.ipynb) (two at scale `tiny`, none at
+# `paper`) use no hinge. They use the mean
+# of $-\log\mathrm{softmax}(10\, S)$ of the true pair, over the rows and over the columns. $S$ are the logits of all
+# $B \times B$ pairs, and 10 is `start_scale`. Then the hinge takes over, until the end of training.
+#
+# On the plateau the contrastive loss has the direction of the mean. Later it leaves this direction: the softmax gives hard negatives more weight as the model learns. The cell shows which share
+# of a row's push goes to its hardest negative while noise and signal grow together (signal 3). For the mean this share
+# is $1 / (B - 1)$; for the hinge it is 1 from the first step.
+
+# %%
+shares = {}
+for height in (0.0, 0.1, 0.2, 0.4):
+    grown = (height * (noise + 3 * torch.eye(B))).requires_grad_()
+    (push,) = torch.autograd.grad(softmax_loss(10 * grown, diagonal), grown)
+    push = push.masked_fill(diagonal, 0)
+    shares[height] = float((push.amax(1) / push.sum(1)).mean())
+print(", ".join(f"spread {height:g}: {100 * share:.1f} %" for height, share in shares.items()))
+assert close(shares[0.0], 1 / (B - 1))
+assert list(shares.values()) == sorted(shares.values())
+assert shares[0.4] > 5 * shares[0.0]
+
+# %% [markdown]
+# **The other start** has easier negatives. With `start="random"`, the first `warmup_steps` steps of training take *one
+# random* negative for each image and for each caption. (`warmup_epochs` is turned into steps.) On average this costs exactly the mean over negatives, but only $3B$ pairs have to be scored. The cell
 # enumerates every choice for the three pairs of the table: two captions for each image and two images for each caption
 # make $2^6 = 64$ losses.
 
@@ -935,24 +1020,6 @@ print(f"start {first:.4f}, {second:.4f}, then {third:.4f}; 200 draws {drawn.mean
 assert close(third, hard, 1e-5)
 assert max(first, second) <= hard + 1e-5
 assert abs(drawn.mean() - mean) < 5 * drawn.std() / math.sqrt(200) + 1e-4
-
-# %% [markdown]
-# **The default start is contrastive** (`start="contrastive"`). On the plateau it has the direction of the mean. Later
-# it leaves this direction: the softmax gives hard negatives more weight as the model learns. The cell shows which share
-# of a row's push goes to its hardest negative while noise and signal grow together (signal 3). For the mean this share
-# is $1 / (B - 1)$; for the hinge it is 1 from the first step.
-
-# %%
-shares = {}
-for height in (0.0, 0.1, 0.2, 0.4):
-    grown = (height * (noise + 3 * torch.eye(B))).requires_grad_()
-    (push,) = torch.autograd.grad(softmax_loss(10 * grown, diagonal), grown)
-    push = push.masked_fill(diagonal, 0)
-    shares[height] = float((push.amax(1) / push.sum(1)).mean())
-print(", ".join(f"spread {height:g}: {100 * share:.1f} %" for height, share in shares.items()))
-assert close(shares[0.0], 1 / (B - 1))
-assert list(shares.values()) == sorted(shares.values())
-assert shares[0.4] > 5 * shares[0.0]
 
 # %% [markdown]
 # **Exercise 6 (compute).** All negatives score alike, and every true pair scores $g$ more. The contrastive loss
@@ -996,7 +1063,8 @@ assert (128**2 + 3 * 3 * 128) / (3 * 128**2) < 0.36
 
 # %% [markdown]
 # **Exercise 7 (compute).** How strong must the signal be, in deviations of the noise, before telling pairs apart pays
-# with the hardest of $B = 32$, 128 and 1,024? Give the three numbers by drawing noise. What is the answer for the mean?
+# with the hardest of $B = 32$, 128 and 1,024? Give the three numbers by drawing noise: average the maximum of $B - 1$
+# draws over at least 1,000 repetitions. What is the answer for the mean?
 
 # %% tags=["exercise"]
 strength = ...  # {32: ..., 128: ..., 1024: ...}
@@ -1047,12 +1115,12 @@ assert fast.std() > 1e-4  # the scores differ at all
 # %% [markdown]
 # The library does three things differently.
 #
-# **First: the Gram matrix.** The length of a context $c = \sum_n p_n r_n$ needs no context:
-# $\|c\|^2 = p^{\top}(R R^{\top})\,p$. The Gram matrix $RR^{\top}$ ($N \times N$) is made once for each image, by
+# **First: the Gram matrix.** The length of a context $\sum_n f_n r_n$ ($f$ is now the row of one word) needs no context:
+# $\|f R\|^2 = f\,(R R^{\top})f^{\top}$. The Gram matrix $RR^{\top}$ ($N \times N$) is made once for each image, by
 # [`PairScorer.prepare`](../../src/finematch/models/hslm.py#L336).
 #
 # **Second: linearity.** The pooling of the contexts applies a $d \times d$ layer to every context of every pair. But
-# $W\sum_n p_n r_n = \sum_n p_n\,(W r_n)$: the library applies the layer to the regions once for each image, and mixes
+# $W\sum_n f_n r_n = \sum_n f_n\,(W r_n)$: the library applies the layer to the regions once for each image, and mixes
 # the results. Eq. 22 is linear as well: $FC(\sum_k g_k s_k) = \sum_k g_k FC(s_k)$, so nodes are never stacked.
 #
 # **Third: captions of one length share a product.** No padding is computed, and no loop runs over captions. The score
@@ -1173,7 +1241,7 @@ assert (on["cross_attn"] == on["loc"]).all()
 
 # %% [markdown]
 # **Exercise 8 (compute).** Take the twelve published Rsums of Table 4 (`published("HSLM", 4)`). What does each module
-# gain, as a mean over the pairs of rows that differ in it alone? Where do the numbers contradict each other?
+# gain, as a mean over the pairs of rows that differ in it alone? One Rsum is not the sum of its six recalls: which one?
 
 # %% tags=["exercise"]
 means = ...  # {"mgcn": ..., "self_attn": ..., "glob": ..., "cross_attn and loc": ...}
@@ -1263,8 +1331,8 @@ look("hslm", one.image, one.text)
 # %% [markdown]
 # ## What to take along
 #
-# * Eq. 6 and Eq. 8 are one operation, relations times vectors, and it is cubic. Only the residual tells them apart.
-#   Division by the number of nodes keeps it from growing with that number.
+# * Eq. 6 and Eq. 8 are one operation, relations times vectors, and it is cubic. In the paper's formulas only the
+#   residual tells them apart. Division by the number of nodes keeps it from growing with that number.
 # * A sigmoid does not choose. At scale 1 every word sees nearly the sum of all regions. The words' contexts differ
 #   little, and the local alignment lives on this difference.
 # * Eq. 17 keeps the direction of a difference and forgets its size.

@@ -274,11 +274,11 @@ def draw_model(found: Mapping[str, str]) -> None:
         "embedding\nEq. 2": (0, 1, "trained"), "linear, unit length\nEq. 1": (2, 1, "trained"),
         "self-attention\nEq. 3-6": (0, 2, "trained"), "graph of regions\nEq. 7-10": (2, 2, "trained"),
         "graph of words\nEq. 11": (0, 3, "trained"),
-        "GRU, two directions\nEq. 12-14": (0, 4, "trained"), "cross attention\nEq. 16": (2, 4, "step"),
-        "pool the words\n3.5": (0, 5, "trained"), "pool the contexts\n3.5": (1, 5, "trained"),
-        "words − contexts\nEq. 15": (2, 5, "step"),
-        "global similarity\nEq. 17, 19": (1, 6, "trained"), "local similarity\nEq. 17, 18": (2, 6, "trained"),
-        "gates, sum, FC\nEq. 20-22": (2, 7, "trained"), "score": (2, 8, "data"),
+        "GRU, two directions\nEq. 12-14": (0, 4, "trained"), "cross attention\nEq. 16": (1, 4, "step"),
+        "contexts\nEq. 15": (2, 5, "step"), "pool the words\n3.5": (0, 6, "trained"),
+        "pool the contexts\n3.5": (1, 6, "trained"), "difference\nEq. 17": (2, 6, "step"),
+        "global similarity\nEq. 17, 19": (1, 7, "trained"), "local similarity\nEq. 17, 18": (2, 7, "trained"),
+        "gates, sum, FC\nEq. 20-22": (2, 8, "trained"), "score": (2, 9, "data"),
     }  # fmt: skip
     name = {part.split("\n")[0]: part for part in parts}
     arrows = [
@@ -287,13 +287,16 @@ def draw_model(found: Mapping[str, str]) -> None:
         ("graph of words", "GRU, two directions", "text.graph"),
         ("GRU, two directions", "cross attention", "text.0"), ("GRU, two directions", "pool the words", "text.0"),
         ("region features", "linear, unit length", "features"),
+        ("GRU, two directions", "difference", "text.0"),
         ("linear, unit length", "graph of regions", "image.embed"), ("graph of regions", "cross attention", "image"),
-        ("cross attention", "words − contexts", "f"), ("cross attention", "pool the contexts", "f"),
+        ("graph of regions", "contexts", "image"), ("cross attention", "contexts", "f"),
+        ("contexts", "difference", "local difference"), ("contexts", "pool the contexts", ""),
         ("pool the words", "global similarity", "pool_text"), ("pool the contexts", "global similarity", "pooled"),
-        ("words − contexts", "local similarity", "local difference"), ("local similarity", "gates, sum, FC", "local"),
+        ("difference", "local similarity", "local difference"), ("local similarity", "gates, sum, FC", "local"),
         ("global similarity", "gates, sum, FC", "global"), ("gates, sum, FC", "score", "logit"),
     ]  # fmt: skip
-    diagram(parts, [(name[a], name[b], found[key]) for a, b, key in arrows], cell=(2.1, 0.78), box=(1.25, 0.46))
+    labels = {**found, "": ""}
+    diagram(parts, [(name[a], name[b], labels[key]) for a, b, key in arrows], cell=(2.1, 0.78), box=(1.25, 0.46))
 
 
 def draw_words(words: Tensor, names: Sequence[str], after: Mapping[str, Tensor]) -> None:
