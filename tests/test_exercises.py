@@ -177,6 +177,7 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         ((lambda s: s >= s.mean(0),), "keyword has its own"),
         ((lambda s: s >= s.mean(1, keepdim=True),), "region has its own"),
         ((lambda s: s < s.mean(),), "wrong way round"),
+        ((lambda s: s > s.mean(),), "equals the mean"),
     ],
     "felga.unrelated": [
         (({"dense": 100, "sparse": 10, "dynamic": 0},), "nothing fits"),
@@ -191,9 +192,14 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         ((0.0,), "all numbers are positive"),
         ((0.5,), "asked is a cosine"),
     ],
-    "felga.limit": [((1.5 / math.log(80),), "ln 10"), ((0.5 / math.log(700),), "the difference is 2")],
+    "felga.limit": [
+        ((1.5 / math.log(80),), "ln 10"),
+        ((0.5 / math.log(700),), "the difference is 2"),
+        ((2 / (math.log(700) + 0.5),), "divides lambda1"),
+    ],
     "felga.best": [
-        ((lambda s, r: s.amax((1, 3)),), "padding"),
+        ((lambda s, r: s.amax((1, 3)),), "padding is among"),
+        ((lambda s, r: (s * r).amax((1, 3)),), "padding counts as 0"),
         ((lambda s, r: s.masked_fill(~r, -math.inf).amax((1, 3)).T,), "rows are texts"),
         ((lambda s, r: s.masked_fill(~r, 0).sum((1, 3)) / r.sum((1, 3)),), "takes the best pair"),
     ],
@@ -203,7 +209,8 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         (({"against": 0.478, "for": 0.6},), "for: precision of the whole"),
     ],
     "felga.gains": [
-        (({"Dense": 8.7, "Sparse": 1.6, "Dynamic": 5.6},), "Dense: the number is too large"),
+        (({"Dense": 8.7, "Sparse": 1.6, "Dynamic": 5.6},), "Dense: the wrong column"),
+        (({"Dense": 2.9, "Sparse": 0.7, "Dynamic": 1.2},), "Dense: the number is too large"),
         (({"Dense": 2.5, "Dynamic": 1.2},), "'Sparse' is missing"),
     ],
     "slan.best": [

@@ -30,7 +30,9 @@ def dynamic(answer: Any) -> str:
 
     if not callable(answer):
         return f"give a function, not {type(answer).__name__}"
-    return function(said, library, [(random(3, 4, seed=2),), (random(5, 2, seed=3),)], slips={
+    tie = torch.tensor([[0.5, 0.5], [1.0, 0.0]])  # two equal their mean
+    return function(said, library, [(random(3, 4, seed=2),), (random(5, 2, seed=3),), (tie,)], slips={
+        "Eq. 6 has ≥: a similarity that equals the mean is a positive": lambda s: (s > s.mean()).float(),
         "each keyword has its own threshold here: Eq. 5 is one mean over all pairs": lambda s: (s >= s.mean(0)).float(),
         "each region has its own threshold here: Eq. 5 is one mean over all pairs":
             lambda s: (s >= s.mean(1, keepdim=True)).float(),
@@ -77,6 +79,7 @@ def relu(answer: Any) -> str:
 def limit(answer: Any) -> str:
     """The temperature below which the hinge of Eq. 10 can close for 10 positives and 70 negatives."""
     return number(answer, 1.5 / math.log(700), within=0.005, hints={
+        2 / (math.log(700) + 0.5): "tau divides lambda1, too",
         1.5 / math.log(80): "the logarithms of both sums are added: ln 10 + ln 70",
         0.5 / math.log(700): "the best similarities are 1 and -1: the difference is 2, less the margin",
     })  # fmt: skip
@@ -100,8 +103,10 @@ def best(answer: Any) -> str:
     real[:, 2], real[:, :, 1, 3] = False, False
     s = random(2, 3, 2, 4)
     s[:, 2] = 9.0  # padding, which is nearest
-    cases = [(random(2, 3, 2, 4, seed=4), torch.ones(2, 3, 2, 4, dtype=torch.bool)), (s, real)]
+    opposite = -random(2, 3, 2, 4, seed=5).abs()  # all cosines are negative
+    cases = [(random(2, 3, 2, 4, seed=4), torch.ones_like(real)), (s, real), (opposite, real)]
     return function(answer, library, cases, slips={
+        "padding counts as 0 here, which is more than a negative cosine": lambda s, r: (s * r).amax((1, 3)),
         "padding is among the fragments": lambda s, r: over(s, r, "max"),
         "the mean over fragments: Eq. 11 takes the best pair": lambda s, r: over(s, r, "mean"),
         "rows are texts here: image k, text l stands at [k, l]": lambda s, r: library(s, r).T,
@@ -130,10 +135,14 @@ def ties(answer: Any) -> str:
 @exercise("felga.gains", "compute")
 def gains(answer: Any) -> str:
     """What the global term gains in description assignment, COCO 2017, by label (Table 5)."""
-    cells = published("FELGA", 5)
-    cells = cells[cells["column"] == "Microsoft COCO 2017 Description Assignment"].set_index("row")["value"]
+    cells = published("FELGA", 5).pivot(index="row", columns="column", values="value")
     with_it = {row: next(name for name in cells.index if name.startswith(f"{row} +"))
                for row in ("Dense", "Sparse", "Dynamic")}  # fmt: skip
+    gain = {row: cells.loc[name] - cells.loc[row] for row, name in with_it.items()}
+    discovery = {row: float(of["Microsoft COCO 2017 Object Discovery"]) for row, of in gain.items()}
     return named_numbers(
-        answer, {row: float(cells[name] - cells[row]) for row, name in with_it.items()}, within=0.05
+        answer,
+        {row: float(of["Microsoft COCO 2017 Description Assignment"]) for row, of in gain.items()},
+        within=0.05,
+        hints={value: "the wrong column: this is the gain in object discovery" for value in discovery.values()},
     )

@@ -433,7 +433,7 @@ def draw_labels(
 ) -> None:
     """The cosines of one image and its text, and each kind of label; a dark cell is a positive, a dot is right."""
     _, axes = plt.subplots(
-        1, 1 + len(labels), figsize=(8.6, 0.9 + 0.2 * len(keywords)), layout="constrained", sharey=True
+        1, 1 + len(labels), figsize=(8.6, 1.4 + 0.18 * len(truth)), layout="constrained", sharey=True
     )
     _cells(axes[0], similarity.clamp(min=0), keywords, high=0.8, cmap=figures.COOL)
     axes[0].set_title(f"cosines, mean {float(similarity.mean()):.2f}")
@@ -441,17 +441,17 @@ def draw_labels(
         _cells(ax, 0.7 * chosen, keywords)
         ax.set_title(f"{kind}: {int(chosen.sum())}, right {int((chosen & truth).sum())}")
     for ax in axes:
-        ax.plot(*truth.nonzero().T, "o", color=figures.PALETTE[1], markersize=3.6, markeredgecolor="white",
+        ax.plot(*truth.nonzero().T.flip(0), "o", color=figures.PALETTE[1], markersize=3.6, markeredgecolor="white",
                 markeredgewidth=0.5)  # fmt: skip
 
 
-def _cells(ax: Axes, values: Tensor, down: Sequence[str], *, high: float = 1.0, cmap: str = "Greys") -> None:
-    """A matrix "r k" as shades, proposals across and keywords down."""
-    ax.imshow(np.asarray(values, float).T, cmap=cmap, vmin=0, vmax=high, aspect="auto")
-    step = max(1, -(-len(values) // 10))
-    ax.set_xticks(range(0, len(values), step), [str(n + 1) for n in range(0, len(values), step)], fontsize=7)
-    ax.set_yticks(range(len(down)), down, fontsize=7)
-    ax.set_xlabel("proposal")
+def _cells(ax: Axes, values: Tensor, across: Sequence[str], *, high: float = 1.0, cmap: str = "Greys") -> None:
+    """A matrix "r k" as shades, a row for each proposal and a column for each keyword."""
+    ax.imshow(np.asarray(values, float), cmap=cmap, vmin=0, vmax=high, aspect="auto")
+    step = max(1, -(-len(values) // 20))
+    ax.set_yticks(range(0, len(values), step), [str(n + 1) for n in range(0, len(values), step)], fontsize=7)
+    ax.set_xticks(range(len(across)), across, fontsize=7, rotation=90)
+    ax.set_ylabel("proposal")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
 
