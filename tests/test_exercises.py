@@ -16,6 +16,7 @@ from finematch.exercises import KINDS, check, exercise, exercises, number, tenso
 from finematch.handout import student_page, write_handout, write_student
 
 METHODS = ("mvam", "hslm", "felga", "slan")
+HALF, NOT_STOPPED = 1.0065, 1.2442  # Eq. 3 of exercise 6: boxes that stop at the border, boxes that leave the image
 
 
 def softmax_over_views(codes, keys, mask):

@@ -80,7 +80,7 @@ from finematch.models.slan import locator, objective
 figures.style()
 torch.manual_seed(p.seed)
 D, L = lesson.WIDTH, lesson.LEVELS
-usual = not p.smoke and (p.steps, p.descent) == (120, 60)  # the claims about the toy are of so many steps
+own_steps = not p.smoke and (p.steps, p.descent) == (120, 60)  # the claims about the toy are of so many steps
 
 # %% [markdown]
 # ## 1. Regions that know the sentence
@@ -1368,7 +1368,7 @@ lesson.draw_toy(mover, learning, words)
 # the proposal that it came from. The proposals of both rows are the same; what differs is what was said.
 
 # %%
-if usual:
+if own_steps:
     assert after["named"][-1] < 0.9 * after["named"][0]  # nearer to what is named,
     assert after["named"][-1] < 0.85 * after["other"][-1]  # and nearer to it than to the other blob
     assert abs(before["named"][-1] / before["other"][-1] - 1) < 0.15  # hardly so before training
@@ -1423,7 +1423,7 @@ show(found.rename_axis(f"after {further} steps"))
 # for there is no balance to be found (section 9).
 
 # %%
-if usual:
+if own_steps:
     began, apart = found.iloc[0], float(after["named"][0])
     for name in ("Eq. 3, loose, and Eq. 4", "Eq. 3, loose, alone"):
         assert found.loc[name, "target off"] < 0.35 * began["target off"]  # nothing moves any more
@@ -1536,7 +1536,7 @@ lesson.draw_margins(of_words.sort_values("margin, Eq. 4"))
 # the region-word contrast every word points to what it names, and the regions of all words come near.
 
 # %%
-if usual:
+if own_steps:
     assert of_words["margin, Eq. 4"].min() < 0.1 < of_words["margin, Eq. 4 and region-word"].min()
     assert of_words["distance, Eq. 4 and region-word"].max() < 0.75 * of_words["distance, Eq. 4"].max()
 
