@@ -98,7 +98,7 @@ PUSHES = ([0.3, 0.0, 0.2, 0.2], [-0.2, 0.4, 0.2, 0.2], [0.1, 0.1, 0.2, 0.2])  # 
 
 
 def pushed(box: Tensor) -> Tensor:
-    """What a proposal (x, y, w, h) becomes at three levels if it is pushed and grows; "l b t 4", stopped at the border."""
+    """What a box (x, y, w, h) that is pushed and grows becomes at three levels, "l b t 4"."""
     return locator.stop(box + torch.tensor(PUSHES))[:, None, None]
 
 
@@ -136,7 +136,7 @@ def matching(answer: Any) -> str:
 
 @exercise("slan.lonely", "compute")
 def lonely(answer: Any) -> str:
-    """The region-word contrast of b = 4 pairs whose words first met, for each image, its one region by the literal Eq. 1."""
+    """The region-word contrast of b = 4 pairs: words first pass the literal Eq. 1 with the one region of each image."""
     return number(answer, math.log(4), within=0.002, hints={
         0.0: "every caption fits every image perfectly, the wrong ones too",
         4.0: "the logarithm of the number of rivals",
