@@ -16,6 +16,7 @@ from finematch.exercises import KINDS, check, exercise, exercises, number, tenso
 from finematch.handout import student_page, write_handout, write_student
 
 METHODS = ("mvam", "hslm", "felga", "slan")
+HALF, NOT_STOPPED = 1.0065, 1.2442  # Eq. 3 of exercise 6: boxes that stop at the border, boxes that leave the image
 
 
 def softmax_over_views(codes, keys, mask):
@@ -216,11 +217,14 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
     "slan.best": [
         (([0.05, 0.0, 0.1, 0.15],), "mind the sign"),
         (([-0.05, 0.16, -0.1, -0.15],), "own score is 1"),
+        (([0.0, 0.0, 0.0, 0.0],), "scores of the others"),
         (([-0.05, -0.1, -0.15],), "the shape is"),
     ],
     "slan.ramp": [(([0.5, 0, 0.5, 0],), "of the edges"), (([1.0, 0, 0.5, 0],), "same mean")],
     "slan.attend": [
-        ((lambda r, w: (r @ w.T).softmax(1) @ w,), "square root of D"),
+        ((lambda r, w: (r @ w.T).softmax(1) @ w,), "square root of D is missing"),
+        ((lambda r, w: (r @ w.T / r.shape[1]).softmax(1) @ w,), "not by D"),
+        ((lambda r, w: (r @ w.T / 2).softmax(1) @ w,), "not always 4"),
         ((lambda r, w: (r @ w.T / math.sqrt(r.shape[1])).softmax(0) @ w,), "runs over the words"),
         ((lambda r, w: (r @ w.T / math.sqrt(r.shape[1])).softmax(1) @ w + r,), "residual"),
     ],
@@ -229,19 +233,32 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         ((lambda w, e: shifted(w, e) * len(w),), "cells are N / K apart"),
         ((lambda w, e: shifted(w, e, middle=False),), "from the middle one"),
     ],
-    "slan.reach": [((1.75,), "a whole neighbourhood"), ((0.875,), "its edge"), ((0.4,), "three levels")],
-    "slan.whole": [(("above zero", 0.0), "not what you have predicted"), (("zero", 0.4), "stop")],
+    "slan.reach": [
+        ((1.75,), "a whole neighbourhood"),
+        ((0.875,), "its edge"),
+        ((0.4,), "three levels"),
+        ((0.583,), "with K = 3"),
+        ((0.35,), "second one from the middle"),
+    ],
+    "slan.whole": [
+        (("above zero", {"whole": 0.0, "half": HALF}), "not what you have predicted"),
+        (("zero", {"whole": 0.0, "half": NOT_STOPPED}), "stop"),
+        (("zero", {"whole": 0.4, "half": HALF}), "whole: the number is too large"),
+        (("zero", {"whole": 0.0, "half": 0.0}), "half: the number is too small"),
+        (("zero", 0), "give a dict"),
+    ],
     "slan.matching": [
         (
-            ({"true": 2.1269, "other text": 0.6931, "other picture": 1.3133},),
+            ({"true": 2.1269, "other text": 0.6931, "other image": 1.3133},),
             "true: this is -log of the wrong",
         ),
-        (({"true": 0.1269, "other text": 0.6931, "other picture": 0.3133},), "does not belong together"),
+        (({"true": 0.1269, "other text": 0.6931, "other image": 0.3133},), "does not belong together"),
     ],
     "slan.lonely": [
         ((0.0,), "wrong ones too"),
         ((4.0,), "logarithm"),
         ((math.log(3),), "in the denominator"),
+        ((math.log(2),), "two pairs"),
     ],
     "slan.median": [((1.5,), "500th"), ((1.0,), "fewer than half")],
 }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finematch.boxes import convert
 from finematch.exercises import exercise, function, named_numbers, number, prediction, random, tensor
 from finematch.models.slan import locator
 
@@ -20,6 +21,7 @@ def best(answer: Any) -> str:
         "a score rises with its own logit, but the best one's logit stands in the denominator: mind the sign": -right,
         "the derivative of a sigmoid is s (1 - s), and the s cancels in part": torch.tensor([-0.25, 0, -0.5, -0.75]),
         "the best region's own score is 1 whatever its logit": torch.tensor([-0.05, 0.16, -0.1, -0.15]),
+        "its own score has no gradient, but the scores of the others are divided by its sigmoid": torch.zeros(4),
     })  # fmt: skip
 
 
@@ -42,14 +44,16 @@ def attend(answer: Any) -> str:
         return layer(regions[None], words[None], *real)[0][0]
 
     def by_hand(
-        r: Tensor, w: Tensor, *, over: int = 1, scale: bool = True, what: Tensor | None = None
+        r: Tensor, w: Tensor, *, over: int = 1, by: float | int | None = None
     ) -> Tensor:
-        a = r @ w.T / (math.sqrt(r.shape[1]) if scale else 1)
-        return a.softmax(over) @ (w if what is None else what)
+        a = r @ w.T / (math.sqrt(r.shape[1]) if by is None else by)
+        return a.softmax(over) @ w
 
-    cases = [(random(t, 4, seed=t), random(n, 4, seed=n + 30)) for t, n in ((2, 3), (5, 2))]
+    cases = [(random(t, d, seed=t), random(n, d, seed=n + 30)) for t, n, d in ((2, 3, 4), (5, 2, 9))]
     return function(answer, library, cases, slips={
-        "the square root of D is missing": lambda r, w: by_hand(r, w, scale=False),
+        "the square root of D is missing": lambda r, w: by_hand(r, w, by=1),
+        "A is divided by the square root of D, and not by D": lambda r, w: by_hand(r, w, by=r.shape[1]),
+        "D is the width of the embeddings that are given, which is not always 4": lambda r, w: by_hand(r, w, by=2),
         "the softmax runs over the regions: it runs over the words": lambda r, w: by_hand(r, w, over=0),
         "a residual is added, which Eq. 1 does not print": lambda r, w: by_hand(r, w) + r,
     })  # fmt: skip
@@ -85,17 +89,35 @@ def reach(answer: Any) -> str:
         1.75: "a whole neighbourhood a level: the outermost cell's centre is 2/5 of it away",
         0.875: "half of each neighbourhood: that is its edge, not the centre of its outermost cell",
         0.4: "three levels, not one",
+        1.75 / 3: "this is the reach with K = 3",
+        0.35: "one cell a level: with K = 5 the outermost cell is the second one from the middle",
     })  # fmt: skip
+
+
+PUSHES = ([0.3, 0.0, 0.2, 0.2], [-0.2, 0.4, 0.2, 0.2], [0.1, 0.1, 0.2, 0.2])  # of (x, y, w, h), at three levels
+
+
+def pushed(box: Tensor) -> Tensor:
+    """What a box (x, y, w, h) that is pushed and grows becomes at three levels, "l b t 4"."""
+    return locator.stop(box + torch.tensor(PUSHES))[:, None, None]
 
 
 @exercise("slan.whole", "change")
 def whole(predicted: Any, measured: Any) -> str:
-    """Eq. 3 of a proposal that is the whole image, wherever its words push it."""
+    """Eq. 3 of a proposal that is the whole image and of one of half its sides, under the same pushes."""
     if message := prediction(predicted, ("zero", "above zero")):
         return message
-    if message := number(measured, 0.0, within=1e-4):
-        return f"measured: {message}: let the pushed boxes `stop` at the border"
-    return "" if predicted == "zero" else "look at the loss again: it is not what you have predicted"
+    half = torch.tensor([0.5, 0.5, 0.5, 0.5])
+    mean, valid = locator.regression_target(pushed(half)), torch.ones(1, 1, dtype=torch.bool)
+    right = {"whole": 0.0, "half": float(locator.regression_loss(locator.stop(half)[None, None], mean, valid))}
+    loose = locator.regression_target(convert(half + torch.tensor(PUSHES), "cxcywh", "xyxy")[:, None, None])
+    not_stopped = float(locator.regression_loss(locator.stop(half)[None, None], loose, valid))
+    message = named_numbers(measured, right, within=1e-3, hints={
+        not_stopped: "the pushed boxes must `stop` at the border",
+    })  # fmt: skip
+    if message:
+        return f"measured: {message}"
+    return "" if predicted == "zero" else "look at the loss of `whole` again: it is not what you have predicted"
 
 
 @exercise("slan.matching", "compute")
@@ -104,7 +126,7 @@ def matching(answer: Any) -> str:
     right = {
         "true": math.log(1 + math.exp(-2)),
         "other text": math.log(2),
-        "other picture": math.log(1 + math.e),
+        "other image": math.log(1 + math.e),
     }
     return named_numbers(answer, right, within=0.002, hints={
         math.log(1 + math.exp(2)): "this is -log of the wrong answer: the pair belongs together",
@@ -114,10 +136,11 @@ def matching(answer: Any) -> str:
 
 @exercise("slan.lonely", "compute")
 def lonely(answer: Any) -> str:
-    """The region-word contrast of b = 4 pairs whose words have met their one region by the literal Eq. 1."""
+    """The region-word contrast of b = 4 pairs: words first pass the literal Eq. 1 with the one region of each image."""
     return number(answer, math.log(4), within=0.002, hints={
         0.0: "every caption fits every image perfectly, the wrong ones too",
         4.0: "the logarithm of the number of rivals",
+        math.log(2): "this is the loss of two pairs",
         math.log(3): "the true pair is in the denominator as well",
     })  # fmt: skip
 

@@ -185,11 +185,11 @@ def starts() -> Tensor:
     return torch.cat([centres - 0.08, centres + 0.08], -1)
 
 
-def searcher(ratio: float, **reading: str) -> RegionAdaptor:
+def searcher(ratio: float | int, **reading: str) -> RegionAdaptor:
     """A level of the library whose embedding of a box is the mean of the map."""
     embed = RegionEmbedding(2, 2, norm="none", samples=8)
     config = LocatorConfig(width=2, heads=1, **(PRINTED | reading))
-    one = RegionAdaptor(embed, config, ratio=ratio, slots=1).requires_grad_(False)
+    one = RegionAdaptor(embed, config, ratio=float(ratio), slots=1).requires_grad_(False)
     embed.project.weight.copy_(torch.eye(2))
     embed.project.bias.zero_()
     return one
