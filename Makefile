@@ -46,7 +46,7 @@ LOCK = { if ls .snakemake/locks/* >/dev/null 2>&1; then \
   fi; exit 1; }
 WORKBOOK := papermill_runs/workbook
 
-.PHONY: help install git-filter notebooks workbook book test lab student handout teacher lesson-seeds bench data walk rehearse grid named unlock results lint lock clean
+.PHONY: help install git-filter notebooks workbook book test lab student handout teacher slides lesson-seeds bench data walk rehearse grid named unlock results lint lock clean
 
 help:  ## list the commands
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,8 +83,8 @@ book: $(INSTALLED) notebooks  ## build a site of what was run, docs and results:
 test: $(INSTALLED)  ## run all tests (JOBS=2)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=agg $(BIN)/pytest -n $(JOBS) --dist worksteal
 
-lab: $(INSTALLED)  ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab notebooks/
+lab: $(INSTALLED)  ## open JupyterLab on the map of the workbook, notebooks/0_start_here
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/0_start_here.ipynb
 
 student: $(INSTALLED) notebooks  ## the lessons without solutions: handout/student
 	$(BIN)/python -m finematch handout handout/student
@@ -99,6 +99,10 @@ teacher: $(INSTALLED) notebooks data  ## the lessons with solutions, run: handou
 
 lesson-seeds: $(INSTALLED) notebooks data  ## run each lesson at ten seeds, and write what it took to benchmarks/lessons.json
 	$(BIN)/python benchmarks/lessons.py --data-root '$(DATA_ROOT)'
+
+slides: $(INSTALLED) notebooks data  ## the lessons as slides that need no network: handout/slides
+	$(BIN)/python -m finematch slides handout/slides --data-root '$(DATA_ROOT)' || { \
+	  $(BIN)/pip install -q -e '.[slides]' && $(BIN)/python -m finematch slides handout/slides --data-root '$(DATA_ROOT)'; }
 
 # Those that say nothing without somebody else's code, or outside a fresh clone, are called by hand: their first lines say how.
 BY_HAND := benchmarks/grounding.py benchmarks/workbook.py benchmarks/lessons.py
@@ -129,9 +133,10 @@ named:
 unlock:  ## after a grid or the workbook was killed: let it run again
 	rm -rf .snakemake/locks
 
-results: $(INSTALLED)  ## rewrite RESULTS.md and the README's generated lines from the metrics of finished runs
+results: $(INSTALLED)  ## rewrite RESULTS.md and what is generated of README and docs/, from the metrics of finished runs
 	mkdir -p $(WORKBOOK)
 	$(PAPERMILL) notebooks/9_scorecard.ipynb $(WORKBOOK)/9_scorecard.ipynb -p results RESULTS.md -p readme README.md
+	$(BIN)/python -m finematch pages
 
 lint: $(INSTALLED)  ## style, and whether each notebook is what its .py says
 	$(BIN)/ruff check

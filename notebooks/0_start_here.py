@@ -1,20 +1,16 @@
 # %% [markdown]
 # # Start here
 #
-# **finematch** is a workbook on *fine-grained image-text matching*: given a caption, find its picture among
-# many, and the reverse, where the pictures differ in details. It reproduces and teaches four methods, each
-# from its paper: MVAM, HSLM, FELGA and SLAN.
+# **finematch** is a workbook on *fine-grained image-text matching*: given a caption, find its image among many,
+# and the reverse, where the images differ in details. It reproduces and teaches four methods, each from its
+# paper: MVAM, HSLM, FELGA and SLAN.
 #
-# * **You are learning.** Read a lesson, change a parameter, run it again. Every claim that can be checked is
-#   followed by an assert.
-# * **You do research.** One line reruns a table of a paper, over seeds, and prints the measured numbers next
-#   to the published ones. Every number says which data, which protocol and which commit made it.
-# * **You have pictures and captions of your own.** The training notebooks read the formats of the field
-#   (Karpathy's JSON, COCO, Flickr30k Entities, region features) and run headless with other parameters.
+# This page is the map of the workbook, and shows the idea on one small example: it shows the embedded set of
+# images, says what is hard about it, trains a very small MVAM and draws where it attends.
 #
-# This page takes about a minute on one core and needs nothing but the embedded set, which the project draws
-# itself. It shows that set, says what is hard about it, trains a very small MVAM and shows where it attends. **Expected**: the small model finds the right one of 500 pictures for about 25 % of the captions; chance
-# is 0.2 %. Full models and their numbers come later; this is the idea, not a result.
+# **Cost** a minute on one core; it needs nothing but the embedded set, which the project draws itself.
+# **Expected** the small model finds the right one of 500 images for about 25 % of the captions; chance is 0.2 %.
+# Full models and their numbers come later; this is the idea, not a result.
 
 # %% tags=["parameters"]
 dataset: str = "scenes"  # the embedded set is the only one here
@@ -38,11 +34,83 @@ p = parameters(
 )  # fmt: skip
 
 # %% [markdown]
-# ## Pictures that differ in details
+# ## The map
 #
-# `scenes` has 4,000 training, 500 validation and 500 test pictures. Each shows two to five shapes with a
+# A page runs by itself. Where it needs what another page makes, it makes that first, or says which page to run.
+# *Run* is the time that the page takes on two cores: measured while `make workbook` ran all pages, two at a time
+# (`benchmarks/workbook.json`); with `*`: what its first cell says. Reading takes longer: a lesson with its
+# exercises fills an afternoon.
+#
+# | page | aim | read or run before | run |
+# |:--|:--|:--|:--|
+# | [0_start_here](0_start_here.ipynb) | the idea on one example, and this map | nothing | 1 min |
+# | [1_data](1_data.ipynb) | the data sets, the record, where region features come from | this page | 7 min |
+# | [mvam/1_lesson](mvam/1_lesson.ipynb) | several views instead of one vector | this page | 1 min |
+# | [mvam/2_train](mvam/2_train.ipynb) | train MVAM: one row of the paper's tables | its lesson | 8 min |
+# | [mvam/3_ablations](mvam/3_ablations.ipynb) | the paper's tables beside ours, each claim judged | its lesson | 1 min |
+# | [mvam/4_attention](mvam/4_attention.ipynb) | where the views of a trained run attend | a run of `mvam/2_train` | 1 min |
+# | [hslm/1_lesson](hslm/1_lesson.ipynb) | graph, self-attention, cross attention, two alignments | this page | 1 min |
+# | [hslm/2_train](hslm/2_train.ipynb) | train HSLM | its lesson | 9 min |
+# | [hslm/3_ablations](hslm/3_ablations.ipynb) | HSLM's tables beside ours | its lesson | 1 min |
+# | [hslm/4_attention](hslm/4_attention.ipynb) | which regions the words of a trained run find | a run of `hslm/2_train` | 2 min |
+# | [felga/0_vlp](felga/0_vlp.ipynb) | a small CLIP, the frozen model that FELGA starts from | this page | 4 min |
+# | [felga/1_lesson](felga/1_lesson.ipynb) | pseudo-labels for regions and keywords | this page | 1 min |
+# | [felga/2_train](felga/2_train.ipynb) | train FELGA | its lesson | 13 min |
+# | [felga/3_ablations](felga/3_ablations.ipynb) | FELGA's tables beside ours | its lesson | 1 min |
+# | [felga/4_retrieval](felga/4_retrieval.ipynb) | what a word finds, and what a box is told | a run of `felga/2_train` | 1 min |
+# | [slan/1_lesson](slan/1_lesson.ipynb) | boxes that move to what the words name | this page | 1 min |
+# | [slan/2_train](slan/2_train.ipynb) | train SLAN, for retrieval | its lesson | 16 min |
+# | [slan/3_ablations](slan/3_ablations.ipynb) | SLAN's tables beside ours | its lesson | 1 min |
+# | [slan/4_regions](slan/4_regions.ipynb) | the boxes of a trained run, level by level | a run of `slan/2_train` | 7 min |
+# | [slan/5_captioning](slan/5_captioning.ipynb) | write captions, with the region behind each word | a run of `slan/2_train` | minutes * |
+# | [slan/6_localization](slan/6_localization.ipynb) | find objects and phrases | a run of `slan/2_train` | 5 min * |
+# | [slan/7_vqa](slan/7_vqa.ipynb) | answer questions about an image | a run of `slan/2_train` | 5 min * |
+# | [slan/8_nlvr2](slan/8_nlvr2.ipynb) | judge a sentence about two images | a run of `slan/2_train` | 5 min * |
+# | [slan/9_video](slan/9_video.ipynb) | find the video of a sentence | a run of `slan/2_train` | 1 min * |
+# | [9_scorecard](9_scorecard.ipynb) | every table and every claim of all methods | nothing | 1 min |
+#
+# Pages to read: [the glossary](../docs/glossary.md), [what the papers do not say](../docs/readings.md),
+# [what came out](../docs/findings.md), [how to add your own data, method or table](../docs/adding.md), and the tables
+# in [RESULTS](../RESULTS.md).
+
+# %% [markdown]
+# ## Three ways through
+#
+# These are plans, not yet tried with a class.
+#
+# **One lecture of 90 minutes.** `make slides` turns the lessons into slides that need no network.
+#
+# 1. This page, up to the small MVAM: what is hard about details (20 minutes).
+# 2. [mvam/1_lesson](mvam/1_lesson.ipynb): from one vector to views, and the diversity loss (40 minutes).
+# 3. [mvam/4_attention](mvam/4_attention.ipynb): what the views of a trained model look at (15 minutes; train before the lecture).
+# 4. [What came out](../docs/findings.md#mvam): which claims hold here, and how a claim is judged (15 minutes).
+#
+# **A lab course of four afternoons.** `make handout` packs the lessons without solutions, `make teacher` runs those with
+# solutions. Start the training in the break: the page that looks at the trained run comes after it.
+#
+# 1. MVAM: this page, [1_data](1_data.ipynb), [the lesson](mvam/1_lesson.ipynb) with its exercises,
+#    [training](mvam/2_train.ipynb), [attention](mvam/4_attention.ipynb).
+# 2. HSLM: [the lesson](hslm/1_lesson.ipynb), [training](hslm/2_train.ipynb), [attention](hslm/4_attention.ipynb).
+# 3. FELGA: [the small CLIP](felga/0_vlp.ipynb), [the lesson](felga/1_lesson.ipynb), [training](felga/2_train.ipynb),
+#    [retrieval](felga/4_retrieval.ipynb).
+# 4. SLAN: [the lesson](slan/1_lesson.ipynb), [training](slan/2_train.ipynb), [regions](slan/4_regions.ipynb). To end with:
+#    each group [adds a small table](../docs/adding_a_table.md) with a question of its own and judges it.
+#
+# **A research start.**
+#
+# 1. [What came out](../docs/findings.md) and [what the papers do not say](../docs/readings.md): which questions are open.
+# 2. The lesson of the method that you build on, then its `3_ablations`: `make grid GRID=mvam_views` runs a table again,
+#    with `READING=literal` as the paper's text has it. `make rehearse` says beforehand what a grid costs.
+# 3. [1_data](1_data.ipynb) and [the data page](../docs/data.md), or [your own data set](../docs/adding_a_dataset.md).
+# 4. [Your own table](../docs/adding_a_table.md), then [your own method](../docs/adding_a_method.md).
+# 5. [The paper's scale](../docs/paper_scale.md): several GPUs, clusters, what it costs.
+
+# %% [markdown]
+# ## Images that differ in details
+#
+# `scenes` has 4,000 training, 500 validation and 500 test images. Each shows two to five shapes with a
 # colour, a size and a texture, on one of six backgrounds, and has five captions. A caption tells a part of
-# the picture, in words of its own: "crimson" for red, "hoop" for ring.
+# the image, in words of its own: "crimson" for red, "hoop" for ring.
 
 # %%
 import textwrap
@@ -96,11 +164,11 @@ figure.subplots_adjust(wspace=0.08, left=0.01, right=0.99, top=0.99, bottom=0.36
 keep(figure, 1)
 
 # %% [markdown]
-# ## One picture is one record
+# ## One image is one record
 #
 # Every dataset, embedded or real, is read from the files that the field publishes into the same record: the
-# picture, its captions, and where they are known, boxes and the phrases that name them. A model is trained on
-# pictures and captions alone; boxes and phrases are for looking, and for testing.
+# image, its captions, and where they are known, boxes and the phrases that name them. A model is trained on
+# images and captions alone; boxes and phrases are for looking, and for testing.
 
 # %%
 record = test[0]
@@ -118,15 +186,15 @@ for number, caption in enumerate(record.captions):
 # %% [markdown]
 # ## What "fine-grained" means, in numbers
 #
-# A matcher scores every caption with every picture. *R@K* is the share of queries whose right answer is among
+# A matcher scores every caption with every image. *R@K* is the share of queries whose right answer is among
 # the K best; ties count against the model (in brackets: on average over random orders of what is tied). Three
 # scorers that learn nothing tell how hard the set is:
 #
 # * **chance** gives everything the same score;
-# * **bag of words** is told the true labels of every picture and counts which of them the caption names. It
+# * **bag of words** is told the true labels of every image and counts which of them the caption names. It
 #   knows that there is something red and a star. It does not know whether the star is red;
 # * **full** understands every word. Even it is not perfect: a caption that tells a part can be true of
-#   several pictures. No method can do better.
+#   several images. No method can do better.
 
 # %%
 hard = difficulty(data_root / "scenes", "test")
@@ -136,8 +204,8 @@ assert chance < counting < full < 100
 
 # %% [markdown]
 # What the bag of words misses is *binding*: which colour belongs to which shape, which one is left of which.
-# Below is a caption whose every word fits a few other pictures too, of which it is not true: the first in the
-# test split with one to four of them. A solid frame with a tick is the caption's own picture, a dashed one
+# Below is a caption whose every word fits a few other images too, of which it is not true: the first in the
+# test split with one to four of them. A solid frame with a tick is the caption's own image, a dashed one
 # with a cross is another.
 
 # %%
@@ -161,13 +229,13 @@ keep(figure, 3)
 # %% [markdown]
 # ## A very small MVAM
 #
-# Most matchers squeeze a picture into *one* vector and a caption into another, and compare the two. MVAM uses
-# several *views*: each is a learnt code, a query that gives every part of the picture, or every word, a
+# Most matchers squeeze an image into *one* vector and a caption into another, and compare the two. MVAM uses
+# several *views*: each is a learnt code, a query that gives every part of the image, or every word, a
 # weight. The weighted sums of all views, concatenated, are the vector.
 #
 # The real thing (`mvam/2_train`) works on regions that it proposes itself, with features of a trained
 # network. This one must be ready within a minute. So it gets a gift that no other notebook gives: the *true
-# boxes* of the shapes, besides the whole picture, each shrunk to 8 x 8 pixels. The captions go through a
+# boxes* of the shapes, besides the whole image, each shrunk to 8 x 8 pixels. The captions go through a
 # small recurrent network. Boxes carry no names; what "star" looks like it has to learn from the pairs.
 
 
@@ -221,15 +289,15 @@ if not p.smoke:
     assert found["t2i_r1"] > 10 * chance
 
 # %% [markdown]
-# ## One picture, five captions, four views
+# ## One image, five captions, four views
 #
-# Above, what each view attends to in the first test picture. Bright: high weight; grey: zero. Below, what the
+# Above, what each view attends to in the first test image. Bright: high weight; grey: zero. Below, what the
 # *same* view attends to in each of its five captions. Dark: high weight. On the left, the rank that the
-# picture has among all test pictures for that caption. [CLS] and [SEP] open and close every caption, [IMG] is
-# a token for the picture as a whole; a view may rest on them too.
+# image has among all test images for that caption. [CLS] and [SEP] open and close every caption, [IMG] is
+# a token for the image as a whole; a view may rest on them too.
 #
-# The maps do not depend on the caption. That is what a *two-stream* model is: pictures and captions meet only
-# in the last step, a dot product, so that a million pictures can be stored as vectors before a query arrives.
+# The maps do not depend on the caption. That is what a *two-stream* model is: images and captions meet only
+# in the last step, a dot product, so that a million images can be stored as vectors before a query arrives.
 
 # %%
 with torch.no_grad():
@@ -266,28 +334,15 @@ for row, c in enumerate(own):
 keep(figure, 4)
 
 # %% [markdown]
-# Do the views of the picture and those of the captions look at the same things? Follow one view down its
+# Do the views of the image and those of the captions look at the same things? Follow one view down its
 # column and judge for yourself: does it look for a colour, a shape, a size? The paper says that they match.
-# One picture cannot tell; `mvam/4_attention` counts.
-#
-# ## Where to go next
-#
-# | notebook | what it is | on one core |
-# |---|---|---|
-# | `1_data` | the data sets, the records, where region features come from | minutes |
-# | `mvam/1_lesson`, `hslm/1_lesson`, `felga/1_lesson`, `slan/1_lesson` | each method from its formulas, worked by hand | 1 to 3 minutes |
-# | `<method>/2_train` | one training run: a row of the paper's tables | minutes |
-# | `<method>/3_ablations` | the paper's tables, measured beside published, each claim judged | seconds, from finished runs |
-# | `mvam/4_attention`, `hslm/4_attention`, `felga/4_retrieval`, `slan/4_regions` | where a trained run attends | minutes, from a finished run |
-# | `slan/5_captioning` to `slan/9_video` | a trained SLAN fine-tuned for another task: captions, boxes, questions, image pairs, videos | minutes, from a finished run |
-# | `9_scorecard` | every table and every claim of all four methods | seconds, from finished runs |
-#
-# Learning? Take `mvam/1_lesson`. Reproducing? `make grid GRID=mvam_views` reruns a table, and `mvam/3_ablations` draws it. Your own photos? `1_data` and
-# `docs/data.md` say which files are read, and every `2_train` takes `dataset` and `data_root`. SLAN's seven downstream tasks are retrieval (`slan/2_train`)
-# and `slan/5_captioning` to `slan/9_video`. A comparison of all four methods on one page is not here yet.
+# One image cannot tell; `mvam/4_attention` counts.
 
 # %%
 metrics = {"t2i_r1": found["t2i_r1"], "t2i_r5": found["t2i_r5"], "i2t_r1": found["i2t_r1"],
            "protocol": found["protocol"] + "; a toy that is given the true boxes"}  # fmt: skip
 write_metrics(root() / p.out, p.as_dict(), metrics, seconds=time.monotonic() - started)
 print(f"This page took {time.monotonic() - started:.0f} seconds.")
+
+# %% [markdown]
+# Next: [1_data](1_data.ipynb)

@@ -564,3 +564,6 @@ if embedded:
 # The features lie in the cache. `mvam/1_lesson` explains the first method, `mvam/2_train` trains it on them.
 # For other photos put them under `data_root` in one of the formats of section 4 and give the notebook their
 # name; if `auto` chose the grid above, pass `-p proposals grid` to `2_train` as well, or it will search.
+
+# %% [markdown]
+# Previous: [0_start_here](0_start_here.ipynb) · Next: [mvam/1_lesson](mvam/1_lesson.ipynb)

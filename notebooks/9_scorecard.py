@@ -390,3 +390,6 @@ if p.readme:
     said = f"A cell is \"default / literal\".\n\n{verdicts}\n\n{decided}"
     changed = T.replace_block(root() / p.readme, "results", said)
     print(f"{p.readme}: {'rewritten' if changed else 'as it was'}")
+
+# %% [markdown]
+# Previous: [slan/9_video](slan/9_video.ipynb)

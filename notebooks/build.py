@@ -10,7 +10,7 @@ The parameters of a page that calls `settings(globals(), NAME)` are declared in 
 that it names. Their lines in the .py, type, default and comment, are written from there as well; their order is the page's.
 
 A link whose text is a name in backquotes and whose target is a .py file gets the line where the name stands:
-[`MVAM`](../../src/finematch/models/mvam.py) becomes ...mvam.py#L52.
+[`MVAM`](../../src/finematch/models/mvam.py) becomes ...mvam.py#L52. The pages of docs/ get theirs, too.
 """
 
 import argparse
@@ -147,6 +147,13 @@ def main(arguments: list[str] | None = None) -> int:
             )
             if not options.check:
                 target.write_text(text, encoding="utf-8", newline="\n")
+    for page in sorted((options.folder.parent / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if (written := linked(text, page)) != text:
+            stale.append(page)
+            print(f"{page}: {'its links have old lines: run make notebooks' if options.check else 'written'}")
+            if not options.check:
+                page.write_text(written, encoding="utf-8", newline="\n")
     orphans = [
         path
         for path in sorted(options.folder.rglob("*.ipynb"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
-from finematch import grids
+from finematch import grids, tables
 from finematch.files import DataError
 from finematch.grids import Claim, Grid
 from finematch.runs import FIELDS, git_commit, measured, write_metrics
@@ -595,3 +595,13 @@ def test_rows_that_a_reading_makes_one_are_not_compared():
         "under this reading the two rows have the same settings",
     )
     assert pd.isna(line["lower"])
+
+
+def test_a_claim_beside_a_metric_that_no_run_has_is_refused():
+    claim = Claim("beats the images shuffled", "one", "one", "t2i_r1", "shuffled_t2i_r1")
+    runs = pd.DataFrame({"seed": [0, 1], "t2i_r1": [40.0, 41.0], "run_file": ["one.s0/metrics.json"] * 2})
+    with pytest.raises(
+        DataError, match=r"one.s0/metrics.json.*images shuffled.*asks for shuffled_t2i_r1, not"
+    ):
+        tables._within(runs, claim)
+    assert tables._within(runs.assign(shuffled_t2i_r1=[1.0, 2.0]), claim)["verdict"] in tables.VERDICTS

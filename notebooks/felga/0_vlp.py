@@ -255,3 +255,6 @@ protocol = f"{found['protocol']}; {sets.name}: {len(queries)} ground-truth boxes
 write_metrics(root() / p.out, {**p.as_dict(), **asdict(config), "folder": folder.name}, metrics,
               seconds=float(history["seconds"].iloc[-1]), protocol=protocol)  # fmt: skip
 pd.Series(metrics).round(2)
+
+# %% [markdown]
+# Previous: [hslm/4_attention](../hslm/4_attention.ipynb) · Next: [felga/1_lesson](1_lesson.ipynb)

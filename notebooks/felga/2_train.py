@@ -377,3 +377,6 @@ if trained:
     )
     metrics |= {"evaluation_seconds": seconds}
 run.finish(metrics, seconds=summary["seconds"], facts=facts)
+
+# %% [markdown]
+# Previous: [felga/1_lesson](1_lesson.ipynb) · Next: [felga/3_ablations](3_ablations.ipynb)

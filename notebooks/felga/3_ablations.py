@@ -113,3 +113,6 @@ for reading, of in verdicts.groupby("reading", sort=False):
             figure = F.intervals(of)
             F.save(figure, f"{stems[reading]}.claims.svg")
         display(Markdown(f"Reading {reading}:"), figure)
+
+# %% [markdown]
+# Previous: [felga/2_train](2_train.ipynb) · Next: [felga/4_retrieval](4_retrieval.ipynb)

@@ -459,3 +459,6 @@ write_metrics(
     protocol=protocol,
 )
 pd.Series(metrics)
+
+# %% [markdown]
+# Previous: [felga/3_ablations](3_ablations.ipynb) · Next: [slan/1_lesson](../slan/1_lesson.ipynb)

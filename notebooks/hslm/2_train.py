@@ -256,3 +256,6 @@ metrics
 # %%
 metrics |= {"best_epoch": summary["best_epoch"], "plateau_epochs": len(stuck)}
 run.finish(metrics, seconds=summary["seconds"], facts={"reported_split": reported})
+
+# %% [markdown]
+# Previous: [hslm/1_lesson](1_lesson.ipynb) · Next: [hslm/3_ablations](3_ablations.ipynb)

@@ -103,3 +103,6 @@ for reading, of in verdicts.groupby("reading", sort=False):
             figure = F.intervals(of)
             F.save(figure, f"{stems[reading]}.claims.svg")
         display(Markdown(f"Reading {reading}:"), figure)
+
+# %% [markdown]
+# Previous: [hslm/2_train](2_train.ipynb) · Next: [hslm/4_attention](4_attention.ipynb)

@@ -592,3 +592,6 @@ metrics |= {key: again[key] for key in ("i2t_r1", "t2i_r1", "rsum")}
 protocol = again["protocol"] + (f"; {here['protocol']}" if here else "")
 write_metrics(root() / p.out, p.as_dict(), metrics, seconds=time.monotonic() - started, protocol=protocol)
 pd.Series(metrics)
+
+# %% [markdown]
+# Previous: [hslm/3_ablations](3_ablations.ipynb) · Next: [felga/0_vlp](../felga/0_vlp.ipynb)

@@ -268,3 +268,6 @@ if clip:  # the folder opens as a published CLIP does
         part.save_pretrained(run.folder / "encoder")
 metrics["best_epoch"] = summary["best_epoch"]
 run.finish(metrics, seconds=seconds, facts={"reported_split": reported})
+
+# %% [markdown]
+# Previous: [mvam/1_lesson](1_lesson.ipynb) · Next: [mvam/3_ablations](3_ablations.ipynb)

@@ -480,3 +480,6 @@ else:
 metrics |= {"t2i_r1": again["t2i_r1"], "i2t_r1": again["i2t_r1"], "protocol": again["protocol"]}
 write_metrics(root() / p.out, p.as_dict() | {"views": v}, metrics, seconds=time.monotonic() - started)
 metrics
+
+# %% [markdown]
+# Previous: [mvam/3_ablations](3_ablations.ipynb) · Next: [hslm/1_lesson](../hslm/1_lesson.ipynb)

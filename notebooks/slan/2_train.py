@@ -412,3 +412,6 @@ metrics
 # %%
 metrics |= {"best_epoch": summary["best_epoch"]}
 run.finish(metrics, seconds=summary["seconds"], facts={"reported_split": reported})
+
+# %% [markdown]
+# Previous: [slan/1_lesson](1_lesson.ipynb) · Next: [slan/3_ablations](3_ablations.ipynb)

@@ -182,3 +182,6 @@ with F.style():
     figure.legends[0].get_texts()[1].set_text("counted")
     F.save(figure, root() / p.figures / "slan_cost.svg")
 figure
+
+# %% [markdown]
+# Previous: [slan/2_train](2_train.ipynb) · Next: [slan/4_regions](4_regions.ipynb)

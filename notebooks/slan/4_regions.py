@@ -836,3 +836,6 @@ write_metrics(
     protocol=protocol,
 )
 pd.Series(metrics)
+
+# %% [markdown]
+# Previous: [slan/3_ablations](3_ablations.ipynb) · Next: [slan/5_captioning](5_captioning.ipynb)

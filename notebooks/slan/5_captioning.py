@@ -259,3 +259,6 @@ found |= {"likelihood": likelihood(captioner)["likelihood"] if s.epochs else 0.0
 run.finish(found, seconds=summary["seconds"], protocol=scores["ours"]["protocol"],
            facts={"reported_split": data.reported, "pretrained_run": base.folder.name, "levels": of_run.levels})  # fmt: skip
 pd.Series(found)
+
+# %% [markdown]
+# Previous: [slan/4_regions](4_regions.ipynb) · Next: [slan/6_localization](6_localization.ipynb)

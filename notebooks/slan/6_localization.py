@@ -398,3 +398,6 @@ for count in ("phrases", "dropped", "without_candidates", "images", "true_boxes"
 run.finish(metrics, seconds=summary["seconds"], protocol=results["fine_tuned"]["protocol"],
            facts={"reported_split": reported, "pretrained_run": pretrained.folder.name, "levels": of_run.levels})  # fmt: skip
 pd.Series(metrics)
+
+# %% [markdown]
+# Previous: [slan/5_captioning](5_captioning.ipynb) · Next: [slan/7_vqa](7_vqa.ipynb)

@@ -270,3 +270,6 @@ found |= {"likelihood": likelihood(answerer)["likelihood"], "best_epoch": summar
 run.finish(found, seconds=summary["seconds"], protocol=scores["ours"]["protocol"],
            facts={"reported_split": reported, "pretrained_run": base.folder.name, "levels": of_run.levels})  # fmt: skip
 pd.Series(found)
+
+# %% [markdown]
+# Previous: [slan/6_localization](6_localization.ipynb) · Next: [slan/8_nlvr2](8_nlvr2.ipynb)

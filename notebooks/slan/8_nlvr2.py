@@ -233,3 +233,6 @@ found |= {"best_epoch": summary["best_epoch"]}
 run.finish(found, seconds=summary["seconds"], protocol=scores["ours"]["protocol"],
            facts={"reported_split": reported, "pretrained_run": base.folder.name, "levels": of_run.levels})  # fmt: skip
 pd.Series(found)
+
+# %% [markdown]
+# Previous: [slan/7_vqa](7_vqa.ipynb) · Next: [slan/9_video](9_video.ipynb)

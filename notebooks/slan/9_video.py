@@ -248,3 +248,6 @@ found |= {"best_epoch": summary["best_epoch"]}
 run.finish(found, seconds=summary["seconds"], protocol=best["ours"]["protocol"],
            facts={"reported_split": reported, "pretrained_run": base.folder.name, "levels": of_run.levels})  # fmt: skip
 pd.Series(found)
+
+# %% [markdown]
+# Previous: [slan/8_nlvr2](8_nlvr2.ipynb) · Next: [9_scorecard](../9_scorecard.ipynb)

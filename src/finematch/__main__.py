@@ -50,6 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     handout.add_argument("--data-root", default="data", type=os.path.expanduser)
     handout.set_defaults(run=_handout)
+    slides = commands.add_parser("slides", help="write the lessons as slides that need no network")
+    slides.add_argument("out", help="folder of the slides")
+    slides.add_argument("--data-root", default="data", type=os.path.expanduser)
+    slides.set_defaults(run=_slides)
+    commands.add_parser("pages", help="rewrite the generated parts of docs/").set_defaults(run=_pages)
     _add_cache(commands.add_parser("cache", help="list or clear what runs have cached"))
 
     options = parser.parse_args(arguments)
@@ -71,6 +76,22 @@ def _handout(options: argparse.Namespace) -> int:
         print(write_handout(options.out, root() / options.data_root))
     else:
         print(*write_student(options.out), sep="\n")
+    return 0
+
+
+def _slides(options: argparse.Namespace) -> int:
+    from finematch.slides import write_slides
+
+    print(*write_slides(options.out, options.data_root), sep="\n")
+    return 0
+
+
+def _pages(options: argparse.Namespace) -> int:
+    """Prints the pages that changed."""
+    from finematch.pages import rewrite
+
+    for page in rewrite():
+        print(f"{page} rewritten")
     return 0
 
 

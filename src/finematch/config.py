@@ -76,7 +76,7 @@ class Declared:
     Attributes:
         presets: by preset, what fills it in. literal: what fills it in where the reading is literal.
         range: closed, of a number. choices: in the order of their declaration.
-        register: number of the reading in the table of the method's lesson.
+        register: number of the reading in the table of the method's lesson. says: what the paper says about it.
         path: it may name a file or a folder.
         unset: None is accepted, and is the page's default.
     """
@@ -89,6 +89,7 @@ class Declared:
     choices: tuple = ()
     help: str = ""
     register: str = ""
+    says: str = ""
     literal: Any = None
     path: bool = False
     unset: bool = False
@@ -406,8 +407,8 @@ def setting(
         register, literal, says: of a setting that is a reading of the paper as well, see `switch`.
     """
     choices = {"choices": _sorted(rule)} if isinstance(rule, set) else {"range": rule or ()}
-    about = {"help": help, "register": register, "literal": literal}
-    return field(default=default, metadata={"declared": choices | about, "says": says})
+    about = {"help": help, "register": register, "says": says, "literal": literal}
+    return field(default=default, metadata={"declared": choices | about})
 
 
 def switch(register: str, *choices: Any, literal: Any = None, says: str = "", help: str = "") -> Any:
@@ -419,8 +420,8 @@ def switch(register: str, *choices: Any, literal: Any = None, says: str = "", he
         says: what the paper says.
     """
     literal = choices[0] if literal is None else literal
-    about = {"choices": choices, "help": help, "register": register, "literal": literal}
-    return field(default=choices[0], metadata={"declared": about, "says": says})
+    about = {"choices": choices, "help": help, "register": register, "says": says, "literal": literal}
+    return field(default=choices[0], metadata={"declared": about})
 
 
 @dataclass(frozen=True)
@@ -459,11 +460,11 @@ class Config:
     def readings(cls) -> list[tuple[str, str, tuple, Any, Any, str]]:
         """All readings: register, argument, choices (or the range), default, literal value, what the paper says."""
         rows = []
-        for field_, one in zip(fields(cls), cls.declared().values(), strict=True):
+        for one in cls.declared().values():
             if one.register:
                 choices = one.choices or tuple(map(one.kind, one.range))
                 literal = one.default if one.literal is None else one.literal
-                rows.append((one.register, one.name, choices, one.default, literal, field_.metadata["says"]))
+                rows.append((one.register, one.name, choices, one.default, literal, one.says))
         return rows
 
 

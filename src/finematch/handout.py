@@ -23,7 +23,7 @@ Each notebook under `notebooks/` is one lesson. Cells with `...` are exercises; 
 
     python -m venv .venv && source .venv/bin/activate
     pip install -r requirements.lock -e .
-    jupyter lab notebooks/
+    jupyter lab
 
 The images are in `data/scenes`. After the installation no network is needed.
 """

@@ -522,7 +522,14 @@ def _verdicts(grid: Grid, runs: pd.DataFrame) -> list[dict]:
 
 
 def _within(runs: pd.DataFrame, claim: Claim) -> dict:
-    """Whether the metric of a row is above a baseline of the same runs, seed by seed."""
+    """Whether the metric of a row is above a baseline of the same runs, seed by seed.
+
+    Raises:
+        DataError: the runs have not measured one of the two.
+    """
+    if missing := [name for name in (claim.metric, claim.baseline) if len(runs) and name not in runs]:
+        raise DataError(runs["run_file"].iloc[0], f"claim {claim.text!r}", f"asks for {missing[0]}, not measured",
+                        "Name metrics that the page writes into metrics.json")  # fmt: skip
     a, b = (
         pd.DataFrame({"seed": runs["seed"], "value": runs.get(name)})
         for name in (claim.metric, claim.baseline)
@@ -606,6 +613,15 @@ def verdict_table(frame: pd.DataFrame) -> str:
         shown["note"] = shown["note"].fillna("")
     judged = int(frame["lower"].notna().sum())
     return to_markdown(shown.reset_index()) + (f"\n\n{chance_note(judged)}" if judged else "")
+
+
+def said(claim: Mapping[str, Any]) -> str:
+    """The verdict of one line of a claims file, with the interval and the seeds where it has them."""
+    if pd.isna(claim["lower"]):
+        return str(claim["verdict"])
+    difference, lower, upper = (float(claim[name]) for name in ("difference", "lower", "upper"))
+    seeds = "" if claim["n_a"] == claim["n_b"] else f" and {claim['n_b']}"
+    return f"**{claim['verdict']}**: {difference:+.1f} ({lower:+.1f} to {upper:+.1f}), {claim['n_a']}{seeds} seeds"
 
 
 def verdict_counts(claims: pd.DataFrame) -> pd.DataFrame:

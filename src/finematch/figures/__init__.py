@@ -386,7 +386,8 @@ def _under(ax: Axes, text: str, note: str) -> None:
 def looks(picture, found, *, most: int = 6) -> Figure:
     """Where a model looked for a sentence: a panel for each of the first `most` looks.
 
-    Attention (weights that sum to one) is drawn as a map, other weights by their three best boxes.
+    Attention (weights of a sum of at most one: a part may rest on a special token) is drawn as a map, other weights by
+    their three best boxes.
 
     Args:
         picture: the image, or its file.
@@ -405,7 +406,7 @@ def looks(picture, found, *, most: int = 6) -> Figure:
             ax.set_axis_off()
             continue
         weights = np.asarray(one.weights, float)
-        if (weights >= 0).all() and abs(weights.sum() - 1) < 0.01:
+        if (weights >= 0).all() and weights.sum() <= 1.01:
             show_attention(ax, picture, one.boxes, weights)
         else:
             best = np.argsort(-weights, kind="stable")[:3]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -23,7 +24,7 @@ from finematch import figures
 from finematch.config import root
 from finematch.files import DataError
 from finematch.grids import grid
-from finematch.tables import READINGS, to_markdown
+from finematch.tables import READINGS, said, to_markdown
 
 
 def close(a: Any, b: Any, tolerance: float = 1e-4) -> bool:
@@ -107,9 +108,8 @@ def _statement(where: Callable | type, text: str) -> tuple[str, str]:
         if isinstance(node, ast.stmt) and not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             written = ast.get_source_segment(source, node)
             if isinstance(node, (ast.If, ast.For, ast.With, ast.While)):
-                written = written.split(":\n")[
-                    0
-                ]  # its head alone: what is inside are statements of their own
+                # its head alone: what is inside are statements of their own
+                written = re.split(r":[ \t]*(?:#.*)?\n", written, maxsplit=1)[0]
             flat[node.lineno] = " ".join(written.split())
     found = {line: code for line, code in flat.items() if text in code}
     if len(found) != 1:
@@ -134,27 +134,16 @@ def came_out(method: str, dataset: str = "scenes") -> Markdown:
         link = f"[{one.title}](../../figures/{file.name.replace('.claims.csv', '.md')})"
         claims = pd.read_csv(file, keep_default_na=False, na_values={"lower": [""]})
         for claim, of in claims[claims["metric"].isin(one.headline[:1])].groupby("claim", sort=False):
-            said = {name: _said(c) for c in of.to_dict("records")
+            found = {name: said(c) for c in of.to_dict("records")
                     for name in (READINGS if c["reading"] == "both" else (c["reading"],))}  # fmt: skip
             lines.append(
-                {"claim": claim, **{name: said.get(name, "not run") for name in READINGS}, "table": link}
+                {"claim": claim, **{name: found.get(name, "not run") for name in READINGS}, "table": link}
             )
     if not lines:
         return Markdown(
             "The folder `figures` with the tables is not here: RESULTS.md of the repository has them."
         )
     return Markdown(to_markdown(pd.DataFrame(lines)))
-
-
-def _said(claim: dict) -> str:
-    """The verdict of one line of a claims file, with its interval where it has one."""
-    if pd.isna(claim["lower"]):
-        return str(claim["verdict"])
-    interval = (
-        f"{float(claim['difference']):+.1f} ({float(claim['lower']):+.1f} to {float(claim['upper']):+.1f})"
-    )
-    seeds = "" if claim["n_a"] == claim["n_b"] else f" and {claim['n_b']}"
-    return f"**{claim['verdict']}**: {interval}, {claim['n_a']}{seeds} seeds"
 
 
 # ------------------------------------------------------------------------------------------- an image of your own

@@ -132,7 +132,8 @@ class HSLMConfig(Config):
         says="Eq. 22 ends with FC; SGRAF adds a sigmoid. The logit ranks",
         help="score in the loss (Eq. 23)")
     include_special: bool = switch(
-        "H24", True, False, says="whether <start> and <end> count as words", help="[CLS] and [SEP] count as words")
+        "H24", True, False, says="whether the marks of start and end count as words",
+        help="[CLS] and [SEP] count as words")
     margin: float = setting(0.2, (1e-6, 100), "margin of the loss, beta of Eq. 23")
     negatives: str = setting(
         "hardest", {"hardest", "mean", "random", "contrastive"},
@@ -275,13 +276,13 @@ class LocatorConfig(Config):
         help="normalises M of Eq. 2")
     cell_tau: float = setting(0.07, (1e-6, 100), "temperature of the softmax of M")
     outside: str = switch(
-        "S8", "mean", "keep", says="nothing about cells of a neighbourhood that lie outside the picture",
+        "S8", "mean", "keep", says="nothing about cells of a neighbourhood that lie outside the image",
         help="treatment of cells outside the image")
     include_special: bool = switch(
         "S9", False, True, says="all word embeddings; whether [CLS] and [SEP] are words",
         help="[CLS] and [SEP] count as words")
     scaling: str = switch(
-        "S11", "rank", "query", "level", "predicted", says="p_w, p_h belong to regions, which differ by picture",
+        "S11", "rank", "query", "level", "predicted", says="p_w, p_h belong to regions, which differ by image",
         help="what factors p_w, p_h belong to")
     smallest: float = setting(1 / 32, (1e-6, 0.5), "smallest side of a box, as a share of the image's")
     box_grad: bool = switch(
@@ -417,7 +418,7 @@ class SLANConfig(Config):
         says="no momentum distillation; ALBEF has it")
     same_picture: bool = switch(
         "S21", True, False, literal=False,
-        says="one positive a pair; ALBEF counts same-picture ones when it fine-tunes",
+        says="one positive a pair; ALBEF counts all captions of the image when it fine-tunes",
         help="captions of one image are all positives")
     reduction: str = switch(
         "S22", "sum", "mean", says="Eq. 6 sums the directions; ALBEF averages them",
