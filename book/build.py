@@ -80,7 +80,8 @@ def about(name: str, notebook, executed) -> str:
     if run.get("exception") or not run.get("end_time"):
         text += "\n:::{warning}\nThis run did not come to its end: the page shows how far it came.\n:::\n"
     elif cells(executed) != cells(notebook):
-        text += "\n:::{note}\nThe notebook was edited after this run. `make workbook` runs it again.\n:::\n"
+        again = f"make grid GRID={name.split('.')[1]}" if "." in name else "make workbook"
+        text += f"\n:::{{note}}\nThe notebook was edited after this run. `{again}` runs it again.\n:::\n"
     return text
 
 
