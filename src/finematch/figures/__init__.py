@@ -414,7 +414,9 @@ def looks(picture, found, *, most: int = 6) -> Figure:
         ax.set_title(plain(one.label))
     if not drawn:
         show_picture(axes[0, 0], picture)
-    figure.suptitle(textwrap.fill(plain(f"“{found.sentence}”  score {found.score:.3f}"), 30 * columns), fontsize=9)
+    figure.suptitle(
+        textwrap.fill(plain(f"“{found.sentence}”  score {found.score:.3f}"), 30 * columns), fontsize=9
+    )
     return figure
 
 

@@ -252,7 +252,9 @@ def random_rankings(of: Bench) -> pd.DataFrame:
     counts = {"object discovery": shows, "description assignment, category": shows[class_of],
               "description assignment, lexical": says[class_of],
               "description assignment, instance": torch.ones_like(class_of)}  # fmt: skip
-    chance = {name: 100 * float(metric.expected_random(n[n > 0], len(records)).mean()) for name, n in counts.items()}
+    chance = {
+        name: 100 * float(metric.expected_random(n[n > 0], len(records)).mean()) for name, n in counts.items()
+    }
     return pd.DataFrame({"random ranking": chance})
 
 
@@ -445,7 +447,9 @@ def draw_labels(
                 markeredgewidth=0.5)  # fmt: skip
 
 
-def _cells(ax: Axes, values: Tensor, across: Sequence[str], *, high: float = 1.0, cmap: str = "Greys") -> None:
+def _cells(
+    ax: Axes, values: Tensor, across: Sequence[str], *, high: float = 1.0, cmap: str = "Greys"
+) -> None:
     """A matrix "r k" as shades, a row for each proposal and a column for each keyword."""
     ax.imshow(np.asarray(values, float), cmap=cmap, vmin=0, vmax=high, aspect="auto")
     step = max(1, -(-len(values) // 20))
@@ -469,7 +473,9 @@ def draw_matrices(
         figures.matrix(ax, values.detach(), rows, columns, low=low, high=high, label=label)
         ax.set_title(title)
         for i, j in [] if pairs is None else pairs.nonzero().tolist():
-            ax.add_patch(Rectangle((j - 0.44, i - 0.44), 0.88, 0.88, fill=False, edgecolor=figures.WRONG, linewidth=2))
+            ax.add_patch(
+                Rectangle((j - 0.44, i - 0.44), 0.88, 0.88, fill=False, edgecolor=figures.WRONG, linewidth=2)
+            )
 
 
 def draw_cosines(samples: Mapping[str, Tensor]) -> None:
@@ -499,7 +505,9 @@ def draw_lambda(
     for ax in axes:
         ax.axvline(0.5, color=figures.FAINT, linestyle=":", linewidth=1, marker="")
         ax.set_xlabel(r"$\lambda_1 = \lambda_2$")
-    axes[1].text(0.3, 3.9 * max(lengths["anchor"]), "the paper's", fontsize=7, rotation=90, ha="right", va="top")
+    axes[1].text(
+        0.3, 3.9 * max(lengths["anchor"]), "the paper's", fontsize=7, rotation=90, ha="right", va="top"
+    )
 
 
 def draw_temperature(taus: Sequence[float], shares: Sequence[float], equal: float, at_one: float) -> None:
@@ -536,7 +544,10 @@ def draw_circles(start: Path, runs: Mapping[str, Path]) -> None:
 
 def _circle(ax: Axes, run: Path, title: str, *, names: bool) -> None:
     called = ((("dog", "head", "ball"), ("cat", "head", "tree")), (("“dog”", "“ball”"), ("“cat”", "“tree”")))
-    for radius, track, mark, far, says in ((1.0, run[0], "o", 1.32, called[0]), (0.72, run[1], "s", 0.38, called[1])):
+    for radius, track, mark, far, says in (
+        (1.0, run[0], "o", 1.32, called[0]),
+        (0.72, run[1], "s", 0.38, called[1]),
+    ):
         ax.add_patch(plt.Circle((0, 0), radius, fill=False, edgecolor="#d8dee4", linewidth=0.8))
         for b, k in product(range(2), range(track.shape[2])):
             angle = np.deg2rad(track[:, b, k].numpy())
@@ -562,7 +573,15 @@ def draw_rankings(rankings: Mapping[str, Sequence[tuple[str, bool]]]) -> None:
             face = figures.PALETTE[0] if relevant else "white"
             ax.add_patch(Rectangle((x + 0.54, y - 0.4), 0.92, 0.8, facecolor=face, edgecolor=figures.FAINT))
             text = f"{name}: {found}/{x + 1}" if relevant else name
-            ax.text(x + 1, y, text, ha="center", va="center", fontsize=8, color="white" if relevant else figures.INK)
+            ax.text(
+                x + 1,
+                y,
+                text,
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if relevant else figures.INK,
+            )
     places = max(map(len, rankings.values()))
     ax.set(xlim=(0.5, places + 0.5), ylim=(len(rankings) - 0.5, -0.5), xlabel="rank")
     ax.set_xticks(range(1, places + 1))

@@ -296,14 +296,14 @@ def draw_model(found: Mapping[str, str]) -> None:
         ("global similarity", "gates, sum, FC", "global"), ("gates, sum, FC", "score", "logit"),
     ]  # fmt: skip
     labels = {**found, "": ""}
-    diagram(parts, [(name[a], name[b], labels[key]) for a, b, key in arrows], cell=(2.1, 0.78), box=(1.25, 0.46))
+    diagram(
+        parts, [(name[a], name[b], labels[key]) for a, b, key in arrows], cell=(2.1, 0.78), box=(1.25, 0.46)
+    )
 
 
 def draw_words(words: Tensor, names: Sequence[str], after: Mapping[str, Tensor]) -> None:
     """Left: the relations of Eq. 6 between words "l e"; right: how long each word is, before and after."""
-    _, (left, right) = plt.subplots(
-        1, 2, figsize=(6.6, 2.3), layout="constrained", width_ratios=[1, 1.7]
-    )
+    _, (left, right) = plt.subplots(1, 2, figsize=(6.6, 2.3), layout="constrained", width_ratios=[1, 1.7])
     relations = words @ words.T / len(words)
     figures.matrix(left, relations, names, high=float(relations.max()), label="relation / M")
     groups = {"E, before": words, **after}
@@ -333,7 +333,9 @@ def draw_graph(nodes: Tensor, moved: Tensor, relations: Tensor) -> None:
         right.plot(*before, "o", color=figures.INK, label="" if i else "before")
         right.plot(*after, "D", color=figures.PALETTE[0], label="" if i else "after Eq. 8")
         right.annotate(str(i + 1), before, xytext=(-9, -9), textcoords="offset points", fontsize=8)
-    right.set(xlim=(-0.3, 2.4), ylim=(-0.3, 2.4), aspect="equal", xlabel="first number", ylabel="second number")
+    right.set(
+        xlim=(-0.3, 2.4), ylim=(-0.3, 2.4), aspect="equal", xlabel="first number", ylabel="second number"
+    )
     right.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
 
@@ -387,9 +389,7 @@ def draw_nodes(steps: Mapping[str, Tensor]) -> None:
     """A matrix for each step from the difference to the gated similarity vector: rows are words, columns channels."""
     _, axes = plt.subplots(1, len(steps), figsize=(2.5 * len(steps), 2.0), layout="constrained")
     for ax, (title, values) in zip(axes, steps.items(), strict=True):
-        figures.matrix(
-            ax, values, [f"word {k + 1}" for k in range(len(values))], ["channel 1", "channel 2"]
-        )
+        figures.matrix(ax, values, [f"word {k + 1}" for k in range(len(values))], ["channel 1", "channel 2"])
         ax.set_title(title)
 
 
