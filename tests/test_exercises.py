@@ -148,8 +148,9 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         ((lambda w, r, s: F.normalize(looked(w, r, 1.0), dim=1),), "scale is missing"),
     ],
     "hslm.longer": [
-        (("higher", "higher", {"raw": 4.152, "l1": 2.326}), "not what you have predicted"),
-        (("higher", "the same", {"raw": 2.326, "l1": 2.326}), "said once"),
+        (("higher", "higher", {"raw": 3.693, "l1": 2.443}), "not what you have predicted"),
+        (("higher", "the same", {"raw": 2.0965, "l1": 2.443}), "said once"),
+        (("higher", "the same", {"raw": 3.693, "l1": 3.693}), "gates are added"),
         (("higher", "the same", 4.152), "give a dict"),
     ],
     "hslm.hinge": [

@@ -696,7 +696,7 @@ check("hslm.contexts", gathered)
 #   (`node_gate`, H16), so that captions of any length end in one vector $S_A$ ($s$).
 # * $FC$ (`score`, $s \to 1$): the logit $S_F$ ([`PairScorer.fuse`](../../src/finematch/models/hslm.py#L486)).
 #
-# **By hand.** Take the two words and two contexts of section 6, $W = I$, $w = (1, -1)$, and $FC = (2, 1)$ with bias ½,
+# **By hand.** Take the two words and two contexts of section 6, $W = I$, $w = (1, -2)$, and $FC = (2, 1)$ with bias ½,
 # without global alignment:
 #
 # | | word 1 | word 2 |
@@ -704,20 +704,23 @@ check("hslm.contexts", gathered)
 # | context (unit) | (0.8255, 0.5645) | (0.5645, 0.8255) |
 # | difference squared | (0.0305, 0.3186) | (0.3186, 0.0305) |
 # | Eq. 17, $s_k$ | (0.0952, 0.9955) | (0.9955, 0.0952) |
-# | gate $\sigma(w \cdot s_k)$ | σ(−0.9003) = 0.2890 | σ(0.9003) = 0.7110 |
-# | gate times $s_k$ | (0.0275, 0.2877) | (0.7078, 0.0677) |
+# | gate $\sigma(w \cdot s_k)$ | σ(−1.8957) = 0.1306 | σ(0.8050) = 0.6911 |
+# | gate times $s_k$ | (0.0124, 0.1300) | (0.6879, 0.0658) |
 #
-# $S_A = (0.7353, 0.3554)$ and $S_F = 2\cdot 0.7353 + 0.3554 + 0.5 = 2.326$.
+# $S_A = (0.7003, 0.1958)$ and $S_F = 2\cdot 0.7003 + 0.1958 + 0.5 = 2.096$.
 
 # %%
 squared = (words_2[0] - contexts).square()
 s_k = F.normalize(squared, dim=-1)  # W is the identity
-gates = torch.sigmoid(s_k @ torch.tensor([[1.0], [-1.0]]))
+gates = torch.sigmoid(s_k @ torch.tensor([[1.0], [-2.0]]))
 S_A = (gates * s_k).sum(0)
 S_F = S_A @ torch.tensor([2.0, 1.0]) + 0.5
+
+# %%
 assert close(s_k, [[0.0952, 0.9955], [0.9955, 0.0952]], 2e-4)
-assert close(gates, [[0.2890], [0.7110]], 2e-4)
-assert close([*S_A, S_F], [0.7353, 0.3554, 2.326], 2e-4)
+assert close(gates, [[0.1306], [0.6911]], 2e-4)
+assert close(gates * s_k, [[0.0124, 0.1300], [0.6879, 0.0658]], 2e-4)
+assert close([*S_A, S_F], [0.7003, 0.1958, 2.0965], 2e-4)
 scorer = lesson.pair_scorer()
 assert close(scorer.similarity(scorer.compare_local, words_2[0] - contexts), s_k)
 assert close(rate(scorer, regions_2, words_2), [[S_F]])
@@ -752,8 +755,7 @@ assert close(lesson.pooling()(words_2, full(words_2))[0], by_hand)
 # **What Eq. 17 cannot see.** It divides by the length of the similarity vector, so it forgets how *far* apart two
 # vectors are. Only the channels in which they differ most are left. A difference that is ten times as large gives the
 # same vector. A perfect match, a difference of zero, gives a vector of zeros. This form comes from SGRAF, an earlier
-# method. It works
-# because $W$ learns which channels differ for true pairs and which channels differ for false pairs.
+# method. It works because $W$ learns which channels differ for true pairs and which channels differ for false pairs.
 #
 # Does Eq. 17 not make the unit context of section 6 (H11) needless? No. A raw context 20 times as long as the word
 # drowns the word: the direction of the difference is then that of the context alone. So H11 matters although Eq. 17
@@ -798,15 +800,16 @@ check("hslm.longer", raw, averaged, logits)
 
 # %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
 # Every word adds a node, and each gate is positive. So $S_A$ grows with $M$: twice the words give twice the $S_A$. The
-# logit goes from 2.326 to $2\cdot(2.326 - 0.5) + 0.5 = 4.152$, farther from the bias. If two captions match an image
-# equally well word by word, the longer one has the more extreme logit. `l1` divides by the sum of the gates, and
-# nothing changes.
+# logit goes from 2.096 to $2\cdot(2.096 - 0.5) + 0.5 = 3.693$, farther from the bias. If two captions match an image
+# equally well word by word, the longer one has the more extreme logit. `l1` divides by the sum of the gates: 2.443
+# both times.
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 said_twice = torch.cat([words_2, words_2], 1)
 scorers = {weights: lesson.pair_scorer(node_weights=weights) for weights in ("raw", "l1")}
 logits = {weights: rate(scorer, regions_2, said_twice).item() for weights, scorer in scorers.items()}
 assert close(logits["raw"], 2 * (float(S_F) - 0.5) + 0.5)
+assert close(logits["l1"], 2.443, 1e-3)
 assert close(logits["l1"], rate(scorers["l1"], regions_2, words_2).item())
 check("hslm.longer", "higher", "the same", logits)
 
@@ -1042,6 +1045,8 @@ assert hinge(apart, pairs) == 0
 check("hslm.half", lead)
 
 # %% [markdown]
+# In exercise 6 the hinge falls silent first, at a lead of 0.2: from there on every bracket is zero.
+#
 # **Search without a gradient.** Eq. 23 needs all $B^2$ scores to *find* the hardest negatives, but only $3B$ scores
 # appear in it: $B$ true pairs and $2B$ hardest negatives. The gradient of all others is zero. So
 # [`HSLM.forward`](../../src/finematch/models/hslm.py#L554) scores the whole batch without a gradient, picks, and scores the

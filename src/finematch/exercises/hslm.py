@@ -78,11 +78,13 @@ def longer(raw: Any, l1: Any, measured: Any) -> str:
     for name, predicted in (("raw", raw), ("l1", l1)):
         if message := prediction(predicted, ("higher", "lower", "the same")):
             return f"{name}: {message}"
-    expected = {"raw": 2 * (2.3260 - 0.5) + 0.5, "l1": None}
+    expected = {"raw": 2 * (2.0965 - 0.5) + 0.5, "l1": 2.4430}
     if not isinstance(measured, dict) or set(measured) != set(expected):
         return "measured: give a dict with the logits of the caption said twice, by the keys 'raw' and 'l1'"
-    if message := number(measured["raw"], expected["raw"], hints={2.3260: "this is the caption said once"}):
-        return f"measured, raw: {message}"
+    hints = {"raw": {2.0965: "this is the caption said once"}, "l1": {expected["raw"]: "these gates are added"}}
+    for name, right in expected.items():
+        if message := number(measured[name], right, hints=hints[name]):
+            return f"measured, {name}: {message}"
     return (
         ""
         if (raw, l1) == ("higher", "the same")

@@ -120,9 +120,9 @@ def pooling() -> SelfAttentionPooling:
 
 
 def pair_scorer(**options: Any) -> PairScorer:
-    """The library's scorer of width 2 without global alignment: W = I, w = (1, -1), FC = (2, 1) with bias 1/2."""
+    """The library's scorer of width 2 without global alignment: W = I, w = (1, -2), FC = (2, 1) with bias 1/2."""
     scorer = PairScorer(HSLMConfig(width=2, sim=2, glob=False, **options)).requires_grad_(False)
-    fill(scorer.compare_local, EYE), fill(scorer.gate, [[1.0, -1.0]]), fill(scorer.score, [[2.0, 1.0]], 0.5)
+    fill(scorer.compare_local, EYE), fill(scorer.gate, [[1.0, -2.0]]), fill(scorer.score, [[2.0, 1.0]], 0.5)
     return scorer
 
 
