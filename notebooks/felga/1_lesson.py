@@ -1457,7 +1457,7 @@ assert only_nouns["colour"] == 0
 # these images do not have a square more often than others.
 #
 # The next cell trains FENet on the features of section 3, with all keywords and with nouns alone
-# ([`Study`](../../src/finematch/lessons/felga.py#L281)). The boxes are those of the objects, so no proposal is to
+# ([`Study`](../../src/finematch/lessons/felga.py#L283)). The boxes are those of the objects, so no proposal is to
 # blame. The gallery is the same in every row and **keeps all its keywords**. Its images are those that training does
 # not use, two of every five. It is smaller than the gallery of section 14, so its random ranking is another number.
 
