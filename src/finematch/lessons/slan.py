@@ -482,7 +482,7 @@ def draw_collapse(runs: Mapping[str, Sequence[Mapping]], apart: float) -> None:
 
 
 def draw_margins(of_words: pd.DataFrame) -> None:
-    """For each word: its margin, and how far the regions of level 3 end from what it names; two ways of training."""
+    """For each word: its margin, and how far the regions of level 3 end from what it names, by way of training."""
     _, axes = plt.subplots(1, 2, figsize=(7.2, 2.6), layout="constrained")
     for ax, what, ylabel in (
         (axes[0], "margin", "margin of the cosine"),
