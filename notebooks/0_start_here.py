@@ -261,10 +261,10 @@ def crops(records: list[Record], split: str, size: int = 8, regions: int = 6) ->
 
 tokenizer = word_level(TOKENIZER)
 splits = {}
-for name in ("train", "test"):
-    records = load("scenes_coco", data_root, name)[: p.pictures]
-    made = crops(records, name)
-    splits[name] = Split(records, RegionSource(made), tokenise(made.captions, tokenizer))
+for part in ("train", "test"):
+    records = load("scenes_coco", data_root, part)[: p.pictures]
+    made = crops(records, part)
+    splits[part] = Split(records, RegionSource(made), tokenise(made.captions, tokenizer))
 split = splits["test"]
 assert split.captions == captions
 

@@ -72,7 +72,7 @@ for path in (path.with_suffix(".claims.csv") for path in tables):
         grid, name = path.name.split(".")[:2]
         verdicts = pd.read_csv(path, keep_default_na=True)
         every.append(verdicts.assign(grid=grid, dataset=name, method=grids.grid(grid).method))
-columns = ["method", "dataset", "reading", "claim", "metric", "better", "worse", "verdict", "lower"]
+columns = ["grid", "method", "dataset", "reading", "claim", "metric", "better", "worse", "verdict", "lower"]
 claims = pd.concat(every, ignore_index=True) if every else pd.DataFrame(columns=columns)
 claims = claims.drop_duplicates(["method", "dataset", "reading", "better", "worse", "metric"], ignore_index=True)
 verdicts = f"{T.to_markdown(T.verdict_counts(claims))}\n\n{T.chance_note(int(claims['lower'].notna().sum()))}"
@@ -82,8 +82,8 @@ Markdown(verdicts)
 # What was decided on each grid's main metric, with the interval of the difference.
 
 # %%
-main = claims[[metric in grids.grid(grid).headline[:1] for grid, metric in zip(claims["grid"], claims["metric"], strict=True)]
-              if every else []]  # fmt: skip
+first = [metric in grids.grid(grid).headline[:1] for grid, metric in zip(claims["grid"], claims["metric"], strict=True)]
+main = claims[pd.Series(first, index=claims.index, dtype=bool)]
 decided = "\n".join(T.headlines(main))
 Markdown(decided)
 
