@@ -7,7 +7,6 @@ and solutions are left out, and so is the source of folded cells.
 from __future__ import annotations
 
 import base64
-import io
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,9 +15,9 @@ from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
-from PIL import Image
 
 from finematch.config import root
+from finematch.data.images import open_rgb
 from finematch.exercises import METHODS
 from finematch.files import DataError
 
@@ -212,8 +211,7 @@ def _output_lines(output: NotebookNode) -> float:
         return 0.85 * len(output.text.splitlines()) + 0.5
     data = output.get("data", {})
     if "image/png" in data:
-        with Image.open(io.BytesIO(base64.b64decode(data["image/png"]))) as image:
-            width, height = image.size
+        width, height = open_rgb(base64.b64decode(data["image/png"])).size
         return min(height * min(1, WIDTH / width), FIGURE) / LINE + 0.5
     if "text/html" in data:
         return 1.5 * data["text/html"].count("<tr") + 1

@@ -29,6 +29,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image
 
+from finematch.data.images import open_rgb
 from finematch.files import write_atomically
 
 # Okabe and Ito's colours in an order whose lightness alternates; markers and hatches go with them.
@@ -394,8 +395,7 @@ def looks(picture, found, *, most: int = 6) -> Figure:
         found: the `Match` of `finematch.explore.match`.
     """
     if isinstance(picture, (str, Path)):
-        with Image.open(picture) as opened:
-            picture = opened.convert("RGB")
+        picture = open_rgb(Path(picture))
     drawn = found.looks[:most]
     columns = max(min(len(drawn), 3), 1)
     rows = max(-(-len(drawn) // columns), 1)
