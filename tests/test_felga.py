@@ -778,7 +778,7 @@ def test_settings_take_what_is_set():
 
 
 def test_the_literal_reading_is_the_papers_text():
-    """METHODS 3.2. The constant of the outer sums (`literal_scale`) is left out: with it training diverges (F6)."""
+    """The constant of the outer sums (`literal_scale`) is left out: with it training diverges (F6)."""
     text = {
         "label_features": "frozen", "fenet": "shared", "input_scale": "rms", "loss": "batch", "literal_scale": False,
         "hinge": False, "tau": 1.0, "empty": "skip", "same_keyword_positives": False, "activation": "between",

@@ -660,7 +660,7 @@ def test_settings():
 
 
 def test_the_literal_reading_is_the_papers_text():
-    """METHODS 3.3. The product of Eq. 6 does not conform as printed: the prose, which filters words, is taken."""
+    """The product of Eq. 6 does not conform as printed: the prose, which filters words, is taken."""
     text = {
         "self_attention": "word", "self_residual": False, "relation": "nodes", "graph_norm": "none",
         "normalise_graph": False, "cross": "attend", "gate_pool": "mean", "cross_scale": 1.0, "context_norm": False,

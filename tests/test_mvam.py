@@ -157,7 +157,7 @@ def test_diversity_by_hand():
 
 
 def test_only_the_root_leaves_the_size_of_a_view_free():
-    """16 views, each uniform over 12 tokens of its own: disjoint, but not sharp (METHODS' argument for Eq. 11)."""
+    """16 views, each uniform over 12 tokens of its own: disjoint, but not sharp."""
     attention = torch.zeros(1, 16, 197)
     for v in range(16):
         attention[0, v, 12 * v : 12 * v + 12] = 1 / 12
@@ -317,7 +317,7 @@ def test_every_reading_trains(argument, value):
 
 
 def test_the_literal_reading_is_the_text_where_it_says_anything():
-    """The formulas are lost: no reading of the text that can be executed differs from the defaults (METHODS 3.4)."""
+    """The formulas are lost: no reading of the text that can be executed differs from the defaults."""
     assert MVAMConfig.literal() == {
         "projection": "split", "scoring": "dot", "include_special": True, "diversity_power": 2,
         "diversity_reduce": "mean", "reduction": "mean", "normalise": "after", "tau": 0.07,

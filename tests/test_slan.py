@@ -119,7 +119,7 @@ def assert_same(one, other, rows=None, **tolerance):
 
 # ------------------------------------------------------------------------------------------- switches
 def test_the_literal_reading_is_the_papers_text():
-    """METHODS 3.1: what Eq. 1 to 3 and Algorithm 1 print; the readings that no text decides keep their defaults."""
+    """What Eq. 1 to 3 and Algorithm 1 print; the readings that no text decides keep their defaults."""
     printed = {
         "attn": "literal", "region_update": "overwrite", "axes": "paper", "unit": "N", "extent": "map",
         "steer": "fused", "reg_part": "box", "k": 3, "cell_weights": "raw", "embed_norm": "none",
@@ -990,7 +990,7 @@ def test_raw_weights_leave_the_neighbourhood_and_softmax_never_does():
     raw = offset(cell_weights(right, form="raw"), extent, unit="N")
     torch.testing.assert_close(
         raw, torch.tensor([[[2.4, 0.0]]])
-    )  # METHODS' example: 3 (0.9 - 0.1) picture widths
+    )  # 3 (0.9 - 0.1) picture widths
     torch.testing.assert_close(offset(cell_weights(right - 7, form="raw"), extent, unit="N"), raw)
     soft = offset(cell_weights(right, tau=0.01), extent)
     torch.testing.assert_close(soft, torch.tensor([[[1 / 3, 0.0]]]), atol=1e-6, rtol=0)

@@ -898,7 +898,7 @@ def real(version, seed=0, literal=False, locator=None, **options):
 
 
 def test_the_literal_reading_trains():
-    """METHODS 3.1: the printed equations, with the losses of Eq. 4 to 9 unweighted."""
+    """The printed equations, with the losses of Eq. 4 to 9 unweighted."""
     text = {"mlm": "pooled", "same_picture": False, "reduction": "sum", "distil": 0.0, "itc_weight": 1.0,
             "itm_weight": 1.0, "mlm_weight": 1.0, "reg_weight": 1.0}  # fmt: skip
     assert SLANConfig.literal().items() >= text.items()

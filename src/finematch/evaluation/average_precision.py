@@ -1,6 +1,6 @@
 """Mean average precision of FELGA's two tasks: ranking whole pictures, or whole texts, by their best fragment.
 
-The paper names the tasks and says "mAP"; no code defines it. The exact definition used here (METHODS 4.3):
+The paper names the tasks and says "mAP"; no code defines it. The exact definition used here:
 
 * Object discovery: a query is a class name, the gallery all pictures, those without objects included; a
   picture's score is the maximum over its fragments, a picture is relevant if it has an object of the class.

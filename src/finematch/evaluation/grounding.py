@@ -67,7 +67,7 @@ def phrase_scores(
         word_scores: how well word (or token) w fits region r; for an attention, its logits.
         words: the phrase's words, as a mask (`correspondence.on_span` makes one of character offsets) or as
             indices.
-        reduce: `"max"`, each region by the word that likes it most (MDETR; METHODS S36), or `"mean"`.
+        reduce: `"max"`, each region by the word that likes it most (MDETR; S36), or `"mean"`.
 
     Raises:
         ValueError: an unknown `reduce`, a word that is not there, or no word at all: a phrase beyond the
