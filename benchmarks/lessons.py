@@ -53,7 +53,7 @@ def main() -> int:
         print(f"{stopped} of {len(options.methods) * len(options.seeds)} stopped: nothing is written")
         return 1
     about = {"device": device_name(), "cores": os.cpu_count(), "versions": versions(), "commit": git_commit()}
-    write_json({**about, "wall_seconds": seconds}, options.out)
+    write_json(options.out, {**about, "wall_seconds": seconds})
     return 0
 
 
