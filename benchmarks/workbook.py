@@ -43,7 +43,7 @@ def main() -> None:
         "cpu_seconds": used.ru_utime + used.ru_stime, "wall_seconds": wall, "goal_cpu_minutes": GOAL,
         "peak_mib_of_one_process": used.ru_maxrss / 1024, "page_wall_seconds": durations(PAGES),
     }  # fmt: skip
-    write_json(result, Path(__file__).with_suffix(".json"))
+    write_json(Path(__file__).with_suffix(".json"), result)
     print(f"{result['cpu_seconds'] / 60:.0f} CPU minutes in {wall / 60:.0f} minutes; goal {GOAL} CPU minutes")
 
 
