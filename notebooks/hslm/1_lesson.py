@@ -77,8 +77,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finematch.exercises import check
-from finematch.lessons import beside, came_out, close, hslm as lesson, look, shapes, show
-from finematch.lessons.hslm import batch_of, fill, full, rate, refused, tiny
+from finematch.lessons import beside, came_out, close, full, hslm as lesson, look, shapes, show
+from finematch.lessons.hslm import batch_of, fill, rate, refused, tiny
 from finematch.models.hslm import HSLM, MGCN, MODULES, GraphLayer, HSLMConfig, PairScorer, WordEncoder
 from finematch.models.hslm import WordSelfAttention, hinge, score, softmax_loss, word_correlation
 from finematch.tables import published

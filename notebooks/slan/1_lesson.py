@@ -76,7 +76,7 @@ from torchvision.ops import roi_align
 from finematch import figures, tables
 from finematch.boxes import box_mean, convert, giou, iou, neighbourhood, roi_align_mean, summed_area
 from finematch.exercises import check
-from finematch.lessons import beside, came_out, close, look, shapes, show, slan as lesson, slan_toy as toy
+from finematch.lessons import beside, came_out, close, full, look, shapes, show, slan as lesson, slan_toy as toy
 from finematch.models import configs
 from finematch.models.slan import locator, objective
 
@@ -231,7 +231,7 @@ assert close(locator.cut(torch.tensor([0.9, 0.5, 0.4, 0.2])), [0.7, 0.4, 1, 0.6]
 
 # %%
 saliency = torch.logit(torch.tensor([[0.2, 0.8, 0.4, 0.6], [0.06, 0.1, 0.02, 0.04]]))
-real = lesson.no_padding(saliency)  # a mask that is true everywhere: every region is real
+real = full(saliency)  # a mask that is true everywhere: every region is real
 stays = {"max": [[2, 4], [2, 1]], "minmax": [[2, 4], [2, 1]], "sigmoid": [[2, 4], [2]]}
 scores = {}
 for form, expected in stays.items():
@@ -293,7 +293,7 @@ check("slan.best", slopes_of_the_best)
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 x = torch.logit(torch.tensor([[0.2, 0.8, 0.4, 0.6]])).requires_grad_()
-S = locator.RegionFilter(D, score_norm="max").normalise(x, lesson.no_padding(x))[0]
+S = locator.RegionFilter(D, score_norm="max").normalise(x, full(x))[0]
 by_best = torch.stack([torch.autograd.grad(s, x, retain_graph=True)[0][0, 1] for s in S])
 print("dS / dx of the best:", [round(v, 3) for v in by_best.tolist()])
 assert close(by_best, [-0.25 * 0.2, 0, -0.5 * 0.2, -0.75 * 0.2])
@@ -442,7 +442,7 @@ check("slan.ramp", slope[0, 0])
 # %%
 g_, t_ = torch.tensor([[[log(3), 0, 0, 0], [0, 0, 0, 0]]]), torch.tensor([[[2.0, 0, 0, 0], [0, 2, 0, 0]]])
 literal = locator.CrossAttention(4, attn="literal")
-g_next, t_next = literal(g_, t_, lesson.no_padding(g_), lesson.no_padding(t_))
+g_next, t_next = literal(g_, t_, full(g_), full(t_))
 lesson.draw_turned(t_, t_next)
 assert close(g_next, [[[1.5, 0.5, 0, 0], [1, 1, 0, 0]]])
 assert close(t_next, [[[0.75 * log(3), 0, 0, 0], [0.5 * log(3), 0, 0, 0]]])
@@ -454,7 +454,7 @@ assert close(F.cosine_similarity(t_next[0, 0], t_next[0, 1], dim=0), 1)
 
 # %%
 one_region, many_words = torch.randn(1, 1, 4), torch.randn(1, 5, 4)
-_, alike = literal(one_region, many_words, lesson.no_padding(one_region), lesson.no_padding(many_words))
+_, alike = literal(one_region, many_words, full(one_region), full(many_words))
 assert close(alike, one_region.expand(-1, 5, -1))
 
 # %% [markdown]
@@ -479,7 +479,7 @@ def attend(layer, x, memory):
 # %%
 with torch.no_grad():
     layer, (some_g, some_t) = locator.CrossAttention(8, 2), torch.randn(2, 1, 5, 8)
-    new_g, new_t = layer(some_g, some_t, lesson.no_padding(some_g), lesson.no_padding(some_t))
+    new_g, new_t = layer(some_g, some_t, full(some_g), full(some_t))
     assert close(new_g[0], attend(layer.regions, some_g[0], some_t[0]), 1e-5)
     assert close(new_t[0], attend(layer.words, some_t[0], some_g[0]), 1e-5)
 
@@ -1614,7 +1614,7 @@ lonely, captions = torch.randn(4, 1, 4), torch.randn(4, 5, 4)
 scores = torch.zeros(4, 4)
 for i, j in itertools.product(range(4), range(4)):
     _, met = literal(
-        lonely[[i]], captions[[j]], lesson.no_padding(lonely[[i]]), lesson.no_padding(captions[[j]])
+        lonely[[i]], captions[[j]], full(lonely[[i]]), full(captions[[j]])
     )
     scores[i, j] = F.cosine_similarity(lonely[i], met[0], dim=-1).mean()
 loss = F.cross_entropy(scores / 0.07, torch.arange(4))

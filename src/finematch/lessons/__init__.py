@@ -33,6 +33,11 @@ def close(a: Any, b: Any, tolerance: float = 1e-4) -> bool:
     return a.shape == b.shape and bool(torch.allclose(a, b, rtol=0, atol=tolerance))
 
 
+def full(parts: Tensor) -> Tensor:
+    """The mask "b n" of parts "b n ..." without padding: all are real."""
+    return torch.ones(parts.shape[:2], dtype=torch.bool)
+
+
 def show(frame: pd.DataFrame, digits: int = 2) -> None:
     """A table on the page; its index becomes the first column."""
     display(Markdown(to_markdown(frame.reset_index(), digits=digits)))

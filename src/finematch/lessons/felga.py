@@ -357,7 +357,7 @@ def share_of_kinds(words: Sequence[str]) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------------- pictures
 def draw_problem(of: Bench) -> None:
-    """What is given: an image with its proposals, a text with its keywords; at the right what nobody says (Eq. 1)."""
+    """The image with its proposals and the text with its keywords are given; which belong together is not (Eq. 1)."""
     n = of.batch[0]
     boxes, keywords = of.boxes(n), of.keywords(n)
     _, (left, middle, right) = plt.subplots(

@@ -23,6 +23,7 @@ from finematch.data import load
 from finematch.data.splits import data_folder
 from finematch.features.proposals import propose
 from finematch.figures.diagram import diagram
+from finematch.lessons import full
 from finematch.models.configs import HSLMConfig
 from finematch.models.hslm import (
     HSLM,
@@ -138,11 +139,6 @@ def echo(values: Sequence[float]) -> Tensor:
     encoder.gru.weight_ih_l0[2] = encoder.gru.weight_ih_l0_reverse[2] = 1  # rows: reset, update, candidate
     encoder.embed.weight.copy_(torch.tensor(values).atanh()[:, None])
     return encoder.gru(encoder.embed(torch.arange(len(values)))[None])[0][0].T
-
-
-def full(parts: Tensor) -> Tensor:
-    """The mask of parts "b n d" without padding."""
-    return torch.ones(parts.shape[:2], dtype=torch.bool)
 
 
 def rate(scorer: PairScorer, regions: Tensor, words: Tensor, vector: Tensor | None = None) -> Tensor:

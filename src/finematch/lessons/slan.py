@@ -155,11 +155,6 @@ def millions(of: nn.Module) -> float:
     return sum(q.numel() for q in of.parameters()) / 1e6
 
 
-def no_padding(values: Tensor) -> Tensor:
-    """The mask of "b n ...", all of which is real."""
-    return torch.ones(values.shape[:2], dtype=torch.bool)
-
-
 def bump() -> Tensor:
     """A map "1 1 32 32" with one round bump."""
     y, x = torch.meshgrid(*[(torch.arange(32) + 0.5) / 32] * 2, indexing="ij")
