@@ -118,7 +118,8 @@ def folder_records(folder: str | Path) -> list[Record]:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
     if not files:
         raise DataError(folder, "the folder", "has no image", f"Name one with files {', '.join(IMAGES)}")
-    return [Record(file.relative_to(folder).as_posix(), "folder", (file.name,), file, source=str(file)) for file in files]
+    names = [file.relative_to(folder).as_posix() for file in files]
+    return [Record(name, "folder", (name,), file, source=str(file)) for name, file in zip(names, files, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------- scores of the methods
