@@ -130,7 +130,7 @@ def _pairs(again: Again | None, text: int | None) -> Callable[[np.ndarray], np.n
     """Ranks images against caption `text`, or captions against the one image."""
     if again is None:
         return None
-    return lambda found: again(found, [text] * len(found)) if text is not None else again([0] * len(found), found)
+    return lambda found: again(found.tolist(), [text] * len(found)) if text is not None else again([0] * len(found), found.tolist())
 
 
 def _vectors(encode, source, device, block: int = 256) -> Tensor:
@@ -155,8 +155,8 @@ def _slan(run, images, texts) -> tuple[np.ndarray, Again | None]:
         found = []
         with torch.no_grad():
             for i in range(0, len(rows), 32):
-                picture = model.encode_image(**to_device(images.batch(list(map(int, rows[i : i + 32]))), device))
-                words = model.encode_text(**to_device(texts.batch(list(map(int, captions[i : i + 32]))), device))
+                picture = model.encode_image(**to_device(images.batch(rows[i : i + 32]), device))
+                words = model.encode_text(**to_device(texts.batch(captions[i : i + 32]), device))
                 found.append(model.match(picture, words).float().cpu().numpy())
         return np.concatenate(found)
 
