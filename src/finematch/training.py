@@ -8,6 +8,7 @@ stopped: bit for bit on a CPU.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -488,10 +489,26 @@ def describe(line: dict, epochs: int) -> str:
 
 
 def accelerator() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    )
+    """The GPU where there is one, else the CPU, whose freed memory is then kept (`keep_freed_memory`)."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    keep_freed_memory()
+    return torch.device("cpu")
+
+
+@cache
+def keep_freed_memory() -> bool:
+    """Keep the memory of freed tensors for the next ones, where the C library is glibc; whether it is.
+
+    By default glibc gives every large block back to the system at once, and the next step pays for each of its pages
+    again: up to half of the CPU time (`benchmarks/allocator.json`). No number changes; the peak of memory may grow.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # macOS, Windows, musl
+        return False
+    trim, top_pad, mmaps = -1, -2, -4  # malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
+    return all([mallopt(mmaps, 0), mallopt(trim, 2**31 - 1), mallopt(top_pad, 2**26)])
 
 
 def precision_on(device: torch.device, wanted: str = "auto") -> str:
