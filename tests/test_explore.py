@@ -1,5 +1,6 @@
 """The package's own names, what importing costs, and a trained run's answer for a new image."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -201,6 +202,23 @@ def test_search_ranks_as_the_scores_do(run_of, method, tmp_path):
         assert hit.score == pytest.approx(each[side.records[int(hit.image.stem)].image], abs=2e-3)
     (first, *_) = search(run, image=side.records[0].image, k=3)
     assert first.score == pytest.approx(finematch.match(run, side.records[0].image, first.caption).score, abs=2e-3)
+
+
+def test_images_are_embedded_once_for_each_state_of_the_weights(run_of, monkeypatch):
+    run, _ = run_of("mvam")
+    first = [hit.score for hit in search(run, "a circle")]
+    monkeypatch.setattr(run.model, "encode_image", None)  # nothing is encoded again
+    assert [hit.score for hit in search(run, "a circle")] == first
+    weights = run.folder / "best.safetensors"
+    was = weights.read_bytes()
+    try:
+        other = copy.deepcopy(run.model)
+        next(other.parameters()).data += 1
+        save_weights(other, weights)
+        with pytest.raises(TypeError, match="not callable"):  # other weights: made anew
+            search(run, "a circle")
+    finally:
+        weights.write_bytes(was)
 
 
 def test_search_by_fragments(run_of, tmp_path):

@@ -21,6 +21,9 @@ from torch import Tensor
 from finematch.config import root
 from finematch.data.record import DataError, Record
 from finematch.explore import new_images, new_texts
+from finematch.features.inputs import origin
+from finematch.files import cached
+from finematch.runs import weights_digests
 from finematch.training import to_device
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -130,25 +133,44 @@ def _pairs(again: Again | None, text: int | None) -> Callable[[np.ndarray], np.n
     """Ranks images against caption `text`, or captions against the one image."""
     if again is None:
         return None
-    return lambda found: again(found.tolist(), [text] * len(found)) if text is not None else again([0] * len(found), found.tolist())
+    if text is None:
+        return lambda found: again([0] * len(found), found.tolist())
+    return lambda found: again(found.tolist(), [text] * len(found))
 
 
 def _vectors(encode, source, device, block: int = 256) -> Tensor:
     parts = [encode(**to_device(source.batch(range(i, min(i + block, len(source)))), device)).vector
              for i in range(0, len(source), block)]  # fmt: skip
-    return torch.cat(parts)
+    return torch.cat(parts).float().cpu()
+
+
+def _image_vectors(run, images) -> np.ndarray:
+    """The vectors "i d" of the images, memory-mapped: made once by each run's weights for each set of features."""
+    made_of = origin({"images": images})["images"]
+    if not made_of:  # pixels: nothing says which
+        return _vectors(run.model.encode_image, images, _device(run)).numpy()
+
+    def make(folder: Path) -> None:
+        np.save(folder / "vectors.npy", _vectors(run.model.encode_image, images, _device(run)).numpy())
+
+    key = {"run": run.digest, "weights": weights_digests(run.folder), "images": made_of}
+    kept = cached(root() / run.parameters.get("cache", "data/cache"), "vectors", key, make)
+    return np.load(kept / "vectors.npy", mmap_mode="r")
+
+
+def _device(run) -> torch.device:
+    return next(run.model.parameters()).device
 
 
 def _two_stream(run, images, texts) -> tuple[np.ndarray, Again | None]:
     """Cosines "i c" of the two towers."""
-    device = next(run.model.parameters()).device
-    found = _vectors(run.model.encode_image, images, device) @ _vectors(run.model.encode_text, texts, device).T
-    return found.float().cpu().numpy(), None
+    texts = _vectors(run.model.encode_text, texts, _device(run)).numpy()
+    return _image_vectors(run, images) @ texts.T, None
 
 
 def _slan(run, images, texts) -> tuple[np.ndarray, Again | None]:
     """The contrast, and the matching head for pairs."""
-    model, device = run.model, next(run.model.parameters()).device
+    model, device = run.model, _device(run)
     scores, _ = _two_stream(run, images, texts)
 
     def match(rows: Sequence[int], captions: Sequence[int]) -> np.ndarray:
@@ -175,7 +197,7 @@ def _felga(run, images, texts) -> tuple[np.ndarray, Again | None]:
     """The similarity of the closest fragments (Eq. 11)."""
     from finematch.models.felga import affinity, global_affinity
 
-    device = next(run.model.parameters()).device
+    device = _device(run)
     (regions, real), (words, there) = images.dense(), texts.dense()
     words, found = run.model.encode_words(words.float().to(device)), []
     for i in range(0, len(regions), 64):
