@@ -165,11 +165,13 @@ def with_run(s, pretrained):
 
 
 def seen_as(s, pretrained) -> Callable[[Any], dict[str, Any]]:
-    """What makes images of other records as the pretrained run sees its own."""
+    """What makes images of other records as the pretrained run sees its own, with the boxes that it was given."""
     of_run, network = pretrained.settings, pretrained.data.network
     if s.scale == "paper":
-        return partial(pixel_images, size=of_run.size)
-    return partial(map_images, network=network, cache=root() / s.cache, stages=of_run.maps)
+        see = partial(pixel_images, size=of_run.size)
+    else:
+        see = partial(map_images, network=network, cache=root() / s.cache, stages=of_run.maps)
+    return lambda records: given_images(records, see(records), of_run.detector, count=of_run.count)
 
 
 def _start(s, pretrained, words: int = 0) -> nn.Module:
