@@ -50,7 +50,8 @@ class Grid:
     both). `names` maps our rows to the paper's, `columns` the paper's columns to our metrics, `also` further
     measured columns (title to metric), `chance` the metric that a random order gives for a column, `plot` the
     columns that are drawn. `untrained` rows do not depend on the seed, `levels` is the row whose levels of
-    boxes are judged.
+    boxes are judged. `data` is what the paper's numbers were measured on; of a grid without a table, `beside` is the
+    table of the paper that it is nearest to.
     """
 
     name: str
@@ -63,6 +64,8 @@ class Grid:
     claims: tuple[Claim, ...]
     paper: str = ""
     table: str = ""
+    data: str = ""
+    beside: str = ""
     dataset: str = ""
     prefix: str | tuple[str, ...] = ""
     ylabel: str = ""

@@ -19,7 +19,7 @@ import pandas as pd
 from finematch import grids
 from finematch.config import READINGS, Declared, declared, root
 from finematch.files import DataError, write_text
-from finematch.tables import NOT_RUN, said, to_markdown
+from finematch.tables import NOT_RUN, main_metrics, said, to_markdown
 
 PART = re.compile(r"(<!-- (readings|claims) (\w+)(?:: ([^\n]+?))? -->\n).*?(<!-- end -->)", re.S)
 
@@ -125,19 +125,12 @@ def came_out(name: str, claims: list[str] | None, figures: Path) -> str:
     for claim in claims:
         found = [_line(grid, metric, file, of[of["metric"] == metric])
                  for file, frame in judged.items() if len(of := frame[frame["claim"] == claim])
-                 for metric in _main(grid, list(dict.fromkeys(of["metric"])))]  # fmt: skip
+                 for metric in main_metrics(grid, list(dict.fromkeys(of["metric"])))]  # fmt: skip
         found = found or [
             dict.fromkeys(("metric", "data", "the paper"), "") | dict.fromkeys(READINGS, NOT_RUN)
         ]
         lines += [{"claim": "" if number else claim} | line for number, line in enumerate(found)]
     return to_markdown(pd.DataFrame(lines))
-
-
-def _main(grid: grids.Grid, judged: list[str]) -> list[str]:
-    """The grid's main metrics among those judged, after the first that the paper prints if it prints none of them."""
-    printed, judged = set(grid.columns.values()), [name for name in judged if not name.endswith("_expected")]
-    main = [metric for metric in grid.headline if metric in judged] or judged[:1]
-    return main if printed.intersection(main) else [name for name in judged if name in printed][:1] + main
 
 
 def _line(grid: grids.Grid, metric: str, file: Path, of: pd.DataFrame) -> dict[str, str]:
