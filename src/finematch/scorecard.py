@@ -1,4 +1,4 @@
-"""The scorecard: for each table of each paper its claims, published beside measured, with what was run and at what cost.
+"""The scorecard: for each table of each paper its claims, published beside measured, what was run and at what cost.
 
 A line is a claim of a grid on one of its main metrics. A number links to the metrics files that it is the mean of, one
 link per seed, relative to the repository.
@@ -18,16 +18,18 @@ from finematch import grids, tables
 from finematch.config import own_reading
 from finematch.tables import CONTRADICTED, HOLDS, LEVEL, NOT_RUN, UNDECIDED
 
+Line = pd.Series | dict[str, Any]  # of `lines`
 PAPERS = ("MVAM", "HSLM", "FELGA", "SLAN", "SLAN-v1")
 PAPERS_OWN = ("flickr30k", "coco_karpathy")  # data sets of the papers' own tables
 MARKS = {HOLDS: "✓", CONTRADICTED: "✗", UNDECIDED: "?", NOT_RUN: "–"}
 SAME = "="  # the literal reading where one run stands for both
 DIGITS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-REPEATED = ("1", "2", "3", "4", "5", "6", "7")  # tables of SLAN's arXiv version that the ICCV version has too
+BESIDES = "[as printed](#what-the-papers-print-besides-numbers-of-runs)"
 # Tables that no grid runs: what they are, and what stands in their place.
 OTHERS = {
     ("HSLM", "2"): "COCO 1K: the runs of Table 3 in five folds; not run",
-    ("HSLM", "Figure 3"): "weights of words before and after self-attention: [hslm/4_attention](notebooks/hslm/4_attention.ipynb)",
+    ("HSLM", "Figure 3"): f"weights of words before and after self-attention: {BESIDES}",
+    ("SLAN", "1"): f"symbols: {BESIDES}",
     ("SLAN", "8"): "parameters and operations, counted: [table](figures/slan_cost.md)",
     ("SLAN-v1", "8"): "sizes of the pretraining sets: nothing to run",
 }  # fmt: skip
@@ -39,7 +41,9 @@ def place(grid: grids.Grid) -> tuple[str, str] | None:
     return (paper, grid.table or grid.beside) if paper in PAPERS and (grid.table or grid.beside) else None
 
 
-def read(datasets: Sequence[str], scale: str, out: Path) -> tuple[pd.DataFrame, dict[tuple[str, str, str], dict]]:
+def read(
+    datasets: Sequence[str], scale: str, out: Path, *, smoke: bool = False
+) -> tuple[pd.DataFrame, dict[tuple[str, str, str], dict]]:
     """The lines of all grids that are about a paper, and what the runs of each took: paper, table and grid to `cost`.
 
     Claims are looked up on the data sets asked for, on every one with a run at the paper's scale, and on those whose
@@ -55,7 +59,7 @@ def read(datasets: Sequence[str], scale: str, out: Path) -> tuple[pd.DataFrame, 
         asked = [*((one, scale) for one in datasets), *((one, "paper") for one in sorted(at_paper | own))]
         for dataset, at in dict.fromkeys(asked):
             grid = grid_of(name, dataset)
-            runs = tables.runs_of(grid, dataset, at, out / grid.method)
+            runs = tables.runs_of(grid, dataset, at, out / grid.method, smoke=smoke)
             frames.append(lines(grid, dataset, at, runs))
             runs_of.setdefault((*place(grid), name), []).extend(runs.values())
     return pd.concat(frames, ignore_index=True), {key: cost(runs) for key, runs in runs_of.items()}
@@ -65,8 +69,8 @@ def lines(grid: grids.Grid, dataset: str, scale: str, runs: Mapping[str, pd.Data
     """The grid's claims under each reading, on the metrics that the paper prints, or on its main ones.
 
     Columns: `paper`, `table`, `grid`, `title`, `data` (of the paper), `dataset`, `scale`, `reading`, `claim`, `metric`
-    (the paper's column, or ours), `better` and `worse`, of the verdict `verdict`, `difference`, `lower`, `upper`, and of
-    both sides `a` and `b`: the printed number, mean, standard deviation, and seeds with their metrics files.
+    (the paper's column, or ours), `better` and `worse`; `verdict`, `difference`, `lower`, `upper`; and of both sides
+    `a` and `b` the printed number, mean, standard deviation, and seeds with their metrics files.
     """
     paper, table = place(grid) or ("", "")
     cells = tables.printed(grid).set_index(["row", "column"])["value"]
@@ -96,7 +100,9 @@ def lines(grid: grids.Grid, dataset: str, scale: str, runs: Mapping[str, pd.Data
 
 def _side(side: str, runs: pd.DataFrame, metric: str) -> dict[str, Any]:
     values = runs[metric].dropna() if metric in runs else pd.Series(dtype=float)
-    files = [(int(run["seed"]), link(run["run_file"])) for run in runs.to_dict("records")] if len(values) else []
+    files = (
+        [(int(run["seed"]), link(run["run_file"])) for run in runs.to_dict("records")] if len(values) else []
+    )
     return {side: values.mean(), f"{side}_sd": values.std(ddof=1), f"{side}_files": files}
 
 
@@ -124,12 +130,16 @@ def columns_of(frame: pd.DataFrame) -> dict[str, tuple[str, str, str]]:
     Runs that stand for both readings are in the column of their scale's own.
     """
     ran, found = frame[frame["a"].notna() & frame["b"].notna()], {}
-    for dataset, scale, reading in ran[["dataset", "scale", "reading"]].drop_duplicates().itertuples(index=False):
+    for dataset, scale, reading in (
+        ran[["dataset", "scale", "reading"]].drop_duplicates().itertuples(index=False)
+    ):
         named = own_reading(scale) if reading == "both" else reading
         at = f"{dataset}, paper scale" if scale == "paper" else dataset
         found.setdefault(f"{at}, {named}", (dataset, scale, named))
     order = list(dict.fromkeys(frame["dataset"]))
-    return dict(sorted(found.items(), key=lambda one: (one[1][1] == "paper", order.index(one[1][0]), one[1][2])))
+    return dict(
+        sorted(found.items(), key=lambda one: (one[1][1] == "paper", order.index(one[1][0]), one[1][2]))
+    )
 
 
 def of_column(frame: pd.DataFrame, column: tuple[str, str, str]) -> tuple[pd.DataFrame, bool]:
@@ -137,17 +147,18 @@ def of_column(frame: pd.DataFrame, column: tuple[str, str, str]) -> tuple[pd.Dat
     dataset, scale, reading = column
     there = frame[(frame["dataset"] == dataset) & (frame["scale"] == scale)]
     own = reading == own_reading(scale)
-    return there[there["reading"].isin([reading, "both"] if own else [reading])], not own and "both" in set(there["reading"])
+    same = not own and "both" in set(there["reading"])
+    return there[there["reading"].isin([reading, "both"] if own else [reading])], same
 
 
-def number(line: Mapping[str, Any], side: str) -> str:
+def number(line: Line, side: str) -> str:
     """Mean ± standard deviation with a link per seed."""
     spread = "" if pd.isna(line[f"{side}_sd"]) else f" ± {line[f'{side}_sd']:.2f}"
     seeds = "".join(f"[{str(seed).translate(DIGITS)}]({file})" for seed, file in line[f"{side}_files"])
     return f"{line[side]:.2f}{spread} {seeds}"
 
 
-def cell(line: Mapping[str, Any]) -> str:
+def cell(line: Line) -> str:
     """A verdict with its numbers: "✓ +4.01 (+2.35 to +5.68): 43.69 ± 0.48 against 39.68 ± 0.30"."""
     if pd.isna(line["a"]) or pd.isna(line["b"]):
         return MARKS[NOT_RUN]
@@ -156,7 +167,7 @@ def cell(line: Mapping[str, Any]) -> str:
     return f"{MARKS[line['verdict']]}{judged}: {number(line, 'a')} against {number(line, 'b')}"
 
 
-def published_cell(line: Mapping[str, Any]) -> str:
+def published_cell(line: Line) -> str:
     """The same of the paper's numbers."""
     a, b = line["printed_a"], line["printed_b"]
     return "" if pd.isna(a) or pd.isna(b) else f"{a - b:+.2f}: {a:g} against {b:g}"
@@ -186,8 +197,8 @@ def claims_table(paper: str, frame: pd.DataFrame) -> str:
             rows.append({"table": first, "claim": f"*{grid['title'].iloc[0]}* (`{name}`)", "published": data})
             first, said = "", ""
             for (claim, metric), line in grid.groupby(["claim", "metric"], sort=False):
-                row = {"claim": claim if claim != said else "", "metric": metric, "published": published_cell(line.iloc[0])}
-                said = claim
+                row = {"claim": claim if claim != said else "", "metric": metric}
+                row["published"], said = published_cell(line.iloc[0]), claim
                 for title, column in measured.items():
                     mine, same = of_column(line, column)
                     row[title] = SAME if same else cell(mine.iloc[0]) if len(mine) else MARKS[NOT_RUN]
@@ -195,7 +206,9 @@ def claims_table(paper: str, frame: pd.DataFrame) -> str:
     return _compact(pd.DataFrame(rows, columns=["table", "claim", "metric", "published", *measured]))
 
 
-def glance(frame: pd.DataFrame, costs: Mapping[tuple[str, str, str], Mapping], pages: Mapping[str, str]) -> str:
+def glance(
+    frame: pd.DataFrame, costs: Mapping[tuple[str, str, str], Mapping], pages: Mapping[str, str]
+) -> str:
     """A line per table and grid: a mark per claim and metric, how many verdicts chance would give, and the cost.
 
     Args:
@@ -233,5 +246,28 @@ def total(frame: pd.DataFrame) -> str:
     """What all comparisons say, each counted once however many tables ask for it, and what chance alone would give."""
     of = frame.assign(method=frame["grid"].str.split("_").str[0])
     of = of.drop_duplicates(["method", "dataset", "scale", "reading", "better", "worse", "metric"])
-    counts = ", ".join(f"{(of['verdict'] == verdict).sum()} *{verdict}* ({mark})" for verdict, mark in MARKS.items())
+    counts = ", ".join(
+        f"{(of['verdict'] == verdict).sum()} *{verdict}* ({mark})" for verdict, mark in MARKS.items()
+    )
     return f"Each comparison once: {counts}. {tables.chance_note(int(of['lower'].notna().sum()))}"
+
+
+def drawn(paper: str, frame: pd.DataFrame) -> pd.DataFrame:
+    """What `figures.intervals` draws of a paper: claims whose difference it prints and that were judged anywhere, with
+    a panel (`metric`) for the published differences and one for every measured column."""
+    of = frame[(frame["paper"] == paper) & frame["printed_a"].notna() & frame["printed_b"].notna()]
+    found = []
+    for table in tables_of(paper, of):
+        for (claim, metric), line in of[of["table"] == table].groupby(["claim", "metric"], sort=False):
+            if line["lower"].isna().all():
+                continue
+            several = of[(of["table"] == table) & (of["claim"] == claim)]["metric"].nunique() > 1
+            name = {"claim": f"{table}: {claim}{f', {metric}' if several else ''}"}
+            gap = line.iloc[0]["printed_a"] - line.iloc[0]["printed_b"]
+            printed = {"metric": f"{line.iloc[0]['data']}, published", "verdict": "published"}
+            found.append(name | printed | {"difference": gap, "lower": gap, "upper": gap})
+            for title, column in columns_of(of).items():
+                for one in of_column(line, column)[0].dropna(subset="lower").to_dict("records"):
+                    shown = {key: one[key] for key in ("difference", "lower", "upper", "verdict")}
+                    found.append(name | {"metric": f"{title}, {len(one['a_files'])} seeds"} | shown)
+    return pd.DataFrame(found)

@@ -14,9 +14,9 @@ cells of `published.csv`:
     ties: ...                             in how many it equals one of them
     median: table | row | columns         the least median rank that a recall at 1 (per cent) allows
 
-Tables, rows and columns are lists with `;`, where `*` stands for anything and `!` takes names away. `stated` is a number
-as it is printed, a comparison (`> 3`), `all`, `most` or `not all` of the columns, or a recipe for a second number of the
-tables; it is empty where a number cannot be checked.
+Tables, rows and columns are lists with `;`, where `*` stands for anything and `!` takes names away. `stated` is a
+number as it is printed, a comparison (`> 3`), `all`, `most` or `not all` of the columns, or a recipe for a second
+number of the tables; it is empty where a number cannot be checked.
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ def read(path: str | Path = STATED) -> pd.DataFrame:
             found = evaluate(line["paper"], line["recomputed"])
             stated, verdict = compare(line["paper"], line["stated"], found)
         except (ValueError, DataError) as error:
-            raise DataError(
-                path, f"line {number}", f"cannot be recomputed: {error}", "Correct it"
-            ) from error
+            raise DataError(path, f"line {number}", f"cannot be recomputed: {error}", "Correct it") from error
         lines.append(line | {"stated": stated, "recomputed": said(found), "verdict": verdict})
     return pd.DataFrame(lines)
 
@@ -64,6 +62,23 @@ def read(path: str | Path = STATED) -> pd.DataFrame:
 def symbols(path: str | Path = SYMBOLS) -> pd.DataFrame:
     """SLAN's Table 1: `paper, table, symbol, dimensions, meaning`."""
     return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
+def word_weights() -> pd.DataFrame:
+    """HSLM's Figure 3, a line per caption: each word with its weight before and after self-attention."""
+    frame = published("HSLM", "Figure 3")
+    parts = frame["row"].str.rsplit(" ", n=1, expand=True)
+    lines = []
+    for caption, of in frame.assign(caption=parts[0], when=parts[1]).groupby("caption", sort=False):
+        wide = of.pivot(index="column", columns="when", values="value").loc[list(dict.fromkeys(of["column"]))]
+        said = [
+            f"{word.partition(' ')[2]} {line['before']:g} → {line['after']:g}"
+            for word, line in wide.iterrows()
+        ]
+        lines.append(
+            {"caption": caption, "weight of each word, before → after self-attention": ", ".join(said)}
+        )
+    return pd.DataFrame(lines)
 
 
 def evaluate(paper: str, recipe: str) -> float | tuple[int, int]:

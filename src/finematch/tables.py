@@ -810,4 +810,11 @@ def drawn(grid: Grid, runs: pd.DataFrame, dataset: str) -> dict[str, Any]:
             dashes[column] = (title.partition(", ")[2], more.set_index("row")[title].reindex(rows).tolist())
     lines = {column: float(runs[metric].mean()) for column, metric in grid.chance.items() if len(runs)}
     data = (f"{grid.data}, published".removeprefix(", "), seeds_of(dataset, runs))
-    return {"data": data, "runs": seeds, "dashes": dashes, "lines": lines, "rows": grid.axis, "label": grid.ylabel}
+    return {
+        "data": data,
+        "runs": seeds,
+        "dashes": dashes,
+        "lines": lines,
+        "rows": grid.axis,
+        "label": grid.ylabel,
+    }

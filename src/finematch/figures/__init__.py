@@ -514,27 +514,57 @@ def beside(
     frame = frame.reset_index(drop=True)
     names = [textwrap.fill(plain(str(row)), 30) for row in frame["row"]]
     sides = ("published", "measured")
-    drawn = [(column, side) for column in columns for side in sides if frame[f"{column} {side}"].notna().any()]
+    drawn = [
+        (column, side) for column in columns for side in sides if frame[f"{column} {side}"].notna().any()
+    ]
     drawn = drawn or [(column, "measured") for column in columns]
     at = np.arange(len(names))
     widest = max((len(part) for name in names for part in name.split("\n")), default=0)
-    size = (0.6 + 0.075 * widest + 2.1 * len(drawn), 1.5 + 0.17 * sum(name.count("\n") + 1.3 for name in names))
-    figure, panels = plt.subplots(1, len(drawn), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    size = (
+        0.6 + 0.075 * widest + 2.1 * len(drawn),
+        1.5 + 0.17 * sum(name.count("\n") + 1.3 for name in names),
+    )
+    figure, panels = plt.subplots(
+        1, len(drawn), figsize=size, sharey=True, layout="constrained", squeeze=False
+    )
     for ax, (column, side) in zip(panels[0], drawn, strict=True):
         values = frame[f"{column} {side}"].astype(float)
         if side == "published":
-            ax.plot(values, at, "D", color=PALETTE[1], markerfacecolor="white", markeredgewidth=1.5, label="published")
+            ax.plot(
+                values,
+                at,
+                "D",
+                color=PALETTE[1],
+                markerfacecolor="white",
+                markeredgewidth=1.5,
+                label="published",
+            )
         else:
             if lines and column in lines:
-                ax.axvline(lines[column], color=INK, linestyle="--", linewidth=1, marker="", label="a random order")
+                ax.axvline(
+                    lines[column], color=INK, linestyle="--", linewidth=1, marker="", label="a random order"
+                )
             spread = frame[f"{column} measured sd"].fillna(0)
-            ax.errorbar(values, at, xerr=spread, fmt="o", color=PALETTE[0], capsize=3, label="measured, mean ± sd")
-            found = [(one, k) for k, row in enumerate(frame["row"]) for one in (runs or {}).get(column, {}).get(row, ())]
+            ax.errorbar(
+                values, at, xerr=spread, fmt="o", color=PALETTE[0], capsize=3, label="measured, mean ± sd"
+            )
+            of_row = (runs or {}).get(column, {})
+            found = [(one, k) for k, row in enumerate(frame["row"]) for one in of_row.get(row, ())]
             if found:
-                ax.plot(*zip(*found, strict=True), "o", color=INK, markersize=2.2, alpha=0.6, label="one seed")
+                ax.plot(
+                    *zip(*found, strict=True), "o", color=INK, markersize=2.2, alpha=0.6, label="one seed"
+                )
             if dashes and column in dashes:
                 name, also = dashes[column]
-                ax.plot(np.asarray(also, float), at, "|", color=INK, markersize=11, markeredgewidth=1.5, label=name)
+                ax.plot(
+                    np.asarray(also, float),
+                    at,
+                    "|",
+                    color=INK,
+                    markersize=11,
+                    markeredgewidth=1.5,
+                    label=name,
+                )
         title = [*textwrap.wrap(column, 24), *textwrap.wrap(data[sides.index(side)], 24)]
         ax.set_title(plain("\n".join(title)))
         ax.set(xlabel=label, ylim=(len(names) - 0.5, -0.5))
@@ -544,8 +574,14 @@ def beside(
         ax.margins(x=0.12)
         ax.grid()
     panels[0, 0].set_ylabel(rows)
-    handles = {name: handle for ax in panels[0] for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 2 * len(drawn)))
+    named = {
+        name: handle for ax in panels[0] for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    first = [name for name in ("published", "measured, mean ± sd") if name in named]
+    handles = {name: named[name] for name in dict.fromkeys([*first, *named])}
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 2 * len(drawn))
+    )
     return figure
 
 
@@ -564,7 +600,11 @@ def intervals(frame, *, data: str = "", xlabel: str = "difference") -> Figure:
     if not len(frame):
         raise ValueError("no line of the frame has an interval to draw")
     claims, metrics = list(dict.fromkeys(frame["claim"])), list(dict.fromkeys(frame["metric"]))
-    size = (0.06 * max(map(len, claims)) + 2.2 * len(metrics), 1.3 + 0.27 * len(claims))
+    names = {claim: textwrap.fill(plain(claim), 56) for claim in claims}
+    widest = max(len(part) for name in names.values() for part in name.split("\n"))
+    wide = 2.2 if len(metrics) <= 4 else 1.75
+    height = 1.3 + 0.16 * sum(1.7 + name.count("\n") for name in names.values())
+    size = (0.066 * widest + wide * len(metrics), height)
     figure, panels = plt.subplots(1, len(metrics), figsize=size, sharey=True, layout="constrained")
     look = {
         "holds": ("o", PALETTE[0], PALETTE[0]),
@@ -579,12 +619,13 @@ def intervals(frame, *, data: str = "", xlabel: str = "difference") -> Figure:
             at, y = line["difference"], claims.index(line["claim"])
             ax.plot([line["lower"], line["upper"]], [y, y], color=colour, linewidth=1.4, marker="")
             ax.plot([at], [y], marker=marker, color=colour, markerfacecolor=face, linestyle="")
-        title = [*textwrap.wrap(metric.replace("_", " "), 24), *textwrap.wrap(data, 24)]
-        ax.set(title="\n".join(title), xlabel=xlabel)
+        title = [*textwrap.wrap(metric.replace("_", " "), 12 * wide), *textwrap.wrap(data, 12 * wide)]
+        ax.set(title=plain("\n".join(title)), xlabel=xlabel)
         ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.grid(axis="x")
+        ax.tick_params(axis="y", length=0)
     first = np.atleast_1d(panels)[0]
-    first.set_yticks(range(len(claims)), claims)
+    first.set_yticks(range(len(claims)), list(names.values()))
     first.set_ylim(len(claims) - 0.5, -0.5)
     drawn = [verdict for verdict in look if verdict in set(frame["verdict"])]
     handles = [Line2D([], [], marker=look[v][0], color=look[v][1], markerfacecolor=look[v][2]) for v in drawn]
