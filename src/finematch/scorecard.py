@@ -118,7 +118,7 @@ def cost(runs: Iterable[pd.DataFrame]) -> dict[str, Any]:
         return {}
     every = pd.concat(some).drop_duplicates("run_file")
     machines = {re.sub(r"\(R\)|\(TM\)|, 1 threads?$| Processor", "", name) for name in every["run_device"]}
-    return {"runs": len(every), "minutes": round(every["run_seconds"].sum() / 60),
+    return {"runs": len(every), "minutes": max(1, round(every["run_seconds"].sum() / 60)),
             "machines": ", ".join(sorted(machines)),
             "commits": ", ".join(sorted({str(one)[:7] for one in every["run_commit"]}))}  # fmt: skip
 
@@ -224,7 +224,13 @@ def glance(
             of = frame[(frame["paper"] == paper) & (frame["table"] == table)]
             for name, grid in of.groupby("grid", sort=False):
                 what = grid["title"].iloc[0]
-                row = {"table": title, "what": f"[{what}]({pages[name]})" if name in pages else what}
+                if (
+                    name in pages and costs[paper, table, name]
+                ):  # not where another data set's table has the name
+                    what = f"[{what}]({pages[name]})"
+                elif not costs[paper, table, name]:
+                    what += f": not run on {' or '.join(dict.fromkeys(grid['dataset']))}"
+                row = {"table": title, "what": what}
                 for heading, column in measured.items():
                     mine, same = of_column(grid, column)
                     row[heading] = SAME if same else "".join(MARKS[verdict] for verdict in mine["verdict"])
