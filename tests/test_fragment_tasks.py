@@ -481,7 +481,7 @@ def test_equal_crops_and_texts_tie_exactly_wherever_they_stand(monkeypatch):
 
 def test_which_rows_take_all_vectors(reopen, blip2, several, data, cache):
     names = lambda: sorted(p.name for p in (cache / "scenes" / "fragments").iterdir())  # noqa: E731
-    assert (B.vectors(several.gallery.boxes), several.width) == (Q, 12)
+    assert (B.vectors(several.gallery.boxes), several.features) == (Q, 12)
     whole = reopen(vlp=str(blip2), features="whole").gallery
     for fragments in (
         several.gallery.regions,
