@@ -53,7 +53,7 @@ def shown(text: str) -> Markdown:
 # ## Every table at a glance
 #
 # A line per table of a paper and per grid that measures it; the grids below a table ask more of it. A mark per claim and metric that the paper prints,
-# in the order of the claims below: ✓ *holds*, ✗ *contradicted*, ? *undecided*, – *not run*; = one run stands for both readings. *by chance* is how
+# in the order of the claims below: ✓ *holds*, ✗ *contradicted*, ? *undecided*, · *not run*; = one run stands for both readings. *by chance* is how
 # many of the judged verdicts would be ✓, and as many ✗, if no difference were real. Tables 1 to 7 of SLAN's arXiv version repeat those of the ICCV
 # version under other numbers, but for cells whose notes say so.
 
@@ -454,7 +454,7 @@ def anchor(title: str) -> str:
 
 if p.results:
     card = {
-        "Scorecard": "A mark per claim and metric that the paper prints: ✓ *holds*, ✗ *contradicted*, ? *undecided*, – *not run*; = one run stands for "
+        "Scorecard": "A mark per claim and metric that the paper prints: ✓ *holds*, ✗ *contradicted*, ? *undecided*, · *not run*; = one run stands for "
         "both readings. *by chance*: how many of the judged verdicts would be ✓, and as many ✗, if no difference were real. Tables 1 to 7 of SLAN's "
         "arXiv version repeat those of the ICCV version under other numbers.\n\n" + at_a_glance,
         **{f"Scorecard: the claims of {paper}": text for paper, text in claims_of.items()},

@@ -56,8 +56,8 @@ def test_cells_say_verdict_interval_and_both_numbers(frame):
     assert "[⁰](papermill_runs/mvam/scenes.tiny.views-8.s0/metrics.json)[¹](" in text
     assert " against 40.20 ± 0.20 [⁰](" in text
     single = scorecard.cell(frame.iloc[1])  # 16 views against 1: one seed, no interval
-    assert re.match(r"–: 30\.00 \[⁰\]\(papermill_runs/\S+\) against 40\.20 ± 0\.20", single)
-    assert scorecard.cell(frame.iloc[4]) == "–"
+    assert re.match(r"·: 30\.00 \[⁰\]\(papermill_runs/\S+\) against 40\.20 ± 0\.20", single)
+    assert scorecard.cell(frame.iloc[4]) == "·"
     assert scorecard.published_cell(frame.iloc[0]) == "+3.27: 38.52 against 35.25"
     assert scorecard.published_cell({"printed_a": None, "printed_b": 1.0}) == ""
 
@@ -81,9 +81,9 @@ def test_the_glance_has_a_mark_per_claim_and_the_cost(frame):
     text = scorecard.glance(frame, costs, {"mvam_views": "figures/mvam_views.scenes.tiny.md"})
     (line,) = [line for line in text.splitlines() if "Number of views" in line]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == ["[MVAM 4](#mvam-4)", "[Number of views](figures/mvam_views.scenes.tiny.md)", "✓–––", "1", "0.0",
+    assert cells == ["[MVAM 4](#mvam-4)", "[Number of views](figures/mvam_views.scenes.tiny.md)", "✓···", "1", "0.0",
                      "7", "10", "AMD EPYC", "abcdef0"]  # fmt: skip
-    assert "1 *holds* (✓), 0 *contradicted* (✗), 0 *undecided* (?), 7 *not run* (–)" in scorecard.total(frame)
+    assert "1 *holds* (✓), 0 *contradicted* (✗), 0 *undecided* (?), 7 *not run* (·)" in scorecard.total(frame)
 
 
 def test_a_comparison_of_two_tables_counts_once(frame):

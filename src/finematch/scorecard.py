@@ -21,7 +21,7 @@ from finematch.tables import CONTRADICTED, HOLDS, LEVEL, NOT_RUN, UNDECIDED
 Line = pd.Series | dict[str, Any]  # of `lines`
 PAPERS = ("MVAM", "HSLM", "FELGA", "SLAN", "SLAN-v1")
 PAPERS_OWN = ("flickr30k", "coco_karpathy")  # data sets of the papers' own tables
-MARKS = {HOLDS: "✓", CONTRADICTED: "✗", UNDECIDED: "?", NOT_RUN: "–"}
+MARKS = {HOLDS: "✓", CONTRADICTED: "✗", UNDECIDED: "?", NOT_RUN: "·"}
 SAME = "="  # the literal reading where one run stands for both
 DIGITS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 BESIDES = "[as printed](#what-the-papers-print-besides-numbers-of-runs)"
