@@ -104,8 +104,8 @@ slides: $(INSTALLED) notebooks data  ## the lessons as slides that need no netwo
 	$(BIN)/python -m finematch slides handout/slides --data-root '$(DATA_ROOT)' || { \
 	  $(BIN)/pip install -q -e '.[slides]' && $(BIN)/python -m finematch slides handout/slides --data-root '$(DATA_ROOT)'; }
 
-# Those that say nothing without somebody else's code, or outside a fresh clone, are called by hand: their first lines say how.
-BY_HAND := benchmarks/grounding.py benchmarks/workbook.py benchmarks/lessons.py
+# Those that say nothing without somebody else's code, or outside a fresh clone, or that change presets, are called by hand: their first lines say how.
+BY_HAND := benchmarks/grounding.py benchmarks/workbook.py benchmarks/lessons.py benchmarks/arena_step.py
 bench: $(INSTALLED)  ## measure speed and memory; results are written as data
 	for benchmark in $(filter-out $(BY_HAND),$(wildcard benchmarks/*.py)); do $(BIN)/python $$benchmark; done
 

@@ -46,6 +46,8 @@ ORDER = [
     "slan/7_vqa",
     "slan/8_nlvr2",
     "slan/9_video",
+    "arena/2_train",
+    "7_compare",
     "9_scorecard",
 ]
 SOURCES = {str(path.relative_to(NOTEBOOKS).with_suffix("")) for path in NOTEBOOKS.rglob("*.py")} - {"build"}

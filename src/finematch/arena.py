@@ -122,9 +122,9 @@ class Entrant:
 def own_settings(s: Settings) -> Settings:
     """The presets of the method that an entrant has its recipe of, with what the arena sets."""
     method = BESIDE[s.entrant]
-    shared = ("dataset", "data_root", "scale", "reading", "seed", "smoke", "report", "cache", "batch_size",
+    shared = ("dataset", "data_root", "scale", "seed", "smoke", "report", "cache", "batch_size",
               "precision")  # fmt: skip
-    given = {name: getattr(s, name) for name in shared}
+    given = {name: getattr(s, name) for name in shared} | {"reading": s.recipe}
     if method == "slan":
         return Settings("slan", given | {"detector": s.detector})
     given |= {"regions": s.regions, "proposals": s.proposals}
@@ -153,7 +153,7 @@ def open_entrant(s: Settings, base: Path) -> Entrant:
     seed_everything(s.seed)
     if own.method == "slan":
         model = rebuild.slan_begun(own.replace(encoder_epochs=0), inputs, base)
-        model.random_steps = round(own.random_negatives * (s.rounds - _first_rounds(s, own)) * steps(s))
+        model.random_steps = round(own.random_negatives * (s.rounds - first_rounds(s, own)) * steps(s))
         return Entrant(s, own, inputs, model.to(accelerator()))
     width, words = inputs.splits["train"].images.width, len(inputs.tokenizer)
     if own.method == "mvam":
@@ -182,7 +182,12 @@ def open_entrant(s: Settings, base: Path) -> Entrant:
     return Entrant(s, own, inputs, model.to(accelerator()))
 
 
-def _first_rounds(s: Settings, own: Settings) -> int:
+def of_run(run) -> Entrant:
+    """The entrant of a finished run (`runs.open_run`), with the weights of its best round."""
+    return Entrant(run.settings, own_settings(run.settings), run.data, run.model)
+
+
+def first_rounds(s: Settings, own: Settings) -> int:
     """Of SLAN's rounds, those in which the contrast alone trains the encoders: the share of its presets."""
     share = own.encoder_epochs / (own.encoder_epochs + own.epochs)
     return min(s.rounds - 1, round(share * s.rounds))
@@ -220,7 +225,7 @@ def train(entrant: Entrant, folder: Path, *, identity: str, precision: str) -> d
             (lambda m: validation(m, val)) if isinstance(model, MVAM) else lambda m: ranked_rounds(entrant)
         )
         return fit(model, data, how, folder, identity=identity, select=select, evaluate=check)
-    seconds, done, first = 0.0, 0, _first_rounds(s, entrant.own)
+    seconds, done, first = 0.0, 0, first_rounds(s, entrant.own)
     if first:
         summary = fit(Unimodal(model), data, _of_rounds(how, first), folder / "encoders", identity=identity,
                       select=select, evaluate=lambda m: validation(m, val))  # fmt: skip

@@ -112,6 +112,11 @@ def rebuild(run) -> tuple[Any, nn.Module]:
             )
         data = open_gallery(s, root(), run.parameters)
         model = FELGA(data.width, FELGAConfig.of(s))
+    elif run.method == "arena":
+        from finematch.arena import open_entrant  # which knows all methods
+
+        entrant = open_entrant(s, root())
+        data, model = entrant.inputs, entrant.model
     elif run.method in TASKS:
         pretrained = pretrained_run(s)
         data, model = pretrained.data, TASKS[run.method](s, pretrained)
