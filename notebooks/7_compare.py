@@ -34,6 +34,7 @@ p = parameters(globals(), scale={"tiny", "paper"}, seed=(0, 2**31), example=(0, 
 import pandas as pd
 from IPython.display import Image, Markdown, display
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from finematch import figures as draw
 from finematch import grids, tables as T
@@ -50,8 +51,8 @@ print(f"{table.title}.\n{T.about(table, runs)}")
 # %% [markdown]
 # ## Who ranks best
 #
-# R@1, R@5 and R@10 in both directions and their sum, mean ± standard deviation over seeds. Below it stand what the same minutes have paid for: parameters, steps
-# of training, memory, and the milliseconds of a pair and of a query.
+# R@1, R@5 and R@10 in both directions and their sum, mean ± standard deviation over seeds. Below it stands what the same minutes have paid for: parameters, steps
+# of training and pairs seen, memory, and what a pair and a query cost.
 
 # %%
 T.write(table, p.dataset, p.scale, runs, stem)
@@ -59,9 +60,25 @@ beside = T.beside_readings(table, runs)
 measured = beside[[column for column in beside if not column.endswith(" published")]]
 Markdown("\n\n".join([T.to_markdown(measured), *(f"* {line}" for line in table.remarks)]))
 
+
 # %%
-Markdown(T.by_reading({reading: T.also(table, of) for reading, of in runs.items()}, digits=3,
-                      otherwise="nothing has run."))  # fmt: skip
+def paid(of: pd.DataFrame) -> pd.DataFrame:
+    """What the entrants cost, a column each, means over seeds; empty where there is no cheaper way."""
+    columns = {"parameters_m": "parameters (M)", "steps": "steps", "pairs_seen": "pairs seen",
+               "training_seconds": "training (s)", "training_mib": "peak memory (MiB)", "us_pair": "a pair (µs)",
+               "ms_query_1000": "query, 1,000 images (ms)", "ms_query_5000": "query, 5,000 images (ms)"}  # fmt: skip
+    for way, ends in (("short_", "re-ranked"), ("itc_", "contrast alone")):
+        columns |= {f"{way}ms_query_1000": f"1,000, {ends} (ms)", f"{way}ms_query_5000": f"5,000, {ends} (ms)",
+                    f"{way}rsum": f"rsum, {ends}"}  # fmt: skip
+    known = {metric: title for metric, title in columns.items() if metric in of}
+    means = of.groupby("row", sort=False)[list(known)].mean().rename(columns=known)
+    shown = means.map(
+        lambda value: "" if pd.isna(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    )
+    return shown.rename(index=table.names).T.rename_axis("measured").reset_index()
+
+
+Markdown(T.by_reading({reading: paid(of) for reading, of in runs.items() if len(of)}, otherwise=""))
 
 # %% [markdown]
 # ## The claims, judged
@@ -159,6 +176,9 @@ def pareto(frame: pd.DataFrame) -> plt.Figure:
     ax.plot([], [], linestyle="", marker="o", color=draw.INK, markerfacecolor="white", label="cheaper way")
     ax.set(xscale="log", xlabel="a query over 1,000 images (ms, one core)", ylabel="sum of R@1, 5, 10 both ways (%)",
            title=f"{p.dataset}, {len(set(runs_shown['seed']))} seeds")  # fmt: skip
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(lambda ms, _: f"{ms:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.grid(axis="y")
     figure.legend(loc="outside right upper")
     return figure

@@ -142,6 +142,8 @@ def test_an_entrant_has_the_recipe_of_its_method(name):
     assert own.method == arena.BESIDE[name]
     assert own.reading == "default"
     assert arena.own_settings(settings(entrant=name, reading="literal")).reading == "literal"
+    for reading in ("default", "literal"):
+        assert arena.own_settings(settings(entrant=name, scale="paper", reading=reading)).reading == reading
     plain = Settings(own.method, {})
     changed = {key: value for key, value in own.as_dict().items() if plain.as_dict()[key] != value}
     allowed = {"text", "precision"} | {"two-stream": {"pooling"}, "hslm-global": set(arena.GLOBAL)}.get(
@@ -216,18 +218,18 @@ def test_a_shortlist_of_everything_ranks_as_the_entrant_itself(opened, name):
 
 @each_entrant
 def test_costs_are_positive_and_a_larger_gallery_costs_no_less(opened, name, monkeypatch):
-    monkeypatch.setattr(arena, "SIZES", (10, 4000))
+    monkeypatch.setattr(arena, "SIZES", (20, 4000))
     entrant = opened(name)
     short = opened("two-stream").model.eval() if entrant.pairwise else None
     found = arena.query_costs(entrant, short, queries=2)
     assert all(math.isfinite(value) and value > 0 for value in found.values())
-    assert {"ms_pair", "ms_query_10", "ms_query_4000"} <= set(found)
+    assert {"us_pair", "ms_query_20", "ms_query_4000"} <= set(found)
     assert (
-        ("short_ms_query_10" in found) == entrant.pairwise == (name in ("scan", "saf", "hslm", "hslm-global"))
+        ("short_ms_query_20" in found) == entrant.pairwise == (name in ("scan", "saf", "hslm", "hslm-global"))
     )
-    assert ("itc_ms_query_10" in found) == (name == "slan")
+    assert ("itc_ms_query_20" in found) == (name == "slan")
     if entrant.pairwise:
-        assert found["ms_query_4000"] > found["ms_query_10"]
+        assert found["ms_query_4000"] > found["ms_query_20"]
 
 
 def test_the_views_of_mvam_join_words_and_regions(opened):

@@ -27,7 +27,7 @@ smoke: bool = False  # run everything in seconds; the numbers mean nothing
 report: str = "test"  # reported split; choose settings on val (scenes) or dev, held out of train: test | val | dev
 cache: str = "data/cache"  # folder of the backbones and features that runs share
 entrant: str = "two-stream"  # what is trained: two-stream | pvse | mvam | scan | saf | hslm-global | hslm | slan
-recipe: str = None  # the methods' reading: default | literal; tiny default, photos default, paper literal
+recipe: str = None  # the methods' reading: default | literal; default default; literal literal
 backbone: str = None  # image features; maps are SLAN's: regions | grid | maps; tiny regions, photos grid, paper regions
 regions: int = None  # proposals per image; tiny 20, photos 36, paper 36
 proposals: str = "auto"  # auto, selective_search, grid, or a file or folder of boxes (COCO results)
@@ -174,7 +174,7 @@ costs
 
 # %%
 metrics |= costs | {
-    "parameter_count": parameters(model), "steps": summary["steps"], "pairs_seen": summary["steps"] * s.batch_size,
+    "parameters_m": parameters(model) / 1e6, "steps": summary["steps"], "pairs_seen": summary["steps"] * s.batch_size,
     "best_round": summary["best_epoch"], "training_seconds": summary["seconds"],
     "training_mib": summary["peak_memory_bytes"] / 2**20,
 }  # fmt: skip

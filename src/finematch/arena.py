@@ -357,12 +357,12 @@ def phrases(entrant: Entrant, annotated: list[Record]) -> list[GroundedPhrase]:
 # ------------------------------------------------------------------------------------------- what a query costs
 @torch.no_grad()
 def query_costs(entrant: Entrant, shortlist: nn.Module | None = None, *, queries: int = 5) -> Cost:
-    """Milliseconds of a text query over galleries of `SIZES` images that are encoded already, and of a pair.
+    """Milliseconds of a query over galleries of `SIZES` images that are encoded already, and microseconds of a pair.
 
     `ms_query_<n>` is from the tokens of a caption to its ten best images, ranked as the entrant ranks; a gallery
     larger than the split repeats its images, for time does not depend on what they show. With a `shortlist`,
     `short_ms_query_<n>` is the same where only its best are scored; of SLAN, `itc_ms_query_<n>` is without the pairs.
-    `ms_pair` is of one image and one caption, both encoded.
+    `us_pair` is microseconds of one image and one caption, both encoded.
     """
     model, split, k = entrant.model.eval(), entrant.test, entrant.s.rerank
     device = next(model.parameters()).device
@@ -414,8 +414,8 @@ def query_costs(entrant: Entrant, shortlist: nn.Module | None = None, *, queries
             found[f"short_ms_query_{n}"] = ms(lambda v=vectors: query(None, first=v, best=k), queries)
     if isinstance(model, SLAN):
         index = torch.arange(few, device=device)
-        found["ms_pair"] = ms(lambda: model.match(pictures[index], captions[index]), few)
+        found["us_pair"] = 1000 * ms(lambda: model.match(pictures[index], captions[index]), few)
     else:
         table = pictures.vector if isinstance(model, MVAM) else whole
-        found["ms_pair"] = ms(lambda: scores(table, captions), few * few)
+        found["us_pair"] = 1000 * ms(lambda: scores(table, captions), few * few)
     return found
