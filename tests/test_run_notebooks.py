@@ -228,6 +228,7 @@ def test_a_folder_never_mixes_two_runs(folder, tmp_path):
 def test_the_arena_compares_the_runs_that_are_there(folder, tmp_path):
     """Two entrants under the names of the grid, one of which ranks again what the other finds: tables and pictures."""
     runs, shared = tmp_path / "arena", {"smoke": True, "cache": folder / "cache"}
+    runs.mkdir()
     for row, given in (("two-stream", {}), ("scan", {"shortlist": runs / "scenes.smoke.two-stream.s0"})):
         ran("arena/2_train", runs / f"scenes.smoke.{row}.s0", **shared, entrant=row, **given)
     found = json.loads((runs / "scenes.smoke.scan.s0" / "metrics.json").read_text())["metrics"]

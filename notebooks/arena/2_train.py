@@ -39,7 +39,7 @@ rounds: int = None  # times that val is ranked in the budget; tiny 5, photos 5, 
 batch_size: int = None  # pairs per step; tiny 64, photos 64, paper 128
 rerank: int = None  # candidates of the shortlist; tiny 50, photos 50, paper 128
 val_pictures: int = None  # val images that rank a round, pair by pair; 0 is all; tiny 200, photos 200, paper 1000
-precision: str = None  # mixed precision; auto: bf16 if a GPU has it: auto | no | bf16 | fp16; tiny no, photos no, paper auto
+precision: str = None  # mixed precision: auto | no | bf16 | fp16; tiny no, photos no, paper auto
 threads: int = 1  # threads of torch on a CPU; 0 leaves torch's own number
 
 # %% jupyter={"source_hidden": true}
