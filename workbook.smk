@@ -32,6 +32,7 @@ AFTER = {
     "tiny_grid": ["mvam/2_train"],
     "arena/2_train": ["mvam/1_lesson", "hslm/1_lesson"],
     "7_compare": ["arena/2_train"],
+    "8_readings": [FIRST],
     "9_scorecard": ["7_compare", "mvam/4_attention", "hslm/4_attention", "felga/4_retrieval", "slan/4_regions"],
 }
 # tasks that a run of slan/2_train is fine-tuned for; minutes each in full

@@ -281,4 +281,4 @@ else:
     print(f"No weights in {p.out} and no picture in {p.figures}: make grid GRID={p.grid} DATASET={p.dataset}")
 
 # %% [markdown]
-# Previous: [arena/2_train](arena/2_train.ipynb) · Next: [9_scorecard](9_scorecard.ipynb)
+# Previous: [arena/2_train](arena/2_train.ipynb) · Next: [8_readings](8_readings.ipynb)

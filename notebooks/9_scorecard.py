@@ -392,4 +392,4 @@ if p.readme:
     print(f"{p.readme}: {'rewritten' if changed else 'as it was'}")
 
 # %% [markdown]
-# Previous: [7_compare](7_compare.ipynb)
+# Previous: [8_readings](8_readings.ipynb)

@@ -1,5 +1,6 @@
 """The package's own names, what importing costs, and a trained run's answer for a new image."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from PIL import Image
 
 import finematch
 from finematch import MVAM, rebuild
+from finematch.__main__ import main
 from finematch.checkpoints import save_weights
 from finematch.config import Settings
 from finematch.files import DataError
 from finematch.models.configs import MVAMConfig
 from finematch.runs import write_metrics
+from finematch.search import search
 from finematch.training import seed_everything, to_device
 
 
@@ -176,3 +179,88 @@ def test_a_run_says_that_its_data_are_others_now(book, monkeypatch):
     file.write_text(json.dumps(content))
     with pytest.warns(UserWarning, match=r"the data are others: test\.captions was 000000000000000"):
         assert finematch.open_run(run.folder).data
+
+
+# ------------------------------------------------------------------------------------------- search
+@pytest.mark.parametrize("method", ["mvam", "hslm", "slan"])
+def test_search_ranks_as_the_scores_do(run_of, method, tmp_path):
+    """Over the set and over a folder with the same files: `match` gives each pair's score."""
+    run, _ = run_of(method)
+    side = run.data.splits[run.data.reported]
+    sentence = side.captions[0]
+    found = search(run, sentence, k=5)
+    assert len(found) == 5
+    scores = [hit.score for hit in found]
+    assert scores == sorted(scores, reverse=True)
+    each = {record.image: finematch.match(run, record.image, sentence).score for record in side.records[:8]}
+    for hit in search(run, sentence, k=len(side.records), shortlist=len(side.records)):
+        if hit.image in each:
+            assert hit.score == pytest.approx(each[hit.image], abs=2e-3)
+    for n, record in enumerate(side.records[:8]):
+        (tmp_path / f"{n}.png").write_bytes(record.image.read_bytes())
+    for hit in search(run, sentence, over=tmp_path):
+        assert hit.score == pytest.approx(each[side.records[int(hit.image.stem)].image], abs=2e-3)
+    (first, *_) = search(run, image=side.records[0].image, k=3)
+    assert first.score == pytest.approx(finematch.match(run, side.records[0].image, first.caption).score, abs=2e-3)
+
+
+def test_images_are_embedded_once_for_each_state_of_the_weights(run_of, monkeypatch):
+    run, _ = run_of("mvam")
+    first = [hit.score for hit in search(run, "a circle")]
+    monkeypatch.setattr(run.model, "encode_image", None)  # nothing is encoded again
+    assert [hit.score for hit in search(run, "a circle")] == first
+    weights = run.folder / "best.safetensors"
+    was = weights.read_bytes()
+    try:
+        other = copy.deepcopy(run.model)
+        next(other.parameters()).data += 1
+        save_weights(other, weights)
+        with pytest.raises(TypeError, match="not callable"):  # other weights: made anew
+            search(run, "a circle")
+    finally:
+        weights.write_bytes(was)
+
+
+def test_search_by_fragments(run_of, tmp_path):
+    run, _ = run_of("felga")
+    records = run.data.gallery.records
+    sentence = records[0].captions[0]
+    each = {record.image: finematch.match(run, record.image, sentence).score for record in records[:4]}
+    for hit in search(run, sentence, k=len(records)):
+        if hit.image in each:
+            assert hit.score == pytest.approx(each[hit.image], abs=2e-3)
+    assert search(run, image=records[0].image, k=2)[0].caption
+
+
+def test_what_cannot_be_searched_is_refused(run_of, tmp_path):
+    run, _ = run_of("mvam")
+    with pytest.raises(ValueError, match="a sentence, or an image"):
+        search(run)
+    with pytest.raises(ValueError, match="no captions"):
+        search(run, image="x.png", over=tmp_path)
+    with pytest.raises(DataError, match="has no image"):
+        search(run, "a circle", over=tmp_path)
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"broken\.jpg"):
+        search(run, "a circle", over=tmp_path)
+
+
+def test_the_command_line_gives_the_functions_numbers(run_of, capsys, tmp_path):
+    run, _ = run_of("mvam")
+    record = run.data.splits[run.data.reported].records[0]
+    assert main(["look", str(run.folder), "--image", str(record.image), "--text", record.captions[0],
+                 "--out", str(tmp_path / "look.png")]) == 0  # fmt: skip
+    score, sentence = capsys.readouterr().out.strip().split("\t")
+    assert sentence == record.captions[0]
+    assert float(score) == pytest.approx(finematch.match(run, record.image, sentence).score, abs=1e-4)
+    assert Image.open(tmp_path / "look.png").width > 300
+    assert main(["search", str(run.folder), "--text", sentence, "-k", "3"]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["1", "2", "3"]
+    assert [float(line[1]) for line in lines] == [
+        pytest.approx(hit.score, abs=1e-4) for hit in search(run, sentence, k=3)
+    ]
+    assert main(["look", str(run.folder), "--image", str(tmp_path / "none.png"), "--text", "a"]) == 1
+    assert "none.png" in capsys.readouterr().err
+    assert main(["runs", "--weights"]) == 0
+    assert "run\tmvam\tscenes\t" in capsys.readouterr().out

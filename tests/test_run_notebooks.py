@@ -48,6 +48,7 @@ ORDER = [
     "slan/9_video",
     "arena/2_train",
     "7_compare",
+    "8_readings",
     "9_scorecard",
 ]
 SOURCES = {str(path.relative_to(NOTEBOOKS).with_suffix("")) for path in NOTEBOOKS.rglob("*.py")} - {"build"}

@@ -569,3 +569,29 @@ def test_a_process_may_take_its_folder_twice_and_lets_go_with_the_last(tmp_path,
     monkeypatch.setenv("RANK", "1")  # the other processes of torchrun take nothing
     with hold(tmp_path):
         assert subprocess.run(ask, env={**os.environ, "RANK": "0"}).returncode == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_memory_is_kept_and_no_number_changes():
+    """Twice the same tensors: with the allocator told, the second time faults (almost) no page in again."""
+    code = """
+import resource, sys, torch
+from finematch.training import keep_freed_memory
+if sys.argv[1] == "kept" and not keep_freed_memory():
+    print("other"), sys.exit()
+def work():
+    torch.manual_seed(0)
+    return sum((torch.randn(2**22) * n).sum().item() for n in range(4))
+work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+total = work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, total)
+"""
+    kept, given = (
+        subprocess.run([sys.executable, "-c", code, way], check=True, capture_output=True, text=True).stdout.split()
+        for way in ("kept", "given back")
+    )
+    if kept == ["other"]:
+        pytest.skip("another C library than glibc")
+    assert int(kept[0]) < int(given[0]) / 4
+    assert kept[1] == given[1]

@@ -55,7 +55,27 @@ def main(arguments: list[str] | None = None) -> int:
     slides.add_argument("--data-root", default="data", type=os.path.expanduser)
     slides.set_defaults(run=_slides)
     commands.add_parser("pages", help="rewrite the generated parts of docs/").set_defaults(run=_pages)
+    _add_runs(commands.add_parser("runs", help="list the finished runs"))
+    _add_look(commands.add_parser("look", help="score a sentence against an image, and draw where a run looked"))
+    _add_search(commands.add_parser("search", help="the images that fit a sentence, or the captions that fit an image"))
     _add_cache(commands.add_parser("cache", help="list or clear what runs have cached"))
+    release = commands.add_parser("release", help="pack trained runs into one archive, or open one")
+    release.add_argument(
+        "archive", nargs="?", default="finematch-release.zip", help="file; to open, also an address"
+    )
+    release.add_argument(
+        "runs", nargs="*", help="folders of runs; none: of each method the one nearest to its preset"
+    )
+    release.add_argument(
+        "--open", action="store_true", help="unpack the archive into papermill_runs/ and data/cache/"
+    )
+    release.add_argument(
+        "--into", default="", type=os.path.expanduser, help="another folder of runs, with --open"
+    )
+    release.add_argument(
+        "--no-networks", action="store_true", help="without the networks that look at the images"
+    )
+    release.set_defaults(run=_release)
 
     options = parser.parse_args(arguments)
     from finematch.config import ParameterError
@@ -200,6 +220,81 @@ def _walk(options: argparse.Namespace) -> int:
     return int(any(result["did"] == "failed" for result in results))
 
 
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", default="", help="mvam, hslm, felga or slan alone")
+    parser.add_argument("--weights", action="store_true", help="those alone that can be opened: their weights are here")
+    parser.set_defaults(run=_runs)
+
+
+def _runs(options: argparse.Namespace) -> int:
+    """Prints a line a run, tab-separated: folder, method, data set, seed, weights, status."""
+    from finematch.config import root
+    from finematch.runs import measured
+
+    frame = measured(root() / "papermill_runs")
+    print("folder\tmethod\tdataset\tseed\tweights\tstatus")
+    for row in frame.to_dict("records"):
+        folder = Path(row["run_file"]).parent
+        weights = next(folder.glob("**/best.safetensors"), None) is not None
+        method = folder.parent.name
+        if options.method in ("", method) and (weights or not options.weights):
+            shown = folder.relative_to(root())
+            state = "yes" if weights else "no"
+            print(shown, method, row["dataset"], row["seed"], state, row["run_status"], sep="\t")
+    return 0
+
+
+def _add_look(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="folder of a finished run, or a method: its newest run")
+    parser.add_argument("--image", required=True, type=_path, help="the image's file")
+    parser.add_argument("--text", required=True, action="append", help="a sentence; several times: several sentences")
+    parser.add_argument("--out", type=_path, help="picture of where the model looked for the first sentence")
+    parser.set_defaults(run=_look)
+
+
+def _look(options: argparse.Namespace) -> int:
+    """Prints a line a sentence, tab-separated: score, sentence."""
+    from finematch.explore import match
+
+    found = match(_opened(options.folder), options.image, options.text)
+    for one in found:
+        print(f"{one.score:.4f}\t{one.sentence}")
+    if options.out:
+        from finematch import figures
+
+        figures.style()
+        print(figures.save(figures.looks(options.image, found[0]), options.out), file=sys.stderr)
+    return 0
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="folder of a finished run, or a method: its newest run")
+    parser.add_argument("--text", default="", help="sentence to find images for")
+    parser.add_argument("--image", default="", type=os.path.expanduser, help="image to find captions of the set for")
+    parser.add_argument("--over", default="", type=os.path.expanduser, help="folder of images (the run's own set)")
+    parser.add_argument("-k", type=int, default=10, help="answers")
+    parser.add_argument("--shortlist", type=int, default=64, help="answers that SLAN's matching head ranks again")
+    parser.set_defaults(run=_search)
+
+
+def _search(options: argparse.Namespace) -> int:
+    """Prints a line an answer, tab-separated: rank, score, image, and of a caption its text."""
+    from finematch.search import search
+
+    found = search(_opened(options.folder), options.text, image=options.image, over=options.over, k=options.k,
+                   shortlist=options.shortlist)  # fmt: skip
+    for rank, hit in enumerate(found, start=1):
+        print(rank, f"{hit.score:.4f}", hit.image, *([hit.caption] if hit.caption else []), sep="\t")
+    return 0
+
+
+def _opened(folder: str):
+    """A run by its folder, or the newest of a method."""
+    from finematch.runs import open_run
+
+    return open_run("latest", method=folder) if folder in ("mvam", "hslm", "felga", "slan") else open_run(folder)
+
+
 def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("list", "clear"))
     parser.add_argument(
@@ -227,6 +322,20 @@ def _cache(options: argparse.Namespace) -> int:
         state = "" if entry.whole else "  (not finished)"
         print(f"{size(entry.size):>9}  {entry.kind:<14} {entry.folder.relative_to(options.cache)}{state}")
     print(f"{options.cache}: {len(found)} entries, {done}{size(sum(entry.size for entry in found))}")
+    return 0
+
+
+def _release(options: argparse.Namespace) -> int:
+    """Prints the archive's name, size and digest, or a line a run: its folder, and whether it was there."""
+    from finematch.files import file_digest
+    from finematch.release import pack, unpack
+
+    if options.open:
+        for folder, new in unpack(options.archive, runs=options.into).items():
+            print(f"{folder}{'' if new else '  (is here already)'}")
+        return 0
+    archive = pack(options.archive, options.runs, networks=not options.no_networks)
+    print(f"{archive}: {size(archive.stat().st_size)}, sha256 {file_digest(archive)}")
     return 0
 
 

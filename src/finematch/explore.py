@@ -184,19 +184,25 @@ LOOKS = {"mvam": _mvam, "hslm": _hslm, "felga": _felga, "slan": _slan}
 
 def _batches(run, record: Record, sentences: list[str], folder: str) -> tuple:
     """The model, the image's source, its batch of one, and the batch of the sentences."""
-    model, source, texts = run.model, _image(run, record, folder), _texts(run, sentences, folder)
+    model, source, texts = run.model, new_images(run, [record], folder), new_texts(run, sentences, folder)
     device = next(model.parameters()).device
     picture = to_device(source.batch([0]), device)
     return model, source, picture, to_device(texts.batch(np.arange(len(sentences))), device)
 
 
-def _image(run, record: Record, folder: str):
-    """What the model reads of a new image, made as the run's own images were; `folder` takes the files.
+def new_images(run, records: list[Record], folder: str | Path):
+    """What the model reads of new images, made as the run's own images were; `folder` keeps the files. Of FELGA: the
+    fragments of their proposals.
 
     Raises:
         DataError: For published features, whose network is not at hand.
     """
-    data, p, one = run.data, run.parameters, {"new": [record]}
+    data, p, one = run.data, run.parameters, {"new": records}
+    if run.method == "felga":
+        from finematch.features.fragments import picture_fragments
+
+        proposals = data.networks.propose(records, cache=folder, split="new", echo=None)
+        return picture_fragments(records, proposals, data.networks.vlp, folder, "new", echo=None)
     if data.clip is not None:
         return inputs.clip_images(one, data.clip, data.processor)["new"]
     if run.method == "slan":
@@ -205,14 +211,21 @@ def _image(run, record: Record, folder: str):
         return inputs.map_images(one, data.network, folder, stages=p["maps"], echo=None)["new"]
     if data.network is None:
         problem = "has no published features, and their network is not at hand"
-        raise DataError(record.image or "", "a new image", problem, "Open a run of scale tiny, or of a CLIP")
+        raise DataError(records[0].image or "", "a new image", problem, "Open a run of scale tiny, or of a CLIP")
     kind = "cells" if p.get("backbone") == "grid" else "regions"
     return inputs.region_images(one, data.network, folder, kind=kind, regions=p["regions"],
                                 proposals=p["proposals"], echo=None)["new"]  # fmt: skip
 
 
-def _texts(run, sentences: list[str], folder: str):
-    """What the model reads of sentences."""
+def new_texts(run, sentences: list[str], folder: str | Path):
+    """What the model reads of sentences. Of FELGA: the fragments of their keywords; a sentence in which no keyword is
+    found is its own keyword."""
+    if run.method == "felga":
+        from finematch.features.fragments import text_fragments
+
+        networks = run.data.networks
+        words = [[word for word, _ in networks.keywords_of(s)] or [s] for s in sentences]
+        return text_fragments(words, networks.vlp, folder, "new", echo=None)
     if run.parameters.get("text") != "minilm":
         return tokenise(sentences, run.data.tokenizer, max_length=32)
     model = run.parameters["text_weights"] or inputs.minilm_folder()

@@ -19,6 +19,7 @@ import pandas as pd
 from finematch import grids
 from finematch.config import READINGS, Declared, declared, root
 from finematch.files import DataError, write_text
+from finematch.readings import in_words
 from finematch.tables import NOT_RUN, said, to_markdown
 
 PART = re.compile(r"(<!-- (readings|claims) (\w+)(?:: ([^\n]+?))? -->\n).*?(<!-- end -->)", re.S)
@@ -48,7 +49,7 @@ def rewrite(folder: Path | None = None, figures: Path | None = None) -> list[Pat
 def _made(part: re.Match, figures: Path) -> str:
     begin, kind, name, claims, end = part.groups()
     text = (
-        to_markdown(readings(name))
+        to_markdown(readings(name, figures))
         if kind == "readings"
         else came_out(name, claims and claims.split("; "), figures)
     )
@@ -56,9 +57,13 @@ def _made(part: re.Match, figures: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------- readings
-def readings(presets: str) -> pd.DataFrame:
-    """The readings that a page's parameters choose among, in the order of their register."""
+def readings(presets: str, figures: Path | None = None) -> pd.DataFrame:
+    """The readings that a page's parameters choose among, in the order of their register, with what the other values
+    change where `8_readings` has measured any of the method."""
     found = [one for one in declared(presets).values() if one.register]
+    file = (figures or root() / "figures") / "readings.scenes.tiny.csv"
+    measured = in_words(pd.read_csv(file, dtype={"other": str, "default": str})) if file.is_file() else {}
+    effects = {switch: said for (method, switch), said in measured.items() if method == presets}
     lines = [
         {
             "id": one.register.replace("-", "–"),
@@ -68,6 +73,7 @@ def readings(presets: str) -> pd.DataFrame:
             "literal": "–" if one.literal is None else f"`{_plain(one.literal)}`",
             "what the paper says": html.escape(one.says, quote=False),
         }
+        | ({"effect on scenes": effects.get(one.name, "–")} if effects else {})
         for one in sorted(found, key=_place)
     ]
     return pd.DataFrame(lines)

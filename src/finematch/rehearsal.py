@@ -303,7 +303,7 @@ def felga_cost(s: Settings, small: Settings, counts: tuple, folder: Path, patien
 
     cost = extracted(len(records), work, folder)
     cost |= dict.fromkeys(("step", "training", "memory", "fits", "measured_batch", "checkpoints"), 0.0)
-    model = FELGA(found.width, FELGAConfig.of(s)).to(accelerator())
+    model = FELGA(found.features, FELGAConfig.of(s)).to(accelerator())
     if trained := s.features == "fenet":
         cost |= step_cost(model, made[-1], s, patience)
         cost["training"] = s.epochs * (counts[0] // s.batch_size) * cost["step"]

@@ -8,6 +8,7 @@ stopped: bit for bit on a CPU.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import json
 import math
@@ -19,7 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -236,6 +237,7 @@ def fit(
     select: str = "rsum",
     trainable: Callable[[str], bool] | None = None,
     echo: Callable[[str], None] | None = print,
+    tracker: str = "",
 ) -> dict:
     """Train `model` in place, or take up where a killed run stopped; leave it at its best epoch.
 
@@ -251,6 +253,7 @@ def fit(
             The weights of the epoch with the largest `select` are kept; without it, the last epoch's.
         trainable: names of the parameters to train; the others are frozen for this call.
         echo: receives one line an epoch.
+        tracker: a tracker that accelerate knows (tensorboard, wandb, mlflow ...), see `tracking`; changes no number.
 
     Returns:
         `{"history": [...], "best_epoch", "steps", "seconds", "peak_memory_bytes", "device"}`; seconds include
@@ -262,7 +265,7 @@ def fit(
             return.
         Busy: If another process trains in `out`.
     """
-    out, accelerator = Path(out), open_accelerator(plan)
+    out, accelerator = Path(out), open_accelerator(plan, tracker, out)
     main = accelerator.is_main_process
     if main:
         check_writable(out, room=room_for(model, out))
@@ -275,20 +278,24 @@ def fit(
         at = loop.at
         if main:
             rewrite_log(out / "log.jsonl", at["history"])
-        for epoch in range(at["epoch"], plan.epochs):
-            line = loop.epoch(epoch)
-            if evaluate is not None and main:
-                line = validate(model, evaluate, select, line)
-            score = line.get(select) if evaluate is not None else float(epoch)
-            if main and (at["best"] is None or score > at["best"][0]):
-                at["best"] = [score, epoch + 1]
-                save_weights(model, out / "best.safetensors")
-            loop.close_epoch(epoch, line)
-            if main:
-                rewrite_log(out / "log.jsonl", at["history"])
-                if echo:
-                    echo(describe(line, plan.epochs))
-            accelerator.wait_for_everyone()
+        config = {"run": f"{out.parent.name}/{out.name}", **asdict(plan)}
+        with tracking(accelerator, config, first=loop.count + 1, last=loop.steps * plan.epochs):
+            for epoch in range(at["epoch"], plan.epochs):
+                line = loop.epoch(epoch)
+                if evaluate is not None and main:
+                    known = set(line)
+                    line = validate(model, evaluate, select, line)
+                    loop.track("val", {name: value for name, value in line.items() if name not in known})
+                score = line.get(select) if evaluate is not None else float(epoch)
+                if main and (at["best"] is None or score > at["best"][0]):
+                    at["best"] = [score, epoch + 1]
+                    save_weights(model, out / "best.safetensors")
+                loop.close_epoch(epoch, line)
+                if main:
+                    rewrite_log(out / "log.jsonl", at["history"])
+                    if echo:
+                        echo(describe(line, plan.epochs))
+                accelerator.wait_for_everyone()
         accelerator.wait_for_everyone()
         load_best(model, out / "best.safetensors")
     model.to(accelerator.device).eval()
@@ -302,17 +309,47 @@ def fit(
     }
 
 
-def open_accelerator(plan: Plan) -> Accelerator:
-    """The processes and devices to train on, and in which precision."""
+def open_accelerator(plan: Plan, tracker: str = "", out: Path | None = None) -> Accelerator:
+    """The processes and devices to train on, in which precision, and with which tracker, whose files go to `out`.
+
+    Raises:
+        TrainingError: The tracker's package is not installed (accelerate would go on without a word).
+        ValueError: accelerate knows no such tracker.
+    """
     own_environment()
-    return Accelerator(
+    accelerator = Accelerator(
         # told outright: without `cpu`, accelerate under torchrun on a machine without GPUs runs N lone processes
         cpu=not torch.accelerator.is_available(),
         mixed_precision=plan.precision,
         step_scheduler_with_optimizer=False,
         # a switch may leave parts of a model without use; processes would wait for their gradients for ever
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        log_with=tracker or None,
+        project_dir=out,
     )
+    if tracker and not accelerator.log_with:
+        raise TrainingError(
+            f"tracker={tracker}: the package {tracker} is not installed. Install it (pip install {tracker}), or leave "
+            "tracker empty"
+        )
+    return accelerator
+
+
+@contextlib.contextmanager
+def tracking(accelerator: Accelerator, config: dict, *, first: int, last: int) -> Iterator[None]:
+    """Open the accelerator's tracker, if it has one and a step is left, and close it however the training ends.
+
+    A run that goes on does so at its own step, the `first` of this session. TensorBoard drops what was logged from
+    there on before the run was killed; other trackers show the session as a run of its own.
+    """
+    if accelerator.log_with and first <= last:
+        plain = {name: str(value) if isinstance(value, tuple) else value for name, value in config.items()}
+        accelerator.init_trackers("finematch", plain, {"tensorboard": {"purge_step": first}})
+    try:
+        yield
+    finally:
+        for one in accelerator.trackers:  # `end_training` would end the process group as well
+            one.finish()
 
 
 @contextlib.contextmanager
@@ -388,6 +425,17 @@ class Loop:
         if at is None:
             self.save()
 
+    @property
+    def count(self) -> int:
+        """Batches of the run so far."""
+        return self.at["epoch"] * self.steps + self.at["step"]
+
+    def track(self, part: str, values: dict) -> None:
+        """Hand numbers to the tracker, as `train/loss` or `val/rsum` of this step."""
+        if self.accelerator.trackers:
+            numbers = {f"{part}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
+            self.accelerator.log(numbers, step=self.count)
+
     def save(self) -> None:
         """Write a checkpoint of this place."""
         self.checkpoint.save(self.plain, self.optimizer, self.scheduler, self.at)
@@ -423,6 +471,7 @@ class Loop:
             for name, value in values.items():
                 at["sums"][name] = at["sums"].get(name, 0.0) + value
             at["step"] = step + 1
+            self.track("train", values)
             due = plan.checkpoint_steps and at["step"] % plan.checkpoint_steps == 0
             if due and update and at["step"] < self.steps:
                 at["seconds"] = time.monotonic() - self.started
@@ -525,10 +574,26 @@ def describe(line: dict, epochs: int) -> str:
 
 
 def accelerator() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    )
+    """The GPU where there is one, else the CPU, whose freed memory is then kept (`keep_freed_memory`)."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    keep_freed_memory()
+    return torch.device("cpu")
+
+
+@cache
+def keep_freed_memory() -> bool:
+    """Keep the memory of freed tensors for the next ones, where the C library is glibc; whether it is.
+
+    By default glibc gives every large block back to the system at once, and the next step pays for each of its pages
+    again: up to half of the CPU time (`benchmarks/allocator.json`). No number changes; the peak of memory may grow.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # macOS, Windows, musl
+        return False
+    trim, top_pad, mmaps = -1, -2, -4  # malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
+    return all([mallopt(mmaps, 0), mallopt(trim, 2**31 - 1), mallopt(top_pad, 2**26)])
 
 
 def precision_on(device: torch.device, wanted: str = "auto") -> str:
