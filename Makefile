@@ -112,8 +112,8 @@ slides: $(INSTALLED) notebooks data  ## the lessons as slides that need no netwo
 release: $(INSTALLED)  ## pack trained runs with their weights into one archive (RELEASE, RUNS: one run a method)
 	$(BIN)/python -m finematch release '$(RELEASE)' $(RUNS)
 
-# Those that say nothing without somebody else's code, or outside a fresh clone, are called by hand: their first lines say how.
-BY_HAND := benchmarks/grounding.py benchmarks/workbook.py benchmarks/lessons.py
+# Those that say nothing without somebody else's code, or outside a fresh clone, or that change presets, are called by hand: their first lines say how.
+BY_HAND := benchmarks/grounding.py benchmarks/workbook.py benchmarks/lessons.py benchmarks/arena_step.py
 bench: $(INSTALLED)  ## measure speed and memory; results are written as data
 	for benchmark in $(filter-out $(BY_HAND),$(wildcard benchmarks/*.py)); do $(BIN)/python $$benchmark; done
 

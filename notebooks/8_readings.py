@@ -69,4 +69,4 @@ advice = readings.advice(main)
 Markdown(advice)
 
 # %% [markdown]
-# Previous: [slan/9_video](slan/9_video.ipynb) · Next: [9_scorecard](9_scorecard.ipynb)
+# Previous: [7_compare](7_compare.ipynb) · Next: [9_scorecard](9_scorecard.ipynb)

@@ -99,7 +99,12 @@ def rebuild(run) -> tuple[Any, nn.Module]:
         )
     if run.method == "felga" and s.features != "fenet":
         raise ValueError(f"{run.folder} is a baseline without FENet (features={s.features}): it has no model")
-    if run.method in TASKS:
+    if run.method == "arena":
+        from finematch.arena import open_entrant  # which knows all methods
+
+        entrant = open_entrant(s, root())
+        data, model = entrant.inputs, entrant.model
+    elif run.method in TASKS:
         pretrained = pretrained_run(s)
         data, model = pretrained.data, TASKS[run.method](s, pretrained)
     else:

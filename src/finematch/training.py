@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import math
 import os
@@ -117,6 +118,42 @@ class EpochBatches(Sampler[list[int]]):
         for step in range(self.first, self.n // self.batch):
             start = step * self.batch + self.rank * self.share
             yield order[start : start + self.share].tolist()
+
+
+class Rounds:
+    """Training data in rounds of so many steps, for a budget that is no whole number of epochs.
+
+    What `fit` calls an epoch is then a round. The batches are those of `EpochBatches`, one epoch after another, so that
+    the order of a run is that of any other run of its seed and batch.
+    """
+
+    def __init__(self, data, steps: int):
+        self.data, self.n = data, steps
+
+    def steps(self, batch_size: int, world: int) -> int:
+        return self.n
+
+    def batches(
+        self,
+        size: int,
+        *,
+        seed: int,
+        epoch: int,
+        first: int,
+        rank: int,
+        world: int,
+        workers: int,
+        pin_memory: bool,
+    ) -> DataLoader:
+        """The rest of a round (`epoch`), from its step `first` on."""
+        left, at, chosen = self.n - first, self.n * epoch + first, []
+        while left > len(chosen):
+            number, step = divmod(at + len(chosen), len(self.data) // size)
+            rest = {"epoch": number, "first": step, "rank": rank, "world": world}
+            of_epoch = EpochBatches(len(self.data), size, seed=seed, **rest)
+            chosen += itertools.islice(of_epoch, left - len(chosen))
+        return DataLoader(self.data, batch_sampler=chosen, num_workers=workers, collate_fn=whole,
+                          generator=torch.Generator(), pin_memory=pin_memory)  # fmt: skip
 
 
 def seed_everything(seed: int) -> None:

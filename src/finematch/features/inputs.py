@@ -74,7 +74,7 @@ def reads(s) -> str:
     `images` and their captions."""
     if s.method == "felga":
         return "fragments"
-    regions = s.method == "hslm" or (s.method == "mvam" and s.backbone == "regions")
+    regions = s.method == "hslm" or (s.method in ("mvam", "arena") and s.backbone == "regions")
     return "arrays" if regions and s.scale == "paper" and s.proposals == "auto" else "images"
 
 
