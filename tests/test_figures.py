@@ -5,8 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 import matplotlib as mpl
+import nbformat
 import numpy as np
 import pandas as pd
+import papermill
 import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
@@ -35,6 +37,21 @@ def luminance(colour) -> float:
 
 
 # --- style and saving
+
+
+@pytest.mark.parametrize("backend", ["agg", None])
+def test_figures_appear_in_a_page_whatever_backend_the_machine_names(tmp_path, monkeypatch, backend):
+    if backend:
+        monkeypatch.setenv("MPLBACKEND", backend)
+    else:
+        monkeypatch.delenv("MPLBACKEND", raising=False)
+    page = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}},
+        cells=[nbformat.v4.new_code_cell("import matplotlib.pyplot as plt\nfrom finematch import figures"),
+               nbformat.v4.new_code_cell("figures.style()\nplt.plot([1, 2]);")])  # fmt: skip
+    nbformat.write(page, tmp_path / "page.ipynb")
+    done = papermill.execute_notebook(tmp_path / "page.ipynb", tmp_path / "done.ipynb", progress_bar=False)
+    assert [output.output_type for output in done.cells[1].outputs] == ["display_data"]
 
 
 def test_style_stays_or_ends_with_its_block():

@@ -53,11 +53,22 @@ window.MathJax = {tex: {inlineMath: [['$', '$'], ['\\\\(', '\\\\)']]}, options: 
 <script>
 Reveal.initialize({hash: true, slideNumber: 'c/t', center: false, transition: 'none', margin: 0.03,
                    width: {{ resources.reveal.width }}, height: {{ resources.reveal.height }}, plugins: [RevealNotes]});
+// What is too tall for its slide is shown smaller, down to {{ smallest }}; only what does not fit then scrolls.
+const fit = slide => {
+  for (let zoom = 1; zoom >= {{ smallest }}; zoom -= 0.05) {
+    slide.style.zoom = zoom;
+    if (slide.scrollHeight <= slide.clientHeight) return;
+  }
+};
+const now = () => MathJax.startup.promise.then(() => fit(Reveal.getCurrentSlide()));
+Reveal.on('slidechanged', now);
+window.addEventListener('load', now);
 </script>
 {%- endblock -%}
 """
 FIGURE = 20 * LINE  # tallest figure
-TEMPLATE = TEMPLATE.replace("{{ limit }}", str(FIGURE))
+SMALLEST = 0.6  # share of its size that a slide is shrunk to
+TEMPLATE = TEMPLATE.replace("{{ limit }}", str(FIGURE)).replace("{{ smallest }}", str(SMALLEST))
 
 
 def write_slides(out: str | Path, data_root: str | Path) -> list[Path]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -57,7 +58,13 @@ HOUSE = {
 
 # ------------------------------------------------------------------------------------------- style and saving
 def style() -> ExitStack:
-    """Set the house style from here on; as `with style():` only inside the block."""
+    """Set the house style from here on; as `with style():` only inside the block.
+
+    In a notebook's kernel figures appear in the page, also where MPLBACKEND=agg is set, as batch machines have it.
+    """
+    kernel = sys.modules.get("ipykernel.kernelapp")
+    if kernel and kernel.IPKernelApp.initialized() and mpl.get_backend().lower() == "agg":
+        kernel.IPKernelApp.instance().shell.run_line_magic("matplotlib", "inline")
     before = {name: value for name, value in mpl.rcParams.items() if name != "backend"}
     mpl.rcParams.update(HOUSE)
     undo = ExitStack()
