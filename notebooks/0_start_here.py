@@ -18,7 +18,6 @@ data_root: str = "data"  # folder above the dataset's own; the set is drawn ther
 scale: str = "tiny"  # there is no other here
 seed: int = 0  # of the small model's start and the order of its pairs
 out: str = "papermill_runs/start_here"  # the small model's folder
-figures: str = "figures"  # folder of the figures
 smoke: bool = False  # run everything in seconds
 cache: str = "data/cache"  # a smoke run draws its few pictures here
 pictures: int = 2000  # training pictures of the small model
@@ -149,14 +148,6 @@ if p.smoke:
     data_root = root() / p.cache / "smoke"
     generate(data_root / "scenes", **SMOKE)
 test = load("scenes_entities", data_root, "test")
-name = "start_here.scenes" + (".smoke" if p.smoke else "")
-
-
-def keep(figure: plt.Figure, number: int) -> None:
-    """Save a figure of this notebook as SVG and PNG."""
-    for kind in ("svg", "png"):
-        draw.save(figure, root() / p.figures / f"{name}.{number}.{kind}")
-
 
 figure, axes = plt.subplots(1, 4, figsize=(9.6, 3.7))
 for record, ax in zip(test, axes, strict=False):
@@ -164,7 +155,6 @@ for record, ax in zip(test, axes, strict=False):
     lines = [textwrap.fill(caption, 34) for caption in record.captions[:3]]
     ax.text(0, -0.05, "\n\n".join(lines), va="top", fontsize=7.5, transform=ax.transAxes)
 figure.subplots_adjust(wspace=0.08, left=0.01, right=0.99, top=0.99, bottom=0.36)
-keep(figure, 1)
 
 # %% [markdown]
 # ## One image is one record
@@ -179,7 +169,6 @@ named = {phrase.boxes[0]: record.captions[phrase.caption][phrase.start : phrase.
          for phrase in reversed(record.phrases) if len(phrase.boxes) == 1}  # fmt: skip
 figure, ax = plt.subplots(figsize=(3.2, 3.2))
 draw.show_boxes(ax, record.open(), list(named), labels=list(named.values()))
-keep(figure, 2)
 for number, caption in enumerate(record.captions):
     print(number, caption)
     for phrase in (one for one in record.phrases if one.caption == number):
@@ -227,7 +216,6 @@ figure, axes = plt.subplots(1, 7, figsize=(10.4, 1.8), width_ratios=[1.8] + [1] 
 draw.retrieval_strip(axes, captions[c], lambda i: test[i].open(), counted[:, c], int(image_of[c]))
 axes[0].set_title(f"caption {c}, scored by counting words", fontsize=7.5)
 figure.subplots_adjust(wspace=0.12, left=0.01, right=0.99, top=0.9, bottom=0.12)
-keep(figure, 3)
 
 # %% [markdown]
 # ## A very small MVAM
@@ -334,7 +322,6 @@ for row, c in enumerate(own):
     for k in range(shown):
         weights = on_text[row, k, : len(cut.words)].numpy()
         draw.show_words(figure.add_subplot(grid[row + 1, k + 1]), cut.words, weights, size=7.5)
-keep(figure, 4)
 
 # %% [markdown]
 # Do the views of the image and those of the captions look at the same things? Follow one view down its
