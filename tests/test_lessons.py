@@ -79,6 +79,7 @@ def test_without_the_folder_figures_the_pages_say_so_and_draw_nothing(tmp_path, 
     monkeypatch.chdir(tmp_path)
     for method in LESSONS:
         assert "folder `figures` with the tables is not here" in came_out(method).data
+    plt.close("all")
     judged = mvam.verdicts("mvam_views", "mvam_diversity")
     assert judged.empty
     mvam.draw_verdicts(judged[judged["claim"].str.contains("views")])
