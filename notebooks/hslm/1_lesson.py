@@ -338,8 +338,8 @@ check("hslm.short", {"word": 300, "channel": 300, "softmax": 1})
 #
 # ## 4. Relations: a graph in which all are neighbours (3.3, Eq. 7 to 11)
 #
-# $$A_{ij} = \mu(r_i)^{\top}\nu(r_j) \quad (7) \qquad R_g = W_r\,(A R W_g) + R \quad (8) \qquad
-# R_g^{l} = W_h^{l}(A^l R_g^{l-1} W_m^l) + R_g^{l-1} \quad (9)$$
+# $$A_{ij} = \mu(r_i)^{\top}\nu(r_j) \quad (7) \qquad R_g = W_r\,(A R W_g) + R \quad (8)$$
+# $$R_g^{l} = W_h^{l}(A^l R_g^{l-1} W_m^l) + R_g^{l-1} \quad (9)$$
 #
 # * $R$ (`nodes`, $N \times d$) with rows $r_i$: the regions. Every region is a node of the graph.
 # * $\mu$, $\nu$ (`mu`, `nu`, $d \to d$): two linear layers of [`GraphLayer`](../../src/finematch/models/hslm.py#L122).
