@@ -30,6 +30,7 @@ AFTER = {
     "slan/9_video": ["slan/2_train"],
     "mvam/3_ablations": ["mvam/2_train", "tiny_grid"],
     "tiny_grid": ["mvam/2_train"],
+    "8_explore": ["mvam/2_train"],
     "9_scorecard": ["mvam/4_attention", "hslm/4_attention", "felga/4_retrieval", "slan/4_regions"],
 }
 # tasks that a run of slan/2_train is fine-tuned for; minutes each in full

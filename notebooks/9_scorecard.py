@@ -392,4 +392,4 @@ if p.readme:
     print(f"{p.readme}: {'rewritten' if changed else 'as it was'}")
 
 # %% [markdown]
-# Previous: [slan/9_video](slan/9_video.ipynb)
+# Previous: [8_explore](8_explore.ipynb)

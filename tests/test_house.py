@@ -19,7 +19,7 @@ METHODS = {"mvam", "hslm", "felga", "slan"}
 BOTTOM = {"boxes", "files", "hold", "text", "losses", "config"}  # import nothing of ours
 TOP = {"checkpoints", "training", "evaluation", "tables", "figures", "features", "runs"}
 # open a run again, or before it is run, or run a student's answer beside the library: they know the models by name
-OPENERS = {"rebuild", "explore", "search", "rehearsal", "exercises", "lessons"}
+OPENERS = {"rebuild", "explore", "search", "widgets", "rehearsal", "exercises", "lessons"}
 MIDDLE = {"data", "encoders", "scenes"}  # stand on the bottom alone
 GRIDS = sorted((ROOT / "grids").glob("*.csv"))
 

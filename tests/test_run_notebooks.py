@@ -46,6 +46,7 @@ ORDER = [
     "slan/7_vqa",
     "slan/8_nlvr2",
     "slan/9_video",
+    "8_explore",
     "9_scorecard",
 ]
 SOURCES = {str(path.relative_to(NOTEBOOKS).with_suffix("")) for path in NOTEBOOKS.rglob("*.py")} - {"build"}
