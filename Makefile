@@ -46,7 +46,7 @@ LOCK = { if ls .snakemake/locks/* >/dev/null 2>&1; then \
   fi; exit 1; }
 WORKBOOK := papermill_runs/workbook
 
-.PHONY: help install git-filter notebooks workbook book test lab student handout teacher slides lesson-seeds bench data walk rehearse grid named unlock results lint lock clean
+.PHONY: help install git-filter notebooks workbook book test lab student handout teacher slides lesson-seeds bench screenshots data walk rehearse grid named unlock results lint lock clean
 
 help:  ## list the commands
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -103,6 +103,9 @@ lesson-seeds: $(INSTALLED) notebooks data  ## run each lesson at ten seeds, and 
 slides: $(INSTALLED) notebooks data  ## the lessons as slides that need no network: handout/slides
 	$(BIN)/python -m finematch slides handout/slides --data-root '$(DATA_ROOT)' || { \
 	  $(BIN)/pip install -q -e '.[slides]' && $(BIN)/python -m finematch slides handout/slides --data-root '$(DATA_ROOT)'; }
+
+screenshots: $(INSTALLED) notebooks  ## the explorer in JupyterLab on the newest runs: figures/explore.<method>.png
+	$(BIN)/python tests/lab.py figures
 
 # Those that say nothing without somebody else's code, or outside a fresh clone, are called by hand: their first lines say how.
 BY_HAND := benchmarks/grounding.py benchmarks/workbook.py benchmarks/lessons.py

@@ -65,7 +65,7 @@ def first_run(
         for line in page.stdout:
             line = line.strip()
             last = line or last
-            if echo and re.match(r"(epoch|train|val|test|\w+: )", line):
+            if echo and re.match(r"epoch \d|\w+: \d", line):
                 echo(line)
     if page.returncode:
         raise DataError(

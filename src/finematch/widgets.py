@@ -147,6 +147,7 @@ class Explorer(W.VBox):
 
     def _from_upload(self) -> None:
         for one in self.upload.value:
+            self._clear()
             self._show(open_rgb(bytes(one["content"]), "the upload", file=one["name"]))
 
     def _from_caption(self) -> None:
@@ -160,12 +161,16 @@ class Explorer(W.VBox):
         panel.ask(self.sentence.value)
 
     def _show(self, image: str | Image.Image) -> None:
+        self._clear()
         self.image = image
-        for panel in self.panels:
-            panel.clear()
         for panel in self.panels:
             panel.see(image)
         self._ask()
+
+    def _clear(self) -> None:
+        self.image = None
+        for panel in self.panels:
+            panel.clear()
 
     def _ask(self) -> None:
         for panel in self.panels:
@@ -276,9 +281,9 @@ class Panel(W.VBox):
 
 
 # ------------------------------------------------------------------------------------------- the methods
-def _slider(panel: Panel, name: str, work: Callable[[], None] | None = None, **options) -> W.IntSlider:
-    slider = W.IntSlider(min=1, max=1, description=name, style=WIDE, layout=W.Layout(width="98%", max_width="420px"),
-                         **options)  # fmt: skip
+def _slider(panel: Panel, name: str, work: Callable[[], None] | None = None, *, low: int = 1) -> W.IntSlider:
+    layout = W.Layout(width="98%", max_width="420px")
+    slider = W.IntSlider(min=low, max=low, value=low, description=name, style=WIDE, layout=layout)
     slider.observe(panel.changed(work), "value")
     return slider
 
@@ -399,7 +404,7 @@ class SLAN:
 
     @staticmethod
     def controls(panel: Panel) -> list[W.Widget]:
-        panel.level, panel.box = _slider(panel, "level"), _slider(panel, "box whose cells are shown")
+        panel.level, panel.box = _slider(panel, "level", low=0), _slider(panel, "box whose cells are shown")
 
         def again() -> None:
             panel.found = panel.seen.match(

@@ -117,7 +117,7 @@ def views_focus(picture: Image.Image, found, view: int, of_text: int) -> bytes:
     def make(figure: Figure) -> None:
         one, other = found.looks[view], found.looks[of_text]
         ax = figure.add_axes([0.42, 0.02, 0.56, 0.86])
-        draw.show_words(ax, found.tokens, other.words, size=10)
+        draw.show_words(ax, found.tokens, other.words, size=10.0)
         ax.set_title(f"sentence, {other.label}   cosine of the two {found.pairs[view, of_text]:.2f}")
         ax = figure.add_axes([0.01, 0.02, 0.38, 0.86])
         _on(ax, picture, one.boxes, one.weights)
@@ -135,7 +135,7 @@ def views_whole(found) -> bytes:
         left, right = figure.subplots(1, 2, width_ratios=[1.1, 1])
         figure.subplots_adjust(left=0.08, right=0.98, top=0.9, bottom=0.16, wspace=0.22)
         names = [str(v + 1) for v in range(len(found.parts))]
-        _matrix(left, found.pairs, names, names, low=-1, high=1)
+        _matrix(left, found.pairs, names, names, low=-1.0, high=1.0)
         left.set(
             xlabel="view of the sentence", ylabel="view of the image", title="cosine of two views (dark: 1)"
         )
@@ -152,7 +152,7 @@ def word_focus(picture: Image.Image, found, word: int) -> bytes:
     def make(figure: Figure) -> None:
         for bottom, when, values in ((0.48, "before", found.before), (0.01, "after", found.after)):
             ax = figure.add_axes([0.42, bottom, 0.56, 0.38])
-            draw.show_words(ax, found.words, np.clip(values[word], 0, None), size=9, top=0.6)
+            draw.show_words(ax, found.words, np.clip(values[word], 0, None), size=9.0, top=0.6)
             ax.set_title(draw.plain(f"words like “{found.words[word]}”, {when} self-attention"), fontsize=8)
         ax = figure.add_axes([0.01, 0.02, 0.38, 0.86])
         if found.looks:
@@ -173,7 +173,7 @@ def words_whole(found) -> bytes:
         first, second, third = figure.subplots(1, 3, width_ratios=[1, 1, 0.9])
         figure.subplots_adjust(left=0.09, right=0.99, top=0.9, bottom=0.2, wspace=0.42)
         for ax, values, when in ((first, found.before, "before"), (second, found.after, "after")):
-            _matrix(ax, values, found.words, found.words, low=-1, high=1)
+            _matrix(ax, values, found.words, found.words, low=-1.0, high=1.0)
             ax.set_title(f"cosine of words, {when}")
         _bars(third, found.nodes, found.parts, [f"({gate:.2f})" for gate in found.gates])
         third.set_title("adds to the score (gate)")
@@ -237,7 +237,7 @@ def level_focus(picture: Image.Image, found, level: int, region: int, most: int 
     """The boxes of a level with the words that chose them, and the neighbourhood that moves one of them on."""
 
     def make(figure: Figure) -> None:
-        at, size = found.levels[level], 8.5 if len(found.tokens) <= 20 else 7
+        at, size = found.levels[level], 8.5 if len(found.tokens) <= 20 else 7.0
         best = np.argsort(-at.scores, kind="stable")[:most]
         ax = figure.add_axes([0.725, 0.42, 0.27, 0.46])
         draw.show_words(ax, found.tokens, np.clip(found.looks[level].words, 0, None), size=size, smallest=3.0)
