@@ -28,7 +28,10 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ".widget-image"  # those of ipywidgets
-TRACKER = "@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
+SETTINGS = {  # cells out of sight stay in the page, and nothing asks a first visitor about news
+    "notebook-extension/tracker": {"windowingMode": "none"},
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
 
 
 def chromium() -> str | None:
@@ -43,15 +46,14 @@ def server(folder: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        tracker = Path(own, "lab", TRACKER)
-        tracker.parent.mkdir(parents=True)
-        tracker.write_text(json.dumps({"windowingMode": "none"}))  # cells out of sight stay in the page
+        for name, value in SETTINGS.items():
+            file = Path(own, "lab", "@jupyterlab", f"{name}.jupyterlab-settings")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(value))
         where = {name: str(Path(own, name.lower())) for name in ("JUPYTER_CONFIG_DIR", "JUPYTERLAB_WORKSPACES_DIR")}
         where |= {"JUPYTERLAB_SETTINGS_DIR": str(Path(own, "lab")), "IPYTHONDIR": str(Path(own, "ipython"))}
         options = {"ip": "127.0.0.1", "port": port, "ServerApp.port_retries": 0, "IdentityProvider.token": "look",
-                   "ServerApp.root_dir": folder, "LabApp.expose_app_in_browser": True,
-                   "LabApp.news_url": "", "LabApp.check_for_updates_class":
-                   "jupyterlab.NeverCheckForUpdate"}  # fmt: skip
+                   "ServerApp.root_dir": folder, "LabApp.expose_app_in_browser": True}  # fmt: skip
         command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
         command += [f"--{name}={value}" for name, value in options.items()]
         with Path(own, "log").open("w") as log:
@@ -141,20 +143,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="folder of the screenshots")
     parser.add_argument("--method", nargs="+", default=["mvam", "hslm", "felga", "slan"])
-    parser.add_argument("--image", type=int, default=3)
+    parser.add_argument("--image", type=int, default=27)
     parser.add_argument("--trained", default="", help="folder of the run; the newest of the method")
-    parser.add_argument("--sentence", default="")
+    parser.add_argument("--sentence", default="A small black star is to the right of a tiny red circle")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        book = Path(folder)
-        given = {"image": options.image, "sentence": options.sentence, "trained": options.trained}
-        copy_of_the_book(book, **given)
-        for name in ("data", "papermill_runs"):
-            (book / name).symlink_to(ROOT / name)
-        with server(book) as address, browser() as (page, _):
-            for method in options.method:
-                shutil.rmtree(book / "notebooks")
-                copy_of_the_book(book, method=method, **given)
+    given = {"image": options.image, "sentence": options.sentence, "trained": options.trained}
+    for method in options.method:
+        with tempfile.TemporaryDirectory() as folder:
+            book = Path(folder)
+            copy_of_the_book(book, method=method, **given)
+            for name in ("data", "papermill_runs"):
+                (book / name).symlink_to(ROOT / name)
+            with server(book) as address, browser(width=1180) as (page, _):
                 run_all(page, address, "notebooks/8_explore.ipynb")
                 page.wait_for_timeout(2000)
                 widget = page.locator(".jp-OutputArea-output .widget-vbox").first

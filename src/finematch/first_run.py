@@ -19,7 +19,7 @@ from finematch.data.splits import SMOKE
 from finematch.runs import openable
 from finematch.scenes.generator import generate
 
-IMAGES = {"train": 1000, "val": 100, "test": 200}
+IMAGES = {"train": 700, "val": 100, "test": 200}
 # beside the presets of `tiny`; less of what a page does for its tables
 SETTINGS = {"mvam": {}, "hslm": {}, "felga": {}, "slan": {"epochs": 1}}
 

@@ -56,9 +56,7 @@ def explorer(
     for method in MATCHES if run == "all" else [str(run)]:
         found = [] if smoke else [(path, content["metrics"]) for path, content in openable(method)]
         if not found:
-            echo(
-                f"{method}: there is no finished run with weights yet. A small one is trained, about two minutes:"
-            )
+            echo(f"{method}: no finished run has its weights here. A small one is trained, in less than two minutes:")
             made = first_run(method, folder, seed=seed, smoke=smoke, echo=lambda line: echo(f"  {line}"))
             found = [(made, _open(made).metrics)]
         panels.append(Panel(method, {_label(path, metrics): path for path, metrics in found}))
@@ -100,14 +98,14 @@ class Explorer(W.VBox):
         self.file = W.Text(description="or a file", placeholder="photo.jpg", continuous_update=False, style=WIDE,
                            layout=W.Layout(width="280px"))  # fmt: skip
         self.upload = W.FileUpload(accept="image/*", multiple=False, description="upload an image",
-                                   layout=W.Layout(width="150px"))  # fmt: skip
+                                   layout=W.Layout(width="180px"))  # fmt: skip
         self.caption = W.Dropdown(description="its captions", style=WIDE, layout=W.Layout(width="640px"))
         self.sentence = W.Text(description="sentence", placeholder="type a sentence and press Enter", style=WIDE,
                                continuous_update=False, layout=W.Layout(width="640px"))  # fmt: skip
         self.said = W.HTML()
         self.image: str | Image.Image | None = None
         self._quiet = False
-        columns = "minmax(0, 1fr)" if len(self.panels) == 1 else "repeat(auto-fit, minmax(560px, 1fr))"
+        columns = "minmax(0, 1fr)" if len(self.panels) == 1 else "repeat(auto-fit, minmax(440px, 1fr))"
         grid = W.GridBox(self.panels, layout=W.Layout(grid_template_columns=columns, grid_gap="12px"))
         super().__init__([W.HBox([self.number, self.file, self.upload], layout=W.Layout(flex_flow="row wrap")),
                           self.caption, self.sentence, self.said, grid])  # fmt: skip
@@ -135,7 +133,7 @@ class Explorer(W.VBox):
 
     def _from_set(self, sentence: str = "") -> None:
         record = self._records()[self.number.value]
-        self.caption.options = record.captions
+        self.caption.options, self.caption.index = record.captions, 0
         self.sentence.value = sentence or record.captions[0]
         self._show(str(record.image))
 
@@ -210,8 +208,7 @@ class Panel(W.VBox):
         self.choice = W.Dropdown(options=list(runs), description=f"{method.upper()} run", style=WIDE,
                                  layout=W.Layout(width="98%", max_width="640px"))  # fmt: skip
         self.controls, self.score, self.said = W.VBox(), W.HTML(), W.HTML()
-        self.picture, self.overview = (W.Image(format="png", layout=W.Layout(max_width="100%", object_fit="contain",
-                                          align_self="flex-start")) for _ in range(2))  # fmt: skip
+        self.picture, self.overview = _picture(), _picture()
         self.text = W.HTML()
         self._quiet = False
         super().__init__(
@@ -281,6 +278,17 @@ class Panel(W.VBox):
 
 
 # ------------------------------------------------------------------------------------------- the methods
+def _picture() -> W.Image:
+    """An image that is not there as long as it is empty."""
+    image = W.Image(format="png", layout=W.Layout(max_width="100%", align_self="flex-start", display="none"))
+
+    def show(change) -> None:
+        image.layout.display = None if len(change["new"]) else "none"
+
+    image.observe(show, "value")
+    return image
+
+
 def _slider(panel: Panel, name: str, work: Callable[[], None] | None = None, *, low: int = 1) -> W.IntSlider:
     layout = W.Layout(width="98%", max_width="420px")
     slider = W.IntSlider(min=low, max=low, value=low, description=name, style=WIDE, layout=layout)
@@ -303,11 +311,11 @@ def _buttons(panel: Panel, name: str) -> W.ToggleButtons:
     return buttons
 
 
-def _choices(buttons: W.ToggleButtons, words: Sequence[str]) -> None:
-    """A button a word; the word that was chosen stays chosen where it is there."""
+def _choices(buttons: W.ToggleButtons, words: Sequence[str], first: int = 0) -> None:
+    """A button a word; the word that was chosen stays chosen where it is there, else it is the `first`."""
     was = buttons.label
     buttons.options = [(word, n) for n, word in enumerate(words)]
-    buttons.value = next((n for n, word in enumerate(words) if word == was), 0 if words else None)
+    buttons.value = next((n for n, word in enumerate(words) if word == was), first)
 
 
 class MVAM:
@@ -325,8 +333,10 @@ class MVAM:
 
     @staticmethod
     def set(panel: Panel) -> None:
+        views = len(panel.found.looks)
+        most = int(panel.found.parts.argmax()) + 1 if panel.view.max != views else None  # begin with what counts most
         for slider in (panel.view, panel.of_text):
-            _range(slider, 1, max(1, len(panel.found.looks)))
+            _range(slider, 1, max(1, views), most)
 
     @staticmethod
     def focus(panel: Panel) -> None:
@@ -355,7 +365,9 @@ class HSLM:
 
     @staticmethod
     def set(panel: Panel) -> None:
-        _choices(panel.word, panel.found.words)
+        found = panel.found
+        local = found.parts[: len(found.words)] if found.nodes[:-1] or found.nodes[0] != "(whole)" else [0.0]
+        _choices(panel.word, found.words, int(np.abs(local).argmax()))
 
     @staticmethod
     def focus(panel: Panel) -> None:
@@ -378,7 +390,8 @@ class FELGA:
     def set(panel: Panel) -> None:
         if not len(panel.found.boxes):
             raise ValueError("no region was proposed in this image: try a larger one, with more in it")
-        _choices(panel.keyword, panel.found.tokens)
+        wins = np.bincount(panel.found.similarity.argmax(1), minlength=len(panel.found.tokens))
+        _choices(panel.keyword, panel.found.tokens, int(wins.argmax()))
         _range(panel.region, 1, len(panel.found.boxes))
 
     @staticmethod
@@ -390,7 +403,7 @@ class FELGA:
             for score, word, text in box_texts(panel.seen, at)
         ]
         head = f"Keywords of the set that fit proposal {at + 1} best, each with a text"
-        panel.text.value = f"{head}:<ol>{''.join(lines)}</ol>"
+        panel.text.value = f"<div style='line-height: 1.4; max-width: 46em'>{head}:<ol>{''.join(lines)}</ol></div>"
 
     @staticmethod
     def whole(panel: Panel) -> None:
@@ -442,7 +455,7 @@ class SLAN:
             f"<td>{found.saliency[r]:.2f}</td></tr>" for r in range(len(at.boxes))
         ]  # fmt: skip
         head = "<tr><th>box</th><th>its word</th><th>cosine</th><th>saliency</th></tr>"
-        panel.text.value = f"Level {level}:<table>{head}{''.join(rows)}</table>"
+        panel.text.value = f"<div style='line-height: 1.4'>Level {level}:<table>{head}{''.join(rows)}</table></div>"
 
     @staticmethod
     def whole(panel: Panel) -> None:

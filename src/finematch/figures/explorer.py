@@ -64,12 +64,10 @@ def _marked(ax: Axes, picture: Image.Image, boxes: np.ndarray, labels: Sequence[
     for order, line in enumerate(draw.show_boxes(ax, shown, boxes, weights)):
         line.set_zorder(3 - 0.01 * order)
     for order, (label, (x1, y1, x2, y2)) in enumerate(zip(labels, boxes, strict=True)):
-        right, low = (
-            order % 2,
-            order // 2 % 2,
-        )  # boxes that lie on one another have their labels at other corners
+        right, low = order % 2, order // 2 % 2 == 1  # labels of boxes that lie on one another are at other corners
+        top = "top" if y1 < 0.06 * shown.height else "bottom"  # inside, where the image's edge would cut it off
         ax.text(x2 if right else x1, y2 if low else y1, draw.plain(label), fontsize=7, zorder=5, color=draw.INK,
-                ha="right" if right else "left", va="top" if low else "bottom",
+                ha="right" if right else "left", va="bottom" if low else top,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8})  # fmt: skip
 
 
@@ -192,8 +190,8 @@ def keyword_focus(picture: Image.Image, found, keyword: int, region: int) -> byt
         _marked(
             left, picture, found.boxes[shown], [f"{r + 1}: {found.similarity[r, keyword]:.2f}" for r in shown]
         )
-        many = f"the best {len(shown)} of {len(won)}" if len(won) > len(shown) else f"{len(won)}"
-        left.set_title(draw.plain(f"“{found.tokens[keyword]}” wins {many} proposals"))
+        few = f" (shown: the best {len(shown)})" if len(won) > len(shown) else ""
+        left.set_title(draw.plain(f"“{found.tokens[keyword]}” wins {len(won)} proposals{few}"))
         best = int(found.similarity[region].argmax())
         _marked(
             right, picture, found.boxes[[region]], [f"{region + 1}: {found.similarity[region, best]:.2f}"]
@@ -239,17 +237,15 @@ def level_focus(picture: Image.Image, found, level: int, region: int, most: int 
     def make(figure: Figure) -> None:
         at, size = found.levels[level], 8.5 if len(found.tokens) <= 20 else 7.0
         best = np.argsort(-at.scores, kind="stable")[:most]
-        ax = figure.add_axes([0.725, 0.42, 0.27, 0.46])
+        ax = figure.add_axes([0.725, 0.02, 0.27, 0.86])
         draw.show_words(ax, found.tokens, np.clip(found.looks[level].words, 0, None), size=size, smallest=3.0)
         ax.set_title("dark: a box fits the word", fontsize=8)
-        lines = [f"box {r + 1}: “{found.tokens[at.words[r]]}” {at.scores[r]:.2f}" for r in best]
-        figure.text(0.725, 0.36, draw.plain("\n".join(lines)), fontsize=7.5, va="top", linespacing=1.35)
         left, middle = figure.add_axes([0.01, 0.02, 0.34, 0.86]), figure.add_axes([0.37, 0.02, 0.34, 0.86])
         _marked(left, picture, at.boxes[best], [str(r + 1) for r in best], np.linspace(1, 0.5, len(best)))
         left.set_title(f"level {level}: the best {len(best)} of {len(at.boxes)} boxes", fontsize=8)
         _moved(middle, picture, found, level, region)
 
-    return png(make, 8.6, 3.2)
+    return png(make, 7.6, 2.85)
 
 
 def _moved(ax: Axes, picture: Image.Image, found, level: int, region: int) -> None:
