@@ -27,6 +27,9 @@ THREADS ?=
 GPUS ?=
 # boxes of a detector (COCO results), or FELGA's DETReg checkpoint, for all rows of a grid
 PROPOSALS ?=
+# runs with their weights in one archive: a file, or to open an address; folders of the runs to pack
+RELEASE ?= finematch-release.zip
+RUNS ?=
 # anything: runs of seconds, under names of their own; repeat finished runs
 SMOKE ?=
 FORCE ?=
@@ -46,7 +49,7 @@ LOCK = { if ls .snakemake/locks/* >/dev/null 2>&1; then \
   fi; exit 1; }
 WORKBOOK := papermill_runs/workbook
 
-.PHONY: help install git-filter notebooks workbook book test lab student handout teacher slides lesson-seeds bench screenshots data walk rehearse grid named unlock results lint lock clean
+.PHONY: help install git-filter notebooks workbook book test lab student handout teacher slides lesson-seeds release bench data walk rehearse grid named unlock results lint lock clean
 
 help:  ## list the commands
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,7 +86,9 @@ book: $(INSTALLED) notebooks  ## build a site of what was run, docs and results:
 test: $(INSTALLED)  ## run all tests (JOBS=2)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=agg $(BIN)/pytest -n $(JOBS) --dist worksteal
 
-lab: $(INSTALLED)  ## open JupyterLab on the map of the workbook, notebooks/0_start_here
+# What the archive holds and is not here yet is unpacked; where another run lies in its place, the lab opens without.
+lab: $(INSTALLED)  ## open JupyterLab on the map of the workbook, notebooks/0_start_here (RELEASE: trained runs)
+	-$(if $(wildcard $(RELEASE))$(filter http%,$(RELEASE)),$(BIN)/python -m finematch release --open '$(RELEASE)')
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/0_start_here.ipynb
 
 student: $(INSTALLED) notebooks  ## the lessons without solutions: handout/student
@@ -104,11 +109,11 @@ slides: $(INSTALLED) notebooks data  ## the lessons as slides that need no netwo
 	$(BIN)/python -m finematch slides handout/slides --data-root '$(DATA_ROOT)' || { \
 	  $(BIN)/pip install -q -e '.[slides]' && $(BIN)/python -m finematch slides handout/slides --data-root '$(DATA_ROOT)'; }
 
-screenshots: $(INSTALLED) notebooks  ## the explorer in JupyterLab on the newest runs: figures/explore.<method>.png
-	$(BIN)/python tests/lab.py figures
+release: $(INSTALLED)  ## pack trained runs with their weights into one archive (RELEASE, RUNS: one run a method)
+	$(BIN)/python -m finematch release '$(RELEASE)' $(RUNS)
 
-# Those that say nothing without somebody else's code, or outside a fresh clone, are called by hand: their first lines say how.
-BY_HAND := benchmarks/grounding.py benchmarks/workbook.py benchmarks/lessons.py
+# Those that say nothing without somebody else's code, or outside a fresh clone, or that change presets, are called by hand: their first lines say how.
+BY_HAND := benchmarks/grounding.py benchmarks/workbook.py benchmarks/lessons.py benchmarks/arena_step.py
 bench: $(INSTALLED)  ## measure speed and memory; results are written as data
 	for benchmark in $(filter-out $(BY_HAND),$(wildcard benchmarks/*.py)); do $(BIN)/python $$benchmark; done
 

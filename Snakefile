@@ -42,6 +42,8 @@ PROPOSALS = config.get("proposals", "")  # a file or folder of boxes, or FELGA's
 SMOKE = "-p smoke True" if config.get("smoke") else ""
 TABLE = f"figures/{GRID}.{DATASET}.{label(SCALE, smoke=bool(SMOKE))}"  # of both readings
 RUN = f"papermill_runs/{METHOD}/{{name}}.s{{seed}}"
+# the page that draws the table
+DRAWN_BY = "7_compare" if METHOD == "arena" else f"{METHOD}/3_ablations"
 PAPERMILL = f"{shlex.quote(sys.executable)} -m papermill --no-progress-bar --log-output"
 
 RESUME = f"-p resume {'fresh' if config.get('force') else 'replace'}"
@@ -98,7 +100,7 @@ rule table:
         notebook=f"papermill_runs/{METHOD}/{DATASET}.{label(SCALE, smoke=bool(SMOKE))}.{GRID}.ipynb",
     shell:
         "mkdir -p papermill_runs/{METHOD} figures && "
-        "{PAPERMILL} notebooks/{METHOD}/3_ablations.ipynb {log.notebook}"
+        "{PAPERMILL} notebooks/{DRAWN_BY}.ipynb {log.notebook}"
         " -p grid {GRID} -p dataset {DATASET} -p scale {SCALE} -p data_root {DATA_ROOT:q} {SMOKE}"
 
 

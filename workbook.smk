@@ -30,8 +30,10 @@ AFTER = {
     "slan/9_video": ["slan/2_train"],
     "mvam/3_ablations": ["mvam/2_train", "tiny_grid"],
     "tiny_grid": ["mvam/2_train"],
-    "8_explore": ["mvam/2_train"],
-    "9_scorecard": ["mvam/4_attention", "hslm/4_attention", "felga/4_retrieval", "slan/4_regions"],
+    "arena/2_train": ["mvam/1_lesson", "hslm/1_lesson"],
+    "7_compare": ["arena/2_train"],
+    "8_readings": [FIRST],
+    "9_scorecard": ["7_compare", "mvam/4_attention", "hslm/4_attention", "felga/4_retrieval", "slan/4_regions"],
 }
 # tasks that a run of slan/2_train is fine-tuned for; minutes each in full
 SMOKE = ("slan/5_captioning", "slan/6_localization", "slan/7_vqa", "slan/8_nlvr2", "slan/9_video")

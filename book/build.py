@@ -21,7 +21,8 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ("mvam", "hslm", "felga", "slan")
+METHODS = ("mvam", "hslm", "felga", "slan", "arena")
+LAST = "789"  # pages that begin so come after the methods
 RUN = "papermill_runs/workbook"
 FOLDED = '<details class="admonition solution"><summary class="admonition-title">Solution</summary>'
 
@@ -37,12 +38,17 @@ def notebooks(root: Path) -> dict[str, Path]:
     for path in (root / "papermill_runs").glob("*/*.*.*.ipynb"):
         dataset, scale, grid = path.stem.split(".", 2)
         if (root / "grids" / f"{grid}.csv").is_file() and "smoke" not in scale:
-            found[f"{path.parent.name}/3_ablations.{grid}.{dataset}.{scale}"] = path
+            found[f"{page_of_grids(path.parent.name)}.{grid}.{dataset}.{scale}"] = path
     place = {folder: number for number, folder in enumerate(("", *METHODS))}
     return {
         name: found[name]
-        for name in sorted(found, key=lambda one: (one[0] == "9", place[one.rpartition("/")[0]], one))
+        for name in sorted(found, key=lambda one: (one[0] in LAST, place[one.rpartition("/")[0]], one))
     }
+
+
+def page_of_grids(method: str) -> str:
+    """The page that draws the tables of a method's grids."""
+    return "7_compare" if method == "arena" else f"{method}/3_ablations"
 
 
 def committed(name: str, root: Path) -> Path:
@@ -112,7 +118,7 @@ def maker(path: str, root: Path, pages: list[str]) -> str:
     """The page that makes a figure: that of its grid, the one it is named after, or the one whose code names it."""
     key, *rest = Path(path).stem.split(".")
     if (root / "grids" / f"{key}.csv").is_file():
-        page_of_all = f"{key.partition('_')[0]}/3_ablations"
+        page_of_all = page_of_grids(key.partition("_")[0])
         own = ".".join([page_of_all, key, *rest[:2]]).removesuffix("-literal")
         return own if own in pages else page_of_all
     for name in pages:
@@ -168,10 +174,10 @@ def gallery(root: Path, pages: list[str]) -> str:
 
 def contents(root: Path, pages: list[str]) -> str:
     """The table of contents, for the front page."""
-    parts = {"Start": [f"notebooks/{name}" for name in pages if "/" not in name and name[0] != "9"]}
+    parts = {"Start": [f"notebooks/{name}" for name in pages if "/" not in name and name[0] not in LAST]}
     for method in METHODS:
         parts[method.upper()] = [f"notebooks/{name}" for name in pages if name.startswith(f"{method}/")]
-    parts["Results"] = [f"notebooks/{name}" for name in pages if name[0] == "9"] + [
+    parts["Results"] = [f"notebooks/{name}" for name in pages if name[0] in LAST] + [
         "RESULTS",
         "docs/findings",
     ]

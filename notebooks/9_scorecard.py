@@ -2,9 +2,10 @@
 # # The scorecard: every table of the papers, published beside measured
 #
 # **Papers** MVAM, HSLM, FELGA and SLAN. This page reads the metrics files of all finished runs and the tables that the pages `3_ablations` wrote,
-# shows them, counts the verdicts, and writes `RESULTS.md` and the generated lines of the README. No number on it, or in those files, was typed by hand.
+# shows them, counts the verdicts, and writes `RESULTS.md` and the generated lines of the README. No measured number on it, or in those files, was typed
+# by hand; the papers' numbers and statements are those of `src/finematch/published*.csv`.
 #
-# **Cost** seconds. **Expected** one line per claim and metric: *holds*, *contradicted*, *undecided* or *not run* under each reading, with its dataset, its
+# **Cost** under two minutes. **Expected** one line per claim and metric: *holds*, *contradicted*, *undecided* or *not run* under each reading, with its dataset, its
 # interval and its test.
 
 # %% tags=["parameters"]
@@ -25,11 +26,13 @@ p = parameters(globals(), scale={"tiny", "paper"}, seed=(0, 2**31))
 
 # %%
 import json
+import re
 
 import pandas as pd
 from IPython.display import SVG, Markdown, display
 
-from finematch import grids, tables as T
+from finematch import figures as F
+from finematch import grids, scorecard as S, stated, tables as T
 from finematch.runs import measured
 
 label = "smoke" if p.smoke else p.scale
@@ -39,6 +42,82 @@ TASKS = {
     "assignment_map": "description assignment", "assignment_expected": "description assignment, ties at random",
 }  # fmt: skip
 datasets, sections = p.dataset.split(","), {}
+
+
+def shown(text: str) -> Markdown:
+    """Text whose links are relative to the repository, on this page."""
+    return Markdown(re.sub(r"\]\((?=(?:papermill_runs|figures|notebooks|src|docs)/)", "](../", text))
+
+
+# %% [markdown]
+# ## Every table at a glance
+#
+# A line per table of a paper and per grid that measures it; the grids below a table ask more of it. A mark per claim and metric that the paper prints,
+# in the order of the claims below: ✓ *holds*, ✗ *contradicted*, ? *undecided*, · *not run*; = one run stands for both readings. *by chance* is how
+# many of the judged verdicts would be ✓, and as many ✗, if no difference were real. Tables 1 to 7 of SLAN's arXiv version repeat those of the ICCV
+# version under other numbers, but for cells whose notes say so.
+
+# %%
+lines, costs = S.read(datasets, p.scale, root() / p.out, smoke=p.smoke)
+pages = {}  # of each grid, the first of its whole tables
+for path in [f"{name}.{of}.{label}.md" for name in lines["grid"].unique() for of in datasets]:
+    if (root() / p.figures / path).is_file():
+        pages.setdefault(path.partition(".")[0], f"figures/{path}")
+at_a_glance = f"{S.glance(lines, costs, pages)}\n\n{S.total(lines)}"
+if not any(title.endswith("literal") and "paper scale" in title for title in S.columns_of(lines)):
+    at_a_glance += " Nobody has run a row at the paper's scale here."
+shown(at_a_glance)
+
+# %% [markdown]
+# ## The claims, published beside measured
+#
+# A claim is a difference of two rows. A cell has the difference, of measured numbers its 95 % interval, and both sides: mean ± standard deviation over
+# seeds. The small digits are the seeds; each leads to its metrics file, with protocol, minutes, machine and commit. Published and measured numbers come
+# from other data: compare signs and order, not levels. Without a table of the paper the metric is the grid's own. Plots have the claims on printed
+# metrics, published and measured in panels of their own.
+
+# %%
+claims_of = {}
+for paper in S.PAPERS:
+    claims_of[paper] = S.claims_table(paper, lines)
+    drawn = S.drawn(paper, lines)
+    display(shown(f"### {paper}\n\n{claims_of[paper]}"))
+    if len(drawn):
+        with F.style():
+            figure = F.intervals(drawn)
+            F.save(figure, root() / p.figures / f"scorecard.{paper.lower()}.svg")
+        display(figure)
+        claims_of[paper] += f"\n\n![Claims of {paper}: published and measured differences](figures/scorecard.{paper.lower()}.svg)"
+
+# %% [markdown]
+# ## What the papers' text says, recomputed
+#
+# Statements of the papers' running text, recomputed from the cells of their own tables (`src/finematch/published_text.csv` has each recipe). *agrees*
+# is within half a unit of the last digit stated; *agrees if cut off* is above by less than a unit. "all" and "most" count columns.
+
+# %%
+statements = stated.read()
+in_text = T.to_markdown(stated.in_text(statements))
+Markdown(in_text)
+
+# %% [markdown]
+# ## Where the papers contradict themselves
+#
+# By their ids in [the readings](../docs/readings.md): both numbers are of the paper's own cells or text, where the line names no other source.
+
+# %%
+contradictions = T.to_markdown(stated.contradictions(statements))
+Markdown(contradictions)
+
+# %% [markdown]
+# ## What the papers print besides numbers of runs
+#
+# HSLM's Figure 3, and the symbols of SLAN's Table 1.
+
+# %%
+symbols = stated.symbols().drop(columns=["paper", "table"])
+besides = f"HSLM, Figure 3:\n\n{T.to_markdown(stated.word_weights())}\n\nSLAN, Table 1:\n\n{T.to_markdown(symbols)}"
+Markdown(besides)
 
 # %% [markdown]
 # ## Every table
@@ -374,12 +453,21 @@ def anchor(title: str) -> str:
 
 
 if p.results:
-    contents = "\n".join(f"* [{title}](#{anchor(title)})" for title in sections)
+    card = {
+        "Scorecard": "A mark per claim and metric that the paper prints: ✓ *holds*, ✗ *contradicted*, ? *undecided*, · *not run*; = one run stands for "
+        "both readings. *by chance*: how many of the judged verdicts would be ✓, and as many ✗, if no difference were real. Tables 1 to 7 of SLAN's "
+        "arXiv version repeat those of the ICCV version under other numbers.\n\n" + at_a_glance,
+        **{f"Scorecard: the claims of {paper}": text for paper, text in claims_of.items()},
+        "What the papers' text says, recomputed": "From the cells of their own tables; `src/finematch/published_text.csv` has each recipe.\n\n" + in_text,
+        "Where the papers contradict themselves": contradictions,
+        "What the papers print besides numbers of runs": besides,
+    }  # fmt: skip
+    contents = "\n".join(f"* [{title}](#{anchor(title)})" for title in [*card, "Verdicts", *sections])
     parts = [
         "# Results",
         "Generated by `notebooks/9_scorecard` from the metrics files of finished runs (`make results`); nothing here is typed by hand. Numbers on "
         "`scenes` and `flickr8k` stand beside the papers' own data: compare the order of rows, not their absolute values.",
-        contents, "## Verdicts", "Every claim is judged under both readings of the papers, *default* (what works) and *literal* (the text); a cell "
+        contents, *(part for title, text in card.items() for part in (f"## {title}", text)), "## Verdicts", "Every claim is judged under both readings of the papers, *default* (what works) and *literal* (the text); a cell "
         "is \"default / literal\".", verdicts, "Decided on the main metric of each grid:", decided,
         "## Not run, and the line that runs it", not_run,
         *(part for title, text in sections.items() for part in (f"## {title}", text)),
@@ -392,4 +480,4 @@ if p.readme:
     print(f"{p.readme}: {'rewritten' if changed else 'as it was'}")
 
 # %% [markdown]
-# Previous: [8_explore](8_explore.ipynb)
+# Previous: [8_readings](8_readings.ipynb)

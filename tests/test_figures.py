@@ -75,7 +75,7 @@ def everything():
     figures.show_boxes(axes[0, 1], PICTURE, CELLS, EVEN, list("abcdef"))
     figures.show_words(axes[0, 2], ["a", "red", "star"], [0.1, 0.6, 0.3])
     figures.matrix(axes[0, 3], rng.random((3, 3)), list("abc"), label="overlap")
-    figures.compare_points(axes[1, 0], ["1", "8"], [1, np.nan], [2, 3], [0.1, np.nan])
+    figures.bars(axes[1, 0], ["1", "8"], {"a": [2, 3]})
     figures.bars(axes[1, 1], ["x", "y"], {"a": [1, 2], "b": [2, 1]})
     figures.retrieval_strip(axes[2], "a caption", lambda i: PICTURE, rng.random(9), 4)
     return figure
@@ -316,22 +316,6 @@ def test_small_cells_carry_no_numbers():
     assert not ax.texts
 
 
-def test_published_and_measured_points():
-    _, ax = plt.subplots()
-    figures.compare_points(
-        ax, ["1", "8", "16"], [47.5, 53.5, np.nan], [20, np.nan, 30], [0.5, np.nan, np.nan]
-    )
-    open_, filled = ax.lines[0], ax.containers[0].lines[0]
-    assert open_.get_markerfacecolor() == "white"
-    assert open_.get_marker() != filled.get_marker()
-    assert np.isnan(filled.get_ydata()[1])
-    (segments,) = ax.containers[0].lines[2]
-    heights = [np.ptp(path.vertices[:, 1]) for path in segments.get_paths()]
-    assert heights[0] == pytest.approx(1)
-    assert heights[2] == 0
-    assert {text.get_text() for text in ax.get_legend().get_texts()} == {"published", "measured, mean ± sd"}
-
-
 def test_bars_differ_in_hatch():
     _, ax = plt.subplots()
     figures.bars(ax, ["x", "y"], {"a": [1, 2], "b": [2, 1]}, errors={"a": [0.1, 0.1], "b": [0.2, 0.2]})
@@ -344,8 +328,6 @@ def test_bars_differ_in_hatch():
     [
         (figures.matrix, ([[1, 2]], ["a"])),
         (figures.matrix, ([[np.nan]], ["a"])),
-        (figures.compare_points, (["a"], [1, 2], [1])),
-        (figures.compare_points, (["a"], [1], [1], [-1])),
         (figures.bars, (["a"], {})),
         (figures.bars, (["a"], {"x": [1, 2]})),
         (figures.bars, (["a"], {str(k): [1] for k in range(9)})),
@@ -365,21 +347,48 @@ def a_table(rows=("1", "8", "16")):
     return pd.DataFrame(columns | {"R@1 measured sd": [1.0, np.nan, np.nan]})
 
 
+def test_published_and_measured_stand_in_panels_of_their_own():
+    """Each is titled with its data; the rows are the same, the scales are not."""
+    figure = figures.beside(
+        a_table(), ["R@1"], data=("COCO 1K, published", "scenes, 3 seeds"), rows="views", label="%"
+    )
+    left, right = figure.axes
+    assert [ax.get_title(loc="left") or ax.get_title() for ax in (left, right)] == [
+        "R@1\nCOCO 1K, published", "R@1\nscenes, 3 seeds",
+    ]  # fmt: skip
+    assert [text.get_text() for text in left.get_yticklabels()] == ["1", "8", "16"]
+    assert left.get_ylim() == right.get_ylim() == (2.5, -0.5), "the first row is on top in both"
+    assert left.get_xlim() != right.get_xlim()
+    (diamonds,) = left.lines
+    assert list(diamonds.get_xdata())[:2] == [40, 45]
+    assert diamonds.get_markerfacecolor() == "white"
+    (points,) = (bar.lines[0] for bar in right.containers)
+    assert list(points.get_xdata())[::2] == [50, 55]
+    assert not set(diamonds.get_xdata()) & set(points.get_xdata())
+    (spread,) = right.containers[0].lines[2]
+    assert next(np.ptp(path.vertices[:, 0]) for path in spread.get_paths()) == pytest.approx(2)
+    assert (left.get_ylabel(), left.get_xlabel()) == ("views", "%")
+
+
 def test_a_table_is_drawn_with_every_seed_and_a_random_order():
     runs = {"R@1": {"1": [49.0, 51.0], "16": [55.0]}}
     dashes = {"R@1": ("contrast", [48.0, np.nan, 54.0])}
-    figure = figures.beside(
-        a_table(), ["R@1"], runs=runs, dashes=dashes, lines={"R@1": 5.0}, xlabel="views", ylabel="%"
-    )
-    (ax,) = figure.axes
-    dots = np.concatenate(
-        [np.asarray(dots.get_offsets()) for dots in ax.collections if len(dots.get_offsets())]
-    )
-    assert {(0, 49), (0, 51), (2, 55)} <= {(round(x), round(y)) for x, y in dots}
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "8", "16"]
+    figure = figures.beside(a_table(), ["R@1"], runs=runs, dashes=dashes, lines={"R@1": 5.0})
+    left, right = figure.axes
+    assert len(left.lines) == 1, "what was measured stands in the other panel alone"
+    (dots,) = [line for line in right.lines if line.get_label() == "one seed"]
+    assert set(zip(dots.get_xdata(), dots.get_ydata(), strict=True)) == {(49, 0), (51, 0), (55, 2)}
     said = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert set(said) == {"published", "measured, mean ± sd", "contrast", "a random order"}
-    assert (ax.get_xlabel(), ax.get_title()) == ("views", "R@1")
+    assert said[:2] == ["published", "measured, mean ± sd"]
+    assert set(said[2:]) == {"contrast", "a random order", "one seed"}
+
+
+def test_a_panel_without_numbers_is_left_out():
+    frame = a_table().assign(**{"R@1 published": np.nan})
+    (ax,) = figures.beside(frame, ["R@1"]).axes
+    assert (ax.get_title(loc="left") or ax.get_title()) == "R@1\nmeasured"
+    frame = frame.assign(**{"R@1 measured": np.nan})
+    assert len(figures.beside(frame, ["R@1"]).axes) == 1, "nothing published, nothing run: an empty panel"
 
 
 def test_a_table_gives_the_same_bytes_twice(tmp_path):
@@ -397,8 +406,9 @@ def test_intervals_show_each_verdict_by_marker_and_colour():
          "lower": [1.0, -3.0, -1.0, np.nan], "upper": [3.0, -1.0, 1.2, np.nan],
          "verdict": ["holds", "contradicted", "undecided", "not run"]}
     )  # fmt: skip
-    figure = figures.intervals(frame)
+    figure = figures.intervals(frame, data="scenes, 3 seeds")
     (ax,) = figure.axes
+    assert (ax.get_title(loc="left") or ax.get_title()) == "rsum\nscenes, 3 seeds"
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "c"], (
         "what was not run is left out"
     )

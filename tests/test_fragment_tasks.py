@@ -121,13 +121,13 @@ def test_the_gallery_holds_what_a_run_is_measured_on(data):
     assert len(annotated.phrases) == 12
     assert annotated.regions is gallery.regions, "scenes' annotated images are those of the gallery"
     assert (gallery.name, annotated.name) == ("scenes test", "scenes test")
-    assert (data.width, B.vectors(gallery.boxes)) == (16, 1)
+    assert (data.features, B.vectors(gallery.boxes)) == (16, 1)
     assert [gallery.classes.texts[i] for i in gallery.classes.index[:, 0]] == list(CATEGORIES)
 
 
 def test_features_that_are_not_the_runs_are_refused(reopen, vlp):
     weights = open_vlp(vlp).key["weights"][:8]
-    assert reopen(vlp_weights=weights, proposals_by="grid").width == 16
+    assert reopen(vlp_weights=weights, proposals_by="grid").features == 16
     with pytest.raises(DataError, match=rf"vlp_weights.*'0000', '{weights}'.*2_train"):
         reopen(vlp_weights="0000")
 
@@ -481,7 +481,7 @@ def test_equal_crops_and_texts_tie_exactly_wherever_they_stand(monkeypatch):
 
 def test_which_rows_take_all_vectors(reopen, blip2, several, data, cache):
     names = lambda: sorted(p.name for p in (cache / "scenes" / "fragments").iterdir())  # noqa: E731
-    assert (B.vectors(several.gallery.boxes), several.width) == (Q, 12)
+    assert (B.vectors(several.gallery.boxes), several.features) == (Q, 12)
     whole = reopen(vlp=str(blip2), features="whole").gallery
     for fragments in (
         several.gallery.regions,

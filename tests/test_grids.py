@@ -300,6 +300,32 @@ def test_rows_that_read_boxes_wait_for_them(book):
     assert found == {"cells": ["grid"], "boxes": ["'my boxes.json'"], "plain": []}
 
 
+def test_on_another_data_set_a_task_builds_on_another_grid(book):
+    """`[on.<pattern>.cells.<row>]` names the run there; where that reads a detector's boxes, the task waits for them
+    too, and they are given to that run alone."""
+    write_grid(book, "toy_drawn", "name\nbase\n")
+    write_grid(book, "toy_mine", "name,proposals\nboxes,{PROPOSALS}\n")
+    write_grid(book, "toy_task", "name,pretrained\nsay,{run:base}\n", page='"5_say"', builds_on='"toy_drawn"')
+    toml = book / "grids" / "toy_task.toml"
+    plain = toml.read_text()
+    cells = '[on."photos*".cells.say]\npretrained = "{run:boxes}"\n'
+    toml.write_text(f'{plain}\n[on."photos*"]\nbuilds_on = "toy_mine"\n{cells}')
+    rows = [grid("toy_task", dataset, folder=book / "grids") for dataset in ("scenes", "photos8k")]
+    assert [one.linked for one in rows] == [("base",), ("boxes",)]
+    assert [one.boxes for one in rows] == [(), ("say", "boxes")]
+    on = {"grid": "toy_task", "dataset": "photos8k", "seeds": "0"}
+    given = snakemake(book, "-n", "--cores", "1", **on, proposals="boxes.json")
+    lines = {re.search(r"tiny\.(\w+)\.s0", line)[1]: line for line in given.stdout.splitlines() if "-p seed" in line}
+    assert "-p proposals boxes.json" in lines["boxes"]
+    assert "proposals" not in lines["say"]
+    assert "-p pretrained papermill_runs/toy/photos8k.tiny.boxes.s0" in lines["say"]
+    without = snakemake(book, "-n", "--cores", "1", **on)
+    assert "): say, boxes" in without.stderr
+    toml.write_text(f'{plain}\n[on."photos*".cells.tell]\npretrained = "x"\n')
+    with pytest.raises(DataError, match=r"\[cells.tell\]: is no row"):
+        grid("toy_task", "photos8k", folder=book / "grids")
+
+
 @pytest.mark.parametrize("seeds", ["0,1,0", "0-2"])
 def test_seeds_that_are_not_different_numbers_are_refused(book, seeds):
     write_grid(book, "mvam_mine", "name,views\none,16\n")

@@ -1,7 +1,6 @@
 """The walls of the house: imports go one way, no machine's paths, what git keeps of runs, grids resolve."""
 
 import ast
-import csv
 import json
 import os
 import re
@@ -12,14 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from finematch import grids
+
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "src" / "finematch"
 MODULES = sorted(LIBRARY.rglob("*.py"))
-METHODS = {"mvam", "hslm", "felga", "slan"}
+METHODS = {"mvam", "hslm", "felga", "slan", "rivals"}
 BOTTOM = {"boxes", "files", "hold", "text", "losses", "config"}  # import nothing of ours
 TOP = {"checkpoints", "training", "evaluation", "tables", "figures", "features", "runs"}
 # open a run again, or before it is run, or run a student's answer beside the library: they know the models by name
-OPENERS = {"rebuild", "explore", "search", "widgets", "rehearsal", "exercises", "lessons"}
+OPENERS = {"rebuild", "explore", "search", "rehearsal", "exercises", "lessons", "arena"}
 MIDDLE = {"data", "encoders", "scenes"}  # stand on the bottom alone
 GRIDS = sorted((ROOT / "grids").glob("*.csv"))
 
@@ -206,8 +207,8 @@ def test_committed_runs_name_no_place_of_a_machine():
 )
 def test_a_grid_resolves_to_its_runs(grid, profile):
     """A dry run lists rows x seeds runs and one table, at every row's own cells."""
-    with grid.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    one = grids.grid(grid.stem, "flickr8k")
+    rows = [{"name": name, **cells} for name, cells in one.rows.items()]
     command = [
         sys.executable,
         "-m",
@@ -218,18 +219,14 @@ def test_a_grid_resolves_to_its_runs(grid, profile):
         "--forceall",
     ]
     command += ["--config", f"grid={grid.stem}", "seeds=0,1", "dataset=flickr8k", "scale=paper"]
-    command += ["proposals=boxes.json"] if "{PROPOSALS}" in grid.read_text() else []
+    command += ["proposals=boxes.json"] if one.boxes else []
     if profile == "slurm":  # its executor is a plugin that only a cluster needs
         command += ["--executor", "local", "--cores", "1"]
     dry = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     said = dry.stdout + dry.stderr
     assert dry.returncode == 0, said
-    cells = [
-        cell for row in rows for cell in row.values()
-    ]  # runs of another grid that rows build on come too
-    built_on = {name for cell in cells for name in re.findall(r"\{run:([^}]*)\}", cell)}
-    built_on -= {row["name"] for row in rows}
-    assert set(re.findall(r"^run +(\d+)$", said, re.M)) == {str(2 * (len(rows) + len(built_on)))}, said
+    runs = 2 * (len(rows) + len(one.linked))  # those of another grid that rows build on come too
+    assert set(re.findall(r"^run +(\d+)$", said, re.M)) == {str(runs)}, said
     assert set(re.findall(r"^table +(\d+)$", said, re.M)) == {"1"}
     for row in rows:
         for seed in (0, 1):

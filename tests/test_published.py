@@ -19,7 +19,7 @@ TASKS = [
 ABLATED = ["COCO i2t@1", "COCO t2i@1", "Flickr30k i2t@1", "Flickr30k t2i@1"]
 # cells a table has, counted in the paper: methods x columns less the cells that print "-"
 CELLS = {
-    "HSLM": {"1": 19 * 7 - 2, "2": 19 * 7 - 2, "3": 12 * 7 - 2, "4": 12 * 7},
+    "HSLM": {"1": 19 * 7 - 2, "2": 19 * 7 - 2, "3": 12 * 7 - 2, "4": 12 * 7, "Figure 3": 2 * (6 + 9 + 11 + 12 + 13)},
     "FELGA": {"1": 6 * 4, "2": 6 * 4, "3": 6 * 4, "4": 3 * 4, "5": 6 * 4},
     "SLAN": {
         "2": 5 * 13,
@@ -162,6 +162,23 @@ def test_hslm_ablation_has_twelve_lines_with_their_modules():
     assert rsum["2"] - rsum["1"] == pytest.approx(6.5)  # the text's gain of self-attention ...
     assert rsum["3"] - rsum["1"] == pytest.approx(7.7)  # ... and of the MGCN
     assert rsum.idxmax() == "12"
+
+
+def test_figure_3_of_hslm_has_102_weights():
+    """Words as the figure has them; sentences are normalised, but for two rows; equal words weigh the same before."""
+    frame = published("HSLM", "Figure 3")
+    assert len(frame) == 102
+    totals = frame.groupby("row")["value"].sum()
+    odd = totals[(totals - 1).abs() > 0.012]
+    assert odd.round(3).to_dict() == {"caption 1 before": 0.979, "caption 2 before": 0.919}
+    before = frame[frame["row"] == "caption 5 before"].set_index("column")["value"]
+    assert before["4 man"] == before["10 man"] == 0.266
+    after = frame[frame["row"] == "caption 1 after"].set_index("column")["value"]
+    assert list(after.index) == ["1 A", "2 man", "3 is", "4 sharpening", "5 a", "6 knife"]
+    assert after.idxmax() == "4 sharpening"
+    for caption in range(1, 6):
+        words = [frame[frame["row"] == f"caption {caption} {when}"]["column"].tolist() for when in ("before", "after")]
+        assert words[0] == words[1]
 
 
 # --- FELGA

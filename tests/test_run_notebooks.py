@@ -46,7 +46,9 @@ ORDER = [
     "slan/7_vqa",
     "slan/8_nlvr2",
     "slan/9_video",
-    "8_explore",
+    "arena/2_train",
+    "7_compare",
+    "8_readings",
     "9_scorecard",
 ]
 SOURCES = {str(path.relative_to(NOTEBOOKS).with_suffix("")) for path in NOTEBOOKS.rglob("*.py")} - {"build"}
@@ -222,6 +224,27 @@ def test_a_folder_never_mixes_two_runs(folder, tmp_path):
     train("fresh", tau=0.5, out=one.parent, resume="fresh")
     again = json.loads(one.read_text())
     assert (again["metrics"], again["identity"]) == (second["metrics"], second["identity"])
+
+
+def test_the_arena_compares_the_runs_that_are_there(folder, tmp_path):
+    """Two entrants under the names of the grid, one of which ranks again what the other finds: tables and pictures."""
+    runs, shared = tmp_path / "arena", {"smoke": True, "cache": folder / "cache"}
+    runs.mkdir()
+    for row, given in (("two-stream", {}), ("scan", {"shortlist": runs / "scenes.smoke.two-stream.s0"})):
+        ran("arena/2_train", runs / f"scenes.smoke.{row}.s0", **shared, entrant=row, **given)
+    found = json.loads((runs / "scenes.smoke.scan.s0" / "metrics.json").read_text())["metrics"]
+    assert {"short_rsum", "short_ms_query_1000", "ms_query_5000", "grounding_pointing_after"} <= set(found)
+    given = {"smoke": True, "out": runs, "felga": tmp_path / "none", "figures": tmp_path / "figures"}
+    run_notebook("7_compare", tmp_path / "compare", given)
+    made = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {f"arena_main.scenes.smoke.{kind}" for kind in ("csv", "md", "svg")} <= made
+    assert "compare_looks.arena_main.scenes.smoke.png" in made
+    page = nbformat.read(tmp_path / "compare.ipynb", as_version=4)
+    said = " ".join(str(o.get("data", "")) for cell in page.cells for o in cell.get("outputs", []))
+    assert "rsum, re-ranked" in said
+    run = open_run(runs / "scenes.smoke.scan.s0")
+    assert run.status == "current"
+    assert not run.model.training
 
 
 @pytest.fixture

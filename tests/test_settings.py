@@ -10,7 +10,7 @@ from finematch.models import configs
 
 CONFIGS = {
     "mvam": [configs.MVAMConfig], "hslm": [configs.HSLMConfig], "felga": [configs.FELGAConfig],
-    "slan": [configs.LocatorConfig, configs.SLANConfig],
+    "slan": [configs.LocatorConfig, configs.SLANConfig], "arena": [],
 }  # fmt: skip
 TASKS = {
     "slan_localization": [configs.LocalizationConfig],

@@ -24,7 +24,8 @@ from finematch.data import load, splits
 from finematch.data.pairs import MapSource
 from finematch.data.precomp import Regions
 from finematch.data.record import DataError, Object, Record
-from finematch.features.inputs import boxed_images, frozen_network, map_images, pixel_images
+from finematch.features.backbones import timm_backbone
+from finematch.features.inputs import boxed_images, frozen_network, labelled_images, map_images, pixel_images
 from finematch.models.configs import LocatorConfig
 from finematch.models.slan.detector import (
     PLAN,
@@ -593,6 +594,17 @@ def test_boxes_come_from_the_images_that_a_run_trains_on(tmp_path):
     train = BoxedImages(images["train"], boxes["train"])
     assert len(train) == 3
     assert train.__getitems__([0, 2])["picture"]["pixels"].shape == (2, 3, 32, 32)
+    network = timm_backbone("test_resnet", size=96)  # kept maps lie beside a line of text; COCO's records have none
+
+    def see(records):
+        return map_images(records, network, tmp_path / "cache", stages=1, echo=None)
+
+    assert len(boxed_images("flickr30k", root, {}, see)[0]["val"]) == 3
+    parts, ids = labelled_images("flickr30k", root, {}, see)
+    source, labelled, rows = parts["train"]
+    assert len(source) == len(labelled) == len(rows) == 3
+    assert labelled[0].captions == ()
+    assert set(ids) >= {one.category for record in labelled for one in record.objects}
     (root / "coco" / "annotations" / "instances_val2017.json").unlink()
     with pytest.raises(DataError, match="instances"):
         boxed_images("flickr30k", root, {}, lambda records: pixel_images(records, 32))

@@ -73,16 +73,16 @@ from finematch.models import felga
 # | $N$ | a number | pairs of a batch: image $n$ and text $n$ | `b` images, `c` texts | [3](#fragments) |
 # | $\bar m^v_n$, $\bar m^t_n$ | numbers | region proposals of image $n$, keywords of text $n$ | `r`, `k`, and masks | [3](#fragments) |
 # | $f_{\bar v}$, $f_{\bar t}$ | `b r d`, `b k d` | frozen features of regions and keywords | `f_v`, `f_t` | [3](#fragments) |
-# | $d(x, y)$ | a number | cosine of two vectors | [`cosine`](../../src/finematch/models/felga.py#L30), [`affinity`](../../src/finematch/models/felga.py#L117) | [4](#example) |
+# | $d(x, y)$ | a number | cosine of two vectors | [`cosine`](../../src/finematch/models/felga.py#L31), [`affinity`](../../src/finematch/models/felga.py#L118) | [4](#example) |
 # | $L$ | `b r c k` | what belongs together in truth (Eq. 1) | [`Bench.truth`](../../src/finematch/lessons/felga.py#L116) | [1](#problem) |
-# | $\bar L$ | `b r k` | pseudo-labels of fragments (Eq. 3 to 6) | [`dense`](../../src/finematch/models/felga.py#L42), [`sparse`](../../src/finematch/models/felga.py#L47), [`dynamic`](../../src/finematch/models/felga.py#L57) | [5](#labels) |
-# | $\bar L^{global}$ | `b c` | label of an image and a text (Eq. 7) | [`global_labels`](../../src/finematch/models/felga.py#L83) | [6](#global-label) |
-# | $\hat f_{\bar v}$, $\hat f_{\bar t}$ | `b r e`, `b k e` | embeddings, unit vectors (Eq. 8) | [`FENet`](../../src/finematch/models/felga.py#L89) | [7](#fenet) |
-# | $\hat S$ | `b r c k` | cosines of all fragments of a batch (Eq. 9) | [`affinity`](../../src/finematch/models/felga.py#L117) | [8](#affinity) |
-# | $L_{con\_l}$, $\lambda_1$ | numbers | loss of fragments (Eq. 10), its margin | [`lifted`](../../src/finematch/models/felga.py#L147), `lambda1` | [9](#fragment-loss) |
-# | $d(I, T)$ | `b c` | cosine of the best fragments (Eq. 11) | [`global_affinity`](../../src/finematch/models/felga.py#L126) | [10](#pair-loss) |
-# | $L_{con\_g}$, $\lambda_2$ | numbers | loss of pairs (Eq. 12), its margin | [`lifted`](../../src/finematch/models/felga.py#L147), `lambda2` | [10](#pair-loss) |
-# | $L$ of Eq. 13, $\lambda_3$ | numbers | the sum, the weight of its second term | [`FELGA`](../../src/finematch/models/felga.py#L215), `lambda3` | [11](#sum) |
+# | $\bar L$ | `b r k` | pseudo-labels of fragments (Eq. 3 to 6) | [`dense`](../../src/finematch/models/felga.py#L43), [`sparse`](../../src/finematch/models/felga.py#L48), [`dynamic`](../../src/finematch/models/felga.py#L58) | [5](#labels) |
+# | $\bar L^{global}$ | `b c` | label of an image and a text (Eq. 7) | [`global_labels`](../../src/finematch/models/felga.py#L84) | [6](#global-label) |
+# | $\hat f_{\bar v}$, $\hat f_{\bar t}$ | `b r e`, `b k e` | embeddings, unit vectors (Eq. 8) | [`FENet`](../../src/finematch/models/felga.py#L90) | [7](#fenet) |
+# | $\hat S$ | `b r c k` | cosines of all fragments of a batch (Eq. 9) | [`affinity`](../../src/finematch/models/felga.py#L118) | [8](#affinity) |
+# | $L_{con\_l}$, $\lambda_1$ | numbers | loss of fragments (Eq. 10), its margin | [`lifted`](../../src/finematch/models/felga.py#L148), `lambda1` | [9](#fragment-loss) |
+# | $d(I, T)$ | `b c` | cosine of the best fragments (Eq. 11) | [`global_affinity`](../../src/finematch/models/felga.py#L127) | [10](#pair-loss) |
+# | $L_{con\_g}$, $\lambda_2$ | numbers | loss of pairs (Eq. 12), its margin | [`lifted`](../../src/finematch/models/felga.py#L148), `lambda2` | [10](#pair-loss) |
+# | $L$ of Eq. 13, $\lambda_3$ | numbers | the sum, the weight of its second term | [`FELGA`](../../src/finematch/models/felga.py#L216), `lambda3` | [11](#sum) |
 #
 # <a id="problem"></a>
 #
@@ -151,7 +151,7 @@ assert best[0] > best[1]
 #
 # ## 2. The model in one diagram
 #
-# The next cell runs [`FELGA`](../../src/finematch/models/felga.py#L215) on a tiny batch whose sizes are all
+# The next cell runs [`FELGA`](../../src/finematch/models/felga.py#L216) on a tiny batch whose sizes are all
 # different, and records the shape of every tensor. Two pairs (`b` = 2) have three regions (`r`) and five keywords
 # (`k`) each. The features have the width `d` = 7, the hidden layers `h` = 13, and the embeddings `e` = 11.
 
@@ -305,10 +305,10 @@ NAMES = ["a dog", "b ball", "c cat"], ["p dog", "q sofa", "r cat"]
 #
 # ## 5. Pseudo-labels of fragments (3.2.2, Eq. 3 to 6)
 #
-# The paper guesses Eq. 1 from the frozen features in three ways: [`dense`](../../src/finematch/models/felga.py#L42),
-# [`sparse`](../../src/finematch/models/felga.py#L47) and [`dynamic`](../../src/finematch/models/felga.py#L57). Each
+# The paper guesses Eq. 1 from the frozen features in three ways: [`dense`](../../src/finematch/models/felga.py#L43),
+# [`sparse`](../../src/finematch/models/felga.py#L48) and [`dynamic`](../../src/finematch/models/felga.py#L58). Each
 # gives [pseudo-labels](../../docs/glossary.md) $\bar L$ of the shape `b r k`, one for each region and keyword of a
-# pair. Between different pairs all labels are 0. [`batch_labels`](../../src/finematch/models/felga.py#L66) writes the
+# pair. Between different pairs all labels are 0. [`batch_labels`](../../src/finematch/models/felga.py#L67) writes the
 # labels of the pairs into the matrix of the whole batch (`b r c k`), with these zeros.
 #
 # | | $\bar L_{ij} = 1$ if $i$ and $j$ are of one pair and | the assumption |
@@ -511,7 +511,7 @@ check("felga.third", "more", felga.dynamic(three, with_third)[0])
 # $k$ numbers the images and $l$ the texts of a batch, so the matrix has the shape `b c`. Image $k$ goes with text
 # $k$. This is the only label of FELGA that is *known* to be right, because it is the pairing itself. MVAM's
 # contrastive loss has the same label. What differs is how an image and a text are compared (section 10). The
-# library's function is [`global_labels`](../../src/finematch/models/felga.py#L83).
+# library's function is [`global_labels`](../../src/finematch/models/felga.py#L84).
 
 # %%
 pair_label = felga.global_labels(3)
@@ -526,7 +526,7 @@ lesson.draw_matrices({"label of pairs, N = 3": pair_label}, ["image 1", "image 2
 # $$\hat F_{\bar V} = \mathrm{FENet}(F_{\bar V}), \qquad \hat F_{\bar T} = \mathrm{FENet}(F_{\bar T}) \quad (8)$$
 #
 # $F_{\bar V}$ (`b r d`) and $F_{\bar T}$ (`b k d`) are the frozen features, $\hat F_{\bar V}$ (`b r e`) and
-# $\hat F_{\bar T}$ (`b k e`) the embeddings. [`FENet`](../../src/finematch/models/felga.py#L89) has three linear
+# $\hat F_{\bar T}$ (`b k e`) the embeddings. [`FENet`](../../src/finematch/models/felga.py#L90) has three linear
 # layers, $d \to 4096 \to 4096 \to 512$. ReLU and dropout stand between them, and the result is scaled to length one.
 # One network serves regions and keywords, because Eq. 8 has one symbol for both. With `fenet="separate"` each
 # modality has its own (F12).
@@ -637,7 +637,7 @@ check("felga.relu", rho)
 #
 # $\hat F_{\bar V}$ are the embeddings of all regions of a batch, one a row, and $\hat F_{\bar T}$ those of all
 # keywords. $\hat S$ (`b r c k`, `similarity` in the code) holds their cosines. Eight pairs of ten regions and ten
-# keywords give an 80 × 80 matrix. The library's function is [`affinity`](../../src/finematch/models/felga.py#L117).
+# keywords give an 80 × 80 matrix. The library's function is [`affinity`](../../src/finematch/models/felga.py#L118).
 # The picture is the example; a frame is around the places within a pair.
 #
 # The paper gives the range $[0, 1]$. But a cosine goes down to −1, and FENet's last layer has no ReLU (F7).
@@ -658,7 +658,7 @@ lesson.draw_matrices({"cosines (Eq. 9)": d}, *NAMES, label="d", pairs=own)
 #
 # $i$ numbers the regions and $j$ the keywords of the whole batch. $\bar L_{ij}$ is the pseudo-label of section 5
 # (`positive`), $d$ the cosine of Eq. 9 (`similarity`), and $\lambda_1$ a number (`margin`). The library's function is
-# [`lifted`](../../src/finematch/models/felga.py#L147).
+# [`lifted`](../../src/finematch/models/felga.py#L148).
 #
 # The inner sums have no index of their own. As printed they run over *all* positives and *all* negatives. Then the
 # bracket is a single number, and the outer sums only multiply it by the number of places, 6,400 for eight pairs of
@@ -824,9 +824,9 @@ check("felga.limit", limit)
 # \quad (12)$$
 #
 # In Eq. 11 $i$ runs over the regions of image $k$, and $j$ over the keywords of text $l$. The result has the shape
-# `b c`. [`global_affinity`](../../src/finematch/models/felga.py#L126) returns it, with a mask of the pairs that have
+# `b c`. [`global_affinity`](../../src/finematch/models/felga.py#L127) returns it, with a mask of the pairs that have
 # fragments at all. $\bar L_{kl}$ is Eq. 7, and $\lambda_2$ a number. Eq. 12 is
-# [`lifted`](../../src/finematch/models/felga.py#L147) again. By hand:
+# [`lifted`](../../src/finematch/models/felga.py#L148) again. By hand:
 #
 # | $d(I, T)$ | text 1: p | text 2: q, r | bracket of the row, $\lambda_2 = ½$ |
 # |---|---|---|---|
@@ -1499,7 +1499,7 @@ if usual:
 # **False negatives of pairs.** Eq. 7 calls all other texts of a batch wrong, and Eq. 11 takes the best fragments of
 # such a pair. Often these truly belong together, because the other text says "red" as well. The default
 # `global_negatives="distinct"` (F26) leaves out the texts that share a keyword with the image's own text
-# ([`share_keyword`](../../src/finematch/models/felga.py#L141)). The cell counts in the batch of section 3 how many of
+# ([`share_keyword`](../../src/finematch/models/felga.py#L142)). The cell counts in the batch of section 3 how many of
 # the winning fragments are right by Eq. 1.
 
 # %%

@@ -67,6 +67,7 @@ momentum: float = None  # momentum of SGD; default 0.9
 weight_decay: float = None  # weight decay of SGD; default 0.0005
 precision: str = None  # mixed precision; auto: bf16 if a GPU has it: auto | no | bf16 | fp16; default auto
 threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number
+tracker: str = ""  # shows losses and metrics: tensorboard, wandb, mlflow, trackio, comet_ml or aim; empty: none
 
 # %% jupyter={"source_hidden": true}
 from finematch.config import located, root, settings
@@ -329,7 +330,7 @@ if trained:
     plan = Plan(epochs=s.epochs, batch_size=s.batch_size, lr=s.lr, optimizer="sgd", momentum=s.momentum,
                 weight_decay=s.weight_decay, schedule="step", milestones=(s.milestone,), precision=run.precision,
                 seed=s.seed)  # fmt: skip
-    summary = fit(model, data, plan, run.folder, identity=run.digest)
+    summary = fit(model, data, plan, run.folder, identity=run.digest, tracker=s.tracker)
 else:
     print(f"features={s.features!r}: nothing is trained")
 leave_to_first()  # of several processes (torchrun); else nothing

@@ -23,7 +23,7 @@
 # |:--|:--|
 # | `close(a, b)`, `refused(product)` | whether two results agree; whether the shapes of a product do not fit |
 # | `full(x)`, `fill(layer, weight)` | a mask without padding; writes weights that we choose into a layer |
-# | `tiny(seed)`, `batch_of(n)` | an untrained [`HSLM`](../../src/finematch/models/hslm.py#L544) of very small widths; random images and captions for it |
+# | `tiny(seed)`, `batch_of(n)` | an untrained [`HSLM`](../../src/finematch/models/hslm.py#L516) of very small widths; random images and captions for it |
 # | `rate(scorer, regions, words)` | the logits of images with captions |
 # | `one` | the example of section 1; `one.spoken` holds the captions of 200 images as word ids |
 # | `encoder.stages(...)` | $E$, then $E_f$, then the mask of real words: `[1]` is $E_f$ |
@@ -33,20 +33,20 @@
 # | $b$, $c$ | | number of images, of captions | axes `b`, `c` | [2](#model) |
 # | $N$, $M$ | | [regions](../../docs/glossary.md) of an image, words of a caption | axes `n`, `l` | [2](#model) |
 # | $d$, $e$, $s$ | | width of the joint space ($d_1$ in the paper), of a word embedding ($d_2$), of a similarity vector | `width`, `embed`, `sim` | [2](#model) |
-# | $E$ | $M \times e$ | word embeddings | [`WordEncoder.stages`](../../src/finematch/models/hslm.py#L227) | [3](#words) |
-# | $E_K$, $E_Q$, $E_V$ | $M \times e$ | keys, queries, values of the words | [`WordSelfAttention`](../../src/finematch/models/hslm.py#L62) | [3](#words) |
-# | $E_f$ | $M \times e$ | words after self-attention | [`WordSelfAttention`](../../src/finematch/models/hslm.py#L62) | [3](#words) |
-# | $R$, $R_g^l$, $R^*$ | $N \times d$ | regions before the graph, after layer $l$, after the last layer | [`RegionEncoder`](../../src/finematch/models/hslm.py#L178), `Picture.regions` | [4](#graph) |
-# | $A$ | $N \times N$ | relations between regions; $M \times M$ between words | [`GraphLayer`](../../src/finematch/models/hslm.py#L121) | [4](#graph) |
-# | $E^*$, its rows $t_j$ | $M \times d$ | words after the graph and the GRU | [`WordEncoder`](../../src/finematch/models/hslm.py#L199), `Caption.words` | [5](#order) |
-# | $f$ | $M \times N$ | how strongly each word looks at each region | [`PairScorer.relate`](../../src/finematch/models/hslm.py#L460) | [6](#cross) |
-# | $R_a^*$ | $M \times d$ | contexts: what each word sees of the image | [`PairScorer.tile`](../../src/finematch/models/hslm.py#L348) | [6](#cross) |
-# | $S_L$ | $M \times s$ | local similarity vectors, one for each word | [`PairScorer.similarity`](../../src/finematch/models/hslm.py#L510) | [7](#score) |
-# | $\hat E^*$, $\hat R_a^*$ | $d$ | global vectors of the caption and of the image | [`SelfAttentionPooling`](../../src/finematch/models/hslm.py#L245) | [7](#score) |
-# | $S_G$ | $s$ | global similarity vector | [`PairScorer.similarity`](../../src/finematch/models/hslm.py#L510) | [7](#score) |
-# | $S_A$, $S_F$ | $s$, $1$ | the gathered similarity vector, and the score, a logit | [`PairScorer.fuse`](../../src/finematch/models/hslm.py#L515) | [7](#score) |
-# | $S(I, C)$ | $1$ | score of image $I$ and caption $C$ in the loss | [`HSLM.squash`](../../src/finematch/models/hslm.py#L659) | [8](#loss) |
-# | $B$, $\beta$ | | pairs of a batch, margin of the loss | axis `b`, `margin` of [`hinge`](../../src/finematch/models/hslm.py#L732) | [8](#loss) |
+# | $E$ | $M \times e$ | word embeddings | [`WordEncoder.stages`](../../src/finematch/models/hslm.py#L228) | [3](#words) |
+# | $E_K$, $E_Q$, $E_V$ | $M \times e$ | keys, queries, values of the words | [`WordSelfAttention`](../../src/finematch/models/hslm.py#L63) | [3](#words) |
+# | $E_f$ | $M \times e$ | words after self-attention | [`WordSelfAttention`](../../src/finematch/models/hslm.py#L63) | [3](#words) |
+# | $R$, $R_g^l$, $R^*$ | $N \times d$ | regions before the graph, after layer $l$, after the last layer | [`RegionEncoder`](../../src/finematch/models/hslm.py#L179), `Picture.regions` | [4](#graph) |
+# | $A$ | $N \times N$ | relations between regions; $M \times M$ between words | [`GraphLayer`](../../src/finematch/models/hslm.py#L122) | [4](#graph) |
+# | $E^*$, its rows $t_j$ | $M \times d$ | words after the graph and the GRU | [`WordEncoder`](../../src/finematch/models/hslm.py#L200), `Caption.words` | [5](#order) |
+# | $f$ | $M \times N$ | how strongly each word looks at each region | [`PairScorer.relate`](../../src/finematch/models/hslm.py#L432) | [6](#cross) |
+# | $R_a^*$ | $M \times d$ | contexts: what each word sees of the image | [`PairScorer.tile`](../../src/finematch/models/hslm.py#L349) | [6](#cross) |
+# | $S_L$ | $M \times s$ | local similarity vectors, one for each word | [`PairScorer.similarity`](../../src/finematch/models/hslm.py#L482) | [7](#score) |
+# | $\hat E^*$, $\hat R_a^*$ | $d$ | global vectors of the caption and of the image | [`SelfAttentionPooling`](../../src/finematch/models/hslm.py#L246) | [7](#score) |
+# | $S_G$ | $s$ | global similarity vector | [`PairScorer.similarity`](../../src/finematch/models/hslm.py#L482) | [7](#score) |
+# | $S_A$, $S_F$ | $s$, $1$ | the gathered similarity vector, and the score, a logit | [`PairScorer.fuse`](../../src/finematch/models/hslm.py#L487) | [7](#score) |
+# | $S(I, C)$ | $1$ | score of image $I$ and caption $C$ in the loss | [`HSLM.squash`](../../src/finematch/models/hslm.py#L631) | [8](#loss) |
+# | $B$, $\beta$ | | pairs of a batch, margin of the loss | axis `b`, `margin` of [`hinge`](../../src/finematch/models/hslm.py#L704) | [8](#loss) |
 
 # %% tags=["parameters"]
 dataset: str = "scenes"  # the embedded set alone: which region belongs to which word is known
@@ -129,7 +129,7 @@ assert one.objects > 2
 # (3.3) shall put relations into each region and each word. **Cross attention** (3.4) shall weaken regions that no word
 # asks for. Two **alignments** (3.5) compare the result: word by word ("local") and as a whole ("global").
 #
-# The shapes on the arrows are recorded while a tiny [`HSLM`](../../src/finematch/models/hslm.py#L544) scores 2 images with 3
+# The shapes on the arrows are recorded while a tiny [`HSLM`](../../src/finematch/models/hslm.py#L516) scores 2 images with 3
 # captions. All its sizes differ, so a size tells its axis. The letter $v$ is the width of a region's feature (2,048 in
 # the paper). The axis $c{\cdot}M$ holds the words of all captions, one after the other.
 #
@@ -173,7 +173,7 @@ assert close(some_a @ (some_f @ some_r), (some_a @ some_f) @ some_r)
 #
 # * $E$ (`words`, $M \times e$): one embedding for each of the $M$ words of a caption.
 # * $W_K$, $W_Q$, $W_V$ (`key`, `query`, `value`, $e \times e$): learnt matrices of
-#   [`WordSelfAttention`](../../src/finematch/models/hslm.py#L62).
+#   [`WordSelfAttention`](../../src/finematch/models/hslm.py#L63).
 # * $E_f$ (what the layer returns, $M \times e$): the words after self-attention.
 #
 # The product of Eq. 6 does not exist as it is printed. With words as columns all three factors are $e \times M$. One
@@ -250,7 +250,7 @@ assert close(lesson.attention("word")(E / 2, full(E)), after["word"] / 8)  # cub
 # `self_residual=True` adds $E$, which the paper does not print: "a" becomes (0, 4/3) and "red" becomes (8/3, 0).
 # `False` is the literal reading.
 #
-# The next cell sends real captions through [`WordEncoder.stages`](../../src/finematch/models/hslm.py#L227) with random
+# The next cell sends real captions through [`WordEncoder.stages`](../../src/finematch/models/hslm.py#L228) with random
 # weights. It measures two things. How similar are the vectors of one word in two captions (their cosine)? And for how
 # many words is the word's own embedding the nearest in the whole vocabulary?
 
@@ -279,7 +279,7 @@ assert literal[1] < 30 < 90 < default[1]
 
 # %% [markdown]
 # **The paper's Figure 3** shows how much each word relates to the others, before and after.
-# [`word_correlation`](../../src/finematch/models/hslm.py#L100) takes the cosine for that; the paper only says "normalized".
+# [`word_correlation`](../../src/finematch/models/hslm.py#L101) takes the cosine for that; the paper only says "normalized".
 # The share of word $j$ is the sum of column $j$ of this matrix, divided by the sum of all its entries. By hand:
 #
 # | cosine | a | red | circle |
@@ -337,11 +337,11 @@ check("hslm.short", {"word": 300, "channel": 300, "softmax": 1})
 # R_g^{l} = W_h^{l}(A^l R_g^{l-1} W_m^l) + R_g^{l-1} \quad (9)$$
 #
 # * $R$ (`nodes`, $N \times d$) with rows $r_i$: the regions. Every region is a node of the graph.
-# * $\mu$, $\nu$ (`mu`, `nu`, $d \to d$): two linear layers of [`GraphLayer`](../../src/finematch/models/hslm.py#L121).
+# * $\mu$, $\nu$ (`mu`, `nu`, $d \to d$): two linear layers of [`GraphLayer`](../../src/finematch/models/hslm.py#L122).
 # * $A$ (`relations`, $N \times N$): $A_{ij}$ says how much node $i$ takes from node $j$.
 # * $W_g$, $W_r$ (`gather`, `update`, $d \to d$): learnt. Layer $l$ has its own, called $W_m^l$ and $W_h^l$.
 # * $R_g$, $R_g^l$ ($N \times d$): the nodes after the first layer, and after layer $l$ of the
-#   [`MGCN`](../../src/finematch/models/hslm.py#L166). After the last layer they are $R^*$ (Eq. 10).
+#   [`MGCN`](../../src/finematch/models/hslm.py#L167). After the last layer they are $R^*$ (Eq. 10).
 #
 # Eq. 8 gathers what the neighbours say and *adds* it to the node. Three details are readings. The paper prints
 # $\nu(r_i)$ in Eq. 7, which would relate a node to itself alone (H3). With nodes as rows, $A R W_g$ is $N \times d$,
@@ -486,7 +486,7 @@ check("hslm.words", attended)
 #
 # * $e_j^r$ (a row of `words`, $e$): word $j$ after the graph.
 # * $\overrightarrow h_j$, $\overleftarrow h_j$ (`states`, $d$): the states of the two directions of `gru` in
-#   [`WordEncoder`](../../src/finematch/models/hslm.py#L199).
+#   [`WordEncoder`](../../src/finematch/models/hslm.py#L200).
 # * $t_j$ (a row of `Caption.words`, $d$): their average. The usual concatenation would be $2d$ wide. The library then
 #   scales each $t_j$ to unit length, as it does with the regions at their start (H9).
 #
@@ -543,9 +543,9 @@ assert close(row_1, F.normalize(average, dim=-1), 1e-5)
 # R_a^* = f(E^*, R^*)\odot R^* \quad (15)$$
 #
 # * $E^*$ (`words`, $M \times d$) and $R^*$ (`view.regions`, $N \times d$): the words and the regions.
-# * $f$ (what [`PairScorer.relate`](../../src/finematch/models/hslm.py#L460) returns, $M \times N$): "the attention function to
+# * $f$ (what [`PairScorer.relate`](../../src/finematch/models/hslm.py#L432) returns, $M \times N$): "the attention function to
 #   calculate the scores for each pair".
-# * $R_a^*$ (made in [`PairScorer.tile`](../../src/finematch/models/hslm.py#L348)): the regions, weighted by $f$.
+# * $R_a^*$ (made in [`PairScorer.tile`](../../src/finematch/models/hslm.py#L349)): the regions, weighted by $f$.
 #
 # The paper calls ⊙ a dot product, but $E^*$ is $M \times d$ and $R^*$ is $N \times d$. Two readings conform (H10):
 #
@@ -689,12 +689,12 @@ check("hslm.contexts", gathered)
 #
 # * $|m_1 - m_2|^2$ ($d$): the square is elementwise. In which channels do two vectors differ?
 # * $W$ (`compare_local`, `compare_global`, $d \to s$): learnt, one for each alignment (H14). So Eq. 17 gives a *vector*
-#   of width $s$ and of length 1 ([`PairScorer.similarity`](../../src/finematch/models/hslm.py#L510)).
+#   of width $s$ and of length 1 ([`PairScorer.similarity`](../../src/finematch/models/hslm.py#L482)).
 # * $S_L$ (`local`, $M \times s$) has one row for each word. $S_G$ (`globe`, $s$) is one more row.
 # * $S^*$ ($(M + 1) \times s$): the rows, one below the other; they are called nodes again (H15).
 # * $W_S$ (`gate`, $s \to 1$): each node $s_k$ gets one gate, and $w$ is the only row of $W_S$. We read Eq. 21 as $S_A = \sum_k \sigma(w\cdot s_k)\,s_k$
 #   (`node_gate`, H16), so that captions of any length end in one vector $S_A$ ($s$).
-# * $FC$ (`score`, $s \to 1$): the logit $S_F$ ([`PairScorer.fuse`](../../src/finematch/models/hslm.py#L515)).
+# * $FC$ (`score`, $s \to 1$): the logit $S_F$ ([`PairScorer.fuse`](../../src/finematch/models/hslm.py#L487)).
 #
 # **By hand.** Take the two words and two contexts of section 6, $W = I$, $w = (1, -2)$, and $FC = (2, 1)$ with bias ½,
 # without global alignment:
@@ -728,7 +728,7 @@ lesson.draw_nodes({"$|E^* - R_a^*|^2$": squared, "$s_k$, Eq. 17": s_k, "gate tim
 
 # %% [markdown]
 # **The global vectors** $\hat E^*$ and $\hat R_a^*$. Each side pools its vectors into one: the mean asks, the parts
-# answer, and a softmax weighs ([`SelfAttentionPooling`](../../src/finematch/models/hslm.py#L245)).
+# answer, and a softmax weighs ([`SelfAttentionPooling`](../../src/finematch/models/hslm.py#L246)).
 #
 # $$a = \mathrm{softmax}_i\; u\cdot\big(\tanh(W_1 x_i) * \tanh(W_2 \bar x)\big), \qquad
 # z = \sum_i a_i x_i, \qquad \hat x = z\,/\,\|z\|$$
@@ -825,7 +825,7 @@ check("hslm.longer", "higher", "the same", logits)
 # * $\hat C$: the caption of the batch that scores highest for $I$ without belonging to it. $\hat I$: the image that
 #   scores highest for $C$ without belonging to it. They are the **hardest negatives**.
 # * $\beta = 0.2$ (`margin`), and $[z]_+ = \max(0, z)$. The sum runs over the $B$ pairs of the batch
-#   ([`hinge`](../../src/finematch/models/hslm.py#L732)).
+#   ([`hinge`](../../src/finematch/models/hslm.py#L704)).
 #
 # The paper prints $S(\hat I, \hat C)$ in the first bracket, which cannot be meant (reading H18).
 #
@@ -886,7 +886,7 @@ check("hslm.hinge", ranking)
 # The maximum of 127 draws of noise is about 2.6. Unless the signal is larger than that, **spreading the scores raises
 # the loss**, and the cheapest thing to do is to fall back on the plateau. With the *mean* over all negatives the noise
 # averages out, and any signal leads downhill. A contrastive loss does the same: it is the mean of
-# $-\log\mathrm{softmax}$ of the true pair among the batch ([`softmax_loss`](../../src/finematch/models/hslm.py#L760)), and
+# $-\log\mathrm{softmax}$ of the true pair among the batch ([`softmax_loss`](../../src/finematch/models/hslm.py#L732)), and
 # its plateau is $\ln B$.
 
 # %%
@@ -905,7 +905,7 @@ lesson.draw_plateau(spread, curves, B)
 
 # %% [markdown]
 # The vertical axis is the loss as a share of its plateau. One curve rises: the hardest negatives with a weak signal. In
-# training, `plateau` of [`HSLM.forward`](../../src/finematch/models/hslm.py#L583) is 1 for a step that sits on the
+# training, `plateau` of [`HSLM.forward`](../../src/finematch/models/hslm.py#L555) is 1 for a step that sits on the
 # plateau, and the log of a run counts these steps. The next cell checks the straight line and the directions.
 
 # %%
@@ -1049,7 +1049,7 @@ check("hslm.half", lead)
 #
 # **Search without a gradient.** Eq. 23 needs all $B^2$ scores to *find* the hardest negatives, but only $3B$ scores
 # appear in it: $B$ true pairs and $2B$ hardest negatives. The gradient of all others is zero. So
-# [`HSLM.forward`](../../src/finematch/models/hslm.py#L583) scores the whole batch without a gradient, picks, and scores the
+# [`HSLM.forward`](../../src/finematch/models/hslm.py#L555) scores the whole batch without a gradient, picks, and scores the
 # $3B$ pairs once more with a gradient. The gradient is the same (except at exact ties, where the maximum would share
 # it). If a backward pass costs two forward passes, this is $B^2 + 3\cdot 3B$ in place of $3B^2$: about a third of the
 # work at $B = 128$. The gradient needs memory for 384 pairs in place of 16,384.
@@ -1122,7 +1122,7 @@ assert fast.std() > 1e-4  # the scores differ at all
 #
 # **First: the Gram matrix.** The length of a context $\sum_n f_n r_n$ ($f$ is now the row of one word) needs no context:
 # $\|f R\|^2 = f\,(R R^{\top})f^{\top}$. The Gram matrix $RR^{\top}$ ($N \times N$) is made once for each image, by
-# [`PairScorer.prepare`](../../src/finematch/models/hslm.py#L336).
+# [`PairScorer.prepare`](../../src/finematch/models/hslm.py#L337).
 #
 # **Second: linearity.** The pooling of the contexts applies a $d \times d$ layer to every context of every pair. But
 # $W\sum_n f_n r_n = \sum_n f_n\,(W r_n)$: the library applies the layer to the regions once for each image, and mixes
@@ -1212,7 +1212,7 @@ with torch.no_grad():
 #
 # ## 11. Table 4: twelve rows, five switches (4.4)
 #
-# The ablation of the paper takes modules away. Each row is an [`HSLM`](../../src/finematch/models/hslm.py#L544) with five
+# The ablation of the paper takes modules away. Each row is an [`HSLM`](../../src/finematch/models/hslm.py#L516) with five
 # booleans. The cell counts the parameters of all twelve at the preset's size, without allocating them. At scale `paper`
 # it takes a vocabulary of 8,481 words and features of width 2,048, as for Flickr30k.
 

@@ -72,6 +72,7 @@ precision: str = None  # mixed precision; auto: bf16 if a GPU has it: auto | no 
 val_pictures: int = None  # val images that rank an epoch; 0 is all; tiny 200, photos 200, paper 0
 score_precision: str = "fp32"  # precision of the matrix products of the final ranking: fp32 | bf16
 threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number
+tracker: str = ""  # shows losses and metrics: tensorboard, wandb, mlflow, trackio, comet_ml or aim; empty: none
 
 # %% jupyter={"source_hidden": true}
 from finematch.config import root, settings
@@ -228,7 +229,7 @@ plan = Plan(epochs=s.epochs, batch_size=s.batch_size, lr=s.lr, optimizer="adam",
             milestones=tuple(range(s.decay_every, s.epochs, s.decay_every)), clip_norm=s.clip_norm,
             precision=run.precision, seed=s.seed)  # fmt: skip
 summary = fit(model, train.pairs(), plan, run.folder, identity=run.digest, evaluate=val_metrics,
-              select=selection(records))  # fmt: skip
+              select=selection(records), tracker=s.tracker)  # fmt: skip
 leave_to_first()  # of several processes (torchrun); else nothing
 stuck = [line["epoch"] for line in summary["history"] if line["plateau"] > 0.5]
 if stuck:

@@ -58,14 +58,15 @@ also = {reading: T.also(table, of) for reading, of in runs.items()}
 Markdown(T.by_reading(also, otherwise="nothing else is measured."))
 
 # %% [markdown]
-# Open diamonds are the paper's numbers, on its own data: compare their order, not their absolute values. Small dots are single seeds.
+# Published and measured numbers have panels and scales of their own, for they come from other data: compare the order of the rows and the shape, which
+# all panels have in common, not the level. Small dots are single seeds.
 
 # %%
 for reading, of in runs.items():
     if len(of) or stems[reading] == stem:
         beside = T.beside(table, of)
         with F.style():
-            figure = F.beside(beside[beside["row"] != "a random order"], table.plot, **T.drawn(table, of))
+            figure = F.beside(beside[beside["row"] != "a random order"], table.plot, **T.drawn(table, of, p.dataset))
             F.save(figure, f"{stems[reading]}.svg")
         display(Markdown(f"Reading {reading}:"), figure)
 
@@ -100,7 +101,7 @@ Markdown("\n\n".join([T.verdict_table(verdicts), *missing]))
 for reading, of in verdicts.groupby("reading", sort=False):
     if of["lower"].notna().any():
         with F.style():
-            figure = F.intervals(of)
+            figure = F.intervals(of, data=T.seeds_of(p.dataset, runs[reading]))
             F.save(figure, f"{stems[reading]}.claims.svg")
         display(Markdown(f"Reading {reading}:"), figure)
 

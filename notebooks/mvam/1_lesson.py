@@ -66,18 +66,18 @@ _ = figures.style()
 # | $b$ | | pairs of an image and a caption in a batch | `b` | [4](#contrast) |
 # | $n$, $l$ | | tokens of an image (patches or regions), and of a caption | `n` | [3](#towers) |
 # | $d$, $D$ | | numbers of a token's state, and of a final vector | `total_dim` of [`MVAMConfig`](../../src/finematch/models/configs.py#L15) | [3](#towers) |
-# | $m$, $k$ | | number of views, and numbers of one view | `views`, `view_dim` of [`ViewAttention`](../../src/finematch/models/mvam.py#L60) | [5](#views) |
-# | $H_v$, $H_t$ | n d, l d | states of an image's tokens, and of a caption's | [`Tokens`](../../src/finematch/encoders.py#L27) | [3](#towers) |
-# | $R_v$, $R_t$ | D | final vectors of an image and of a caption | [`Pooled`](../../src/finematch/models/mvam.py#L28) | [3](#towers) |
+# | $m$, $k$ | | number of views, and numbers of one view | `views`, `view_dim` of [`ViewAttention`](../../src/finematch/models/mvam.py#L61) | [5](#views) |
+# | $H_v$, $H_t$ | n d, l d | states of an image's tokens, and of a caption's | [`Tokens`](../../src/finematch/encoders.py#L28) | [3](#towers) |
+# | $R_v$, $R_t$ | D | final vectors of an image and of a caption | [`Pooled`](../../src/finematch/models/mvam.py#L29) | [3](#towers) |
 # | $s_{ij}$ | b b | cosine of image $i$ and caption $j$ | [`contrastive`](../../src/finematch/losses.py#L85) | [4](#contrast) |
 # | $\tau$ | a number | temperature; the code keeps $1/\tau$ | [`LogitScale`](../../src/finematch/losses.py#L69) | [4](#contrast) |
 # | $L_c$ | a number | contrastive loss | [`contrastive`](../../src/finematch/losses.py#L85) | [4](#contrast) |
-# | $C$ | m k | view codes | `codes` of [`ViewAttention`](../../src/finematch/models/mvam.py#L60) | [5](#views) |
-# | $K$ | n k | keys: projected states | `project` of [`ViewAttention`](../../src/finematch/models/mvam.py#L60) | [5](#views) |
-# | $A$ | m n | attention of the views on the tokens | [`ViewAttention.attend`](../../src/finematch/models/mvam.py#L128) | [5](#views) |
-# | $r^u$ | k | answer of view $u$ | [`ViewAttention`](../../src/finematch/models/mvam.py#L60) | [5](#views) |
-# | $w_u$ | a number | how much view $u$ counts in the score | [`MVAM.unit`](../../src/finematch/models/mvam.py#L223) | [8](#score) |
-# | $L_{div}$ | a number | diversity loss | [`diversity`](../../src/finematch/models/mvam.py#L138) | [9](#diversity) |
+# | $C$ | m k | view codes | `codes` of [`ViewAttention`](../../src/finematch/models/mvam.py#L61) | [5](#views) |
+# | $K$ | n k | keys: projected states | `project` of [`ViewAttention`](../../src/finematch/models/mvam.py#L61) | [5](#views) |
+# | $A$ | m n | attention of the views on the tokens | [`ViewAttention.attend`](../../src/finematch/models/mvam.py#L129) | [5](#views) |
+# | $r^u$ | k | answer of view $u$ | [`ViewAttention`](../../src/finematch/models/mvam.py#L61) | [5](#views) |
+# | $w_u$ | a number | how much view $u$ counts in the score | [`MVAM.unit`](../../src/finematch/models/mvam.py#L224) | [8](#score) |
+# | $L_{div}$ | a number | diversity loss | [`diversity`](../../src/finematch/models/mvam.py#L139) | [9](#diversity) |
 # | $\lambda$ | a number | weight of the diversity loss | `diversity_weight` of [`MVAMConfig`](../../src/finematch/models/configs.py#L15) | [10](#lambda) |
 
 # %% [markdown]
@@ -128,7 +128,7 @@ assert not any(rivals.true[1:])  # ... and of no other
 # A [*view*](../../docs/glossary.md) asks first and averages afterwards. Suppose that one view asks for "red". Its
 # average gives nearly all weight to the red region. So its answer is (1, 0, 1, 0) for X and (1, 0, 0, 1) for Y. The
 # answer says which shape is red. The cell does this with the library's
-# [`ViewAttention`](../../src/finematch/models/mvam.py#L60), whose code we set to "red" by hand. The 20 is large, so
+# [`ViewAttention`](../../src/finematch/models/mvam.py#L61), whose code we set to "red" by hand. The 20 is large, so
 # that nearly all weight goes to the red region. [Section 5](#views) explains how it works.
 
 # %%
@@ -159,7 +159,7 @@ lesson.draw_answers(mean, answer)
 #
 # ## 2. The model in one diagram (3.1 to 3.4)
 #
-# We send a tiny batch through a tiny [`MVAM`](../../src/finematch/models/mvam.py#L193) and write down the shape of
+# We send a tiny batch through a tiny [`MVAM`](../../src/finematch/models/mvam.py#L194) and write down the shape of
 # what each part returns. All sizes differ, so a size tells its axis: 2 pairs (`b`), 5 regions (`r`) of 9 numbers
 # (`e`), 6 tokens of an image (`n`), 7 tokens of a caption (`l`), states of 8 numbers (`d`), 4 views (`m`), vectors of
 # 40 numbers (`D`).
@@ -199,7 +199,7 @@ assert found["image_pooling.vector"] == found["text_pooling.vector"] == "b D"  #
 # * $R_v$ and $R_t$, both "D", are the final vectors. The paper prints the tanh and $D = 1024$ in section 4.3.
 #
 # This is the baseline "+[CLS]" of Tables 1 and 2. In the library it is
-# [`TokenPooling`](../../src/finematch/models/mvam.py#L36). The formulas of this paper were lost when it was converted
+# [`TokenPooling`](../../src/finematch/models/mvam.py#L37). The formulas of this paper were lost when it was converted
 # to text. We have rebuilt them from the words around them; [section 14](#readings) lists what we filled in.
 #
 # By hand: let $W$ be the identity and $c = 0$. The state of [IMG] is $(0.5, -1)$, so
@@ -344,7 +344,7 @@ check("mvam.contrast", contrast)
 # $A_u = \mathrm{softmax}(K^u C_u)$ and $r^u = \sum_j A_{uj} K^u_j$. [Section 7](#width) compares the two.
 #
 # Each code is a query, and the tokens are keys and values at once. In the library all this is
-# [`ViewAttention`](../../src/finematch/models/mvam.py#L60), whose einsums have these letters as subscripts
+# [`ViewAttention`](../../src/finematch/models/mvam.py#L61), whose einsums have these letters as subscripts
 # (and `v` for $m$).
 #
 # By hand: three tokens with the keys $(2,0)$, $(0,2)$, $(1,1)$ and two codes $(\ln 2, 0)$, $(0, \ln 2)$. The
@@ -467,7 +467,7 @@ assert close(*vectors)  # the library: the same vectors from the same start
 # * **F4** More views "lead to longer representation vectors" (4.6.2).
 #
 # No reading agrees with all four. The library offers three, as the argument
-# `projection` of [`ViewAttention`](../../src/finematch/models/mvam.py#L60):
+# `projection` of [`ViewAttention`](../../src/finematch/models/mvam.py#L61):
 #
 # * `split`: one linear layer to 1,024 numbers, cut into $m$ pieces. Each view attends in its own piece.
 # * `shared`: one linear layer to 64 numbers, which all views share. So $D = 64\,m$.
@@ -512,7 +512,7 @@ lesson.draw_split(16, 1024)
 # * $r_v^u$ and $r_t^u$, both "k", are the answers of view $u$ for the image and for the caption.
 # * $w_u$, a number, is the weight of view $u$. A view with long answers counts more.
 # * $\|\cdot\|$ is the length of a vector. The code scales vectors to length 1 in
-#   [`MVAM.unit`](../../src/finematch/models/mvam.py#L223).
+#   [`MVAM.unit`](../../src/finematch/models/mvam.py#L224).
 #
 # By hand, two views of width 2: the image has the answers $(3,0)$ and $(0,1)$, the caption $(1,0)$ and $(0,-2)$. The
 # first answers agree (cosine 1), the second ones disagree (cosine −1). The lengths of $R_v$ and $R_t$ are $\sqrt{10}$
@@ -591,7 +591,7 @@ check("mvam.permuted", "the same", "lower", scores)
 # * $I$, "m m", is the identity: 1 on the diagonal, 0 elsewhere.
 # * $\|\cdot\|_F^2$ is the sum of the squares of all entries. $\sqrt A$ is the root of each entry.
 #
-# In the library both are [`diversity`](../../src/finematch/models/mvam.py#L138), `variant="base"` and
+# In the library both are [`diversity`](../../src/finematch/models/mvam.py#L139), `variant="base"` and
 # `variant="sqrt"`.
 #
 # By hand, two views on three tokens: $A = (½, ½, 0), (0, ½, ½)$.
@@ -752,7 +752,7 @@ check("mvam.floor", lambda views, tokens: max(views - tokens, 0))
 #
 # * $L_{div}^{v}$ and $L_{div}^{t}$, numbers, are Eq. 10 (or 11) for the images and for the captions of a batch.
 # * $\lambda$, a number, is the weight of the diversity loss (`diversity_weight`).
-# * $L$, a number, is what the training minimises. [`MVAM.forward`](../../src/finematch/models/mvam.py#L239) returns
+# * $L$, a number, is what the training minimises. [`MVAM.forward`](../../src/finematch/models/mvam.py#L240) returns
 #   it with its terms.
 
 # %%
@@ -875,7 +875,7 @@ beside([
 # easily. We show both on a tiny CLIP with random weights.
 #
 # **First trap: the last layer norm.** CLIP applies it to the [IMG] token only. Without it the patches have another
-# scale than [IMG]. The library's [`CLIPVision`](../../src/finematch/encoders.py#L319) applies it to all tokens. In
+# scale than [IMG]. The library's [`CLIPVision`](../../src/finematch/encoders.py#L320) applies it to all tokens. In
 # our tiny CLIP the gain of this norm is 4, which stands for what training does to it.
 
 # %%
@@ -897,7 +897,7 @@ assert close(ours, own, 0.1)
 # that: a token of its text tower sees only itself and the tokens before it, and CLIP reads only the end-of-text
 # token. The positions after it have states all the same, and they are not zero. A view that attends to them hears
 # noise, which depends on the length of the padding. Some tokenizers even pad *with* the end-of-text id, so that no
-# padding id can be searched for. [`CLIPText`](../../src/finematch/encoders.py#L340) cuts the mask after the first
+# padding id can be searched for. [`CLIPText`](../../src/finematch/encoders.py#L341) cuts the mask after the first
 # end-of-text.
 
 # %%
@@ -927,7 +927,7 @@ assert (control.loc["MVAM-FRCNN"] > control.loc["Base-FRCNN-ensemble"]).all()  #
 
 # %% [markdown]
 # Each member of the ensemble gives a unit vector of its own, so the cosine of the whole
-# ([`ensemble`](../../src/finematch/models/mvam.py#L261)) is the mean of the members' cosines. No member knows the
+# ([`ensemble`](../../src/finematch/models/mvam.py#L262)) is the mean of the members' cosines. No member knows the
 # others while it trains. Only their seeds make them differ. In MVAM one loss sees the sum, so a view can leave to
 # another view what that one does better. And an ensemble needs one pair of towers for *each* member: here sixteen
 # tiny members have more than four times as many weights as one tiny model with sixteen views.

@@ -64,6 +64,7 @@ warmup: float = None  # share of the steps with a rising learning rate; default 
 precision: str = None  # mixed precision; auto: bf16 if a GPU has it: auto | no | bf16 | fp16; default auto
 workers: int = 0  # processes that read the data beside the training process
 threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number
+tracker: str = ""  # shows losses and metrics: tensorboard, wandb, mlflow, trackio, comet_ml or aim; empty: none
 
 # %% jupyter={"source_hidden": true}
 from finematch.config import root, settings
@@ -215,7 +216,7 @@ def plan(lr: float, epochs: int, member: int) -> Plan:
 
 def train(m: MVAM, where, member: int) -> dict:
     data = splits["train"].pairs()
-    rest = {"identity": run.digest, "select": selection(records),
+    rest = {"identity": run.digest, "select": selection(records), "tracker": s.tracker,
             "evaluate": lambda of: validation(of, splits["val"])}  # fmt: skip
     if not s.clip_weights or s.pooling in ("cls", "mean"):
         return fit(m, data, plan(s.lr, s.epochs, member), where, **rest)

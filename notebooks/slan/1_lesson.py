@@ -43,9 +43,9 @@
 # | $p_w$, $p_h$ | b t 2 | factors on width and height | [`RegionAdaptor.scales`](../../src/finematch/models/slan/locator.py#L949) | <a href="#size">7</a> |
 # | $\bar g$ | b t 4 | mean of the moved boxes | [`regression_target`](../../src/finematch/models/slan/locator.py#L1009) | <a href="#regression">9</a> |
 # | $T_v$, $T_t$ | b D | token of the image, of the text | `picture`, `text` of [`Located`](../../src/finematch/models/slan/locator.py#L1122) | <a href="#matching">10</a>, <a href="#contrast">11</a> |
-# | $I_q$, $T_q$, $\tau$ | k e; a number | the two queues, the temperature | [`Queue`](../../src/finematch/models/slan/objective.py#L267), [`Temperature`](../../src/finematch/models/slan/objective.py#L199) | <a href="#contrast">11</a> |
-# | $p_{i2t}$, $p_{t2i}$ | b | share of the right text among all keys, of the right image | [`itc`](../../src/finematch/models/slan/objective.py#L334) | <a href="#contrast">11</a> |
-# | $s(I, T)$ | b b | how well regions explain words | [`region_word_scores`](../../src/finematch/models/slan/objective.py#L409) | <a href="#word">15</a> |
+# | $I_q$, $T_q$, $\tau$ | k e; a number | the two queues, the temperature | [`Queue`](../../src/finematch/models/slan/objective.py#L268), [`Temperature`](../../src/finematch/models/slan/objective.py#L200) | <a href="#contrast">11</a> |
+# | $p_{i2t}$, $p_{t2i}$ | b | share of the right text among all keys, of the right image | [`itc`](../../src/finematch/models/slan/objective.py#L335) | <a href="#contrast">11</a> |
+# | $s(I, T)$ | b b | how well regions explain words | [`region_word_scores`](../../src/finematch/models/slan/objective.py#L410) | <a href="#word">15</a> |
 
 # %% tags=["parameters"]
 dataset: str = "scenes"  # the embedded set alone: what each caption names, and where it is, is known
@@ -128,7 +128,7 @@ assert 0 < int(hit.sum()) < len(hit) / 2
 # $L$, reads $G_i$, $E^G_i$, $E^T_i$ and the map $F_i$, and makes $G_{i+1}$, $E^G_{i+1}$ and $E^T_{i+1}$.
 #
 # The cell sends $b = 6$ random images and sentences of $n = 11$ tokens through a small model,
-# [`SLAN`](../../src/finematch/models/slan/objective.py#L650), and records the shape of what each part returns. All
+# [`SLAN`](../../src/finematch/models/slan/objective.py#L651), and records the shape of what each part returns. All
 # sizes differ, so that each has its own letter (`letters`). The labels of the diagram are what was recorded. An adaptor
 # returns boxes and words; boxes stay "b t 4", words stay "b n D".
 
@@ -1072,9 +1072,9 @@ check("slan.whole", "zero", by_box)
 #
 # $T_v$, "b D", is the mean of $E^G_{L+1}$ over the regions (`picture` in the code). $T_t$, "b D", is $E^T_{L+1}$ at
 # [CLS] (`text`). Both are *fused* tokens, from after the adaptors (S20). $f_c$ is one linear layer,
-# [`MatchingHead`](../../src/finematch/models/slan/objective.py#L492): it makes two logits of the two tokens, "not matched"
+# [`MatchingHead`](../../src/finematch/models/slan/objective.py#L493): it makes two logits of the two tokens, "not matched"
 # and "matched". $y$ is 1 for a true pair, and $H$ is the cross-entropy
-# ([`itm`](../../src/finematch/models/slan/objective.py#L502)). Following ALBEF, an earlier
+# ([`itm`](../../src/finematch/models/slan/objective.py#L503)). Following ALBEF, an earlier
 # model of images and texts from which SLAN has its losses, each true pair meets two wrong pairs: its
 # image with another text, and its text with another image. By hand, $D = 2$; the layer gives 0 for "not matched", and
 # the first plus the last number for "matched":
@@ -1114,7 +1114,7 @@ assert close(odds, odds[:, :1] + odds[:1] - odds[0, 0])  # a part of the image p
 assert (odds.argsort(0) == odds[:, :1].argsort(0)).all()
 
 # %% [markdown]
-# **Which wrong pairs?** [`hard_negatives`](../../src/finematch/models/slan/objective.py#L459) *draws* the text from
+# **Which wrong pairs?** [`hard_negatives`](../../src/finematch/models/slan/objective.py#L460) *draws* the text from
 # softmax(similarity / τ) over the others of the batch, so that texts that look right come up often. A pair of the same
 # image is never wrong. By hand, three pairs, the first two of one image; similarities over τ:
 #
@@ -1163,7 +1163,7 @@ check("slan.matching", answers)
 # in arXiv, and BERT's [CLS]. That also makes retrieval possible. A gallery is ranked by this product, and the matching
 # head looks at the best few only ([re-ranking](../../docs/glossary.md)).
 #
-# By hand ([`itc`](../../src/finematch/models/slan/objective.py#L334)): a batch of two pairs and a queue of two, $\tau = ½$.
+# By hand ([`itc`](../../src/finematch/models/slan/objective.py#L335)): a batch of two pairs and a queue of two, $\tau = ½$.
 # The first pair of the queue is of the same image as pair 1.
 #
 # | sim | $t_1$ = (0.8, 0.6) | $t_2$ = (0, 1) | queue: (1, 0), *same image as 1* | queue: (0.6, 0.8) | $\sum e^{2\,sim}$ |
@@ -1203,7 +1203,7 @@ for same, positives in ((False, [[0], [1]]), (True, [[0, 2], [1]])):
     assert close(objective.itc(v, t, ids, keys, 2.0, same_picture=same), both)
 
 # %% [markdown]
-# **The queues** ([`Queue`](../../src/finematch/models/slan/objective.py#L267)) keep the vectors of the latest pairs, so
+# **The queues** ([`Queue`](../../src/finematch/models/slan/objective.py#L268)) keep the vectors of the latest pairs, so
 # that a pair has more rivals than its batch. A queue starts empty and is a ring: with four places, three batches of
 # two leave the last two batches.
 
@@ -1216,7 +1216,7 @@ assert queue.keys().image_id.tolist() == [4, 5, 2, 3]  # pairs 0 and 1 have left
 
 # %% [markdown]
 # The vectors of a queue come from *momentum encoders*
-# ([`Momentum`](../../src/finematch/models/slan/objective.py#L217)). These are copies of the encoders that follow slowly,
+# ([`Momentum`](../../src/finematch/models/slan/objective.py#L218)). These are copies of the encoders that follow slowly,
 # $\theta' \leftarrow m\,\theta' + (1 - m)\,\theta$, so that vectors of different steps can be compared. The paper names
 # the queues and not the copies; ALBEF, which it follows, has both (S21).
 
@@ -1254,8 +1254,8 @@ for token, sees_regions in (("map", False), ("regions", True)):
 # > "We randomly mask 15% text tokens"
 #
 # $y_{mask}$ are the words that were masked, "m" of them. $p_{mask}$ is a distribution over the vocabulary for each
-# ([`MaskedWordHead`](../../src/finematch/models/slan/objective.py#L555), then
-# [`mlm`](../../src/finematch/models/slan/objective.py#L613)). But $p_{mask}(T_v, T_t)$ is a function of *two vectors*: it
+# ([`MaskedWordHead`](../../src/finematch/models/slan/objective.py#L556), then
+# [`mlm`](../../src/finematch/models/slan/objective.py#L614)). But $p_{mask}(T_v, T_t)$ is a function of *two vectors*: it
 # cannot know which of two masked words it is asked about. By hand: in "a red circle" both "red" and "circle" are
 # masked. One distribution for both can give ½ to each at best: the cross-entropy is ln 2 = 0.693. Reading S25:
 # `mlm="positions"`, the default, predicts from the fused state of each position; `pooled` is literal.
@@ -1272,7 +1272,7 @@ for form in ("positions", "pooled"):
     assert close(*logits) == (form == "pooled")  # two masked words, one answer
 
 # %% [markdown]
-# [`mask_words`](../../src/finematch/models/slan/objective.py#L527) works as BERT does: of the chosen words 80 % become
+# [`mask_words`](../../src/finematch/models/slan/objective.py#L528) works as BERT does: of the chosen words 80 % become
 # [MASK], 10 % become another word, 10 % stay. [CLS], [SEP] and padding are never chosen.
 
 # %%
@@ -1499,14 +1499,14 @@ if own_steps:
 # * **Regression** (Eq. 3) compares boxes with boxes. Its target is held fixed, so it trains proposals alone.
 #
 # We add a loss that the paper does not have. The **region-word contrast**
-# ([`region_word`](../../src/finematch/models/slan/objective.py#L427)) asks which caption of the batch belongs to which
+# ([`region_word`](../../src/finematch/models/slan/objective.py#L428)) asks which caption of the batch belongs to which
 # image, and answers with the very cosine of Eq. 2:
 #
 # $$s(I, T) = \frac1{|T|}\sum_{w \in T}\ \max_{r \in I}\ \cos(E^G_r, E^T_w), \qquad
 # \mathcal L_{word} = -\tfrac12\log\frac{e^{s(I, T)/\tau}}{\sum_{T'} e^{s(I, T')/\tau}}
 # -\tfrac12\log\frac{e^{s(I, T)/\tau}}{\sum_{I'} e^{s(I', T)/\tau}}$$
 #
-# $s$ is "b b" ([`region_word_scores`](../../src/finematch/models/slan/objective.py#L409)). $r$ runs over the proposals,
+# $s$ is "b b" ([`region_word_scores`](../../src/finematch/models/slan/objective.py#L410)). $r$ runs over the proposals,
 # whose boxes are held fixed. $w$ runs over the words as they were before any cross attention. There is one such loss
 # for the embedding of every level, and the term is their mean. By hand, $\tau = ½$, two pairs:
 #

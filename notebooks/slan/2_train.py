@@ -126,6 +126,7 @@ workers: int = None  # processes that read images; tiny 0, photos 0, paper 4
 checkpoint_steps: int = None  # steps between checkpoints; 0: one per epoch; tiny 0, photos 0, paper 500
 activation_checkpointing: bool = False  # recompute activations of ViT and BERT: less memory, more time
 threads: int = 0  # threads of torch on a CPU; 0 leaves torch's own number
+tracker: str = ""  # shows losses and metrics: tensorboard, wandb, mlflow, trackio, comet_ml or aim; empty: none
 
 # %% jupyter={"source_hidden": true}
 from finematch.config import root, settings
@@ -379,7 +380,7 @@ LOOK = ("pointing", "chance_pointing", "r1", "chance_r1", "upper_bound", "centre
 # %%
 summary = {"best_epoch": 0, "seconds": 0.0} if s.zero_shot else fit(
     model, data, Plan(epochs=s.epochs, **schedule), run.folder, identity=run.digest, evaluate=lambda m: validation(m, val),
-    select="epoch" if s.contrast == "fused" else selection(records),
+    select="epoch" if s.contrast == "fused" else selection(records), tracker=s.tracker,
 )  # fmt: skip
 leave_to_first()  # of several processes (torchrun); else nothing
 

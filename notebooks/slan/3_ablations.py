@@ -69,14 +69,15 @@ also = {reading: T.also(table, of) for reading, of in runs.items()}
 Markdown(T.by_reading(also, otherwise="nothing else is measured."))
 
 # %% [markdown]
-# Open diamonds are the paper's numbers, on its own data: compare their order, not their absolute values. Small dots are single seeds.
+# Published and measured numbers have panels and scales of their own, for they come from other data: compare the order of the rows and the shape, which
+# all panels have in common, not the level. Small dots are single seeds.
 
 # %%
 for reading, of in runs.items():
     if len(of) or stems[reading] == stem:
         beside = T.beside(table, of)
         with F.style():
-            figure = F.beside(beside[beside["row"] != "a random order"], table.plot, **T.drawn(table, of))
+            figure = F.beside(beside[beside["row"] != "a random order"], table.plot, **T.drawn(table, of, p.dataset))
             F.save(figure, f"{stems[reading]}.svg")
         display(Markdown(f"Reading {reading}:"), figure)
 
@@ -100,7 +101,7 @@ for reading, of in found.items():
     of_row = of[of["row"] == table.names[table.levels]] if table.levels and len(of) else of[:0]
     if len(of_row):
         with F.style():
-            figure = F.levels(of_row)
+            figure = F.levels(of_row, data=T.seeds_of(p.dataset, runs[reading]))
             F.save(figure, f"{stems[reading]}.grounding.svg")
         display(figure)
 
@@ -124,7 +125,7 @@ Markdown("\n\n".join([T.verdict_table(verdicts), *missing]))
 for reading, of in verdicts.groupby("reading", sort=False):
     if of["lower"].notna().any():
         with F.style():
-            figure = F.intervals(of)
+            figure = F.intervals(of, data=T.seeds_of(p.dataset, runs[reading]))
             F.save(figure, f"{stems[reading]}.claims.svg")
         display(Markdown(f"Reading {reading}:"), figure)
 
@@ -139,7 +140,7 @@ for reading, of in verdicts.groupby("reading", sort=False):
 import json
 
 import pandas as pd
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import FixedLocator, NullFormatter
 
 counted = json.loads((root() / "benchmarks" / "slan_cost.json").read_text(encoding="utf-8"))["table8"]
 columns = {"Params(M)": "parameters_m", "FLOPS(G)": "gflops"}
@@ -173,12 +174,13 @@ Markdown(text)
 # %%
 with F.style():
     figure = F.beside(cost.rename(columns=lambda name: name.replace("counted", "measured")).assign(
-        **{f"{column} measured sd": float("nan") for column in columns}), list(columns), ylabel="log scale")  # fmt: skip
+        **{f"{column} measured sd": float("nan") for column in columns}), list(columns),
+        data=("384 px, published", "384 px, counted here"), label="log scale")  # fmt: skip
     for ax in figure.axes:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter("")
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(FixedLocator([20, 50, 100, 200, 500, 1000, 2000, 5000]))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
     figure.legends[0].get_texts()[1].set_text("counted")
     F.save(figure, root() / p.figures / "slan_cost.svg")
 figure

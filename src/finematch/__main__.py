@@ -59,6 +59,23 @@ def main(arguments: list[str] | None = None) -> int:
     _add_look(commands.add_parser("look", help="score a sentence against an image, and draw where a run looked"))
     _add_search(commands.add_parser("search", help="the images that fit a sentence, or the captions that fit an image"))
     _add_cache(commands.add_parser("cache", help="list or clear what runs have cached"))
+    release = commands.add_parser("release", help="pack trained runs into one archive, or open one")
+    release.add_argument(
+        "archive", nargs="?", default="finematch-release.zip", help="file; to open, also an address"
+    )
+    release.add_argument(
+        "runs", nargs="*", help="folders of runs; none: of each method the one nearest to its preset"
+    )
+    release.add_argument(
+        "--open", action="store_true", help="unpack the archive into papermill_runs/ and data/cache/"
+    )
+    release.add_argument(
+        "--into", default="", type=os.path.expanduser, help="another folder of runs, with --open"
+    )
+    release.add_argument(
+        "--no-networks", action="store_true", help="without the networks that look at the images"
+    )
+    release.set_defaults(run=_release)
 
     options = parser.parse_args(arguments)
     from finematch.config import ParameterError
@@ -305,6 +322,20 @@ def _cache(options: argparse.Namespace) -> int:
         state = "" if entry.whole else "  (not finished)"
         print(f"{size(entry.size):>9}  {entry.kind:<14} {entry.folder.relative_to(options.cache)}{state}")
     print(f"{options.cache}: {len(found)} entries, {done}{size(sum(entry.size for entry in found))}")
+    return 0
+
+
+def _release(options: argparse.Namespace) -> int:
+    """Prints the archive's name, size and digest, or a line a run: its folder, and whether it was there."""
+    from finematch.files import file_digest
+    from finematch.release import pack, unpack
+
+    if options.open:
+        for folder, new in unpack(options.archive, runs=options.into).items():
+            print(f"{folder}{'' if new else '  (is here already)'}")
+        return 0
+    archive = pack(options.archive, options.runs, networks=not options.no_networks)
+    print(f"{archive}: {size(archive.stat().st_size)}, sha256 {file_digest(archive)}")
     return 0
 
 

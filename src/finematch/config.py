@@ -50,6 +50,7 @@ OUTSIDE_IDENTITY = {
     "figures": "where its figures are written",
     "resume": "what happens to an earlier run of the same folder",
     "threads": "speed alone",
+    "tracker": "where losses and metrics are shown while it trains",
     "activation_checkpointing": "memory and speed alone",
     "workers": "processes that read the data in the same order",
     "checkpoint_steps": "how often a run is saved, which resumes with the same numbers",

@@ -11,6 +11,7 @@ Axes: `b` items, `n` tokens, `d` width. Masks are True where there is something.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -203,20 +204,20 @@ def transformer(width: int, depth: int, heads: int, dropout: float) -> nn.Module
 
 # ------------------------------------------------------------------------------- text towers
 class BertTower(nn.Module):
-    """BERT (Eq. 3): a hub name or a folder for `from_pretrained`, or a `BertConfig` for a random start.
+    """BERT (Eq. 3): a hub name or a folder for `from_pretrained`, or a configuration for a random start.
 
     Any model that transformers' AutoModel opens and that returns `last_hidden_state` will do. Position 0 is
     [CLS], the pooled state.
     """
 
     def __init__(self, model: str | Path | Any):
-        from transformers import AutoModel, BertModel
+        from transformers import AutoModel
 
         super().__init__()
         if isinstance(model, (str, Path)):
             self.net = AutoModel.from_pretrained(located(model), add_pooling_layer=False)
         else:
-            self.net = BertModel(model, add_pooling_layer=False)
+            self.net = AutoModel.from_config(model, add_pooling_layer=False)
         self.width = self.net.config.hidden_size
 
     def grow(self, vocabulary: int) -> None:
@@ -292,14 +293,14 @@ def text_tower(
     width: int,
     depth: int,
     heads: int = 4,
-    weights: str = "",
+    weights: Any = "",
     input_dropout: float = 0.0,
 ) -> nn.Module:
     """A text tower by name.
 
     Args:
-        kind: `bert` (of `weights`, a folder or hub name, else a small one with random weights), `gru` (random weights),
-            or `minilm`: one Transformer layer over the cached states of a frozen model.
+        kind: `bert` (of `weights`, as `BertTower` takes them, else a small one with random weights), `gru` (random
+            weights), or `minilm`: one Transformer layer over the cached states of a frozen model.
         size: of the vocabulary; for `minilm` the width of the states.
         depth: layers of the small BERT, at least one: a BERT without layers would be a bag of words.
 
@@ -395,6 +396,25 @@ def config_of(model: str | Path):
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(str(model))
+
+
+def open_config(content: dict):
+    """The transformers configuration that `tower_configs` wrote."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**content)
+
+
+def tower_configs(model: nn.Module) -> dict[str, dict]:
+    """Configurations of a model's transformers towers, as JSON has them: `bert`, or `clip` of both towers of a CLIP."""
+    found: dict[str, dict] = {}
+    for part in model.modules():
+        if isinstance(part, BertTower):
+            found.setdefault("bert", part.net.config)
+        elif isinstance(part, (CLIPVision, CLIPText)):
+            name = "vision_config" if isinstance(part, CLIPVision) else "text_config"
+            found.setdefault("clip", {"model_type": "clip"})[name] = part.net.config
+    return json.loads(json.dumps(found, default=lambda config: config.to_dict()))
 
 
 # ------------------------------------------------------------------------------- vision-language models, whole

@@ -360,7 +360,22 @@ def cached(root: str | Path, kind: str, key: Mapping[str, Any], make: Callable[[
                 folder, kind, f"cannot be written ({error})", "Free space, or choose another folder"
             ) from error
     _verify(folder, kind, key)
+    for asked in _asking:
+        asked.append(folder)
     return folder
+
+
+_asking: list[list[Path]] = []
+
+
+@contextlib.contextmanager
+def asked_for() -> Iterator[list[Path]]:
+    """The folders of all entries that `cached` is asked for meanwhile."""
+    _asking.append(found := [])
+    try:
+        yield found
+    finally:
+        _asking.pop()
 
 
 def entries(root: str | Path) -> list[Entry]:

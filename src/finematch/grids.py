@@ -50,7 +50,8 @@ class Grid:
     both). `names` maps our rows to the paper's, `columns` the paper's columns to our metrics, `also` further
     measured columns (title to metric), `chance` the metric that a random order gives for a column, `plot` the
     columns that are drawn. `untrained` rows do not depend on the seed, `levels` is the row whose levels of
-    boxes are judged.
+    boxes are judged. `data` is what the paper's numbers were measured on; of a grid without a table, `beside` is the
+    table of the paper that it is nearest to.
     """
 
     name: str
@@ -63,6 +64,8 @@ class Grid:
     claims: tuple[Claim, ...]
     paper: str = ""
     table: str = ""
+    data: str = ""
+    beside: str = ""
     dataset: str = ""
     prefix: str | tuple[str, ...] = ""
     ylabel: str = ""
@@ -100,8 +103,11 @@ class Grid:
 
     @property
     def boxes(self) -> tuple[str, ...]:
-        """The rows that read the boxes which the command line names; where there is none, it names them for all."""
-        return tuple(row for row, cells in self.rows.items() if BOXES in cells.values())
+        """The rows, here and of `base`, that read the boxes which the command line names, and those that build on them;
+        where there is none, it names them for all."""
+        reads = {row for row in (*self.rows, *self.linked) if BOXES in self.of(row).rows[row].values()}
+        return tuple(row for row in (*self.rows, *self.linked)
+                     if row in reads or reads.intersection(_links(self.of(row).rows[row])))  # fmt: skip
 
     def cells(self, row: str, scale: str) -> dict[str, str]:
         """A row's parameters at a scale, as cells are written: what its own leave unset, `[scale.<scale>]` may set, and
@@ -120,7 +126,8 @@ def grid(name: str, dataset: str = "", *, folder: str | Path | None = None) -> G
     Args:
         name: the files' name without its ending.
         dataset: applies the toml's `[on."pattern"]` sections whose pattern matches it (a paper prints several
-            datasets; our runs stand beside the columns of the one that they resemble).
+            datasets; our runs stand beside the columns of the one that they resemble). Their `cells.<row>` replace
+            cells of the csv on those datasets.
         folder: where the files are; default: the workbook's `grids/`.
 
     Raises:
@@ -140,6 +147,10 @@ def grid(name: str, dataset: str = "", *, folder: str | Path | None = None) -> G
     for pattern, section in content.pop("on", {}).items():
         if fnmatch(dataset, pattern):
             content |= section
+    for row, cells in content.pop("cells", {}).items():
+        if row not in rows:
+            raise DataError(path, f"[cells.{row}]", "is no row", f"Rows: {', '.join(rows)}")
+        rows[row] |= _parameters(path, f"[cells.{row}]", cells)
     base = content.get("builds_on", "")
     found = _checked(
         path, name, rows, content | {"base": grid(base, dataset, folder=folder) if base else None}

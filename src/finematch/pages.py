@@ -19,7 +19,8 @@ import pandas as pd
 from finematch import grids
 from finematch.config import READINGS, Declared, declared, root
 from finematch.files import DataError, write_text
-from finematch.tables import NOT_RUN, said, to_markdown
+from finematch.readings import in_words
+from finematch.tables import NOT_RUN, main_metrics, said, to_markdown
 
 PART = re.compile(r"(<!-- (readings|claims) (\w+)(?:: ([^\n]+?))? -->\n).*?(<!-- end -->)", re.S)
 
@@ -48,7 +49,7 @@ def rewrite(folder: Path | None = None, figures: Path | None = None) -> list[Pat
 def _made(part: re.Match, figures: Path) -> str:
     begin, kind, name, claims, end = part.groups()
     text = (
-        to_markdown(readings(name))
+        to_markdown(readings(name, figures))
         if kind == "readings"
         else came_out(name, claims and claims.split("; "), figures)
     )
@@ -56,9 +57,13 @@ def _made(part: re.Match, figures: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------- readings
-def readings(presets: str) -> pd.DataFrame:
-    """The readings that a page's parameters choose among, in the order of their register."""
+def readings(presets: str, figures: Path | None = None) -> pd.DataFrame:
+    """The readings that a page's parameters choose among, in the order of their register, with what the other values
+    change where `8_readings` has measured any of the method."""
     found = [one for one in declared(presets).values() if one.register]
+    file = (figures or root() / "figures") / "readings.scenes.tiny.csv"
+    measured = in_words(pd.read_csv(file, dtype={"other": str, "default": str})) if file.is_file() else {}
+    effects = {switch: said for (method, switch), said in measured.items() if method == presets}
     lines = [
         {
             "id": one.register.replace("-", "–"),
@@ -68,6 +73,7 @@ def readings(presets: str) -> pd.DataFrame:
             "literal": "–" if one.literal is None else f"`{_plain(one.literal)}`",
             "what the paper says": html.escape(one.says, quote=False),
         }
+        | ({"effect on scenes": effects.get(one.name, "–")} if effects else {})
         for one in sorted(found, key=_place)
     ]
     return pd.DataFrame(lines)
@@ -125,19 +131,12 @@ def came_out(name: str, claims: list[str] | None, figures: Path) -> str:
     for claim in claims:
         found = [_line(grid, metric, file, of[of["metric"] == metric])
                  for file, frame in judged.items() if len(of := frame[frame["claim"] == claim])
-                 for metric in _main(grid, list(dict.fromkeys(of["metric"])))]  # fmt: skip
+                 for metric in main_metrics(grid, list(dict.fromkeys(of["metric"])))]  # fmt: skip
         found = found or [
             dict.fromkeys(("metric", "data", "the paper"), "") | dict.fromkeys(READINGS, NOT_RUN)
         ]
         lines += [{"claim": "" if number else claim} | line for number, line in enumerate(found)]
     return to_markdown(pd.DataFrame(lines))
-
-
-def _main(grid: grids.Grid, judged: list[str]) -> list[str]:
-    """The grid's main metrics among those judged, after the first that the paper prints if it prints none of them."""
-    printed, judged = set(grid.columns.values()), [name for name in judged if not name.endswith("_expected")]
-    main = [metric for metric in grid.headline if metric in judged] or judged[:1]
-    return main if printed.intersection(main) else [name for name in judged if name in printed][:1] + main
 
 
 def _line(grid: grids.Grid, metric: str, file: Path, of: pd.DataFrame) -> dict[str, str]:

@@ -93,33 +93,38 @@ def rebuild(run) -> tuple[Any, nn.Module]:
         ValueError: For an ensemble, which is several models, or a baseline without a model.
     """
     s, weights = run.settings, run.folder / "best.safetensors"
-    if run.method == "mvam":
-        if s.ensemble > 1:
-            raise ValueError(
-                f"{run.folder} holds an ensemble of {s.ensemble} models: open its members' runs one by one"
-            )
-        data = open_inputs(s, root())
-        model = MVAM(*towers(s, data), MVAMConfig.of(s))
-        two = run.folder / "stage2" / "best.safetensors"  # of a given CLIP, trained in two stages
-        weights = two if two.is_file() else weights
-    elif run.method == "hslm":
-        data = open_inputs(s, root())
-        model = HSLM(data.splits["train"].images.width, len(data.tokenizer), HSLMConfig.of(s))
-    elif run.method == "felga":
-        if s.features != "fenet":
-            raise ValueError(
-                f"{run.folder} is a baseline without FENet (features={s.features}): it has no model"
-            )
-        data = open_gallery(s, root(), run.parameters)
-        model = FELGA(data.width, FELGAConfig.of(s))
+    if run.method == "mvam" and s.ensemble > 1:
+        raise ValueError(
+            f"{run.folder} holds an ensemble of {s.ensemble} models: open its members' runs one by one"
+        )
+    if run.method == "felga" and s.features != "fenet":
+        raise ValueError(f"{run.folder} is a baseline without FENet (features={s.features}): it has no model")
+    if run.method == "arena":
+        from finematch.arena import open_entrant  # which knows all methods
+
+        entrant = open_entrant(s, root())
+        data, model = entrant.inputs, entrant.model
     elif run.method in TASKS:
         pretrained = pretrained_run(s)
         data, model = pretrained.data, TASKS[run.method](s, pretrained)
     else:
-        data = open_inputs(s, root())
-        model = slan_model(s, data)
+        data = open_gallery(s, root(), run.parameters) if run.method == "felga" else open_inputs(s, root())
+        model = build(s, data)
+    two = run.folder / "stage2" / "best.safetensors"  # MVAM of a given CLIP, trained in two stages
+    weights = two if two.is_file() else weights
     load_best(model, weights)
     return data, model.to(accelerator()).eval()
+
+
+def build(s, shape: Shape | Inputs | RunData) -> nn.Module:
+    """The model of a run with the settings `s`, with random weights; `shape` is its data's, or the data themselves."""
+    if s.method == "mvam":
+        return MVAM(*towers(s, shape), MVAMConfig.of(s))
+    if s.method == "hslm":
+        return HSLM(shape.features, shape.words, HSLMConfig.of(s))
+    if s.method == "felga":
+        return FELGA(shape.features, FELGAConfig.of(s))
+    return slan_model(s, shape)
 
 
 def untrained(run, seed: int) -> nn.Module:
@@ -165,11 +170,13 @@ def with_run(s, pretrained):
 
 
 def seen_as(s, pretrained) -> Callable[[Any], dict[str, Any]]:
-    """What makes images of other records as the pretrained run sees its own."""
+    """What makes images of other records as the pretrained run sees its own, with the boxes that it was given."""
     of_run, network = pretrained.settings, pretrained.data.network
     if s.scale == "paper":
-        return partial(pixel_images, size=of_run.size)
-    return partial(map_images, network=network, cache=root() / s.cache, stages=of_run.maps)
+        see = partial(pixel_images, size=of_run.size)
+    else:
+        see = partial(map_images, network=network, cache=root() / s.cache, stages=of_run.maps)
+    return lambda records: given_images(records, see(records), of_run.detector, count=of_run.count)
 
 
 def _start(s, pretrained, words: int = 0) -> nn.Module:
@@ -233,6 +240,33 @@ TASKS = {  # what a run of `slan/2_train` is fine-tuned for, by the presets of i
 
 
 @dataclass
+class Shape:
+    """What data give a model's architecture: sizes that JSON can say, and the configurations of towers. A model is
+    built of it where the data are not; `Inputs` and `RunData` have the same attributes.
+
+    Attributes:
+        features: width of a region's, a cell's or a fragment's frozen features. boxes: whether regions have places.
+        channels: of the maps of a frozen network. given: whether images bring boxes of a detector.
+        states: width of the cached states of a text. words: of the tokenizer. captions: of the train split.
+        clip, bert: the configuration of the CLIP, or of the text tower; None where the settings say it.
+        tokenizer, processor, network: as of `Inputs`.
+    """
+
+    features: int = 0
+    boxes: bool = False
+    channels: tuple[int, ...] = ()
+    given: bool = False
+    states: int = 0
+    words: int = 0
+    captions: int = 0
+    clip: Any = None
+    bert: Any = None
+    tokenizer: Any = None
+    processor: Any = None
+    network: Any = None
+
+
+@dataclass
 class Inputs:
     """What a run reads. `network` looked at the images (None: published arrays, or pixels go into the model);
     `clip` is the source of `encoders.open_clip_model` and `processor` its image processor, for a run of a CLIP."""
@@ -244,6 +278,35 @@ class Inputs:
     network: Backbone | None = None
     clip: Any = None
     processor: Any = None
+    bert: None = None  # settings name the text tower
+
+    @property
+    def features(self) -> int:
+        return getattr(self.splits["train"].images, "width", 0)
+
+    @property
+    def boxes(self) -> bool:
+        return getattr(self.splits["train"].images, "places", None) is not None
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        return tuple(getattr(self.splits["train"].images, "channels", ()))
+
+    @property
+    def given(self) -> bool:
+        return isinstance(self.splits["train"].images, BoxedSource)
+
+    @property
+    def states(self) -> int:
+        return getattr(self.splits["train"].texts, "width", 0)
+
+    @property
+    def words(self) -> int:
+        return len(self.tokenizer)
+
+    @property
+    def captions(self) -> int:
+        return len(self.splits["train"].captions)
 
     @property
     def select(self) -> str:
@@ -293,23 +356,21 @@ def open_inputs(s, root: Path) -> Inputs:
     return Inputs(splits, reported_split(records), data_root, tokenizer, network, clip, processor)
 
 
-def towers(s, inputs: Inputs) -> tuple[nn.Module, nn.Module]:
+def towers(s, shape: Shape | Inputs) -> tuple[nn.Module, nn.Module]:
     """MVAM's two towers with new weights, random ones unless `s` names some."""
-    if inputs.clip is not None:
-        clip = open_clip_model(inputs.clip)
+    if shape.clip is not None:
+        clip = open_clip_model(shape.clip)
         return CLIPVision(clip), CLIPText(clip)
-    train = inputs.splits["train"]
     vision = TokenTransformer(
-        train.images.width, width=s.width, depth=s.depth, input_dropout=s.input_dropout,
-        boxes=train.images.places is not None,
-    )  # fmt: skip
-    size = train.texts.width if s.text == "minilm" else len(inputs.tokenizer)
+        shape.features, width=s.width, depth=s.depth, input_dropout=s.input_dropout, boxes=shape.boxes
+    )
+    size = shape.states if s.text == "minilm" else shape.words
     weights = (s.text_weights or "bert-base-uncased") if s.scale == "paper" else ""
-    return vision, text_tower(s.text, size, width=s.width, depth=s.depth, weights=weights,
+    return vision, text_tower(s.text, size, width=s.width, depth=s.depth, weights=shape.bert or weights,
                               input_dropout=s.input_dropout)  # fmt: skip
 
 
-def map_towers(s, inputs: Inputs) -> tuple[nn.Module, nn.Module]:
+def map_towers(s, shape: Shape | Inputs) -> tuple[nn.Module, nn.Module]:
     """SLAN's two encoders with new weights: of the images' maps, and of the text.
 
     At scale `paper` an image network is trained, a ResNet-50 unless named, with random weights ("all random
@@ -322,12 +383,12 @@ def map_towers(s, inputs: Inputs) -> tuple[nn.Module, nn.Module]:
 
     if s.scale == "paper":
         image = pixel_stages(s.vision, weights=s.vision_weights, stages=s.stages)
-        return image, BertTower(s.text_weights or "bert-base-uncased")
-    text = small_bert(len(inputs.tokenizer), width=s.width, depth=s.text_depth, heads=s.text_heads)
-    return CachedStages(inputs.splits["train"].images.channels), BertTower(text)
+        return image, BertTower(shape.bert or s.text_weights or "bert-base-uncased")
+    text = small_bert(shape.words, width=s.width, depth=s.text_depth, heads=s.text_heads)
+    return CachedStages(shape.channels), BertTower(text)
 
 
-def slan_model(s, inputs: Inputs, *, steps_per_epoch: int | None = None) -> SLAN:
+def slan_model(s, shape: Shape | Inputs, *, steps_per_epoch: int | None = None) -> SLAN:
     """SLAN with the random weights of its seed: towers (3.1), self-locator (3.2) and objective (3.3).
 
     Args:
@@ -337,17 +398,15 @@ def slan_model(s, inputs: Inputs, *, steps_per_epoch: int | None = None) -> SLAN
     from finematch.models.slan.locator import SelfLocator, Towers, locator_config
 
     seed_everything(s.seed)
-    image, text = map_towers(s, inputs)
+    image, text = map_towers(s, shape)
     encoders = Towers(image, text, s.width)
     locator = SelfLocator(encoders.channels, locator_config(s, encoders.channels), encoder=image)
-    if isinstance(inputs.splits["train"].images, BoxedSource):
+    if shape.given:
         locator.take_given()
-    steps = (
-        len(inputs.splits["train"].captions) // s.batch_size if steps_per_epoch is None else steps_per_epoch
-    )
+    steps = shape.captions // s.batch_size if steps_per_epoch is None else steps_per_epoch
     return SLAN(
         encoders, locator, SLANConfig.of(s, reg_weight=s.reg_weight if s.levels else 0.0),
-        words=Words.of(inputs.tokenizer), random_steps=round(s.random_negatives * s.epochs * steps),
+        words=Words.of(shape.tokenizer), random_steps=round(s.random_negatives * s.epochs * steps),
     )  # fmt: skip
 
 
@@ -435,8 +494,8 @@ class RunData:
     annotated: AnnotatedPhrases | None
 
     @property
-    def width(self) -> int:
-        """Of the frozen features."""
+    def features(self) -> int:
+        """Width of the frozen features."""
         return self.gallery.classes.features.shape[-1]
 
 

@@ -156,10 +156,10 @@ def extracted(count: int, work: Callable[[str], Any], folder: Path) -> Cost:
 def small_settings(s: Settings, folder: Path, data_root: str | Path) -> Settings:
     """The settings with every value as it is, on the first few images, with stand-ins for networks that need files."""
     given = {**s.as_dict(), "smoke": True, "cache": str(folder / "cache"), "data_root": str(data_root)}
-    given |= {name: "" for name in ("pretrained", "detector", "shards") if name in given}
+    given |= {name: "" for name in ("pretrained", "detector", "shards", "shortlist") if name in given}
     if s.scale != "paper":
         return Settings(s.method, given)
-    kinds = {"text_weights": "bert-base"}
+    kinds = {} if s.method == "arena" else {"text_weights": "bert-base"}
     if s.method == "felga":
         vlp = {"blip": "blip-itm-base", "blip2": "blip2-itm-vit-g"}.get(s.vlp, "clip-vit-b-32")
         kinds = {"vlp": vlp} | ({"proposals": "detreg-r50"} if s.proposals == "auto" else {})
@@ -303,7 +303,7 @@ def felga_cost(s: Settings, small: Settings, counts: tuple, folder: Path, patien
 
     cost = extracted(len(records), work, folder)
     cost |= dict.fromkeys(("step", "training", "memory", "fits", "measured_batch", "checkpoints"), 0.0)
-    model = FELGA(found.width, FELGAConfig.of(s)).to(accelerator())
+    model = FELGA(found.features, FELGAConfig.of(s)).to(accelerator())
     if trained := s.features == "fenet":
         cost |= step_cost(model, made[-1], s, patience)
         cost["training"] = s.epochs * (counts[0] // s.batch_size) * cost["step"]
@@ -334,7 +334,24 @@ def tiled(gallery, times: int):
     return replace(gallery, records=gallery.records * times, **parts)
 
 
-COST = {"mvam": mvam_cost, "hslm": hslm_cost, "slan": slan_cost, "felga": felga_cost}
+def arena_cost(s: Settings, small: Settings, counts: tuple, folder: Path, patience: float) -> Cost:
+    """The steps of the budget at what a step costs here; val is ranked in each round, the reported split at the end, by
+    pairs but for models of vectors. SLAN's steps without its locator count as those with it."""
+    from finematch import arena  # which measures with this module
+
+    entrant = arena.open_entrant(small, folder)
+    cost = step_cost(entrant.model, entrant.inputs.splits["train"].pairs(), s, patience)
+    seen, steps = len(entrant.test.records), s.rounds * arena.steps(s)
+    work = clocked(lambda: arena.ranked(entrant, entrant.test))
+    # a matching head ranks so many candidates of each query, as vectors are ranked image by image
+    pairs = not isinstance(entrant.model, (MVAM, arena.SLAN))
+    val = min(s.val_pictures or counts[1], counts[1]) if pairs else counts[1]
+    ranking = [work * (count / seen) ** (2 if pairs else 1) for count in (val, counts[2])]
+    return cost | {"feature_seconds": 0.0, "feature_bytes": 0.0, "evaluation": ranking[1],
+                   "training": steps * cost["step"] + s.rounds * ranking[0]}  # fmt: skip
+
+
+COST = {"mvam": mvam_cost, "hslm": hslm_cost, "slan": slan_cost, "felga": felga_cost, "arena": arena_cost}
 
 
 # ------------------------------------------------------------------------------------------- a grid
@@ -382,7 +399,8 @@ def rehearse(grid: grids.Grid, dataset: str, scale: str, folder: Path, *, data_r
         if shape not in known:
             echo(f"{grid.name} {name}", flush=True)
             known[shape] = rehearse_run(s, folder, patience=patience)
-        lines.append({"row": name, "batch": s.batch_size, "epochs": s.epochs, **known[shape]})
+        rounds = s.as_dict().get("epochs", s.as_dict().get("rounds"))
+        lines.append({"row": name, "batch": s.batch_size, "epochs": rounds, **known[shape]})
     return lines
 
 

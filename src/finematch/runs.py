@@ -163,6 +163,27 @@ class Run:
         """The model with the weights of the run's best epoch, in eval mode."""
         return self._rebuilt[1]
 
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the model into a folder that `<its class>.from_pretrained` opens without the data; see `hub`.
+
+        Raises:
+            DataError: As `open_run`; or for a run of a task, whose model stands on another run's.
+        """
+        from finematch.hub import save
+
+        return save(self, folder)
+
+    def push_to_hub(self, repository: str, **options) -> str:
+        """Save the model and upload it to the Hugging Face hub; the address of the commit.
+
+        Args:
+            repository: `owner/name`; made if it does not exist.
+            options: `private`, `token`, and those of `huggingface_hub.HfApi.upload_folder`.
+        """
+        from finematch.hub import push
+
+        return push(self, repository, **options)
+
 
 # ------------------------------------------------------------------------------------------- begin
 def begin(

@@ -624,6 +624,13 @@ def said(claim: Mapping[str, Any]) -> str:
     return f"**{claim['verdict']}**: {difference:+.1f} ({lower:+.1f} to {upper:+.1f}), {claim['n_a']}{seeds} seeds"
 
 
+def main_metrics(grid: Grid, judged: Sequence[str]) -> list[str]:
+    """The grid's main metrics among those judged, after the first that the paper prints if it prints none of them."""
+    printed, judged = set(grid.columns.values()), [name for name in judged if not name.endswith("_expected")]
+    main = [metric for metric in grid.headline if metric in judged] or judged[:1]
+    return main if printed.intersection(main) else [name for name in judged if name in printed][:1] + main
+
+
 def verdict_counts(claims: pd.DataFrame) -> pd.DataFrame:
     """Verdicts by `method` and `dataset`; a cell is "default / literal". What is one under both counts in both."""
     every = claims.assign(
@@ -777,10 +784,18 @@ def write(grid: Grid, dataset: str, scale: str, runs: Mapping[str, pd.DataFrame]
             write_text(f"{stem}{ending}.csv", frame.to_csv(index=False))
 
 
-def drawn(grid: Grid, runs: pd.DataFrame) -> dict[str, Any]:
-    """What `figures.beside` draws of a grid beyond its table: seeds, dashes, random order, labels.
+def seeds_of(dataset: str, runs: pd.DataFrame) -> str:
+    """What measured numbers are of, for titles: "scenes, 3 seeds"; "1 to 3" where rows have run under so many."""
+    if runs.empty:
+        return f"{dataset}, not run"
+    few, many = (int(count) for count in runs.groupby("row").size().agg(["min", "max"]))
+    return f"{dataset}, {few if few == many else f'{few} to {many}'} seed{'s' * (many > 1)}"
 
-    Dashes are the first measured-only column whose title begins with the drawn column's name.
+
+def drawn(grid: Grid, runs: pd.DataFrame, dataset: str) -> dict[str, Any]:
+    """What `figures.beside` draws of a grid beyond its table: its data, seeds, strokes, a random order, labels.
+
+    Strokes are the first measured-only column whose title begins with the drawn column's name.
     """
     more, rows = also(grid, runs), list(dict.fromkeys(printed(grid)["row"]))
     rows += [
@@ -794,4 +809,12 @@ def drawn(grid: Grid, runs: pd.DataFrame) -> dict[str, Any]:
         if title and len(more):
             dashes[column] = (title.partition(", ")[2], more.set_index("row")[title].reindex(rows).tolist())
     lines = {column: float(runs[metric].mean()) for column, metric in grid.chance.items() if len(runs)}
-    return {"runs": seeds, "dashes": dashes, "lines": lines, "xlabel": grid.axis, "ylabel": grid.ylabel}
+    data = (f"{grid.data}, published".removeprefix(", "), seeds_of(dataset, runs))
+    return {
+        "data": data,
+        "runs": seeds,
+        "dashes": dashes,
+        "lines": lines,
+        "rows": grid.axis,
+        "label": grid.ylabel,
+    }

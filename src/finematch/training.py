@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -119,6 +120,42 @@ class EpochBatches(Sampler[list[int]]):
             yield order[start : start + self.share].tolist()
 
 
+class Rounds:
+    """Training data in rounds of so many steps, for a budget that is no whole number of epochs.
+
+    What `fit` calls an epoch is then a round. The batches are those of `EpochBatches`, one epoch after another, so that
+    the order of a run is that of any other run of its seed and batch.
+    """
+
+    def __init__(self, data, steps: int):
+        self.data, self.n = data, steps
+
+    def steps(self, batch_size: int, world: int) -> int:
+        return self.n
+
+    def batches(
+        self,
+        size: int,
+        *,
+        seed: int,
+        epoch: int,
+        first: int,
+        rank: int,
+        world: int,
+        workers: int,
+        pin_memory: bool,
+    ) -> DataLoader:
+        """The rest of a round (`epoch`), from its step `first` on."""
+        left, at, chosen = self.n - first, self.n * epoch + first, []
+        while left > len(chosen):
+            number, step = divmod(at + len(chosen), len(self.data) // size)
+            rest = {"epoch": number, "first": step, "rank": rank, "world": world}
+            of_epoch = EpochBatches(len(self.data), size, seed=seed, **rest)
+            chosen += itertools.islice(of_epoch, left - len(chosen))
+        return DataLoader(self.data, batch_sampler=chosen, num_workers=workers, collate_fn=whole,
+                          generator=torch.Generator(), pin_memory=pin_memory)  # fmt: skip
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch. Call before the model is built, so that its start depends on the seed."""
     random.seed(seed)
@@ -200,6 +237,7 @@ def fit(
     select: str = "rsum",
     trainable: Callable[[str], bool] | None = None,
     echo: Callable[[str], None] | None = print,
+    tracker: str = "",
 ) -> dict:
     """Train `model` in place, or take up where a killed run stopped; leave it at its best epoch.
 
@@ -215,6 +253,7 @@ def fit(
             The weights of the epoch with the largest `select` are kept; without it, the last epoch's.
         trainable: names of the parameters to train; the others are frozen for this call.
         echo: receives one line an epoch.
+        tracker: a tracker that accelerate knows (tensorboard, wandb, mlflow ...), see `tracking`; changes no number.
 
     Returns:
         `{"history": [...], "best_epoch", "steps", "seconds", "peak_memory_bytes", "device"}`; seconds include
@@ -226,7 +265,7 @@ def fit(
             return.
         Busy: If another process trains in `out`.
     """
-    out, accelerator = Path(out), open_accelerator(plan)
+    out, accelerator = Path(out), open_accelerator(plan, tracker, out)
     main = accelerator.is_main_process
     if main:
         check_writable(out, room=room_for(model, out))
@@ -239,20 +278,24 @@ def fit(
         at = loop.at
         if main:
             rewrite_log(out / "log.jsonl", at["history"])
-        for epoch in range(at["epoch"], plan.epochs):
-            line = loop.epoch(epoch)
-            if evaluate is not None and main:
-                line = validate(model, evaluate, select, line)
-            score = line.get(select) if evaluate is not None else float(epoch)
-            if main and (at["best"] is None or score > at["best"][0]):
-                at["best"] = [score, epoch + 1]
-                save_weights(model, out / "best.safetensors")
-            loop.close_epoch(epoch, line)
-            if main:
-                rewrite_log(out / "log.jsonl", at["history"])
-                if echo:
-                    echo(describe(line, plan.epochs))
-            accelerator.wait_for_everyone()
+        config = {"run": f"{out.parent.name}/{out.name}", **asdict(plan)}
+        with tracking(accelerator, config, first=loop.count + 1, last=loop.steps * plan.epochs):
+            for epoch in range(at["epoch"], plan.epochs):
+                line = loop.epoch(epoch)
+                if evaluate is not None and main:
+                    known = set(line)
+                    line = validate(model, evaluate, select, line)
+                    loop.track("val", {name: value for name, value in line.items() if name not in known})
+                score = line.get(select) if evaluate is not None else float(epoch)
+                if main and (at["best"] is None or score > at["best"][0]):
+                    at["best"] = [score, epoch + 1]
+                    save_weights(model, out / "best.safetensors")
+                loop.close_epoch(epoch, line)
+                if main:
+                    rewrite_log(out / "log.jsonl", at["history"])
+                    if echo:
+                        echo(describe(line, plan.epochs))
+                accelerator.wait_for_everyone()
         accelerator.wait_for_everyone()
         load_best(model, out / "best.safetensors")
     model.to(accelerator.device).eval()
@@ -266,17 +309,47 @@ def fit(
     }
 
 
-def open_accelerator(plan: Plan) -> Accelerator:
-    """The processes and devices to train on, and in which precision."""
+def open_accelerator(plan: Plan, tracker: str = "", out: Path | None = None) -> Accelerator:
+    """The processes and devices to train on, in which precision, and with which tracker, whose files go to `out`.
+
+    Raises:
+        TrainingError: The tracker's package is not installed (accelerate would go on without a word).
+        ValueError: accelerate knows no such tracker.
+    """
     own_environment()
-    return Accelerator(
+    accelerator = Accelerator(
         # told outright: without `cpu`, accelerate under torchrun on a machine without GPUs runs N lone processes
         cpu=not torch.accelerator.is_available(),
         mixed_precision=plan.precision,
         step_scheduler_with_optimizer=False,
         # a switch may leave parts of a model without use; processes would wait for their gradients for ever
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        log_with=tracker or None,
+        project_dir=out,
     )
+    if tracker and not accelerator.log_with:
+        raise TrainingError(
+            f"tracker={tracker}: the package {tracker} is not installed. Install it (pip install {tracker}), or leave "
+            "tracker empty"
+        )
+    return accelerator
+
+
+@contextlib.contextmanager
+def tracking(accelerator: Accelerator, config: dict, *, first: int, last: int) -> Iterator[None]:
+    """Open the accelerator's tracker, if it has one and a step is left, and close it however the training ends.
+
+    A run that goes on does so at its own step, the `first` of this session. TensorBoard drops what was logged from
+    there on before the run was killed; other trackers show the session as a run of its own.
+    """
+    if accelerator.log_with and first <= last:
+        plain = {name: str(value) if isinstance(value, tuple) else value for name, value in config.items()}
+        accelerator.init_trackers("finematch", plain, {"tensorboard": {"purge_step": first}})
+    try:
+        yield
+    finally:
+        for one in accelerator.trackers:  # `end_training` would end the process group as well
+            one.finish()
 
 
 @contextlib.contextmanager
@@ -352,6 +425,17 @@ class Loop:
         if at is None:
             self.save()
 
+    @property
+    def count(self) -> int:
+        """Batches of the run so far."""
+        return self.at["epoch"] * self.steps + self.at["step"]
+
+    def track(self, part: str, values: dict) -> None:
+        """Hand numbers to the tracker, as `train/loss` or `val/rsum` of this step."""
+        if self.accelerator.trackers:
+            numbers = {f"{part}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
+            self.accelerator.log(numbers, step=self.count)
+
     def save(self) -> None:
         """Write a checkpoint of this place."""
         self.checkpoint.save(self.plain, self.optimizer, self.scheduler, self.at)
@@ -387,6 +471,7 @@ class Loop:
             for name, value in values.items():
                 at["sums"][name] = at["sums"].get(name, 0.0) + value
             at["step"] = step + 1
+            self.track("train", values)
             due = plan.checkpoint_steps and at["step"] % plan.checkpoint_steps == 0
             if due and update and at["step"] < self.steps:
                 at["seconds"] = time.monotonic() - self.started

@@ -34,6 +34,7 @@ from finematch.standins import HUB, SIZE, write_boxes, write_data, write_hub, wr
 
 IMAGES = 2  # of each split
 SMALL = {"epochs": 1, "batch_size": 2, "precision": "no", "workers": 0, "threads": 1}
+SMALL |= {"budget_minutes": 0.01, "rounds": 1}  # of the arena
 LEFT = (
     "*.pt",
     "*.safetensors",

@@ -28,6 +28,7 @@ def text_to_image(
     pooling: str = "lse",
     sharpness: float = 6.0,
     tile: int = TILE,
+    there: Bool[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, "b c"]:
     """The score of every image with every caption: how well each word is explained by the regions it attends to.
 
@@ -42,6 +43,7 @@ def text_to_image(
     Args:
         mask: the real words of each caption, which come first.
         tile: pairs of a word and an image in memory at a time.
+        there: the real regions of each image; all of them, if it is not given.
 
     Raises:
         ValueError: For another pooling, or a caption without words.
@@ -54,24 +56,28 @@ def text_to_image(
     regions, words = F.normalize(regions, dim=-1), F.normalize(words, dim=-1)
     gram = regions @ regions.mT
     scores = regions.new_empty(len(regions), len(words))
+    absent = None if there is None or there.all() else ~there
     for length in lengths.unique().tolist():
         for chunk in (lengths == length).nonzero().squeeze(1).split(max(1, tile // (8 * length))):
             part = words[chunk, :length].flatten(0, 1)
             size = max(1, tile // len(part))
             for k in range(0, len(regions), size):
-                near = _cosines(regions[k : k + size], gram[k : k + size], part, length, temperature)
+                rows = slice(k, k + size)
+                near = _cosines(regions[rows], gram[rows], part, length, temperature,
+                                None if absent is None else absent[rows])  # fmt: skip
                 pooled = near.mean(2) if pooling == "mean" else (sharpness * near).logsumexp(2) / sharpness
-                scores[k : k + size, chunk] = pooled
+                scores[rows, chunk] = pooled
     return scores
 
 
-def _cosines(regions, gram, words, length: int, temperature: float) -> Float[Tensor, "b c l"]:
+def _cosines(regions, gram, words, length: int, temperature: float, absent=None) -> Float[Tensor, "b c l"]:
     """Of every word (`words`: "(c l) d") with its context in each image."""
     b, n, _ = regions.shape
     dots = (words @ regions.flatten(0, 1).T).view(-1, length, b, n)  # c l b n
     cut = F.leaky_relu(dots, SLOPE)
     cut = cut / torch.linalg.vector_norm(cut, dim=1, keepdim=True).clamp(min=1e-8)
-    weights = (temperature * cut).softmax(-1)
+    logits = temperature * cut
+    weights = (logits if absent is None else logits.masked_fill(absent, float("-inf"))).softmax(-1)
     square = torch.einsum("clbn,bnm,clbm->clb", weights, gram, weights)
     near = (weights * dots).sum(-1) / square.clamp(min=1e-12).sqrt()
     return near.permute(2, 0, 1)

@@ -74,7 +74,7 @@ def reads(s) -> str:
     `images` and their captions."""
     if s.method == "felga":
         return "fragments"
-    regions = s.method == "hslm" or (s.method == "mvam" and s.backbone == "regions")
+    regions = s.method == "hslm" or (s.method in ("mvam", "arena") and s.backbone == "regions")
     return "arrays" if regions and s.scale == "paper" and s.proposals == "auto" else "images"
 
 
@@ -314,7 +314,7 @@ def boxed_images(
         records = {"train": known, "val": known}
     else:
         records = {split: load("coco", data_root, split, captions=None) for split in ("train", "val")}
-        images = see(records)
+        images = see(_named(records))
     return {split: images[split] for split in records}, records
 
 
@@ -342,9 +342,16 @@ def labelled_images(
     else:
         file = folder / "coco" / "annotations" / "instances_val2017.json"
         records = {name: load("coco", folder, name, captions=None) for name in ("train", "val")}
-        images = see(records)
+        images = see(_named(records))
         found = {name: (images[name], part, list(range(len(part)))) for name, part in records.items()}
     return found, category_ids(file)
+
+
+def _named(records: Records) -> Records:
+    """The records without captions with their image's name as one: kept features lie beside a line of text."""
+    return {
+        split: [replace(one, captions=(one.image.name,)) for one in part] for split, part in records.items()
+    }
 
 
 def published_regions(

@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from finematch.data.images import open_rgb
@@ -462,44 +463,6 @@ def matrix(
     bar.outline.set_visible(False)
 
 
-def compare_points(ax: Axes, labels: Sequence[str], published, mean, sd=None, *, ylabel: str = "") -> None:
-    """Published values (open diamonds) beside measured ones (filled, mean and standard deviation) by row.
-
-    NaN is "not printed" or "not run" and stays empty; an `sd` that is NaN (one seed) has no bar. The two may
-    have different data: their distance says little, the order of the rows within each is the claim.
-
-    Raises:
-        ValueError: For lengths that differ or a negative `sd`.
-    """
-    published, mean = (np.asarray(v, float) for v in (published, mean))
-    sd = np.full(len(labels), np.nan) if sd is None else np.asarray(sd, float)
-    if not published.shape == mean.shape == sd.shape == (len(labels),):
-        raise ValueError(
-            f"{len(labels)} labels, {published.shape} published, {mean.shape} measured, {sd.shape} sd"
-        )
-    if (sd < 0).any():
-        raise ValueError("a standard deviation is not negative")
-    at = np.arange(len(labels))
-    if np.isfinite(published).any():
-        ax.plot(
-            at - 0.1,
-            published,
-            "D",
-            color=PALETTE[1],
-            markerfacecolor="white",
-            markeredgewidth=1.5,
-            label="published",
-        )
-    ax.errorbar(
-        at + 0.1, mean, np.nan_to_num(sd), fmt="o", color=PALETTE[0], capsize=3, label="measured, mean ± sd"
-    )
-    ax.set_xticks(at, labels)
-    ax.set_xlim(-0.5, len(labels) - 0.5)
-    ax.set_ylabel(ylabel)
-    ax.grid(axis="y")
-    ax.legend(loc="best")
-
-
 def bars(ax: Axes, labels: Sequence[str], groups: Mapping, *, errors=None, ylabel: str = "") -> None:
     """Grouped bars, groups told apart by colour and hatch; `errors` has half-lengths in the same layout.
 
@@ -523,87 +486,112 @@ def bars(ax: Axes, labels: Sequence[str], groups: Mapping, *, errors=None, ylabe
         ax.legend(loc="best")
 
 
-def seeds(ax: Axes, labels: Sequence[str], values: Mapping[str, Sequence[float]]) -> None:
-    """One small dot per run (seed) above its row's label, drawn by seaborn; rows without runs stay empty."""
-    import seaborn as sns  # here: only plots of runs need it
-
-    rows = [label for label in labels for _ in values.get(label, ())]
-    if rows:
-        dots = [value for label in labels for value in values.get(label, ())]
-        before = ax.get_xlim()
-        sns.stripplot(x=rows, y=dots, order=list(labels), ax=ax, color=PALETTE[0], size=2.6, alpha=0.55, jitter=False,
-                      legend=False)  # fmt: skip
-        ax.set(xlabel="", xlim=before)
-
-
 def beside(
     frame,
     columns: Sequence[str],
     *,
+    data: tuple[str, str] = ("published", "measured"),
     runs: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     dashes: Mapping[str, tuple[str, Sequence[float]]] | None = None,
     lines: Mapping[str, float] | None = None,
-    xlabel: str = "",
-    ylabel: str = "",
+    rows: str = "",
+    label: str = "",
 ) -> Figure:
-    """A table of published and measured numbers as a figure, one panel per column.
+    """A table as a figure: of each column one panel with the published and one with the measured numbers.
+
+    The rows stand in one order in all panels, and each panel has a scale of its own: shapes can be compared, levels
+    cannot. A panel without any number is left out.
 
     Args:
         frame: rows `row`, `<column> published`, `<column> measured`, `<column> measured sd` (`tables.beside`).
         columns: what is drawn, left to right.
+        data: what the published and the measured numbers are of; it stands in the titles.
         runs: by column and row, the value of every seed: small dots.
-        dashes: by column, a name and one value per row: horizontal dashes.
+        dashes: by column, a name and one value per row: short strokes.
         lines: by column, a value that is drawn across (a random order's).
-        xlabel, ylabel: labels of the axes; the column's name stands above its panel.
+        rows, label: labels of the rows and of the numbers.
     """
-    labels = [textwrap.fill(str(row), 24) for row in frame["row"]]
-    of_row = dict(zip(frame["row"], labels, strict=True))
-    long = (
-        sum(map(len, labels)) > 55
-        or max((len(part) for label in labels for part in label.split(chr(10))), default=0) > 12
+    frame = frame.reset_index(drop=True)
+    names = [textwrap.fill(plain(str(row)), 30) for row in frame["row"]]
+    sides = ("published", "measured")
+    drawn = [
+        (column, side) for column in columns for side in sides if frame[f"{column} {side}"].notna().any()
+    ]
+    drawn = drawn or [(column, "measured") for column in columns]
+    at = np.arange(len(names))
+    widest = max((len(part) for name in names for part in name.split("\n")), default=0)
+    size = (
+        0.6 + 0.075 * widest + 2.1 * len(drawn),
+        1.5 + 0.17 * sum(name.count("\n") + 1.3 for name in names),
     )
-    width = max(4.0, 0.42 * len(labels) + 1.5)
-    size = (min(width * len(columns), 11), 4.4 if long else 3.4)
-    figure, panels = plt.subplots(1, len(columns), figsize=size, layout="constrained")
-    for ax, column in zip(np.atleast_1d(panels), columns, strict=True):
-        published, mean = frame[f"{column} published"], frame[f"{column} measured"]
-        if lines and column in lines:
-            ax.axhline(
-                lines[column], color=INK, linestyle="--", linewidth=1, marker="", label="a random order"
-            )
-        compare_points(ax, labels, published, mean, frame[f"{column} measured sd"], ylabel=ylabel)
-        if runs and column in runs:
-            seeds(ax, labels, {of_row[row]: of for row, of in runs[column].items() if row in of_row})
-        if dashes and column in dashes:
-            name, values = dashes[column]
+    figure, panels = plt.subplots(
+        1, len(drawn), figsize=size, sharey=True, layout="constrained", squeeze=False
+    )
+    for ax, (column, side) in zip(panels[0], drawn, strict=True):
+        values = frame[f"{column} {side}"].astype(float)
+        if side == "published":
             ax.plot(
-                np.arange(len(labels)) + 0.1,
-                np.asarray(values, float),
-                "_",
-                color=INK,
-                markersize=11,
-                label=name,
+                values,
+                at,
+                "D",
+                color=PALETTE[1],
+                markerfacecolor="white",
+                markeredgewidth=1.5,
+                label="published",
             )
-        turned = (
-            {"rotation": 35, "ha": "right", "va": "center", "rotation_mode": "anchor", "linespacing": 0.9}
-            if long
-            else {}
-        )
-        ax.set_xticks(range(len(labels)), labels, **turned)
-        ax.set(xlabel=xlabel, title=column)
-        if ax.get_legend():
-            ax.get_legend().remove()
-    handles, names = np.atleast_1d(panels)[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper right", ncols=len(names))
+        else:
+            if lines and column in lines:
+                ax.axvline(
+                    lines[column], color=INK, linestyle="--", linewidth=1, marker="", label="a random order"
+                )
+            spread = frame[f"{column} measured sd"].fillna(0)
+            ax.errorbar(
+                values, at, xerr=spread, fmt="o", color=PALETTE[0], capsize=3, label="measured, mean ± sd"
+            )
+            of_row = (runs or {}).get(column, {})
+            found = [(one, k) for k, row in enumerate(frame["row"]) for one in of_row.get(row, ())]
+            if found:
+                ax.plot(
+                    *zip(*found, strict=True), "o", color=INK, markersize=2.2, alpha=0.6, label="one seed"
+                )
+            if dashes and column in dashes:
+                name, also = dashes[column]
+                ax.plot(
+                    np.asarray(also, float),
+                    at,
+                    "|",
+                    color=INK,
+                    markersize=11,
+                    markeredgewidth=1.5,
+                    label=name,
+                )
+        title = [*textwrap.wrap(column, 24), *textwrap.wrap(data[sides.index(side)], 24)]
+        ax.set_title(plain("\n".join(title)))
+        ax.set(xlabel=label, ylim=(len(names) - 0.5, -0.5))
+        ax.set_yticks(at, names)
+        ax.tick_params(axis="y", length=0)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.margins(x=0.12)
+        ax.grid()
+    panels[0, 0].set_ylabel(rows)
+    named = {
+        name: handle for ax in panels[0] for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    first = [name for name in ("published", "measured, mean ± sd") if name in named]
+    handles = {name: named[name] for name in dict.fromkeys([*first, *named])}
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 2 * len(drawn))
+    )
     return figure
 
 
-def intervals(frame, *, xlabel: str = "difference") -> Figure:
-    """Differences with their intervals, one line per claim, a column of panels per metric.
+def intervals(frame, *, data: str = "", xlabel: str = "difference") -> Figure:
+    """Differences with their intervals, one line per claim, one panel per metric.
 
     Args:
         frame: rows `claim`, `metric`, `difference`, `lower`, `upper`, `verdict` (`tables.verdicts`); lines
-            without an interval are left out.
+            without an interval are left out. A `verdict` "published" is a printed difference, without an interval.
+        data: what the numbers are of; it stands in the titles.
 
     Raises:
         ValueError: no line has an interval.
@@ -612,12 +600,17 @@ def intervals(frame, *, xlabel: str = "difference") -> Figure:
     if not len(frame):
         raise ValueError("no line of the frame has an interval to draw")
     claims, metrics = list(dict.fromkeys(frame["claim"])), list(dict.fromkeys(frame["metric"]))
-    size = (min(3.2 + 2.4 * len(metrics), 13), 0.9 + 0.27 * len(claims))
+    names = {claim: textwrap.fill(plain(claim), 56) for claim in claims}
+    widest = max(len(part) for name in names.values() for part in name.split("\n"))
+    wide = 2.2 if len(metrics) <= 4 else 1.75
+    height = 1.3 + 0.16 * sum(1.7 + name.count("\n") for name in names.values())
+    size = (0.066 * widest + wide * len(metrics), height)
     figure, panels = plt.subplots(1, len(metrics), figsize=size, sharey=True, layout="constrained")
     look = {
         "holds": ("o", PALETTE[0], PALETTE[0]),
         "contradicted": ("X", WRONG, WRONG),
         "undecided": ("s", FAINT, "white"),
+        "published": ("D", PALETTE[1], "white"),
     }
     for ax, metric in zip(np.atleast_1d(panels), metrics, strict=True):
         ax.axvline(0, color=INK, linewidth=0.8, marker="")
@@ -626,22 +619,26 @@ def intervals(frame, *, xlabel: str = "difference") -> Figure:
             at, y = line["difference"], claims.index(line["claim"])
             ax.plot([line["lower"], line["upper"]], [y, y], color=colour, linewidth=1.4, marker="")
             ax.plot([at], [y], marker=marker, color=colour, markerfacecolor=face, linestyle="")
-        ax.set(title=textwrap.fill(metric.replace("_", " "), 20), xlabel=xlabel)
+        title = [*textwrap.wrap(metric.replace("_", " "), 12 * wide), *textwrap.wrap(data, 12 * wide)]
+        ax.set(title=plain("\n".join(title)), xlabel=xlabel)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.grid(axis="x")
+        ax.tick_params(axis="y", length=0)
     first = np.atleast_1d(panels)[0]
-    first.set_yticks(range(len(claims)), claims)
+    first.set_yticks(range(len(claims)), list(names.values()))
     first.set_ylim(len(claims) - 0.5, -0.5)
     drawn = [verdict for verdict in look if verdict in set(frame["verdict"])]
     handles = [Line2D([], [], marker=look[v][0], color=look[v][1], markerfacecolor=look[v][2]) for v in drawn]
-    figure.legend(handles, drawn, loc="outside upper right", ncols=len(drawn))
+    figure.legend(handles, drawn, loc="outside lower center", ncols=len(drawn))
     return figure
 
 
-def levels(frame, metrics: Sequence[str] = ("pointing", "R@1")) -> Figure:
+def levels(frame, metrics: Sequence[str] = ("pointing", "R@1"), *, data: str = "") -> Figure:
     """How well the boxes of each level find annotated phrases: one panel per metric.
 
     Args:
         frame: lines of one row of `tables.grounding` that has levels.
+        data: what the numbers are of; it stands in the titles.
     """
     figure, panels = plt.subplots(1, len(metrics), figsize=(9.5, 3.4), layout="constrained")
     drawn = (("upper bound", "upper bound (oracle)", PALETTE[2], "-", "^"), ("", "trained", PALETTE[0], "-", "o"),
@@ -655,7 +652,7 @@ def levels(frame, metrics: Sequence[str] = ("pointing", "R@1")) -> Figure:
             look = {"color": colour, "linestyle": dash, "marker": marker, "capsize": 3, "label": name}
             ax.errorbar(at, frame[column], spread, **look)
         ax.set_xticks(frame["level"], ["proposals" if level == 0 else str(level) for level in frame["level"]])
-        ax.set(xlabel="level", ylabel=f"{metric} (%)")
+        ax.set(xlabel="level", ylabel=f"{metric} (%)", title=data)
         ax.set_ylim(bottom=0)
         ax.grid(axis="y")
     figure.legend(

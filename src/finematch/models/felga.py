@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from finematch.hub import Pretrained
 from finematch.losses import gather
 from finematch.models.configs import FELGAConfig
 
@@ -212,7 +213,7 @@ def lifted(
     return total * valid.any(1).sum() * valid.any(0).sum() if literal_scale else total
 
 
-class FELGA(nn.Module):
+class FELGA(Pretrained, nn.Module):
     """FENet and its training by Eq. 13: `L = L_con_l + lambda3 * L_con_g`.
 
     The pseudo-labels are `dynamic` (FELGA), `sparse` or `dense`: Tables 1-3 and 5. The alignment is `both`, `local`

@@ -30,6 +30,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from finematch.hub import Pretrained
 from finematch.losses import gather, longest, wide
 from finematch.models.configs import HSLMConfig
 from finematch.training import to_device
@@ -541,7 +542,7 @@ class PairScorer(nn.Module):
 
 
 # ------------------------------------------------------------------------------ the whole model
-class HSLM(nn.Module):
+class HSLM(Pretrained, nn.Module):
     """Hierarchical semantic matching of regions and words; five switches give Table 4's twelve rows.
 
     The negatives of Eq. 23 are the `hardest`, the `mean` over all of the batch, or `random`: one of them for each image

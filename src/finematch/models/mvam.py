@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from finematch.encoders import Tokens
+from finematch.hub import Pretrained
 from finematch.losses import LogitScale, contrastive
 from finematch.models.configs import MVAMConfig
 
@@ -190,7 +191,7 @@ def view_statistics(
 
 
 # ------------------------------------------------------------------------- the whole model, 3.1 to 3.4
-class MVAM(nn.Module):
+class MVAM(Pretrained, nn.Module):
     """A two-stream matcher: two towers, a pooling on each, cosine, and the loss of Eq. 12-13.
 
         L = L_c + weight * (L_div^image + L_div^text)

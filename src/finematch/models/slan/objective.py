@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from finematch.files import read_tensors
+from finematch.hub import Pretrained
 from finematch.losses import gather, longest, wide
 from finematch.models.configs import SLANConfig
 
@@ -647,7 +648,7 @@ def shared(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
 
 
 # ------------------------------------------------------------------------------ the whole model, Eq. 8-9
-class SLAN(nn.Module):
+class SLAN(Pretrained, nn.Module):
     """Towers, self-locator and the objective of Eq. 9.
 
         L_ds = L_itm + L_itc + L_lm        Eq. 8

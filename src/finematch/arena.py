@@ -1,0 +1,421 @@
+"""The arena: methods and their rivals on the same images, captions and minutes (`arena/2_train`, `7_compare`).
+
+An entrant is a method's own model with the method's own presets, or a rival with those of the method that its paper is
+compared with: PVSE and the plain two-stream model have MVAM's, SCAN and SAF have HSLM's, each with a GRU that reads the
+captions. So what differs within such a group is how images and captions meet. The budget is the same number of minutes
+on one core, as a number of steps (`steps`).
+
+Axes: `b` images, `c` captions, `p` pairs, `n` regions, `l` words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from finematch import rebuild
+from finematch.config import Settings
+from finematch.data.record import Record
+from finematch.data.splits import Split
+from finematch.encoders import GRUTower, TokenTransformer
+from finematch.evaluation.embedding import embed, validation
+from finematch.evaluation.grounding import GroundedPhrase
+from finematch.evaluation.phrases import attended_phrases, located_phrases
+from finematch.evaluation.reranking import reranked_retrieval
+from finematch.evaluation.retrieval import retrieval, retrieval_blocks
+from finematch.losses import LogitScale, wide
+from finematch.models.configs import HSLMConfig, MVAMConfig
+from finematch.models.hslm import HSLM, hinge, score, softmax_loss, tile_scores
+from finematch.models.mvam import MVAM
+from finematch.models.rivals import PVSE, SAF, SCAN, Rival
+from finematch.models.slan.objective import SLAN, Unimodal, pair_scorer
+from finematch.rehearsal import clocked
+from finematch.training import Plan, Rounds, accelerator, fit, seed_everything, to_device
+
+BESIDE = {"two-stream": "mvam", "pvse": "mvam", "mvam": "mvam", "scan": "hslm", "saf": "hslm", "hslm-global": "hslm",
+          "hslm": "hslm", "slan": "slan"}  # fmt: skip
+# row 1 of HSLM's Table 4
+GLOBAL = {"mgcn": False, "self_attn": False, "cross_attn": False, "glob": True, "loc": False}
+SIZES = (1000, 5000)  # images of the galleries that a query is timed on
+Cost = dict[str, float]
+
+
+# ------------------------------------------------------------------------------------------- objectives of the rivals
+class Contrast(nn.Module):
+    """MVAM's: the contrast in the batch with a learnable temperature (`hslm.softmax_loss`, of any score)."""
+
+    def __init__(self, tau: float = 0.07):
+        super().__init__()
+        self.scale = LogitScale(tau)
+
+    def forward(
+        self, scores: Float[Tensor, "b b"], same: Bool[Tensor, "b b"], bounded: Callable
+    ) -> dict[str, Tensor]:
+        return {"loss": softmax_loss(self.scale() * wide(scores), same)}
+
+
+class ContrastThenHinge(nn.Module):
+    """HSLM's: a contrast for the first steps, then the hinge on the hardest negatives, of the batch or of so many
+    `rivals` that are drawn for each image and caption (see `models.hslm.HSLM`; its switches are the arguments)."""
+
+    def __init__(self, start_steps: int, *, start_scale: float = 10.0, margin: float = 0.2, rivals: int = 0):
+        super().__init__()
+        self.start_steps, self.start_scale, self.margin, self.rivals = (
+            start_steps,
+            start_scale,
+            margin,
+            rivals,
+        )
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(
+        self, scores: Float[Tensor, "b b"], same: Bool[Tensor, "b b"], bounded: Callable
+    ) -> dict[str, Tensor]:
+        self.steps += self.training
+        if self.training and self.steps <= self.start_steps:
+            return {"loss": softmax_loss(self.start_scale * wide(scores), same)}
+        scores = bounded(wide(scores))
+        if not 0 < self.rivals < len(same):
+            return {"loss": hinge(scores, same, self.margin)}
+        drawn = torch.rand(same.shape, generator=torch.Generator().manual_seed(int(self.steps))).to(
+            same.device
+        )
+        total = scores.new_zeros(())
+        for table, chance in ((scores, drawn), (scores.T, drawn.T)):
+            chosen = chance.masked_fill(same, -1.0).topk(self.rivals, dim=1).indices
+            excess = F.relu(self.margin - table.diagonal()[:, None] + table).masked_fill(same, 0.0)
+            total = total + excess.gather(1, chosen).amax(1).sum()
+        return {"loss": total}
+
+
+# ------------------------------------------------------------------------------------------- an entrant
+@dataclass
+class Entrant:
+    """What is trained and measured.
+
+    Attributes:
+        s: settings of the arena's page. own: of the method that its recipe is of.
+        inputs: splits, tokenizer and frozen network.
+    """
+
+    s: Settings
+    own: Settings
+    inputs: rebuild.Inputs
+    model: nn.Module
+
+    @property
+    def test(self) -> Split:
+        return self.inputs.splits[self.inputs.reported]
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether image and caption meet before the last step, so that a shortlist pays."""
+        return isinstance(self.model, (SCAN, HSLM))
+
+
+def own_settings(s: Settings) -> Settings:
+    """The presets of the method that an entrant has its recipe of, with what the arena sets."""
+    method = BESIDE[s.entrant]
+    shared = ("dataset", "data_root", "scale", "seed", "smoke", "report", "cache", "batch_size",
+              "precision")  # fmt: skip
+    given = {name: getattr(s, name) for name in shared} | {"reading": s.recipe}
+    if method == "slan":
+        return Settings("slan", given | {"detector": s.detector})
+    given |= {"regions": s.regions, "proposals": s.proposals}
+    if method == "mvam":
+        given |= {"backbone": s.backbone, "text": "gru"}
+        return Settings("mvam", given | ({"pooling": "mean"} if s.entrant == "two-stream" else {}))
+    return Settings("hslm", given | (GLOBAL if s.entrant == "hslm-global" else {}))
+
+
+def steps(s: Settings) -> int:
+    """Steps of a round: the budget in steps, in equal rounds of at least one."""
+    return max(1, round(60 * s.budget_minutes / s.seconds_a_step / s.rounds))
+
+
+def open_entrant(s: Settings, base: Path) -> Entrant:
+    """The data, features and model of an entrant before its first step.
+
+    Args:
+        base: folder of the workbook, or another one that paths are relative to.
+    """
+    own = own_settings(s)
+    # HSLM's entrants read what MVAM's do, cells too
+    of = own if own.method == "slan" else own_settings(s.replace(entrant="mvam", backbone=s.backbone))
+    inputs = rebuild.open_inputs(of, base)
+    total = s.rounds * steps(s)
+    seed_everything(s.seed)
+    if own.method == "slan":
+        model = rebuild.slan_begun(own.replace(encoder_epochs=0), inputs, base)
+        model.random_steps = round(own.random_negatives * (s.rounds - first_rounds(s, own)) * steps(s))
+        return Entrant(s, own, inputs, model.to(accelerator()))
+    width, words = inputs.splits["train"].images.width, len(inputs.tokenizer)
+    if own.method == "mvam":
+        vision, text = rebuild.towers(own, inputs)
+        if s.entrant == "pvse":
+            model = PVSE(vision, text, Contrast(own.tau), dim=own.total_dim)
+        else:
+            model = MVAM(vision, text, MVAMConfig.of(own))
+    else:
+        start = round(total * min(1.0, own.warmup_epochs / own.epochs))
+        if s.entrant.startswith("hslm"):
+            model = HSLM(width, words, HSLMConfig.of(own), warmup_steps=start)
+        else:
+            vision = TokenTransformer(
+                width, width=own.width, depth=0, input_dropout=own.input_dropout, token=False
+            )
+            text = GRUTower(words, embed=own.embed, width=own.width, dropout=own.dropout)
+            objective = ContrastThenHinge(
+                start, start_scale=own.start_scale, margin=own.margin, rivals=own.rivals
+            )
+            model = (
+                SCAN(vision, text, objective)
+                if s.entrant == "scan"
+                else SAF(vision, text, objective, sim=own.sim)
+            )
+    return Entrant(s, own, inputs, model.to(accelerator()))
+
+
+def of_run(run) -> Entrant:
+    """The entrant of a finished run (`runs.open_run`), with the weights of its best round."""
+    return Entrant(run.settings, own_settings(run.settings), run.data, run.model)
+
+
+def first_rounds(s: Settings, own: Settings) -> int:
+    """Of SLAN's rounds, those in which the contrast alone trains the encoders: the share of its presets."""
+    share = own.encoder_epochs / (own.encoder_epochs + own.epochs)
+    return min(s.rounds - 1, round(share * s.rounds))
+
+
+# ------------------------------------------------------------------------------------------- training
+def plan(entrant: Entrant, precision: str) -> Plan:
+    """How the method of the entrant's recipe trains, over the rounds of the arena."""
+    s, own = entrant.s, entrant.own
+    shared = {
+        "epochs": s.rounds,
+        "batch_size": s.batch_size,
+        "lr": own.lr,
+        "precision": precision,
+        "seed": s.seed,
+    }
+    if own.method == "slan":
+        return rebuild.slan_plan(own.replace(precision=precision), epochs=s.rounds)
+    if own.method == "mvam":
+        return Plan(**shared, weight_decay=own.weight_decay, warmup=own.warmup, clip_norm=1.0)
+    milestones = tuple(
+        s.rounds * epoch / own.epochs for epoch in range(own.decay_every, own.epochs, own.decay_every)
+    )
+    return Plan(**shared, optimizer="adam", weight_decay=0.0, schedule="step", milestones=milestones,
+                clip_norm=own.clip_norm)  # fmt: skip
+
+
+def train(entrant: Entrant, folder: Path, *, identity: str, precision: str) -> dict:
+    """Train within the budget (`training.fit`); its summary, with `steps` and `seconds` of all stages."""
+    s, model, val = entrant.s, entrant.model, entrant.inputs.splits["val"]
+    data = Rounds(entrant.inputs.splits["train"].pairs(), steps(s))
+    how, select = plan(entrant, precision), entrant.inputs.select
+    if not isinstance(model, SLAN):
+        check = (
+            (lambda m: validation(m, val)) if isinstance(model, MVAM) else lambda m: ranked_rounds(entrant)
+        )
+        return fit(model, data, how, folder, identity=identity, select=select, evaluate=check)
+    seconds, done, first = 0.0, 0, first_rounds(s, entrant.own)
+    if first:
+        summary = fit(Unimodal(model), data, _of_rounds(how, first), folder / "encoders", identity=identity,
+                      select=select, evaluate=lambda m: validation(m, val))  # fmt: skip
+        seconds, done = summary["seconds"], summary["steps"]
+    summary = fit(model, data, _of_rounds(how, s.rounds - first), folder, identity=identity, select=select,
+                  evaluate=lambda m: validation(m, val))  # fmt: skip
+    return summary | {"seconds": seconds + summary["seconds"], "steps": done + summary["steps"]}
+
+
+def _of_rounds(how: Plan, rounds: int) -> Plan:
+    return Plan(**{**how.__dict__, "epochs": rounds})
+
+
+def ranked_rounds(entrant: Entrant) -> dict[str, float]:
+    """The validation of a round: the first `val_pictures` images of val, pair by pair."""
+    found = ranked(entrant, entrant.inputs.splits["val"], pictures=entrant.s.val_pictures)
+    return {name: found[name] for name in ("i2t_r1", "t2i_r1", "rsum")}
+
+
+# ------------------------------------------------------------------------------------------- accuracy
+def ranked(entrant: Entrant, which: Split, *, pictures: int = 0, **options) -> dict:
+    """Retrieval both ways as the entrant ranks: by vectors, pair by pair, or (SLAN) by vectors and the best again.
+
+    Args:
+        pictures: only so many first images, where pairs are scored; 0 is all.
+        options: of `evaluation.retrieval`.
+
+    Returns:
+        The metrics; SLAN's also have the ranking by vectors alone, `itc_*`.
+    """
+    model = entrant.model
+    if isinstance(model, MVAM):
+        return retrieval(*embed(model, which), which.image_of, **options)
+    if isinstance(model, SLAN):
+        image, text = embed(model, which)
+        contrast = retrieval(image, text, which.image_of, **options)
+        scorer = pair_scorer(model, which.images.batch, which.texts.batch, block=256)
+        again = reranked_retrieval(image, text, which.image_of, scorer, k=entrant.own.rerank,
+                                   score=entrant.own.rank_score, **options)  # fmt: skip
+        return {f"itc_{name}": contrast[name] for name in ("i2t_r1", "t2i_r1", "rsum")} | again
+    images = min(pictures or len(which.records), len(which.records))
+    image_of = which.image_of[which.image_of < images]
+    scorer = block_scores(model, which)
+    return retrieval_blocks(scorer, images, len(image_of), image_of, block=1000, **options)
+
+
+def block_scores(model: HSLM | Rival, split: Split) -> Callable[[Tensor, Tensor], Tensor]:
+    """The `score_block` of `retrieval_blocks`; what was encoded last is kept, for the next tile shares one side."""
+    if isinstance(model, HSLM):
+        return tile_scores(model, split.images.batch, split.texts.batch)
+    device, kept = next(model.parameters()).device, {}
+
+    def encoded(encode: Callable, source, index: Tensor):
+        listed = index.tolist()
+        if kept.get(encode.__name__, (None,))[0] != listed:
+            kept[encode.__name__] = (listed, encode(**to_device(source.batch(listed), device)))
+        return kept[encode.__name__][1]
+
+    @torch.no_grad()
+    def score_block(i: Tensor, j: Tensor) -> Tensor:
+        image, text = encoded(model.encode_image, split.images, i), encoded(model.encode_text, split.texts, j)
+        return model.scores(image, text).float()
+
+    return score_block
+
+
+def reranked(entrant: Entrant, shortlist: nn.Module, **options) -> dict:
+    """Retrieval of a pairwise entrant that scores again what a two-stream model finds; the others stay below.
+
+    Args:
+        shortlist: the two-stream model, which reads the same images and captions.
+    """
+    model, split = entrant.model, entrant.test
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def score_pairs(i: Tensor, j: Tensor) -> Tensor:
+        (images, rows), (captions, columns) = (part.unique(return_inverse=True) for part in (i, j))
+        image = model.encode_image(**to_device(split.images.batch(images.tolist()), device))
+        text = model.encode_text(**to_device(split.texts.batch(captions.tolist()), device))
+        return of_pairs(model, image, text, rows.to(device), columns.to(device)).float().cpu()
+
+    vectors = embed(shortlist, split)
+    return reranked_retrieval(*vectors, split.image_of, score_pairs, k=entrant.s.rerank, **options)
+
+
+def of_pairs(model: HSLM | SCAN, image, text, rows: Tensor, columns: Tensor) -> Float[Tensor, " p"]:
+    """Scores of given rows of images with given rows of captions, both encoded."""
+    if isinstance(model, HSLM):
+        return model.score_pairs(model.pairs.prepare(image), text, rows, columns)
+    return model.pairs(image[rows], text[columns])
+
+
+# ------------------------------------------------------------------------------------------- alignment
+def phrases(entrant: Entrant, annotated: list[Record]) -> list[GroundedPhrase]:
+    """The annotated phrases with the entrant's weights on regions; of SLAN with its last boxes. None where it has no
+    such weights: the plain two-stream model, and HSLM's global alignment.
+
+    MVAM's views attend to words and to regions without regard to one another; what joins a word and a region is how
+    much of both the same views have, sum_v A_text[v, l] A_image[v, n]. PVSE's is the same of its best pair.
+    """
+    model, tokenizer, complete = entrant.model.eval(), entrant.inputs.tokenizer, not entrant.s.smoke
+    device = next(model.parameters()).device
+
+    def locate(images: dict, texts: dict) -> tuple[Tensor, Tensor, Tensor]:
+        at = model.locate(
+            model.encode_image(**to_device(images, device)), model.encode_text(**to_device(texts, device))
+        )
+        return at.boxes[-1:], at.cosine[-1:], at.valid
+
+    def views(images: dict, texts: dict) -> Float[Tensor, "p l n"]:
+        image = model.encode_image(**to_device(images, device)).attention
+        text = model.encode_text(**to_device(texts, device)).attention
+        regions = images["features"].shape[1]
+        return torch.einsum("pvl,pvn->pln", text, image[..., -regions:])  # without [IMG]
+
+    if isinstance(model, SLAN):
+        levels = located_phrases(entrant.test, annotated, tokenizer, locate, complete=complete)
+        return levels[0] if levels else []
+    if isinstance(model, MVAM):
+        attend = views if model.config.pooling in ("mvam", "attention") else None
+    else:
+        attend = None if isinstance(model, HSLM) and not model.pairs.cross_attn else model.attend
+    if attend is None:
+        return []
+    return attended_phrases(entrant.test, annotated, tokenizer, attend, complete=complete)
+
+
+# ------------------------------------------------------------------------------------------- what a query costs
+@torch.no_grad()
+def query_costs(entrant: Entrant, shortlist: nn.Module | None = None, *, queries: int = 5) -> Cost:
+    """Milliseconds of a query over galleries of `SIZES` images that are encoded already, and microseconds of a pair.
+
+    `ms_query_<n>` is from the tokens of a caption to its ten best images, ranked as the entrant ranks; a gallery
+    larger than the split repeats its images, for time does not depend on what they show. With a `shortlist`,
+    `short_ms_query_<n>` is the same where only its best are scored; of SLAN, `itc_ms_query_<n>` is without the pairs.
+    `us_pair` is microseconds of one image and one caption, both encoded.
+    """
+    model, split, k = entrant.model.eval(), entrant.test, entrant.s.rerank
+    device = next(model.parameters()).device
+    few = min(100, len(split.records))
+    pictures = model.encode_image(**to_device(split.images.batch(range(few)), device))
+    texts = [to_device(split.texts.batch([c]), device) for c in range(queries)]
+    captions = model.encode_text(**to_device(split.texts.batch(range(few)), device))
+    whole = model.pairs.prepare(pictures) if isinstance(model, HSLM) else pictures
+    found: Cost = {}
+
+    def scores(gallery, caption) -> Tensor:
+        if isinstance(model, (MVAM, SLAN)):
+            return gallery @ caption.vector.T
+        if isinstance(model, HSLM):
+            return score(model.pairs, gallery, caption, ranking=True)
+        return model.scores(gallery, caption)
+
+    def again(caption, rows: Tensor) -> Tensor:
+        zero = torch.zeros_like(rows)
+        if isinstance(model, SLAN):
+            return model.match(pictures[rows], caption[zero])
+        if isinstance(model, HSLM):
+            return model.score_pairs(whole, caption, rows, zero)
+        return model.pairs(pictures[rows], caption[zero])
+
+    def query(gallery, *, first=None, best: int = 0) -> None:
+        """All queries; `first` is the shortlist's vectors, `best` how many are scored again."""
+        for text in texts:
+            caption = model.encode_text(**text)
+            if first is not None:
+                listed = (first @ shortlist.encode_text(**text).vector.T)[:, 0].topk(best).indices
+            else:
+                listed = scores(gallery, caption)[:, 0].topk(best or 10).indices
+            if best:
+                again(caption, listed % few).topk(min(10, best))
+
+    def ms(work: Callable[[], None], calls: int) -> float:
+        return 1000 * clocked(work) / calls
+
+    for n in SIZES:
+        rows = torch.arange(n, device=device) % few
+        gallery = pictures.vector[rows] if isinstance(model, (MVAM, SLAN)) else whole[rows]
+        best = entrant.own.rerank if isinstance(model, SLAN) else 0
+        found[f"ms_query_{n}"] = ms(lambda g=gallery, b=best: query(g, best=b), queries)
+        if isinstance(model, SLAN):
+            found[f"itc_ms_query_{n}"] = ms(lambda g=gallery: query(g), queries)
+        if shortlist is not None:
+            vectors = shortlist.encode_image(**to_device(split.images.batch(range(few)), device)).vector[rows]
+            found[f"short_ms_query_{n}"] = ms(lambda v=vectors: query(None, first=v, best=k), queries)
+    if isinstance(model, SLAN):
+        index = torch.arange(few, device=device)
+        found["us_pair"] = 1000 * ms(lambda: model.match(pictures[index], captions[index]), few)
+    else:
+        table = pictures.vector if isinstance(model, MVAM) else whole
+        found["us_pair"] = 1000 * ms(lambda: scores(table, captions), few * few)
+    return found

@@ -1,0 +1,142 @@
+"""What each reading of a paper changes: the rows of the grids `<method>_readings` against their first one.
+
+The first row of such a grid is the default, every other has one setting beside it that is declared as a switch of the
+method's register. An effect is the other value's metric less the default's, over the seeds that both have run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from finematch import grids
+from finematch.config import declared
+from finematch.files import DataError
+from finematch.tables import judge, runs_of
+
+ENDING = "_readings"
+COLUMNS = ["method", "id", "switch", "default", "other", "row", "metric", "of default", "effect", "lower", "upper",
+           "percent", "percent lower", "percent upper", "test", "seeds", "minutes"]  # fmt: skip
+
+
+def names(folder: str | Path | None = None) -> list[str]:
+    """The grids of readings."""
+    return [name for name in grids.names(folder) if name.endswith(ENDING)]
+
+
+def switch_of(grid: grids.Grid, row: str) -> tuple[str, str]:
+    """The one setting that a row has beside those of the grid's first row, and its value as the cell says it.
+
+    Raises:
+        DataError: None, several, or one that is no declared switch of the register.
+    """
+    first = grid.rows[next(iter(grid.rows))]
+    cells = grid.rows[row]
+    other = {name: cell for name, cell in cells.items() if first.get(name) != cell}
+    other |= {name: "" for name in first if name not in cells}
+    known = declared(grid.method)
+    if len(other) != 1 or not known[next(iter(other))].register:
+        problem = f"differs from the first row in {', '.join(other) or 'nothing'}"
+        raise DataError(f"grids/{grid.name}.csv", f"row {row}", problem, "Change one switch of the register")
+    return next(iter(other.items()))
+
+
+def effects(
+    dataset: str, scale: str, *, folder: str | Path | None = None, runs: str | Path | None = None
+) -> pd.DataFrame:
+    """A line for each alternative and each of its grid's main metrics, of those that have run: `COLUMNS`.
+
+    `effect` has the interval of `tables.judge`, also in percent of the default's mean; where there is none (a single
+    seed), it is left out. `minutes` are of training, of the alternative's runs in all.
+
+    Args:
+        folder: of the grids. runs: the folder of all methods' runs.
+    """
+    lines = []
+    for name in names(folder):
+        grid = grids.grid(name, dataset, folder=folder)
+        of_method = None if runs is None else Path(runs) / grid.method
+        frame = next(iter(runs_of(grid, dataset, scale, of_method).values()))  # of the default reading
+        frame = frame[frame["run_earlier"] == ""] if len(frame) else frame  # else more than the switch would differ
+        first, *others = grid.rows
+        known, default = declared(grid.method), grids.settings(grid, first, dataset=dataset, scale=scale)
+        for row in others:
+            switch, value = switch_of(grid, row)
+            found = frame[frame["row"] == row]
+            of_first = frame[(frame["row"] == first) & frame["seed"].isin(found["seed"])]
+            for metric in grid.headline if len(found) else ():
+                verdict = judge(found[found["seed"].isin(of_first["seed"])], of_first, metric)
+                if verdict["lower"] is None:
+                    continue
+                mean = float(of_first[metric].mean())
+                shares = {f"percent{end and ' '}{end}": 100 * verdict[of] / mean
+                          for end, of in (("", "difference"), ("lower", "lower"), ("upper", "upper"))}  # fmt: skip
+                lines.append({
+                    "method": grid.method, "id": known[switch].register, "switch": switch,
+                    "default": _plain(getattr(default, switch)), "other": value, "row": row, "metric": metric,
+                    "of default": mean, "effect": verdict["difference"], "lower": verdict["lower"],
+                    "upper": verdict["upper"], **shares, "test": verdict["test"], "seeds": verdict["n_a"],
+                    "minutes": found["run_seconds"].sum() / 60,
+                })  # fmt: skip
+    return pd.DataFrame(lines, columns=COLUMNS)
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def in_words(frame: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """By method and switch: each other value, its effect on the method's first metric in percent, and the interval."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for one in by_size(frame).to_dict("records"):
+        interval = f"{one['percent lower']:+.0f} to {one['percent upper']:+.0f}"
+        said = f"`{one['other']}`: {one['percent']:+.1f} % ({interval})"
+        found.setdefault((one["method"], one["switch"]), []).append(said)
+    return {key: "; ".join(said) for key, said in found.items()}
+
+
+def by_size(frame: pd.DataFrame) -> pd.DataFrame:
+    """The effects on each grid's first metric, the largest first."""
+    first = {grids.grid(name).method: grids.grid(name).headline[0] for name in names()}
+    main = frame[frame["metric"] == frame["method"].map(first)]
+    return main.sort_values("percent", key=abs, ascending=False, ignore_index=True)
+
+
+def planned(folder: str | Path | None = None) -> int:
+    """How many alternatives the grids name."""
+    return sum(len(grids.grid(name, folder=folder).rows) - 1 for name in names(folder))
+
+
+def printed(frame: pd.DataFrame) -> pd.DataFrame:
+    """The effects for a page, the largest of a method first."""
+    frame = frame.sort_values("percent", key=abs, ascending=False).sort_values("method", kind="stable")
+    interval = [f"{low:+.1f} to {high:+.1f}" for low, high in zip(frame["lower"], frame["upper"], strict=True)]
+    return pd.DataFrame({
+        "reading": frame["id"], "switch": [f"`{one}`" for one in frame["switch"]], "default": frame["default"],
+        "other": frame["other"], "metric": frame["metric"], "of default": frame["of default"],
+        "other less default": [f"{one:+.1f}" for one in frame["effect"]], "95 % interval": interval,
+        "test": frame["test"], "seeds": frame["seeds"], "minutes": frame["minutes"].round().astype(int),
+    })  # fmt: skip
+
+
+def advice(frame: pd.DataFrame) -> str:
+    """Three sentences: which other values lower the metric, which raise it, and which make no difference that shows.
+
+    Args:
+        frame: from `by_size`.
+    """
+    def named(of: pd.DataFrame) -> str:
+        each = [
+            f"{one['method'].upper()}'s `{one['switch']}={one['other']}` ({one['id']}, {one['percent']:+.0f} %)"
+            for one in of.to_dict("records")
+        ]
+        return ", ".join(each) or "none"
+
+    worse, better = frame[frame["upper"] < 0], frame[frame["lower"] > 0]
+    unclear = len(frame) - len(worse) - len(better)
+    return (
+        f"Keep the default where the other value costs something, by an interval over seeds: {named(worse)}. "
+        f"The other value is better here, and a candidate for your data: {named(better)}. "
+        f"For the other {unclear} readings the interval contains zero: choose what is simpler, and say which."
+    )
