@@ -20,7 +20,7 @@ def test_a_person_explores(tmp_path):
     image.save(tmp_path / "mine.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
     with server(tmp_path) as address, browser() as (page, errors):
-        run_all(page, address, "notebooks/8_explore.ipynb")
+        run_all(page, address, "notebooks/explore.ipynb")
         picture, overview = page.locator(PICTURE).first, page.locator(PICTURE).nth(1)
         score = page.get_by_text("this image is number").first
         slider = page.get_by_role("slider").first

@@ -57,4 +57,4 @@ for panel in page.panels:
 # * **Say something false.** Which part of the score notices?
 # * **Name two things, then one.** Do SLAN's boxes follow? Which of FELGA's proposals does the other keyword lose?
 #
-# Previous: [slan/9_video](slan/9_video.ipynb) · Next: [9_scorecard](9_scorecard.ipynb)
+# Previous: [slan/9_video](slan/9_video.ipynb) · Next: [arena/2_train](arena/2_train.ipynb)
