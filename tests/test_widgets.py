@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from test_explore import book, run_of  # noqa: F401 (fixtures)
 
+from finematch.__main__ import main
 from finematch.explore import match
 from finematch.widgets import Explorer, Panel, explorer
 
@@ -106,7 +107,7 @@ def test_levels_and_the_filter(page_of):
 
 
 @pytest.mark.parametrize("method", ["mvam", "hslm", "felga", "slan"])
-def test_the_page_gives_the_numbers_of_match(page_of, method):
+def test_page_function_and_command_give_the_same_numbers(page_of, method, capsys):
     page = page_of(method)
     (panel,) = page.panels
     before = shown(panel)
@@ -117,6 +118,11 @@ def test_the_page_gives_the_numbers_of_match(page_of, method):
     assert f"score {expected.score:.3f}" in panel.score.value
     for one, other in zip(panel.found.looks, expected.looks, strict=True):
         np.testing.assert_allclose(one.weights, other.weights, atol=1e-6)
+    capsys.readouterr()  # what making the run has said
+    assert main(["look", str(panel.run.folder), "--image", page.image, "--text", page.sentence.value]) == 0
+    score, sentence = capsys.readouterr().out.strip().split("\t")
+    assert sentence == page.sentence.value
+    assert float(score) == pytest.approx(panel.found.score, abs=1e-4)
     page.number.value = 1
     assert page.sentence.value == page._records()[1].captions[0]
     assert page.image == str(page._records()[1].image)
