@@ -17,7 +17,7 @@ from finematch import MVAM, rebuild
 from finematch.__main__ import main
 from finematch.checkpoints import save_weights
 from finematch.config import Settings
-from finematch.explore import box_texts, largest_top, see
+from finematch.explore import box_texts, largest_top, see, unread
 from finematch.files import DataError
 from finematch.models.configs import MVAMConfig
 from finematch.runs import write_metrics
@@ -246,6 +246,15 @@ def test_hslms_score_is_the_sum_of_its_parts(run_of, changes):
         np.testing.assert_allclose(share, word_correlation(states, mask)[0].numpy(), atol=1e-6)
         assert share.sum() == pytest.approx(1, abs=1e-5)
     assert [look.label for look in found.looks] == found.words * changes.get("cross_attn", True)
+
+
+@pytest.mark.parametrize("changes", [{}, {"backbone": "clip", "text": "clip"}])
+def test_words_that_a_run_cannot_read(run_of, changes):
+    run, _ = run_of("mvam", **changes)
+    assert unread(run, "a red circle") == ([], "")
+    unknown, rest = unread(run, "a zeppelin and a red circle " * 20 + "end")
+    assert rest.endswith("circle end")
+    assert set(unknown) == {"zeppelin"}
 
 
 def test_every_proposal_is_won_by_one_keyword(run_of):

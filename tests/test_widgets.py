@@ -155,16 +155,21 @@ def test_what_goes_wrong_stands_in_the_page_and_the_page_goes_on(page_of, tmp_pa
     assert shown(panel) == (b"", b"", "", "")  # no picture of another image stands there
     page.file.value = str(tmp_path / "none.png")
     assert "none.png: the image is missing" in page.said.value
+    page.sentence.value = "a star"
+    assert "choose an image first" in page.said.value
     page.sentence.value = "   "
     page.number.value = 1
     assert page.said.value == ""
     assert is_png(panel.picture.value)
     page.sentence.value = " "
     assert "at least one sentence" in page.said.value
+    assert shown(panel) == (b"", b"", "", "")
     page.sentence.value = "a circle"
     assert page.said.value == ""
-    page.sentence.value = "<script>alert(1)</script>" * 30  # cut, and never markup
+    page.sentence.value = "a star <script>alert(1)</script> " * 30  # cut, and never markup
     assert page.said.value == ""
+    assert "too long" in panel.score.value
+    assert "not in the vocabulary: &lt;" in panel.score.value
     assert "<script>" not in panel.text.value + panel.score.value + page.said.value
 
 

@@ -220,7 +220,7 @@ def see(run, image: str | Path | Image.Image) -> Seen:
         )
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(image, Image.Image):
-            file, name = Path(folder) / "image.png", ""
+            file, name = Path(folder) / "image.bmp", ""  # lossless, and fast for large photos
             image.convert("RGB").save(file)
         else:
             file = Path(image).expanduser().resolve()
@@ -233,6 +233,10 @@ def see(run, image: str | Path | Image.Image) -> Seen:
 
                 networks = run.data.networks
                 proposals = networks.propose([record], cache=folder, split="new", echo=None)
+                if not len(proposals.of(0)):
+                    raise DataError(
+                        file, name or "the image", "no region is proposed in it", "Give a larger one, with more in it"
+                    )
                 made = picture_fragments([record], proposals, networks.vlp, folder, "new", echo=None)
                 features, mask = made.dense()
                 batch, boxes = {"features": features[:, mask[0]].float()}, np.array(proposals.of(0))
@@ -516,6 +520,20 @@ def new_texts(run, sentences: list[str], folder: str | Path):
 def _tokens(tokenizer, sentence: str) -> list[str]:
     """The tokens of a sentence as `text.tokenise` cuts it."""
     return tokenizer.convert_ids_to_tokens(tokenizer(sentence, truncation=True, max_length=32)["input_ids"])
+
+
+def unread(run, sentence: str) -> tuple[list[str], str]:
+    """Words of a sentence that a run's vocabulary does not have, and what of a long one it does not read.
+
+    FELGA embeds keywords alone, and refuses unknown ones.
+    """
+    if run.method == "felga":
+        return [], ""
+    tokenizer = run.data.tokenizer
+    made = tokenizer(sentence, truncation=True, max_length=32, return_offsets_mapping=True)
+    places = list(zip(made["input_ids"], made["offset_mapping"], strict=True))
+    unknown = [sentence[a:b] for token, (a, b) in places if token == tokenizer.unk_token_id and a < b]
+    return unknown, sentence[max(b for _, (_, b) in places) :].strip()
 
 
 def _boxes(source, record: Record, encoded) -> np.ndarray:

@@ -16,12 +16,17 @@ from pathlib import Path
 from finematch.config import root
 from finematch.data.record import DataError
 from finematch.data.splits import SMOKE
-from finematch.runs import openable
+from finematch.runs import Run, openable
 from finematch.scenes.generator import generate
 
 IMAGES = {"train": 700, "val": 100, "test": 200}
 # beside the presets of `tiny`; less of what a page does for its tables
 SETTINGS = {"mvam": {}, "hslm": {}, "felga": {}, "slan": {"epochs": 1}}
+
+
+def is_first_run(run: Run) -> bool:
+    """Whether `first_run` made it: its data lie beside it."""
+    return root() / run.parameters["data_root"] == run.folder.parent.parent
 
 
 def first_run(

@@ -22,15 +22,16 @@ from PIL import Image
 from finematch.config import root
 from finematch.data.images import open_rgb
 from finematch.data.record import DataError
-from finematch.explore import MATCHES, Match, Seen, box_texts, largest_top, see
+from finematch.explore import MATCHES, Match, Seen, box_texts, largest_top, see, unread
 from finematch.figures import explorer as pictures
-from finematch.first_run import first_run
+from finematch.first_run import first_run, is_first_run
 from finematch.runs import Run, open_run, openable
 from finematch.search import place, scores_of_set
 
 WIDE = {"description_width": "initial"}
 RANKS_BY = {"felga": "discovery_map"}  # a run's score in the list; rsum of the others
 TINY = "data/cache/explore"
+FIRST = "A small run, trained here on a few drawn images: to try things out, no result."
 
 
 def explorer(
@@ -156,13 +157,13 @@ class Explorer(W.VBox):
     def _other_run(self, panel: Panel) -> None:
         panel.open_chosen()
         panel.see(self.image)
-        panel.ask(self.sentence.value)
+        self._ask([panel])
 
     def _show(self, image: str | Image.Image) -> None:
         self._clear()
-        self.image = image
         for panel in self.panels:
             panel.see(image)
+        self.image = image  # all could read it
         self._ask()
 
     def _clear(self) -> None:
@@ -170,9 +171,16 @@ class Explorer(W.VBox):
         for panel in self.panels:
             panel.clear()
 
-    def _ask(self) -> None:
-        for panel in self.panels:
-            panel.ask(self.sentence.value)
+    def _ask(self, panels: Sequence[Panel] = ()) -> None:
+        if self.image is None:
+            raise ValueError("choose an image first: by its number, a file or an upload")
+        try:
+            for panel in panels or self.panels:
+                panel.ask(self.sentence.value)
+        except Exception:
+            for panel in panels or self.panels:
+                panel.blank()
+            raise
 
     # ---- how the page behaves
     def _on(self, work: Callable[[], None]) -> Callable:
@@ -205,6 +213,7 @@ class Panel(W.VBox):
         self.run: Run | None = None
         self.seen: Seen | None = None
         self.found: Match | None = None
+        self.note = ""  # on what the run cannot read of the sentence
         self.choice = W.Dropdown(options=list(runs), description=f"{method.upper()} run", style=WIDE,
                                  layout=W.Layout(width="98%", max_width="640px"))  # fmt: skip
         self.controls, self.score, self.said = W.VBox(), W.HTML(), W.HTML()
@@ -229,9 +238,10 @@ class Panel(W.VBox):
 
     def ask(self, sentence: str) -> None:
         """Match the sentence, rank the set's images for it, and draw everything."""
-        if self.seen is None:
-            return
         self.found = self.seen.match(sentence)
+        unknown, rest = unread(self.run, sentence)
+        self.note = f"<br>not in the vocabulary: {html.escape(', '.join(unknown))}" if unknown else ""
+        self.note += "<br>too long: the model reads what stands below, and nothing of the rest" if rest else ""
         self.records, self.scores = scores_of_set(self.run, sentence)
         self._quiet = True
         try:
@@ -241,8 +251,13 @@ class Panel(W.VBox):
         self.draw(whole=True)
 
     def clear(self) -> None:
+        """Forget the image, and show nothing."""
+        self.seen = None
+        self.blank()
+
+    def blank(self) -> None:
         """Show nothing, so that no picture stands beside words that it does not belong to."""
-        self.seen = self.found = None
+        self.found = None
         self.picture.value = self.overview.value = b""
         self.score.value = self.text.value = self.said.value = ""
 
@@ -271,8 +286,9 @@ class Panel(W.VBox):
         rank, of = place(self.records, self.scores, self.found.ranked, self.seen.file)
         by = ", by its two-stream score" if self.method == "slan" else ""
         said = f"<b>score {self.found.score:.3f}</b>: this image is number {rank} of {of} for the sentence{by}"
-        status = "" if self.run.status == "current" else f"<br><small>{html.escape(self.run.status)}</small>"
-        self.score.value = said + status
+        status = FIRST if is_first_run(self.run) else "" if self.run.status == "current" else self.run.status
+        status = status and f"<br><small>{html.escape(status)}</small>"
+        self.score.value = said + self.note + status
         if whole:
             BOUND[self.method].whole(self)
 
@@ -388,8 +404,6 @@ class FELGA:
 
     @staticmethod
     def set(panel: Panel) -> None:
-        if not len(panel.found.boxes):
-            raise ValueError("no region was proposed in this image: try a larger one, with more in it")
         wins = np.bincount(panel.found.similarity.argmax(1), minlength=len(panel.found.tokens))
         _choices(panel.keyword, panel.found.tokens, int(wins.argmax()))
         _range(panel.region, 1, len(panel.found.boxes))

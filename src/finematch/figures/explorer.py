@@ -55,6 +55,7 @@ def _on(ax: Axes, picture: Image.Image, boxes: np.ndarray, weights: np.ndarray) 
         draw.show_attention(ax, shown, boxes[real], weights)
     else:
         draw.show_picture(ax, shown)
+    ax.set_anchor("NW")  # the title of a narrow image stays in its column
 
 
 def _marked(ax: Axes, picture: Image.Image, boxes: np.ndarray, labels: Sequence[str], weights=None) -> None:
@@ -63,6 +64,7 @@ def _marked(ax: Axes, picture: Image.Image, boxes: np.ndarray, labels: Sequence[
     boxes = np.clip(np.asarray(boxes).reshape(-1, 4) * factor, 0, np.tile(shown.size, 2))
     for order, line in enumerate(draw.show_boxes(ax, shown, boxes, weights)):
         line.set_zorder(3 - 0.01 * order)
+    ax.set_anchor("NW")
     for order, (label, (x1, y1, x2, y2)) in enumerate(zip(labels, boxes, strict=True)):
         right, low = order % 2, order // 2 % 2 == 1  # labels of boxes that lie on one another are at other corners
         top = "top" if y1 < 0.06 * shown.height else "bottom"  # inside, where the image's edge would cut it off
@@ -115,7 +117,7 @@ def views_focus(picture: Image.Image, found, view: int, of_text: int) -> bytes:
     def make(figure: Figure) -> None:
         one, other = found.looks[view], found.looks[of_text]
         ax = figure.add_axes([0.42, 0.02, 0.56, 0.86])
-        draw.show_words(ax, found.tokens, other.words, size=10.0)
+        draw.show_words(ax, found.tokens, other.words, size=13.0 if len(found.tokens) <= 20 else 10.0)
         ax.set_title(f"sentence, {other.label}   cosine of the two {found.pairs[view, of_text]:.2f}")
         ax = figure.add_axes([0.01, 0.02, 0.38, 0.86])
         _on(ax, picture, one.boxes, one.weights)
@@ -167,16 +169,18 @@ def word_focus(picture: Image.Image, found, word: int) -> bytes:
 def words_whole(found) -> bytes:
     """Correlation of all words before and after self-attention, and the score taken apart."""
 
+    height = max(3.4, 0.16 * len(found.nodes) + 1.0)
+
     def make(figure: Figure) -> None:
         first, second, third = figure.subplots(1, 3, width_ratios=[1, 1, 0.9])
-        figure.subplots_adjust(left=0.09, right=0.99, top=0.9, bottom=0.2, wspace=0.42)
+        figure.subplots_adjust(left=0.09, right=0.99, top=1 - 0.34 / height, bottom=0.68 / height, wspace=0.42)
         for ax, values, when in ((first, found.before, "before"), (second, found.after, "after")):
             _matrix(ax, values, found.words, found.words, low=-1.0, high=1.0)
             ax.set_title(f"cosine of words, {when}")
         _bars(third, found.nodes, found.parts, [f"({gate:.2f})" for gate in found.gates])
         third.set_title("adds to the score (gate)")
 
-    return png(make, 9.4, max(3.4, 0.16 * len(found.nodes) + 1.0))
+    return png(make, 9.4, height)
 
 
 # ------------------------------------------------------------------------------------------- FELGA
@@ -271,5 +275,5 @@ def _moved(ax: Axes, picture: Image.Image, found, level: int, region: int) -> No
         for colour, width in (("white", 2.6), (draw.PALETTE[2], 1.5)):
             ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=width,
                                    linestyle=style if colour != "white" else "-"))  # fmt: skip
-    ax.set(xlim=(0, shown.width), ylim=(shown.height, 0))
+    ax.set(xlim=(0, shown.width), ylim=(shown.height, 0), anchor="NW")
     ax.set_title(title, fontsize=8)
