@@ -56,7 +56,7 @@ def reactions(page: Explorer) -> dict:
     sentences = [caption for record in page._records()[: TIMES + 1] for caption in record.captions[:1]]
     found = {
         "another image": taken(page, lambda n: setattr(page.number, "value", n + 1)),
-        "another sentence": taken(page, lambda n: setattr(page.sentence, "value", f"{sentences[n]} {n}")),
+        "another sentence": taken(page, lambda n: setattr(page.sentence, "value", sentences[n] + " " * n)),
     }
     for name in CONTROLS[panel.method]:
         control = getattr(panel, name)
