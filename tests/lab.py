@@ -154,7 +154,7 @@ def main() -> None:
             copy_of_the_book(book, method=method, **given)
             for name in ("data", "papermill_runs"):
                 (book / name).symlink_to(ROOT / name)
-            with server(book) as address, browser(width=1180) as (page, _):
+            with server(book) as address, browser(width=960) as (page, _):
                 run_all(page, address, "notebooks/explore.ipynb")
                 page.wait_for_timeout(2000)
                 widget = page.locator(".jp-OutputArea-output .widget-vbox").first

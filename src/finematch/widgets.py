@@ -10,6 +10,7 @@ only draws again (SLAN's filter asks the model again). An error is a sentence in
 from __future__ import annotations
 
 import html
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -100,9 +101,9 @@ class Explorer(W.VBox):
                            layout=W.Layout(width="280px"))  # fmt: skip
         self.upload = W.FileUpload(accept="image/*", multiple=False, description="upload an image",
                                    layout=W.Layout(width="180px"))  # fmt: skip
-        self.caption = W.Dropdown(description="its captions", style=WIDE, layout=W.Layout(width="640px"))
+        self.caption = W.Dropdown(description="its captions", style=WIDE, layout=W.Layout(width="98%", max_width="640px"))
         self.sentence = W.Text(description="sentence", placeholder="type a sentence and press Enter", style=WIDE,
-                               continuous_update=False, layout=W.Layout(width="640px"))  # fmt: skip
+                               continuous_update=False, layout=W.Layout(width="98%", max_width="640px"))  # fmt: skip
         self.said = W.HTML()
         self.image: str | Image.Image | None = None
         self._quiet = False
@@ -413,8 +414,9 @@ class FELGA:
         at = panel.region.value - 1
         panel.picture.value = pictures.keyword_focus(panel.seen.image, panel.found, panel.keyword.value, at)
         lines = [
-            f"<li><b>{html.escape(word)}</b> {score:.2f}: {html.escape(text[:110])} …</li>"
+            f"<li><b>{html.escape(word)}</b> {score:.2f}: {html.escape(start)}</li>"
             for score, word, text in box_texts(panel.seen, at)
+            for start in [textwrap.shorten(text, 110, placeholder=" …")]
         ]
         head = f"Keywords of the set that fit proposal {at + 1} best, each with a text"
         panel.text.value = f"<div style='line-height: 1.4; max-width: 46em'>{head}:<ol>{''.join(lines)}</ol></div>"
@@ -469,7 +471,8 @@ class SLAN:
             f"<td>{found.saliency[r]:.2f}</td></tr>" for r in range(len(at.boxes))
         ]  # fmt: skip
         head = "<tr><th>box</th><th>its word</th><th>cosine</th><th>saliency</th></tr>"
-        panel.text.value = f"<div style='line-height: 1.4'>Level {level}:<table>{head}{''.join(rows)}</table></div>"
+        table = f"<table style='border-spacing: 1em 0'>{head}{''.join(rows)}</table>"
+        panel.text.value = f"<div style='line-height: 1.4'>Level {level}:{table}</div>"
 
     @staticmethod
     def whole(panel: Panel) -> None:
