@@ -101,7 +101,8 @@ class Explorer(W.VBox):
                            layout=W.Layout(width="280px"))  # fmt: skip
         self.upload = W.FileUpload(accept="image/*", multiple=False, description="upload an image",
                                    layout=W.Layout(width="180px"))  # fmt: skip
-        self.caption = W.Dropdown(description="its captions", style=WIDE, layout=W.Layout(width="98%", max_width="640px"))
+        self.caption = W.Dropdown(description="its captions", style=WIDE,
+                                  layout=W.Layout(width="98%", max_width="640px"))  # fmt: skip
         self.sentence = W.Text(description="sentence", placeholder="type a sentence and press Enter", style=WIDE,
                                continuous_update=False, layout=W.Layout(width="98%", max_width="640px"))  # fmt: skip
         self.said = W.HTML()
