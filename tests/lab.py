@@ -1,6 +1,6 @@
 """JupyterLab in a headless Chromium, as a person uses it; and the screenshots that it makes.
 
-    python tests/lab.py figures        the explorer on finished runs on scenes: figures/explore.<method>.png
+    python tests/lab.py figures        the explorer on the newest runs, as README shows it: figures/explore.<method>.png
                                        (make screenshots)
 
 Needs playwright (the extra `browser`) and a Chromium that is installed on the system.
@@ -142,7 +142,7 @@ def copy_of_the_book(folder: Path, **given) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="folder of the screenshots")
-    parser.add_argument("--method", nargs="+", default=["mvam", "hslm", "felga", "slan"])
+    parser.add_argument("--method", nargs="+", default=["mvam", "slan"])
     parser.add_argument("--image", type=int, default=27)
     parser.add_argument("--trained", default="", help="folder of the run; the newest of the method")
     parser.add_argument("--sentence", default="A small black star is to the right of a tiny red circle")
