@@ -79,7 +79,7 @@ def _bars(ax: Axes, names: Sequence[str], values: np.ndarray, notes: Sequence[st
     ax.barh(at, values, color=[draw.PALETTE[0] if v >= 0 else draw.PALETTE[1] for v in values],
             hatch=["" if v >= 0 else "///" for v in values], edgecolor="white", linewidth=0.3)  # fmt: skip
     ax.axvline(0, color=draw.INK, linewidth=0.6)
-    size = 8 if len(names) <= 14 else 6.5 if len(names) <= 24 else 5
+    size = 8.0 if len(names) <= 14 else 6.5 if len(names) <= 24 else 5.0
     _names(ax, names, size)
     ax.set_ylim(len(names) - 0.4, -0.6)
     low, high = min(0.0, values.min(initial=0)), max(1e-6, values.max(initial=0))
@@ -95,7 +95,7 @@ def _matrix(
 ) -> None:
     """A matrix as shades, with names."""
     ax.imshow(values, cmap=draw.COOL, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-    size = 7 if max(len(rows), len(columns)) <= 16 else 5.5
+    size = 7.0 if max(len(rows), len(columns)) <= 16 else 5.5
     _names(ax, rows, size)
     turn = 90 if max(map(len, columns), default=0) > 2 else 0
     for n, name in enumerate(columns):
