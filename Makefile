@@ -49,7 +49,7 @@ LOCK = { if ls .snakemake/locks/* >/dev/null 2>&1; then \
   fi; exit 1; }
 WORKBOOK := papermill_runs/workbook
 
-.PHONY: help install git-filter notebooks workbook book test lab student handout teacher slides lesson-seeds release bench data walk rehearse grid named unlock results lint lock clean
+.PHONY: help install git-filter notebooks workbook book test lab student handout teacher slides lesson-seeds release screenshots bench data walk rehearse grid named unlock results lint lock clean
 
 help:  ## list the commands
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -111,6 +111,9 @@ slides: $(INSTALLED) notebooks data  ## the lessons as slides that need no netwo
 
 release: $(INSTALLED)  ## pack trained runs with their weights into one archive (RELEASE, RUNS: one run a method)
 	$(BIN)/python -m finematch release '$(RELEASE)' $(RUNS)
+
+screenshots: $(INSTALLED) notebooks  ## the explorer in JupyterLab on the newest runs: figures/explore.<method>.png
+	$(BIN)/python tests/lab.py figures
 
 # Those that say nothing without somebody else's code, or outside a fresh clone, or that change presets, are called by hand: their first lines say how.
 BY_HAND := benchmarks/grounding.py benchmarks/workbook.py benchmarks/lessons.py benchmarks/arena_step.py

@@ -17,10 +17,11 @@ from finematch import MVAM, rebuild
 from finematch.__main__ import main
 from finematch.checkpoints import save_weights
 from finematch.config import Settings
+from finematch.explore import box_texts, largest_top, see, unread
 from finematch.files import DataError
 from finematch.models.configs import MVAMConfig
 from finematch.runs import write_metrics
-from finematch.search import search
+from finematch.search import place, scores_of_set, search
 from finematch.training import seed_everything, to_device
 
 
@@ -179,6 +180,160 @@ def test_a_run_says_that_its_data_are_others_now(book, monkeypatch):
     file.write_text(json.dumps(content))
     with pytest.warns(UserWarning, match=r"the data are others: test\.captions was 000000000000000"):
         assert finematch.open_run(run.folder).data
+
+
+# ------------------------------------------------------------------------------------------- what the explorer shows
+def two(run) -> tuple:
+    """An image of the run's set as it is seen, a sentence, and what it found."""
+    records = run.data.gallery.records if run.method == "felga" else run.data.splits[run.data.reported].records
+    seen = see(run, records[1].image)
+    return seen, records[1].captions[0], seen.match(records[1].captions[0])
+
+
+def test_an_image_is_read_once(run_of, monkeypatch):
+    run, _ = run_of("mvam")
+    seen, sentence, found = two(run)
+    monkeypatch.setattr(run.model, "encode_image", None)  # nothing is encoded again
+    again, other = seen.match([sentence, "a red star"])
+    assert again.score == pytest.approx(found.score, abs=1e-6)
+    assert other.score != found.score
+
+
+@pytest.mark.parametrize("changes", [{}, {"views": 4, "projection": "full"}, {"normalise": "per_view"}])
+def test_what_the_views_add_is_the_score(run_of, changes):
+    run, model = run_of("mvam", **changes)
+    seen, sentence, found = two(run)
+    v = model.views
+    assert found.pairs.shape == (v, v)
+    assert len(found.looks) == len(found.parts) == v
+    assert found.parts.sum() == pytest.approx(found.score, abs=1e-5)
+    with torch.no_grad():
+        text = model.encode_text(**seen.texts([sentence])).vector[0].unflatten(0, (v, -1))
+        image = seen.encoded.vector[0].unflatten(0, (v, -1))
+    expected = torch.cosine_similarity(image[1], text[v - 1], dim=0)
+    assert found.pairs[1, v - 1] == pytest.approx(float(expected), abs=1e-5)
+    for look in found.looks:
+        assert look.weights.sum() <= 1 + 1e-5
+        assert look.words.sum() == pytest.approx(1, abs=1e-5)
+
+
+FORMS = [{}, {"loc": False}, {"glob": False}, {"node_gate": "element"}, {"node_weights": "l1"}, {"cross": "gate"},
+         {"include_special": False}, {"loc": False, "cross_attn": False}]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", FORMS, ids=lambda form: "-".join(form) or "default")
+def test_hslms_score_is_the_sum_of_its_parts(run_of, changes):
+    from finematch.models.hslm import tile_scores, word_correlation
+
+    run, model = run_of("hslm", **changes)
+    seen, sentence, found = two(run)
+    side = run.data.splits[run.data.reported]
+    place = side.captions.index(sentence)
+    with torch.no_grad():
+        (score,) = tile_scores(model, side.images.batch, side.texts.batch)(torch.tensor([1]), torch.tensor([place]))[0]
+        text = seen.texts([sentence])
+        before, after, mask = model.text.stages(text["input_ids"], text["mask"], text["special"])
+    assert found.parts.sum() + found.bias == pytest.approx(found.score, abs=1e-6)
+    assert found.score == pytest.approx(float(score), abs=2e-3)
+    assert len(found.nodes) == len(found.parts) == len(found.gates)
+    assert found.nodes == found.words * changes.get("loc", True) + ["(whole)"] * changes.get("glob", True)
+    assert ((found.gates > 0) & (found.gates < 1)).all()
+    assert ("[CLS]" in found.words) == changes.get("include_special", True)
+    n = len(found.words)
+    for values, share, states in ((found.before, found.share_before, before), (found.after, found.share_after, after)):
+        assert values.shape == (n, n)
+        np.testing.assert_allclose(values.diagonal(), 1, atol=1e-5)
+        np.testing.assert_allclose(share, word_correlation(states, mask)[0].numpy(), atol=1e-6)
+        assert share.sum() == pytest.approx(1, abs=1e-5)
+    assert [look.label for look in found.looks] == found.words * changes.get("cross_attn", True)
+
+
+@pytest.mark.parametrize("changes", [{}, {"backbone": "clip", "text": "clip"}])
+def test_words_that_a_run_cannot_read(run_of, changes):
+    run, _ = run_of("mvam", **changes)
+    assert unread(run, "a red circle") == ([], "")
+    unknown, rest = unread(run, "a zeppelin and a red circle " * 20 + "end")
+    assert rest.endswith("circle end")
+    assert set(unknown) == {"zeppelin"}
+
+
+def test_every_proposal_is_won_by_one_keyword(run_of):
+    run, model = run_of("felga")
+    seen, _, found = two(run)
+    won = [found.won(k) for k in range(len(found.tokens))]
+    assert sorted(np.concatenate(won).tolist()) == list(range(len(found.boxes)))
+    for k, mine in enumerate(won):
+        values = found.similarity[mine]
+        assert (values.argmax(1) == k).all()
+        assert (np.diff(values[:, k]) <= 0).all()
+    texts = box_texts(seen, 0, k=3)
+    assert len({word for _, word, _ in texts}) == 3
+    gallery = run.data.gallery
+    with torch.no_grad():
+        every = model.encode_words(torch.from_numpy(np.array(gallery.keywords.features, np.float32)))
+        best = float((every @ seen.encoded[0, 0]).max())
+    assert texts[0][0] == pytest.approx(best, abs=1e-5)
+    assert [score for score, *_ in texts] == sorted((score for score, *_ in texts), reverse=True)
+    for _, word, text in texts:
+        assert word in text.lower()
+
+
+def test_levels_hold_what_the_locator_found_and_what_moved_it(run_of):
+    from finematch.models.slan.locator import offset
+
+    run, model = run_of("slan")
+    seen, sentence, found = two(run)
+    with torch.no_grad():
+        located = model.locate(seen.encoded, model.encode_text(**seen.texts([sentence])))
+    real, size = located.valid[0], torch.tensor([*seen.image.size] * 2)
+    assert len(found.levels) == len(located.boxes) == len(model.locator.adaptors) + 1
+    assert found.saliency == pytest.approx(located.scores[0][real].numpy())
+    for i, level in enumerate(found.levels):
+        np.testing.assert_allclose(level.boxes, (located.boxes[i, 0][real] * size).numpy(), atol=1e-4)
+        np.testing.assert_allclose(level.scores, located.cosine[i, 0][real].amax(1).numpy(), atol=1e-6)
+        assert (level.words == located.cosine[i, 0][real].argmax(1).numpy()).all()
+    assert found.levels[-1].cells is None
+    for adaptor, level, then in zip(model.locator.adaptors, found.levels, found.levels[1:], strict=False):
+        extent = level.cells[:, -1, 2:] - level.cells[:, 0, :2]  # of the whole neighbourhood, in pixels
+        given = torch.tensor(level.weights)[None], torch.tensor(extent)[None]
+        moved = offset(*given, axes=adaptor.axes, unit=adaptor.unit)
+        centre, after = ((one.boxes[:, :2] + one.boxes[:, 2:]) / 2 for one in (level, then))
+        sides = then.boxes[:, 2:] - then.boxes[:, :2]
+        free = np.clip(centre + moved[0].numpy(), sides / 2, np.array(seen.image.size) - sides / 2)  # it stops there
+        np.testing.assert_allclose(after, free, atol=1e-2)
+
+
+def test_the_filter_is_another_for_one_question_only(run_of):
+    run, model = run_of("slan")
+    seen, sentence, found = two(run)
+    own = model.locator.filter
+    was = own.top, own.threshold
+    assert (found.top, found.threshold) == was
+    few = seen.match(sentence, top=2, threshold=0.0)
+    assert len(few.saliency) == 2
+    all_of_them = seen.match(sentence, top=largest_top(model.locator), threshold=0.0)
+    assert few.saliency == pytest.approx(all_of_them.saliency[:2])
+    assert (seen.match(sentence, threshold=0.9).saliency[1:] > 0.9).all()
+    assert (own.top, own.threshold) == was
+    assert seen.match(sentence).score == found.score
+    with pytest.raises(ValueError, match="T = 1000 must be 1 to"):
+        seen.match(sentence, top=1000)
+    with pytest.raises(ValueError, match="threshold 1"):
+        seen.match(sentence, threshold=1.0)
+    assert (own.top, own.threshold) == was
+
+
+@pytest.mark.parametrize("method", ["mvam", "hslm", "felga", "slan"])
+def test_an_image_has_its_place_among_those_of_the_set(run_of, method):
+    run, _ = run_of(method)
+    seen, sentence, found = two(run)
+    records, scores = scores_of_set(run, sentence)
+    assert scores[1] == pytest.approx(found.ranked, abs=2e-3)
+    rank, of = place(records, scores, found.ranked, seen.file)
+    assert of == len(records)
+    assert rank == 1 + (np.delete(scores, 1) >= found.ranked).sum()
+    assert place(records, scores, scores.max() + 1) == (1, len(records) + 1)
+    assert place(records, scores, scores.max()) == (2, len(records) + 1)  # a tie counts against it
 
 
 # ------------------------------------------------------------------------------------------- search

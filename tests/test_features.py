@@ -230,6 +230,15 @@ def test_selective_search_finds_a_thing():
     assert proposals.iou(torch.from_numpy(boxes), torch.tensor([[70.0, 20.0, 100.0, 60.0]])).max() > 0.85
 
 
+def test_selective_search_looks_at_a_large_picture_in_small(monkeypatch):
+    """The boxes are in pixels of the large one."""
+    picture = noise((90, 60)).resize((360, 240))
+    monkeypatch.setattr(proposals, "SEARCHED", 90 * 60)
+    found = proposals.selective_search(picture, 12)
+    expected = proposals.selective_search(picture.resize((90, 60)), 12)
+    np.testing.assert_allclose(found, expected * 4, rtol=1e-6)
+
+
 def test_selective_search_of_a_picture_does_not_depend_on_those_before_it():
     pictures = [noise((90, 70), seed) for seed in range(3)]
     first = [proposals.selective_search(p, 12) for p in pictures]

@@ -20,7 +20,7 @@ METHODS = {"mvam", "hslm", "felga", "slan", "rivals"}
 BOTTOM = {"boxes", "files", "hold", "text", "losses", "config"}  # import nothing of ours
 TOP = {"checkpoints", "training", "evaluation", "tables", "figures", "features", "runs"}
 # open a run again, or before it is run, or run a student's answer beside the library: they know the models by name
-OPENERS = {"rebuild", "explore", "search", "rehearsal", "exercises", "lessons", "arena"}
+OPENERS = {"rebuild", "explore", "search", "widgets", "rehearsal", "exercises", "lessons", "arena"}
 MIDDLE = {"data", "encoders", "scenes"}  # stand on the bottom alone
 GRIDS = sorted((ROOT / "grids").glob("*.csv"))
 

@@ -91,18 +91,20 @@ def damaged(folder: Path) -> list[Path]:
     (folder / "pointer.jpg").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     (folder / "page.jpg").write_text("<!DOCTYPE html><html>Sign in</html>")
     (folder / "zeros.jpg").write_bytes(bytes(4096))
+    (folder / "note.jpg").write_text("This is a text.")
     return sorted(folder.iterdir())
 
 
 def test_what_a_decoder_raises_names_file_and_record(tmp_path):
     files = damaged(tmp_path)
-    assert len(files) == 9
+    assert len(files) == 10
     for path in files:
         record = Record(path.stem, "train", ("a thing",), path, source=f"d.json: image {path.stem}")
         with pytest.raises(DataError, match=r"cannot be decoded \(") as caught:
             record.open()
         assert (caught.value.file, caught.value.record) == (str(path), f"d.json: image {path.stem}")
-    for name, said in {"pointer": "git lfs pull", "page": "web page", "zeros": "cut off"}.items():
+    reasons = {"pointer": "git lfs pull", "page": "web page", "zeros": "cut off", "note": "no image format"}
+    for name, said in reasons.items():
         with pytest.raises(DataError, match=said):
             open_rgb(tmp_path / f"{name}.jpg")
 

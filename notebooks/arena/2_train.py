@@ -181,4 +181,4 @@ metrics |= costs | {
 run.finish(metrics, seconds=summary["seconds"], facts={"reported_split": reported})
 
 # %% [markdown]
-# Previous: [slan/9_video](../slan/9_video.ipynb) · Next: [7_compare](../7_compare.ipynb)
+# Previous: [explore](../explore.ipynb) · Next: [7_compare](../7_compare.ipynb)

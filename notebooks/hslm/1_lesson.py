@@ -24,7 +24,7 @@
 # |:--|:--|
 # | `close(a, b)`, `refused(product)` | whether two results agree; whether the shapes of a product do not fit |
 # | `full(x)`, `fill(layer, weight)` | a mask without padding; writes weights that we choose into a layer |
-# | `tiny(seed)`, `batch_of(n)` | an untrained [`HSLM`](../../src/finematch/models/hslm.py#L516) of very small widths; random images and captions for it |
+# | `tiny(seed)`, `batch_of(n)` | an untrained [`HSLM`](../../src/finematch/models/hslm.py#L545) of very small widths; random images and captions for it |
 # | `rate(scorer, regions, words)` | the logits of images with captions |
 # | `one` | the example of section 1; `one.spoken` holds the captions of 200 images as word ids |
 # | `encoder.stages(...)` | $E$, then $E_f$, then the mask of real words: `[1]` is $E_f$ |
@@ -40,14 +40,14 @@
 # | $R$, $R_g^l$, $R^*$ | $N \times d$ | regions before the graph, after layer $l$, after the last layer | [`RegionEncoder`](../../src/finematch/models/hslm.py#L179), `Picture.regions` | [4](#graph) |
 # | $A$ | $N \times N$ | relations between regions; $M \times M$ between words | [`GraphLayer`](../../src/finematch/models/hslm.py#L122) | [4](#graph) |
 # | $E^*$, its rows $t_j$ | $M \times d$ | words after the graph and the GRU | [`WordEncoder`](../../src/finematch/models/hslm.py#L200), `Caption.words` | [5](#order) |
-# | $f$ | $M \times N$ | how strongly each word looks at each region | [`PairScorer.relate`](../../src/finematch/models/hslm.py#L432) | [6](#cross) |
+# | $f$ | $M \times N$ | how strongly each word looks at each region | [`PairScorer.relate`](../../src/finematch/models/hslm.py#L461) | [6](#cross) |
 # | $R_a^*$ | $M \times d$ | contexts: what each word sees of the image | [`PairScorer.tile`](../../src/finematch/models/hslm.py#L349) | [6](#cross) |
-# | $S_L$ | $M \times s$ | local similarity vectors, one for each word | [`PairScorer.similarity`](../../src/finematch/models/hslm.py#L482) | [7](#score) |
+# | $S_L$ | $M \times s$ | local similarity vectors, one for each word | [`PairScorer.similarity`](../../src/finematch/models/hslm.py#L511) | [7](#score) |
 # | $\hat E^*$, $\hat R_a^*$ | $d$ | global vectors of the caption and of the image | [`SelfAttentionPooling`](../../src/finematch/models/hslm.py#L246) | [7](#score) |
-# | $S_G$ | $s$ | global similarity vector | [`PairScorer.similarity`](../../src/finematch/models/hslm.py#L482) | [7](#score) |
-# | $S_A$, $S_F$ | $s$, $1$ | the gathered similarity vector, and the score, a logit | [`PairScorer.fuse`](../../src/finematch/models/hslm.py#L487) | [7](#score) |
-# | $S(I, C)$ | $1$ | score of image $I$ and caption $C$ in the loss: $\sigma(S_F)$ by default | [`HSLM.squash`](../../src/finematch/models/hslm.py#L631) | [8](#loss) |
-# | $B$, $\beta$ | | pairs of a batch, margin of the loss | axis `b`, `margin` of [`hinge`](../../src/finematch/models/hslm.py#L704) | [8](#loss) |
+# | $S_G$ | $s$ | global similarity vector | [`PairScorer.similarity`](../../src/finematch/models/hslm.py#L511) | [7](#score) |
+# | $S_A$, $S_F$ | $s$, $1$ | the gathered similarity vector, and the score, a logit | [`PairScorer.fuse`](../../src/finematch/models/hslm.py#L516) | [7](#score) |
+# | $S(I, C)$ | $1$ | score of image $I$ and caption $C$ in the loss: $\sigma(S_F)$ by default | [`HSLM.squash`](../../src/finematch/models/hslm.py#L660) | [8](#loss) |
+# | $B$, $\beta$ | | pairs of a batch, margin of the loss | axis `b`, `margin` of [`hinge`](../../src/finematch/models/hslm.py#L733) | [8](#loss) |
 
 # %% tags=["parameters"]
 dataset: str = "scenes"  # the embedded set alone: which region belongs to which word is known
@@ -131,7 +131,7 @@ assert one.objects > 2
 # (3.3) should put relations into each region and each word. **Cross attention** (3.4) should weaken regions that no word
 # asks for. Two **alignments** (3.5) compare the result: word by word ("local") and as a whole ("global").
 #
-# The shapes on the arrows are recorded while a tiny [`HSLM`](../../src/finematch/models/hslm.py#L516) scores 2 images with 3
+# The shapes on the arrows are recorded while a tiny [`HSLM`](../../src/finematch/models/hslm.py#L545) scores 2 images with 3
 # captions. All its sizes differ, so a size tells its axis. The letter $v$ is the width of a region's feature (2,048 in
 # the paper). The axis $c{\cdot}M$ holds the words of all captions, one after the other.
 #
@@ -549,7 +549,7 @@ assert close(row_1, F.normalize(average, dim=-1), 1e-5)
 # R_a^* = f(E^*, R^*)\odot R^* \quad (15)$$
 #
 # * $E^*$ (`words`, $M \times d$) and $R^*$ (`view.regions`, $N \times d$): the words and the regions.
-# * $f$ (what [`PairScorer.relate`](../../src/finematch/models/hslm.py#L432) returns, $M \times N$): "the attention function to
+# * $f$ (what [`PairScorer.relate`](../../src/finematch/models/hslm.py#L461) returns, $M \times N$): "the attention function to
 #   calculate the scores for each pair".
 # * $R_a^*$ (made in [`PairScorer.tile`](../../src/finematch/models/hslm.py#L349)): the regions, weighted by $f$.
 #
@@ -698,12 +698,12 @@ check("hslm.contexts", gathered)
 #   section 8 it is a score.
 # * $|m_1 - m_2|^2$ ($d$): the square is elementwise. In which channels do two vectors differ?
 # * $W$ (`compare_local`, `compare_global`, $d \to s$): learnt, one for each alignment (H14). So Eq. 17 gives a *vector*
-#   of width $s$ and of length 1 ([`PairScorer.similarity`](../../src/finematch/models/hslm.py#L482)).
+#   of width $s$ and of length 1 ([`PairScorer.similarity`](../../src/finematch/models/hslm.py#L511)).
 # * $S_L$ (`local`, $M \times s$) has one row for each word. $S_G$ (`globe`, $s$) is one more row.
 # * $S^*$ ($(M + 1) \times s$): the rows, one below the other; they are called nodes again (H15).
 # * $W_S$ (`gate`, $s \to 1$): each node $s_k$ gets one gate, and $w$ is the only row of $W_S$. We read Eq. 21 as $S_A = \sum_k \sigma(w\cdot s_k)\,s_k$
 #   (`node_gate`, H16), so that captions of any length end in one vector $S_A$ ($s$).
-# * $FC$ (`score`, $s \to 1$): the logit $S_F$ ([`PairScorer.fuse`](../../src/finematch/models/hslm.py#L487)).
+# * $FC$ (`score`, $s \to 1$): the logit $S_F$ ([`PairScorer.fuse`](../../src/finematch/models/hslm.py#L516)).
 #
 # **By hand.** Take the two words and two contexts of section 6, $W = I$, $w = (1, -2)$, and $FC = (2, 1)$ with bias ½,
 # without global alignment:
@@ -834,7 +834,7 @@ check("hslm.longer", "higher", "the same", logits)
 # * $\hat C$: the caption of the batch that scores highest for $I$ without belonging to it. $\hat I$: the image that
 #   scores highest for $C$ without belonging to it. They are the **hardest negatives**.
 # * $\beta = 0.2$ (`margin`), and $[z]_+ = \max(0, z)$. The sum runs over the $B$ pairs of the batch
-#   ([`hinge`](../../src/finematch/models/hslm.py#L704)).
+#   ([`hinge`](../../src/finematch/models/hslm.py#L733)).
 #
 # The paper prints $S(\hat I, \hat C)$ in the first bracket, which cannot be meant (reading H18).
 #
@@ -895,7 +895,7 @@ check("hslm.hinge", ranking)
 # The maximum of 127 draws of noise is about 2.6. Unless the signal is larger than that, **spreading the scores raises
 # the loss**, and the cheapest thing to do is to fall back on the plateau. With the *mean* over all negatives the noise
 # averages out, and any signal leads downhill. A contrastive loss does the same: it is the mean of
-# $-\log\mathrm{softmax}$ of the true pair among the batch ([`softmax_loss`](../../src/finematch/models/hslm.py#L732)), and
+# $-\log\mathrm{softmax}$ of the true pair among the batch ([`softmax_loss`](../../src/finematch/models/hslm.py#L761)), and
 # its plateau is $\ln B$. All losses of the cell take the same numbers $S_{ij}$.
 
 # %%
@@ -914,7 +914,7 @@ lesson.draw_plateau(spread, curves, B)
 
 # %% [markdown]
 # The vertical axis is the loss as a share of its plateau. One curve rises: the hardest negatives with a weak signal. In
-# training, `plateau` of [`HSLM.forward`](../../src/finematch/models/hslm.py#L555) is 1 for a step that sits on the
+# training, `plateau` of [`HSLM.forward`](../../src/finematch/models/hslm.py#L584) is 1 for a step that sits on the
 # plateau, and the log of a run counts these steps. The next cell checks the straight line and the directions.
 
 # %%
@@ -1062,7 +1062,7 @@ check("hslm.half", {"lead": lead, **remains})
 # %% [markdown]
 # **Search without a gradient.** Eq. 23 needs all $B^2$ scores to *find* the hardest negatives, but only $3B$ scores
 # appear in it: $B$ true pairs and $2B$ hardest negatives. The gradient of all others is zero. So
-# [`HSLM.forward`](../../src/finematch/models/hslm.py#L555) scores the whole batch without a gradient, picks, and scores the
+# [`HSLM.forward`](../../src/finematch/models/hslm.py#L584) scores the whole batch without a gradient, picks, and scores the
 # $3B$ pairs once more with a gradient. The gradient is the same (except at exact ties, where the maximum would share
 # it). If a backward pass costs two forward passes, this is $B^2 + 3\cdot 3B$ in place of $3B^2$: about a third of the
 # work at $B = 128$. The gradient needs memory for 384 pairs in place of 16,384.
@@ -1230,7 +1230,7 @@ with torch.no_grad():
 #
 # ## 11. Table 4: twelve rows, five switches (4.4)
 #
-# The ablation of the paper takes modules away. Each row is an [`HSLM`](../../src/finematch/models/hslm.py#L516) with five
+# The ablation of the paper takes modules away. Each row is an [`HSLM`](../../src/finematch/models/hslm.py#L545) with five
 # booleans. The cell counts the parameters of all twelve at the preset's size, without allocating them. At scale `paper`
 # it takes a vocabulary of 8,481 words and features of width 2,048, as for Flickr30k. Rsum is the sum of six
 # [recalls](../../docs/glossary.md): the percentage of images, and of captions, whose right answer is among the first 1, 5
@@ -1329,7 +1329,8 @@ came_out("hslm", "flickr8k")
 #
 # If you have trained a model with [`2_train`](2_train.ipynb), the cell scores a sentence against an image and draws
 # where each word looks. Replace `one.image` by the name of a file, and change one word of the sentence, such as a
-# colour. Does the score fall, and do the boxes of that word move?
+# colour. Does the score fall, and do the boxes of that word move? In [explore](../explore.ipynb) you click on words
+# instead.
 
 # %%
 look("hslm", one.image, one.text)

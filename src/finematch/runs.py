@@ -424,15 +424,35 @@ def open_run(folder: str | Path = "latest", *, method: str | None = None, **filt
 
 
 def latest(method: str | None = None, **filters) -> Path:
-    """Folder of the newest finished run that has its weights, of `method` and with these parameters.
-
-    Smoke runs, whose weights mean nothing, are passed over unless `smoke=True` is asked for.
+    """Folder of the newest of `openable` runs, see there.
 
     Raises:
         DataError: If there is none.
     """
-    folder, found, smoke = root() / "papermill_runs", [], 0
-    for file in folder.rglob("metrics.json"):
+    if found := openable(method, **filters):
+        return found[0][0]
+    folder, asked = root() / "papermill_runs", ", ".join(f"{name}={value!r}" for name, value in filters.items())
+    smoke = 0 if "smoke" in filters else len(openable(method, smoke=True))
+    raise DataError(
+        folder, f"the latest run of {method or 'any method'}{' with ' + asked if asked else ''}",
+        "is not there (committed runs have metrics, no weights)",
+        f"Run the method's 2_train first{f', or open one of {smoke} smoke runs with smoke=True' if smoke else ''}",
+    )  # fmt: skip
+
+
+def openable(method: str | None = None, folder: Path | None = None, **filters) -> list[tuple[Path, dict]]:
+    """The finished runs that have their weights, of `method` and with these parameters, the newest first.
+
+    Smoke runs, whose weights mean nothing, are passed over unless `smoke=True` is asked for.
+
+    Args:
+        folder: below which they are looked for; by default the workbook's `papermill_runs`.
+
+    Returns:
+        Each run's folder and the content of its `metrics.json`.
+    """
+    found = []
+    for file in (folder or root() / "papermill_runs").rglob("metrics.json"):
         if next(file.parent.glob("**/best.safetensors"), None) is None:
             continue
         content = _read_metrics(file)
@@ -440,18 +460,10 @@ def latest(method: str | None = None, **filters) -> Path:
             continue
         parameters = content["parameters"]
         if parameters.get("smoke") and "smoke" not in filters:
-            smoke += 1
             continue
         if all(parameters.get(name) == value for name, value in filters.items()):
-            found.append((content.get("finished", ""), file.stat().st_mtime, file.parent))
-    if not found:
-        asked = ", ".join(f"{name}={value!r}" for name, value in filters.items())
-        raise DataError(
-            folder, f"the latest run of {method or 'any method'}{' with ' + asked if asked else ''}",
-            "is not there (committed runs have metrics, no weights)",
-            f"Run the method's 2_train first{f', or open one of {smoke} smoke runs with smoke=True' if smoke else ''}",
-        )  # fmt: skip
-    return max(found)[-1]
+            found.append((content.get("finished", ""), file.stat().st_mtime, file.parent, content))
+    return [(path, content) for *_, path, content in sorted(found, key=lambda one: one[:3], reverse=True)]
 
 
 def status_of(content: Mapping) -> str:

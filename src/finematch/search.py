@@ -10,6 +10,7 @@ pairs (SLAN) proposes with its two-stream score and ranks the best again, as a s
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,24 @@ def search(
         scores[first] = again(first)
         best = np.concatenate([first[np.argsort(-scores[first], kind="stable")], best[shortlist:]])
     return [Hit(float(scores[i]), *records(i)) for i in best[:k].tolist()]
+
+
+def scores_of_set(run, text: str) -> tuple[list[Record], np.ndarray]:
+    """The images of the run's reported split, and the score of each for a sentence: as `Match.ranked` has it."""
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        records, images, *_ = _set(run)
+        scores, _ = SCORES[run.method](run, images, new_texts(run, [text], folder))
+    return records, scores[:, 0]
+
+
+def place(records: Sequence[Record], scores: np.ndarray, score: float, file: str | Path = "") -> tuple[int, int]:
+    """The rank of an image with this score among the images of a set and itself, and of how many.
+
+    Ties count against it. `file` is its own file, which may be one of the set: it is counted once.
+    """
+    own = Path(file).resolve() if file else None
+    others = [i for i, record in enumerate(records) if own is None or Path(record.image).resolve() != own]
+    return 1 + int((scores[others] >= score).sum()), len(others) + 1
 
 
 def _asked(run, text: str, image: Path | None, over: str | Path) -> tuple:

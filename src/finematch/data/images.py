@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from finematch.files import DataError, disguise
 
@@ -51,7 +51,8 @@ def opening(image: Path | bytes | None, record: str, file: str | Path = "") -> I
     except FileNotFoundError:
         raise DataError(file, record, "the image is missing", "Restore it or remove its record") from None
     except Exception as error:  # Pillow's decoders raise whatever they like
-        why = disguise(image) or str(error) or type(error).__name__
+        why = "it is in no image format that is known" if isinstance(error, UnidentifiedImageError) else str(error)
+        why = disguise(image) or why or type(error).__name__
         raise DataError(
             file,
             record,

@@ -28,6 +28,7 @@ from finematch.features.detections import Detections
 from finematch.files import cached
 
 BLOCK = 32  # pictures that are searched before their boxes are written
+SEARCHED = 640 * 640  # pixels of a picture that is searched as it is; the time grows faster than their number
 SURPLUS = 4  # times as many boxes are asked for, so that small ones can go
 
 
@@ -35,17 +36,21 @@ def selective_search(picture: Image.Image, top: int) -> Float[np.ndarray, "r 4"]
     """The first `top` distinct boxes of OpenCV contrib's fast selective search, xyxy pixels.
 
     Boxes under 4 % of the picture's shorter side are dropped; a picture with fewer proposals than `top` is
-    filled up from the multi-scale grid, so that every picture has as many. OpenCV ranks its proposals with
+    filled up from the multi-scale grid, so that every picture has as many. A picture of more than `SEARCHED`
+    pixels, as a phone takes it, is searched at that size: minutes become a second. OpenCV ranks its proposals with
     the C library's `rand`; it is seeded here, or a picture's boxes would depend on the pictures before it.
     """
     import cv2
 
     ctypes.CDLL(None).srand(1)
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
-    search.setBaseImage(np.asarray(picture)[:, :, ::-1].copy())
+    scale = min(1.0, (SEARCHED / (picture.width * picture.height)) ** 0.5)
+    size = picture.size if scale == 1 else tuple(max(1, round(side * scale)) for side in picture.size)
+    search.setBaseImage(np.asarray(picture.resize(size))[:, :, ::-1].copy())
     search.switchToSelectiveSearchFast()
     found = search.process().astype(np.float32)
     found[:, 2:] += found[:, :2]
+    found *= np.tile(np.array(picture.size, np.float32) / size, 2)
     sides = found[:, 2:] - found[:, :2]
     found = distinct(found[(sides >= 0.04 * min(picture.size)).all(1)])
     spare = multi_scale_grid(*picture.size, top).numpy()

@@ -267,7 +267,8 @@ def show_words(
     ax.set_axis_off()
     ax.set(xlim=(0, 1), ylim=(0, 1))
     figure = ax.figure
-    figure.draw_without_rendering()  # where the axes lie is known once the layout has been made
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()  # where the axes lie is known once the layout has been made
     renderer, frame = figure.canvas.get_renderer(), ax.get_window_extent()
     texts = []
     for word, shade in zip(words, shades, strict=True):

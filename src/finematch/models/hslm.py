@@ -357,9 +357,20 @@ class PairScorer(nn.Module):
 
         Captions are shared by all pictures (a leading axis of 1), or each picture has its own (g).
         """
+        local, globe = self.nodes(view, words, real, vector)
+        return self.fuse(local, real, globe)
+
+    def nodes(
+        self,
+        view: Views,
+        words: Float[Tensor, "#g c l d"],
+        real: Bool[Tensor, "#g c l"] | None,
+        vector: Float[Tensor, "#g c d"] | None,
+    ) -> tuple[Float[Tensor, "g c l s"] | None, Float[Tensor, "g c s"] | None]:
+        """S_L of every word and S_G (Eq. 18 and 19); None for an alignment that is switched off."""
         g, (c, length) = len(view.regions), words.shape[1:3]
         if not self.cross_attn:
-            return self.fuse(None, None, self.similarity(self.compare_global, vector - view.vector[:, None]))
+            return None, self.similarity(self.compare_global, vector - view.vector[:, None])
         f = self.relate(view, words.flatten(1, 2))  # g (c l) n
         gated = None
         if self.cross == "gate":
@@ -379,7 +390,25 @@ class PairScorer(nn.Module):
             weights = self.region_weights(view, f.unflatten(1, (c, length)), real, gated)
             mine = F.normalize(wide(weights.to(low) @ view.regions), dim=-1)  # g c d
             globe = self.similarity(self.compare_global, (vector - mine).to(low))
-        return self.fuse(local, real, globe)
+        return local, globe
+
+    def parts(
+        self, view: Views, words: Float[Tensor, "#g c l d"], vector: Float[Tensor, "#g c d"] | None
+    ) -> tuple[Float[Tensor, "g c k"], Float[Tensor, "g c k"]]:
+        """The logit of captions without padding taken apart: what each node adds to it, and the node's gate (the mean
+        of its components where `node_gate` is `element`). Nodes are the words, then the whole, of those alignments that
+        are switched on; their sum and the bias of FC (Eq. 22) are the logit.
+        """
+        local, globe = self.nodes(view, words, None, vector)
+        both = (local, None if globe is None else globe.unsqueeze(2))
+        nodes = torch.cat([part for part in both if part is not None], 2)
+        gate = torch.sigmoid(self.gate(nodes))
+        added = F.linear(gate * nodes, self.score.weight).squeeze(-1)
+        if gate.shape[-1] > 1:
+            added = added / nodes.shape[2]
+        elif self.node_weights == "l1":
+            added = added / gate.sum(2)
+        return added, gate.mean(-1)
 
     @property
     def can_rank(self) -> bool:

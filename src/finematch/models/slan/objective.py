@@ -772,7 +772,10 @@ class SLAN(Pretrained, nn.Module):
         """
         if self.head is None:
             raise ValueError("this model has no matching head: its weight of `itm` is 0")
-        located = self.locate(picture, caption)
+        return self.judge(self.locate(picture, caption))
+
+    def judge(self, located: Located) -> Float[Tensor, " p"]:
+        """`match` of pairs that were located."""
         logits = wide(self.head(located.picture, located.text))
         return logits[:, 1] - logits[:, 0] if self.match_score == "odds" else logits[:, 1]
 
