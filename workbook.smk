@@ -30,7 +30,7 @@ AFTER = {
     "slan/9_video": ["slan/2_train"],
     "mvam/3_ablations": ["mvam/2_train", "tiny_grid"],
     "tiny_grid": ["mvam/2_train"],
-    "explore": ["mvam/2_train"],
+    "6_explore": ["mvam/2_train"],
     "arena/2_train": ["mvam/1_lesson", "hslm/1_lesson"],
     "7_compare": ["arena/2_train"],
     "8_readings": [FIRST],

@@ -83,7 +83,7 @@ def in_browser(folder: Path, method: str) -> dict:
             if (lab.ROOT / name).exists():
                 (Path(book) / name).symlink_to(lab.ROOT / name)
         with lab.server(Path(book)) as address, lab.browser(width=1180) as (page, _):
-            lab.run_all(page, address, "notebooks/explore.ipynb")
+            lab.run_all(page, address, "notebooks/6_explore.ipynb")
             source = f"document.querySelector('{lab.PICTURE}[src]')?.src"
             sentence = page.get_by_label("sentence", exact=True)
             words = sentence.input_value()

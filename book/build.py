@@ -22,7 +22,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("mvam", "hslm", "felga", "slan", "arena")
-LAST = "789"  # pages that begin so come after the methods
+LAST = "6789"  # pages that begin so come after the methods
 RUN = "papermill_runs/workbook"
 FOLDED = '<details class="admonition solution"><summary class="admonition-title">Solution</summary>'
 

@@ -66,7 +66,7 @@ p = parameters(
 # | [slan/7_vqa](slan/7_vqa.ipynb) | answer questions about an image | a run of `slan/2_train` | 5 min * |
 # | [slan/8_nlvr2](slan/8_nlvr2.ipynb) | judge a sentence about two images | a run of `slan/2_train` | 5 min * |
 # | [slan/9_video](slan/9_video.ipynb) | find the video of a sentence | a run of `slan/2_train` | 1 min * |
-# | [explore](explore.ipynb) | your own image and sentence, live | a lesson | 1 min * |
+# | [6_explore](6_explore.ipynb) | your own image and sentence, live | a lesson | 1 min * |
 # | [arena/2_train](arena/2_train.ipynb) | train a method or a rival for the same minutes as all others | the lessons of MVAM and HSLM | 8 min * |
 # | [7_compare](7_compare.ipynb) | the methods and their rivals at equal minutes | `arena/2_train` | 2 min * |
 # | [8_readings](8_readings.ipynb) | what each reading of a paper changes | nothing | seconds * |

@@ -128,7 +128,7 @@ def copy_of_the_book(folder: Path, **given) -> None:
 
     shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns("__pycache__", ".*"))
     (folder / "pyproject.toml").touch()
-    source = folder / "notebooks" / "explore.py"
+    source = folder / "notebooks" / "6_explore.py"
     lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
     for n, line in enumerate(lines):
         name = line.partition(":")[0]
@@ -155,7 +155,7 @@ def main() -> None:
             for name in ("data", "papermill_runs"):
                 (book / name).symlink_to(ROOT / name)
             with server(book) as address, browser(width=960) as (page, _):
-                run_all(page, address, "notebooks/explore.ipynb")
+                run_all(page, address, "notebooks/6_explore.ipynb")
                 page.wait_for_timeout(2000)
                 widget = page.locator(".jp-OutputArea-output .widget-vbox").first
                 widget.screenshot(path=options.out / f"explore.{method}.png")

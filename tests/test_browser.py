@@ -7,7 +7,7 @@ from lab import PICTURE, browser, changed, chromium, copy_of_the_book, run_all, 
 from PIL import Image
 
 pytestmark = [
-    pytest.mark.skipif(find_spec("playwright") is None, reason="no playwright: pip install -e '.[browser]'"),
+    pytest.mark.skipif(find_spec("playwright") is None, reason="no playwright: pip install -e '.[dev]'"),
     pytest.mark.skipif(chromium() is None, reason="no Chromium on this system"),
 ]
 
@@ -20,7 +20,7 @@ def test_a_person_explores(tmp_path):
     image.save(tmp_path / "mine.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
     with server(tmp_path) as address, browser() as (page, errors):
-        run_all(page, address, "notebooks/explore.ipynb")
+        run_all(page, address, "notebooks/6_explore.ipynb")
         picture, overview = page.locator(PICTURE).first, page.locator(PICTURE).nth(1)
         score = page.get_by_text("this image is number").first
         slider = page.get_by_role("slider").first

@@ -8,7 +8,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PYPI_NAME = {"pytorch": "torch"}  # by conda-forge's name, where the two differ
-EXTRAS = ("dev", "minilm")  # what `make install` installs
+EXTRAS = ("dev", "minilm", "book")  # what `make install` installs
 
 
 def ranges(requirements: list[str]) -> dict[str, str]:

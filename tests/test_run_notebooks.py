@@ -46,7 +46,7 @@ ORDER = [
     "slan/7_vqa",
     "slan/8_nlvr2",
     "slan/9_video",
-    "explore",
+    "6_explore",
     "arena/2_train",
     "7_compare",
     "8_readings",

@@ -7,6 +7,7 @@ import re
 import nbformat
 import papermill
 import pytest
+from lab import browser, chromium
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from finematch import slides as S
@@ -98,14 +99,14 @@ def test_a_run_of_the_lesson_as_it_stands_is_taken_and_another_is_made_anew(tmp_
 
 def test_without_the_packages_it_is_said_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(S, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"sphinx-revealjs.*is not installed.*pip install -e '\.\[slides\]'"):
+    with pytest.raises(DataError, match=r"sphinx-revealjs.*is not installed.*pip install -e '\.\[book\]'"):
         S.write_slides(tmp_path, "data")
 
 
 def test_slides_load_nothing_from_the_network(tmp_path, monkeypatch, lesson):
     for package in ("sphinx_revealjs", "mathjax"):
         if S.find_spec(package) is None:
-            pytest.skip(f"{package}: pip install -e '.[slides]'")
+            pytest.skip(f"{package}: pip install -e '.[book]'")
     monkeypatch.setattr(S, "executed", lambda method, data_root: lesson)
     pages = S.write_slides(tmp_path, "data")
     assert [page.name for page in pages] == ["mvam.html", "hslm.html", "felga.html", "slan.html"]
@@ -119,3 +120,28 @@ def test_slides_load_nothing_from_the_network(tmp_path, monkeypatch, lesson):
             assert not re.search(r"url\(['\"]?http", sheet.read_text(encoding="utf-8")), sheet
     assert not re.search(r"@import[^;]*http|import .* from 'http", page)
     assert page.count("<section") == 6  # two side by side: one slide alone, and three below one another
+
+
+def test_a_slide_that_is_too_tall_is_shown_smaller(tmp_path, monkeypatch):
+    for package in ("sphinx_revealjs", "mathjax", "playwright"):
+        if S.find_spec(package) is None:
+            pytest.skip(f"{package}: pip install -e '.[dev,book]'")
+    if chromium() is None:
+        pytest.skip("no Chromium on this system")
+    table = "\n".join(["| a | b |", "|:--|:--|", *["| $x$ | row |"] * 30])  # no place to cut
+    lesson = new_notebook(
+        cells=[new_markdown_cell("## Short\n\ntext"), new_markdown_cell(f"## Tall\n\n{table}")]
+    )
+    monkeypatch.setattr(S, "executed", lambda method, data_root: lesson)
+    (page_of_mvam, *_) = S.write_slides(tmp_path, "data")
+    with browser(S.WIDTH, S.HEIGHT) as (page, errors):
+        page.goto(page_of_mvam.as_uri())
+        page.wait_for_function("() => Reveal.isReady() && Reveal.getCurrentSlide().style.zoom === '1'")
+        page.evaluate("Reveal.next()")
+        page.wait_for_function("() => Reveal.getCurrentSlide().style.zoom")
+        slide = page.evaluate(
+            "() => { const s = Reveal.getCurrentSlide(); return [+s.style.zoom, s.scrollHeight, s.clientHeight]; }"
+        )
+        assert not errors
+    assert S.SMALLEST <= slide[0] < 1
+    assert slide[1] <= slide[2]

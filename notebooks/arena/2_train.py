@@ -181,4 +181,4 @@ metrics |= costs | {
 run.finish(metrics, seconds=summary["seconds"], facts={"reported_split": reported})
 
 # %% [markdown]
-# Previous: [explore](../explore.ipynb) · Next: [7_compare](../7_compare.ipynb)
+# Previous: [6_explore](../6_explore.ipynb) · Next: [7_compare](../7_compare.ipynb)

@@ -1665,7 +1665,7 @@ came_out("felga")
 #
 # The cell takes the newest trained FELGA run and shows, for each keyword of the sentence, the three regions that fit
 # it best. Replace `image` by a file of yours, such as `"dog.jpg"`, and try a keyword that the image does not show.
-# [2_train](2_train.ipynb) makes a run. In [explore](../explore.ipynb) every keyword is a button.
+# [2_train](2_train.ipynb) makes a run. In [6_explore](../6_explore.ipynb) every keyword is a button.
 
 # %%
 look("felga", image, bench.records[bench.batch[0]].captions[0])

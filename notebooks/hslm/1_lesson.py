@@ -1329,7 +1329,7 @@ came_out("hslm", "flickr8k")
 #
 # If you have trained a model with [`2_train`](2_train.ipynb), the cell scores a sentence against an image and draws
 # where each word looks. Replace `one.image` by the name of a file, and change one word of the sentence, such as a
-# colour. Does the score fall, and do the boxes of that word move? In [explore](../explore.ipynb) you click on words
+# colour. Does the score fall, and do the boxes of that word move? In [6_explore](../6_explore.ipynb) you click on words
 # instead.
 
 # %%

@@ -1096,7 +1096,7 @@ assert best == {"base diversity loss", "square root diversity loss"}
 # ## 16. Your own image and sentence
 #
 # Give a file or an image, and a sentence. The newest trained run gives its score, and shows where the views look. Try
-# another colour in the sentence: does the score fall? [`2_train`](2_train.ipynb) makes a run. [explore](../explore.ipynb)
+# another colour in the sentence: does the score fall? [`2_train`](2_train.ipynb) makes a run. [6_explore](../6_explore.ipynb)
 # has sliders for all of it.
 
 # %%

@@ -1733,7 +1733,7 @@ check("slan.median", least_median)
 # `look` takes the path of a file, or an image of Pillow: `look("slan", "my.jpg", "a red circle")`. Try a sentence that
 # names one thing of the image, then another: do the boxes of the last level follow? Then try a sentence that is false:
 # the score should fall. [2_train](2_train.ipynb) trains the run that is looked for here. Without a run the cell only
-# says so. In [explore](../explore.ipynb) a slider goes through the levels.
+# says so. In [6_explore](../6_explore.ipynb) a slider goes through the levels.
 
 # %%
 look("slan", example.image, example.captions[0])

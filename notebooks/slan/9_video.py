@@ -250,4 +250,4 @@ run.finish(found, seconds=summary["seconds"], protocol=best["ours"]["protocol"],
 pd.Series(found)
 
 # %% [markdown]
-# Previous: [slan/8_nlvr2](8_nlvr2.ipynb) · Next: [explore](../explore.ipynb)
+# Previous: [slan/8_nlvr2](8_nlvr2.ipynb) · Next: [6_explore](../6_explore.ipynb)

@@ -106,7 +106,7 @@ def _package(name: str, installed_as: str) -> Path:
     """The folder of a package that is read and not imported."""
     found = find_spec(name)
     if found is None:
-        raise DataError("(packages)", installed_as, "is not installed", "pip install -e '.[slides]'")
+        raise DataError("(packages)", installed_as, "is not installed", "pip install -e '.[book]'")
     return Path(found.submodule_search_locations[0])
 
 
