@@ -14,9 +14,13 @@ from notebook_text import NOTEBOOKS
 
 from finematch.exercises import KINDS, check, exercise, exercises, number, tensor
 from finematch.handout import student_page, write_handout, write_student
+from finematch.models import felga
 
 METHODS = ("mvam", "hslm", "felga", "slan")
-HALF, NOT_STOPPED = 1.0065, 1.2442  # Eq. 3 of exercise 6: boxes that stop at the border, boxes that leave the image
+HALF, NOT_STOPPED = (
+    1.0065,
+    1.2442,
+)  # Eq. 3 of exercise 6: boxes that stop at the border, boxes that leave the image
 
 
 def softmax_over_views(codes, keys, mask):
@@ -180,6 +184,9 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         ((lambda s: s >= s.mean(1, keepdim=True),), "region has its own"),
         ((lambda s: s < s.mean(),), "wrong way round"),
         ((lambda s: s > s.mean(),), "equals the mean"),
+        ((lambda s: s >= s.median(),), "is the median"),
+        ((lambda s: s >= 0,), "0 is the threshold"),
+        ((lambda s: s >= 0.5,), "½ is the threshold"),
     ],
     "felga.unrelated": [
         (({"dense": 100, "sparse": 10, "dynamic": 0},), "nothing fits"),
@@ -188,8 +195,12 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
     "felga.third": [
         (("more", torch.tensor([[1, 0], [0, 1], [0, 0]])), "without the third box"),
         (("fewer", torch.tensor([[1, 1], [1, 1], [0, 0]])), "not what you have predicted"),
+        (("more", torch.tensor([[[1, 1], [1, 1], [0, 0]]])), r"the shape is \(1, 3, 2\)"),
     ],
     "felga.relu": [
+        ((0.25,), "where both are positive"),
+        ((0.3,), "two digits"),
+        ((2 / math.pi,), "absolute values"),
         ((0.1592,), "mean square of one"),
         ((0.0,), "all numbers are positive"),
         ((0.5,), "asked is a cosine"),
@@ -201,6 +212,7 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
     ],
     "felga.best": [
         ((lambda s, r: s.amax((1, 3)),), "padding is among"),
+        ((felga.global_affinity,), "the maxima alone"),
         ((lambda s, r: (s * r).amax((1, 3)),), "padding counts as 0"),
         ((lambda s, r: s.masked_fill(~r, -math.inf).amax((1, 3)).T,), "rows are texts"),
         ((lambda s, r: s.masked_fill(~r, 0).sum((1, 3)) / r.sum((1, 3)),), "takes the best pair"),
@@ -209,11 +221,19 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
     "felga.ties": [
         (({"against": 0.7283, "for": 1.0},), "average over all orders"),
         (({"against": 0.478, "for": 0.6},), "for: precision of the whole"),
+        (({"against": 1.0, "for": 0.478},), "against: the other way round"),
+        (({"against": 0.478, "for": 0.478},), "for: the other way round"),
+        (({"against": 47.8, "for": 100.0},), "per cent"),
+        (({"against": 0.478, "for": 100.0},), "per cent"),
     ],
     "felga.gains": [
         (({"Dense": 8.7, "Sparse": 1.6, "Dynamic": 5.6},), "Dense: the wrong column"),
         (({"Dense": 2.9, "Sparse": 0.7, "Dynamic": 1.2},), "Dense: the number is too large"),
         (({"Dense": 2.5, "Dynamic": 1.2},), "'Sparse' is missing"),
+        (({"Dense": 2.2, "Sparse": 0.6, "Dynamic": 1.1},), "Dense: the wrong column.*2014"),
+        (({"Dense": 2.5, "Sparse": 0.6, "Dynamic": 1.1},), "Sparse: the wrong column.*2014"),
+        (({"Dense": -2.5, "Sparse": -0.7, "Dynamic": -1.2},), "Dense: the sign"),
+        (("2.5",), "give a dict"),
     ],
     "slan.best": [
         (([0.05, 0.0, 0.1, 0.15],), "mind the sign"),

@@ -48,3 +48,20 @@ def test_the_diagram_has_the_recorded_shapes():
     assert all(f"<{name}>" in drawn for name in names)
     with pytest.raises(KeyError, match="f_v"):
         lesson.draw_model({})
+
+
+def test_a_text_says_a_meaning_by_a_keyword_or_otherwise():
+    keywords = ["heart", "cobalt", "left"]
+    text = "A heart with DOTS lies at the left"
+    words = ("cobalt", "blue", "dotted", "striped")
+    assert tuple(lesson.said_by(word, keywords, text) for word in words) == lesson.SAID_BY
+    assert lesson.said_by("hearts", keywords, text) == lesson.SAID_BY[1]
+
+
+def test_small_matrices_have_their_sign():
+    lesson.draw_matrices({"slopes": torch.tensor([[-0.5, 0.0], [0.25, 0.1]])}, ["i", "j"], ["k", "l"], signed=0.5)
+    ax = plt.gcf().axes[0]
+    numbers, middle = [text.get_text() for text in ax.texts], ax.images[0].cmap(0.5)
+    plt.close("all")
+    assert numbers == ["-0.50", "0", "+0.25", "+0.10"]
+    assert min(middle[:3]) > 0.95  # white
