@@ -17,10 +17,8 @@ from finematch.handout import student_page, write_handout, write_student
 from finematch.models import felga
 
 METHODS = ("mvam", "hslm", "felga", "slan")
-HALF, NOT_STOPPED = (
-    1.0065,
-    1.2442,
-)  # Eq. 3 of exercise 6: boxes that stop at the border, boxes that leave the image
+# Eq. 3 of exercise 6: boxes that stop at the border, boxes that leave the image
+HALF, NOT_STOPPED, WHOLE_NOT_STOPPED = 1.0065, 1.2442, 1.0226
 
 
 def softmax_over_views(codes, keys, mask):
@@ -80,6 +78,7 @@ def shifted(weights, extent, *, middle=True):
     )
 
 
+STEPS = torch.tensor([-1.0, 0, 1])
 KEYS = torch.tensor([[2.0, 0], [0, 2], [1, 1]])
 WRONG = {  # at least two plausible answers to each, and what is said to them
     "mvam.collisions": [
@@ -240,19 +239,42 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         (([-0.05, 0.16, -0.1, -0.15],), "own score is 1"),
         (([0.0, 0.0, 0.0, 0.0],), "scores of the others"),
         (([-0.05, -0.1, -0.15],), "the shape is"),
+        (([0.2, 0.0, 0.3, 0.3],), "each region's own"),
+        (([-0.04, 0.0, -0.08, -0.12],), "divided by the best"),
+        (([-0.3125, 0.0, -0.625, -0.9375],), "one factor more"),
+        (([-0.05, 0.1, -0.1, -0.15],), "1 of 4 values are not; differentiate"),
     ],
-    "slan.ramp": [(([0.5, 0, 0.5, 0],), "of the edges"), (([1.0, 0, 0.5, 0],), "same mean")],
+    "slan.ramp": [
+        (([0.5, 0, 0.5, 0],), "of the edges"),
+        (([1.0, 0, 0.5, 0],), "same mean"),
+        (([0.0, 1, 0, 0],), "grows to the right"),
+        (([0.0, 0, 0, 0],), "a little to the right"),
+        (([1.0, 0, 1, 0],), "between the two edges"),
+    ],
     "slan.attend": [
         ((lambda r, w: (r @ w.T).softmax(1) @ w,), "square root of D is missing"),
         ((lambda r, w: (r @ w.T / r.shape[1]).softmax(1) @ w,), "not by D"),
         ((lambda r, w: (r @ w.T / 2).softmax(1) @ w,), "not always 4"),
         ((lambda r, w: (r @ w.T / math.sqrt(r.shape[1])).softmax(0) @ w,), "runs over the words"),
         ((lambda r, w: (r @ w.T / math.sqrt(r.shape[1])).softmax(1) @ w + r,), "residual"),
+        ((lambda r, w: r @ w.T / math.sqrt(r.shape[1]) @ w,), "softmax is missing"),
+        ((lambda r, w: (r @ w.T * math.sqrt(r.shape[1])).softmax(1) @ w,), "not multiplied"),
+        ((lambda r, w: (r @ w.T / math.sqrt(len(w))).softmax(1) @ w,), "number of words"),
+        ((lambda r, w: (r @ w.T / math.sqrt(len(r))).softmax(1) @ w,), "number of regions"),
+        ((lambda r, w: (F.normalize(r, dim=1) @ F.normalize(w, dim=1).T).softmax(1) @ w,), "unit vectors here"),
+        ((lambda r, w: (w @ r.T / math.sqrt(r.shape[1])).softmax(1) @ r,), "the shape is"),
     ],
     "slan.offset": [
         ((lambda w, e: shifted(w.T, e),), "changed places"),
         ((lambda w, e: shifted(w, e) * len(w),), "cells are N / K apart"),
         ((lambda w, e: shifted(w, e, middle=False),), "from the middle one"),
+        ((lambda w, e: shifted(w / w.sum(), e),), "as they are"),
+        ((lambda w, e: shifted(w, e.flip(0)),), "shares of the width"),
+        ((lambda w, e: shifted(w, e) * torch.tensor([1, -1]),), "downwards"),
+        ((lambda w, e: shifted(w, e, middle=False) - w.sum() * e / 2,), "rounded down"),
+        ((lambda w, e: shifted(w.flatten().softmax(0).view_as(w), e),), "weights already"),
+        ((lambda w, e: torch.stack([w.sum(0) @ STEPS, w.sum(1) @ STEPS]) * e / 3,), "K = 3 alone.*RuntimeError"),
+        ((lambda w, e: shifted(w[:3, :3], e),), "K = 3 alone.*values are not"),
     ],
     "slan.reach": [
         ((1.75,), "a whole neighbourhood"),
@@ -266,14 +288,16 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         (("zero", {"whole": 0.0, "half": NOT_STOPPED}), "stop"),
         (("zero", {"whole": 0.4, "half": HALF}), "whole: the number is too large"),
         (("zero", {"whole": 0.0, "half": 0.0}), "half: the number is too small"),
+        (("zero", {"whole": WHOLE_NOT_STOPPED, "half": NOT_STOPPED}), "whole: .*stop"),
+        (("zero", {"whole": HALF, "half": 0.0}), "changed places"),
         (("zero", 0), "give a dict"),
     ],
     "slan.matching": [
-        (
-            ({"true": 2.1269, "other text": 0.6931, "other image": 1.3133},),
-            "true: this is -log of the wrong",
-        ),
-        (({"true": 0.1269, "other text": 0.6931, "other image": 0.3133},), "does not belong together"),
+        (({"true": 1.3133, "other text": 2.1269, "other image": 0.0486},), "true: this is -log of the wrong"),
+        (({"true": 0.3133, "other text": 0.1269, "other image": 0.0486},), "other text: .*does not belong"),
+        (({"true": 0.3133, "other text": 2.1269, "other image": 3.0486},), "other image: .*does not belong"),
+        (({"true": 0.7311, "other text": 0.1192, "other image": 0.9526},), "true: this is a probability"),
+        (({"true": 1, "other text": 2, "other image": -3},), "true: this is the logit"),
     ],
     "slan.lonely": [
         ((0.0,), "wrong ones too"),
@@ -283,6 +307,8 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
     ],
     "slan.median": [((1.5,), "500th"), ((1.0,), "fewer than half")],
 }
+ROUNDED = [("slan.matching", {"true": 0.31, "other text": 2.13, "other image": 0.05}), ("slan.lonely", 1.39),
+           ("felga.relu", 0.32)]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -301,6 +327,11 @@ def test_slips_are_told_and_the_answer_is_not(key):
         assert not verdict.passed
         assert re.search(said, verdict.message), verdict
         assert str(verdict).startswith(f"✗ {key}: ")
+
+
+@pytest.mark.parametrize(("key", "answer"), ROUNDED)
+def test_two_digits_are_enough(key, answer):
+    assert check(key, answer).passed
 
 
 @pytest.mark.parametrize("key", WRONG)

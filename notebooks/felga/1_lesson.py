@@ -679,7 +679,7 @@ lesson.draw_matrices({"cosines (Eq. 9)": d}, *NAMES, label="d", pairs=own)
 # | `pair` | for each positive $J_{ij} = \lambda_1 - d_{ij} + \log(\sum_{N(i)}e^{d_{il}} + \sum_{N(j)}e^{d_{lj}})$; then the mean of $J$, with a hinge that of $[J]_+^2/2$ | [lifted structure](https://arxiv.org/abs/1511.06452), which the paper cites |
 #
 # The setting `reading=literal` of [2_train](2_train.ipynb) takes `batch` and does *not* multiply: with the factor 6,400
-# training at the paper's rate of 0.1 diverges (sections 11 and 12).
+# training at the paper's rate of 0.1 diverges (section 12 and [F1](../../docs/readings.md)).
 #
 # $P$ are the positives and $N$ the negatives of an anchor, which is a row or a column. By hand, with $\lambda_1 = ½$
 # and the dynamic labels:

@@ -601,7 +601,7 @@ Path = tuple[Tensor, Tensor]  # angles in degrees of regions "s b r" and words "
 
 
 def draw_circles(start: Path, runs: Mapping[str, Path]) -> None:
-    """Regions on the outer circle, keywords on the inner one, each with the way that it has come; four a row."""
+    """Regions on the outer circle, keywords on the inner one, each with the way that it has come; four per row."""
     panels = {"the start": start, **runs}
     rows = -(-len(panels) // 4)
     _, axes = plt.subplots(rows, 4, figsize=(7.8, 0.3 + 2 * rows), layout="constrained", squeeze=False)
