@@ -1550,6 +1550,8 @@ with torch.no_grad():
     assert small(global_negatives="distinct")(asks)["loss"] == small()(asks)["loss"]
     asks["text"]["keyword_id"] = torch.zeros_like(keyword_id)  # one word everywhere
     assert small(global_negatives="distinct")(asks)["global"] == 0
+
+# %%
 galleries = {name: study.pairs(name, range(len(bench.texts))) for name in ("all", "nouns")}
 many, few = (felga.share_keyword(one.keyword_id, one.keyword_mask).float().mean() for one in galleries.values())
 print(f"all of val: {100 * many:.0f} % of the pairs of texts share a keyword, {100 * few:.0f} % share a noun")
