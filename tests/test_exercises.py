@@ -49,16 +49,49 @@ def twice(image, text, scale):
     return one_way(image, text, scale) + one_way(text, image, scale)
 
 
-def gram(a):
-    return a @ a.mT
+def own_left_out(image, text, scale):
+    logits, own = scale * image @ text.T, torch.eye(len(image), dtype=torch.bool)
+    rest = (table.masked_fill(own, -math.inf).logsumexp(1) - table.diagonal() for table in (logits, logits.T))
+    return sum(one.mean() for one in rest) / 2
 
 
-def filtered(words, key, query, value):
-    return (words @ key.T) @ (words @ query.T).T / len(words) @ (words @ value.T)
+def softmax_twice(image, text, scale):
+    logits, own = scale * image @ text.T, torch.arange(len(image))
+    return (F.cross_entropy(logits.softmax(1), own) + F.cross_entropy(logits.T.softmax(1), own)) / 2
+
+
+def masked_late(codes, keys, mask):
+    weights = torch.einsum("vk,bnk->bvn", codes, keys).softmax(-1) * mask[:, None]
+    return torch.einsum("bvn,bnk->bvk", weights, keys).flatten(1)
+
+
+def score_of(image, text):
+    return float(F.cosine_similarity(image.flatten(), text.flatten(), dim=0))
+
+
+def excess(a):
+    return a @ a.mT - torch.eye(a.shape[1])
+
+
+def filtered(words, key, query, value, by=None):
+    return (words @ key.T) @ (words @ query.T).T / (by or len(words)) @ (words @ value.T)
+
+
+def by_channel(words, key, query, value):
+    return (words @ value.T) @ ((words @ query.T).T @ (words @ key.T)) / len(words) + words
+
+
+def by_softmax(words, key, query, value, by=1.0):
+    return ((words @ key.T) @ (words @ query.T).T / by).softmax(1) @ (words @ value.T) + words
 
 
 def looked(words, regions, scale):
     return (scale * words @ regions.T).sigmoid() @ regions
+
+
+def brackets(scores, margin=0.2):
+    rivals = scores.masked_fill(torch.eye(len(scores), dtype=torch.bool), -math.inf)
+    return torch.stack([margin - scores.diagonal() + rivals.amax(side) for side in (0, 1)])
 
 
 def rival(scores):
@@ -80,6 +113,10 @@ def shifted(weights, extent, *, middle=True):
 
 STEPS = torch.tensor([-1.0, 0, 1])
 KEYS = torch.tensor([[2.0, 0], [0, 2], [1, 1]])
+# of an image, of a caption
+ANSWERS = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(0)).cumsum(0).unbind()
+MODULES = {"mgcn": 7.53, "self_attn": 4.1, "glob": 6.4, "cross_attn and loc": 53.2, "row": 2}  # of exercise 8
+SCORE, MOVED = score_of(*ANSWERS), score_of(ANSWERS[0].roll(1, 0), ANSWERS[1])
 WRONG = {  # at least two plausible answers to each, and what is said to them
     "mvam.collisions": [
         ((7.4,), "counted twice"),
@@ -90,6 +127,11 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
     "mvam.contrast": [
         ((one_way,), "captions' direction is missing"),
         ((twice,), "half before them"),
+        ((lambda i, t, s: len(i) * twice(i, t, s) / 2,), "sum over the batch, not its mean"),
+        ((lambda i, t, s: len(i) * twice(i, t, s),), "both are means"),
+        ((own_left_out,), "left out of the denominator"),
+        ((softmax_twice,), "taken twice"),
+        ((lambda i, t, s: twice(i, t, s) / 2 / math.log(2),), "base e"),
         ((lambda i, t, s: twice(i, t, 1.0) / 2,), "temperature is missing"),
         ((lambda i, t, s: twice(i / s, t, 1.0) / 2,), "do not divide"),
         ((lambda i, t, s: -twice(i, t, s) / 2,), "the sign"),
@@ -100,6 +142,8 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         ((softmax_over_views,), "over the tokens"),
         ((without_mask,), "padding is attended"),
         ((mask_of_zeros,), "-inf"),
+        ((masked_late,), "after the softmax: the weights of the real tokens no longer sum to 1"),
+        ((lambda c, k, m: without_mask(c, k * m[..., None], m),), "a key of 0 still gets a weight"),
         ((numbers_first,), "next to each other"),
         ((lambda c, k, m: without_mask(c / 3, k, m),), "values are not"),
     ],
@@ -112,14 +156,21 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         (("louder", torch.ones(1, 2, 3)), "predict one of"),
     ],
     "mvam.permuted": [
-        (("the same", "the same", (0.9, 0.9, 0.1)), "not what you have predicted"),
-        (("the same", "lower", (0.9, 0.1, 0.1)), "both sides in the same way"),
-        (("the same", "lower", (0.9, 0.9, 0.9)), "one side alone"),
+        (("the same", "the same", (SCORE, SCORE, MOVED), ANSWERS), "not what you have predicted"),
+        (("the same", "lower", (SCORE, MOVED, MOVED), ANSWERS), "both sides in the same way"),
+        (("the same", "lower", (SCORE, SCORE, SCORE), ANSWERS), "one side alone"),
+        (("the same", "lower", (SCORE + 0.01, SCORE + 0.01, 0.0), ANSWERS), "as it is: the number is too large"),
+        (("the same", "lower", ([F.cosine_similarity(*ANSWERS).mean()] * 2 + [0.0]), ANSWERS), "one cosine"),
+        (("the same", "lower", ([(ANSWERS[0] * ANSWERS[1]).sum()] * 2 + [0.0]), ANSWERS), "unit length"),
+        (("the same", "lower", SCORE, ANSWERS), "checking your answer ended in TypeError"),
     ],
     "mvam.diversity": [
-        ((lambda a: (gram(a) - torch.eye(a.shape[1])).square().sum((1, 2)).sqrt().mean(),), "not squared"),
-        ((lambda a: gram(a).square().sum((1, 2)).mean(),), "identity"),
-        ((lambda a: (gram(a) - torch.eye(a.shape[1])).square().mean(),), "not its sum"),
+        ((lambda a: excess(a).square().sum((1, 2)).sqrt().mean(),), "not squared"),
+        ((lambda a: (a @ a.mT).square().sum((1, 2)).mean(),), "identity"),
+        ((lambda a: excess(a).square().mean(),), "not its sum"),
+        ((lambda a: excess(a.mT).square().sum((1, 2)).mean(),), "compares tokens"),
+        ((lambda a: (excess(a) * (1 - torch.eye(a.shape[1]))).square().sum((1, 2)).mean(),), "diagonal is left out"),
+        ((lambda a: excess(a).abs().sum((1, 2)).mean(),), "absolute values"),
     ],
     "mvam.floor": [
         ((lambda m, n: m - n,), "not negative"),
@@ -142,13 +193,25 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
     "hslm.words": [
         ((filtered,), "residual is missing"),
         ((lambda e, k, q, v: filtered(e, k, q, v) * len(e) + e,), "number of words"),
+        ((lambda e, k, q, v: filtered(e, k, q, v, by=4) + e,), "not by their width e"),
+        ((lambda e, k, q, v: filtered(e, k, q, v, by=2) + e,), "not by the root of their width"),
+        ((by_softmax,), "no softmax"),
+        ((lambda *a: by_softmax(*a, by=2),), "no softmax, and divides by the number of words"),
+        ((by_channel,), "form `channel`"),
+        ((lambda e, k, q, v: filtered(e, k, q, v) + e @ v.T,), "not their values"),
         ((lambda e, k, q, v: filtered(e, q, k, v) + e,), "changed places"),
         ((lambda e, k, q, v: filtered(e, k.T, q.T, v.T) + e,), "wrong side"),
     ],
     "hslm.contexts": [
         ((looked,), "unit vectors"),
         ((lambda w, r, s: F.normalize((s * w @ r.T).softmax(1) @ r, dim=1),), "do not compete"),
-        ((lambda w, r, s: F.normalize(looked(w, r, 1.0), dim=1),), "scale is missing"),
+        ((lambda w, r, s: F.normalize(looked(w, r, 1.0), dim=1),), "scale has no effect: it is missing"),
+        ((lambda w, r, s: F.normalize(s * (w @ r.T).sigmoid() @ r, dim=1),), "outside the sigmoid"),
+        ((lambda w, r, s: F.normalize(looked(w, r, 1 / s), dim=1),), "do not divide"),
+        ((lambda w, r, s: F.normalize(s * w @ r.T @ r, dim=1),), "sigmoid of Eq. 16 is missing"),
+        ((lambda w, r, s: F.normalize(looked(w, r, s), dim=0),), "each channel"),
+        ((lambda w, r, s: looked(w, r, s) / len(r),), "number of regions"),
+        ((lambda w, r, s: looked(w, r, s) / (s * w @ r.T).sigmoid().sum(1, keepdim=True),), "sum of the weights"),
     ],
     "hslm.longer": [
         (("higher", "higher", {"raw": 3.693, "l1": 2.443}), "not what you have predicted"),
@@ -164,19 +227,37 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
             "its own",
         ),
         ((masked_by_zero,), "mask with -inf"),
+        ((lambda s: brackets(s).sum(),), "never below 0"),
+        ((lambda s: (0.4 - brackets(s)).clamp(min=0).sum(),), "the sign"),
+        ((lambda s: brackets(s, 0.0).clamp(min=0).sum(),), "margin is missing"),
+        ((lambda s: brackets(s).clamp(min=0).amax(0).sum(),), "two brackets for each pair"),
+        ((lambda s: 2 * (brackets(s) + s.diagonal()).amax().sub(s.diagonal()).clamp(min=0).sum(),), "whole batch"),
     ],
-    "hslm.half": [((2.51,), "multiplied by 10"), ((0.2,), "too small")],
+    "hslm.half": [
+        (({"lead": 2.51, "logit": 0, "sigmoid": 0.688},), "multiplied by 10"),
+        (({"lead": 0.2, "logit": 0, "sigmoid": 0.688},), "lead: the number is too small"),
+        (({"lead": 0.251, "logit": -0.255, "sigmoid": 0.688},), "logit: a bracket is never below 0"),
+        (({"lead": 0.251, "logit": 0, "sigmoid": 0.1376},), "share of its plateau"),
+        (({"lead": 0.251, "logit": 0, "sigmoid": 0},), "this is the answer for logits"),
+        ((0.251,), "give a dict"),
+    ],
     "hslm.signal": [
-        (({32: 2.06, 128: 2.6, 1024: 2.6},), "B = 1024: the number is too small"),
-        (({32: 2.06, 128: 2.6},), "give a dict|missing"),
-        (({32: 2.25, 128: 2.6, 1024: 3.24},), "B = 32: near, but drawn too few times"),
+        (({32: 2.06, 128: 2.6, 1024: 2.6, "mean": 0},), "B = 1024: the number is too small"),
+        (({32: 2.06, 128: 2.6, "mean": 0},), "'B = 1024' is missing"),
+        (({32: 2.06, 128: 2.6, 1024: 3.24},), "'mean' is missing"),
+        (({32: 2.06, 128: 2.6, 1024: 3.24, "mean": 1},), "mean: the number is too large"),
+        (({32: 2.25, 128: 2.6, 1024: 3.24, "mean": 0},), "B = 32: near, but drawn too few times"),
+        (({32: 2.34, 128: 2.82, 1024: 3.44, "mean": 0},), "largest absolute value"),
     ],
     "hslm.modules": [
-        (({"mgcn": 7.0, "self_attn": 4.0, "glob": 6.0},), "'cross_attn and loc' is missing"),
-        (
-            ({"mgcn": 70.0, "self_attn": 4.0, "glob": 6.0, "cross_attn and loc": 53.0},),
-            "mgcn: the number is too large",
-        ),
+        ((MODULES | {"mgcn": 70.0},), "mgcn: the number is too large"),
+        (({"mgcn": 7.0, "self_attn": 4.0, "glob": 6.0, "row": 2},), "'cross_attn and loc' is missing"),
+        ((MODULES | {"row": 4},), "row: the six recalls"),
+        (({name: -value for name, value in MODULES.items()},), "the sign"),
+        (({name: value / 6 for name, value in MODULES.items()},), "points per recall"),
+        ((MODULES | {"mgcn": 10.5, "self_attn": 3.2, "glob": 8.3, "cross_attn and loc": 53.6},), "one other row"),
+        ((MODULES | {"glob": -20.2, "cross_attn and loc": 50.0},), "some rows are in no pair"),
+        ((MODULES | {"mgcn": 7.27, "self_attn": 4.37, "cross_attn and loc": 52.8},), "the printed Rsum"),
     ],
     "felga.dynamic": [
         ((lambda s: s >= s.mean(0),), "keyword has its own"),

@@ -327,6 +327,16 @@ def test_a_matrix_shows_values_labels_and_a_bar():
     assert figure.axes[1].get_ylabel() == "overlap"
 
 
+def test_a_signed_matrix_is_white_at_zero_and_its_ends_differ():
+    _, ax = plt.subplots(figsize=(4, 4))
+    figures.matrix(ax, [[-2, 0, 2]], ["a"], list("xyz"), low=-2.0, high=2.0, signed=True)
+    (image,) = ax.images
+    low, zero, high = image.cmap(image.norm(np.array([-2.0, 0.0, 2.0])))[:, :3]
+    assert zero.min() > 0.95 > 0.6 > low.min()
+    assert np.abs(low - high).max() > 0.2
+    assert [text.get_color() for text in ax.texts] == ["white", figures.INK, "white"]
+
+
 def test_small_cells_carry_no_numbers():
     _, ax = plt.subplots(figsize=(4, 4))
     figures.matrix(ax, np.eye(16), [str(i) for i in range(16)])

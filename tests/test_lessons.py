@@ -9,11 +9,13 @@ import jupytext
 import pandas as pd
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from torch import nn
 
 from finematch.config import root
 from finematch.figures.diagram import diagram
-from finematch.lessons import beside, came_out, close, shapes
+from finematch.files import DataError
+from finematch.lessons import beside, came_out, close, mvam, shapes
 from finematch.losses import contrastive
 
 LESSONS = ["mvam", "hslm", "felga", "slan"]
@@ -69,6 +71,22 @@ def test_what_came_out_is_what_the_tables_say():
     assert f"**{of['verdict']}**: {of['difference']:+.1f} ({of['lower']:+.1f} to {of['upper']:+.1f})" in line
     assert (root() / "notebooks" / "mvam" / re.search(r"\((\.\./[^)]+)\)", line)[1]).is_file()
     assert "RESULTS.md" in came_out("mvam", "no such set").data
+
+
+def test_without_the_folder_figures_the_pages_say_so_and_draw_nothing(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    for method in LESSONS:
+        assert "folder `figures` with the tables is not here" in came_out(method).data
+    plt.close("all")
+    judged = mvam.verdicts("mvam_views", "mvam_diversity")
+    assert judged.empty
+    mvam.draw_verdicts(judged[judged["claim"].str.contains("views")])
+    assert not plt.get_fignums()
+    (tmp_path / "figures").mkdir()
+    with pytest.raises(DataError, match="no verdicts"):
+        mvam.verdicts("mvam_views")
 
 
 def test_close_compares_shapes_too():

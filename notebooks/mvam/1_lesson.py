@@ -5,7 +5,8 @@
 # ([arXiv 2402.17237](https://arxiv.org/abs/2402.17237), version 2). This page explains its sections 3.1 to 3.4 and
 # 4.6, equation by equation, on tensors that are small enough to work by hand.
 #
-# **Serves** no table. It explains what the rows of Tables 1 to 5 are made of. [`2_train`](2_train.ipynb) runs them.
+# **Tables** This page makes none. It explains what the rows of Tables 1 to 5 are made of;
+# [`2_train`](2_train.ipynb) runs them.
 #
 # **Cost** half a minute on one core (half a minute more where the embedded set has not been drawn yet), and 2 GB of
 # memory. Only two toys are trained, for a second each.
@@ -58,14 +59,14 @@ _ = figures.style()
 # %% [markdown]
 # ## Symbols
 #
-# Shapes are written with one letter an axis: "b n d" is a tensor of `b` items with `n` tokens of `d` numbers. The
+# Shapes are written with one letter per axis: "b n d" is a tensor of `b` items with `n` tokens of `d` numbers. The
 # library writes `v` for the axis of the views, where the paper and this page write `m`.
 #
 # | symbol | shape | meaning | name in the code | section |
 # |---|---|---|---|---|
 # | $b$ | | pairs of an image and a caption in a batch | `b` | [4](#contrast) |
 # | $n$, $l$ | | tokens of an image (patches or regions), and of a caption | `n` | [3](#towers) |
-# | $d$, $D$ | | numbers of a token's state, and of a final vector | `total_dim` of [`MVAMConfig`](../../src/finematch/models/configs.py#L15) | [3](#towers) |
+# | $d$, $D$ | | numbers of a token's state, and of a final vector | `total_dim` of [`MVAMConfig`](../../src/finematch/models/configs.py#L15) is $D$; for views only with `split` | [3](#towers), [7](#width) |
 # | $m$, $k$ | | number of views, and numbers of one view | `views`, `view_dim` of [`ViewAttention`](../../src/finematch/models/mvam.py#L61) | [5](#views) |
 # | $H_v$, $H_t$ | n d, l d | states of an image's tokens, and of a caption's | [`Tokens`](../../src/finematch/encoders.py#L28) | [3](#towers) |
 # | $R_v$, $R_t$ | D | final vectors of an image and of a caption | [`Pooled`](../../src/finematch/models/mvam.py#L29) | [3](#towers) |
@@ -76,7 +77,7 @@ _ = figures.style()
 # | $K$ | n k | keys: projected states | `project` of [`ViewAttention`](../../src/finematch/models/mvam.py#L61) | [5](#views) |
 # | $A$ | m n | attention of the views on the tokens | [`ViewAttention.attend`](../../src/finematch/models/mvam.py#L129) | [5](#views) |
 # | $r^u$ | k | answer of view $u$ | [`ViewAttention`](../../src/finematch/models/mvam.py#L61) | [5](#views) |
-# | $w_u$ | a number | how much view $u$ counts in the score | [`MVAM.unit`](../../src/finematch/models/mvam.py#L224) | [8](#score) |
+# | $w_u$ | a number | how much view $u$ counts in the score | [`MVAM.unit`](../../src/finematch/models/mvam.py#L225) | [8](#score) |
 # | $L_{div}$ | a number | diversity loss | [`diversity`](../../src/finematch/models/mvam.py#L139) | [9](#diversity) |
 # | $\lambda$ | a number | weight of the diversity loss | `diversity_weight` of [`MVAMConfig`](../../src/finematch/models/configs.py#L15) | [10](#lambda) |
 
@@ -186,9 +187,10 @@ assert found["image_pooling.vector"] == found["text_pooling.vector"] == "b D"  #
 #
 # ## 3. Two towers, one pooled vector (3.1, Eq. 1 to 4)
 #
-# $$H_v = \mathrm{ViT}([\mathrm{IMG}]; x_1; \dots; x_{n-1}), \qquad R_v = \tanh(W\,h_{[\mathrm{IMG}]} + c)$$
-# $$H_t = \mathrm{BERT}([\mathrm{CLS}], y_1, \dots, y_{l-2}, [\mathrm{SEP}]), \qquad
-# R_t = \tanh(W'\,h_{[\mathrm{CLS}]} + c')$$
+# $$H_v = \mathrm{ViT}([\mathrm{IMG}]; x_1; \dots; x_{n-1}) \quad (1) \qquad\qquad
+# R_v = \tanh(W\,h_{[\mathrm{IMG}]} + c) \quad (2)$$
+# $$H_t = \mathrm{BERT}([\mathrm{CLS}], y_1, \dots, y_{l-2}, [\mathrm{SEP}]) \quad (3) \qquad\qquad
+# R_t = \tanh(W'\,h_{[\mathrm{CLS}]} + c') \quad (4)$$
 #
 # * $x_1, x_2, \dots$ are the patches or regions of an image, and $y_1, y_2, \dots$ are the words of a caption.
 # * [IMG], [CLS] and [SEP] are *special tokens*. They stand for no patch and no word. [IMG] and [CLS] come first.
@@ -224,8 +226,8 @@ lesson.draw_first_token(states[0], R[0])
 # A batch has $b$ pairs. Caption $i$ should match image $i$ and none of the other $b-1$ images.
 #
 # $$s_{ij} = \cos(R_v^i, R_t^j), \qquad
-# L_{i2t} = -\frac1b\sum_{i=1}^{b}\log\frac{\exp(s_{ii}/\tau)}{\sum_{j=1}^{b}\exp(s_{ij}/\tau)}, \qquad
-# L_c = \tfrac12\,(L_{i2t} + L_{t2i})$$
+# L_{i2t} = -\frac1b\sum_{i=1}^{b}\log\frac{\exp(s_{ii}/\tau)}{\sum_{j=1}^{b}\exp(s_{ij}/\tau)} \quad (5)$$
+# $$L_c = \tfrac12\,(L_{i2t} + L_{t2i}) \quad (6)$$
 #
 # * $s_{ij}$ is the matching score of image $i$ and caption $j$; all scores together are "b b".
 # * $\tau$, a number, is the temperature. The code learns $1/\tau$
@@ -261,7 +263,7 @@ lesson.draw_contrast(image, text, 5.0)
 # $1/\tau$ the same ranking costs less. $1/\tau$ starts at $1/0.07 \approx 14$, is learnt, and stays below 100
 # (reading M7).
 #
-# A model that has learnt nothing gives all pairs the same score. Its loss is $\ln b$ at any temperature. The converse
+# A model that gives all pairs the same score has a loss of $\ln b$ at any temperature. The converse
 # does not follow: a loss of $\ln b$ says that the model does no better than equal scores. Our example, which ranks
 # everything correctly, also costs about $\ln 2$ if $1/\tau$ is close to 0.
 
@@ -273,10 +275,10 @@ assert losses[0] > 0.3 > losses[1] > losses[2]
 assert close(LogitScale(0.07)(), 1 / 0.07)
 alike = torch.ones(7, 1)
 assert all(close(contrastive(alike, alike, scale), math.log(7)) for scale in (1.0, 5.0, 100.0))
-assert close(contrastive(image, text, 1e-4), math.log(2))  # the right ranking, at the loss of no knowledge
+assert close(contrastive(image, text, 1e-4), math.log(2))  # the right ranking, at the loss of equal scores
 
 # %% [markdown]
-# **Exercise 1 (compute).** COCO has five captions an image. In a random batch of $b$ captions, two may describe the
+# **Exercise 1 (compute).** COCO has five captions per image. In a random batch of $b$ captions, two may describe the
 # same image, and the loss then punishes a correct answer. How many such pairs do you expect in a batch of 1,024 that
 # is drawn without replacement, as in an epoch, with 113,287 training images? (This is reading M11;
 # `same_picture_positives=True` makes both captions positives.)
@@ -329,8 +331,8 @@ check("mvam.contrast", contrast)
 #
 # ## 5. View codes (3.3, Eq. 7 to 9)
 #
-# $$A = \mathrm{softmax}_n\!\left(C K^{\top}\right), \qquad r^{u} = \sum_{j=1}^{n} A_{uj} K_j, \qquad
-# R = [\,r^1; \dots; r^m\,]$$
+# $$A = \mathrm{softmax}_n\!\left(C K^{\top}\right) \quad (7) \qquad r^{u} = \sum_{j=1}^{n} A_{uj} K_j \quad (8) \qquad
+# R = [\,r^1; \dots; r^m\,] \quad (9)$$
 #
 # * $C$, "m k", are the *view codes*: free parameters that are learnt, one row for each view (`codes`).
 # * $K$, "n k", are the *keys*: the tower's states after a linear layer with a bias (`project`). $K_j$ is the key of
@@ -340,7 +342,7 @@ check("mvam.contrast", contrast)
 # * $R$, "D" with $D = mk$, is the list of all answers. It takes the place of $R_v$, or of $R_t$, in Eq. 2 and 4.
 #
 # Here, and in exercise 3, all views share one $K$. The library's default is another, `split`: the linear layer gives
-# $D$ numbers a token, so $K$ is "n m k", and view $u$ reads only its own $k = D/m$ columns $K^u$, "n k". Then
+# $D$ numbers per token, so $K$ is "n m k", and view $u$ reads only its own $k = D/m$ columns $K^u$, "n k". Then
 # $A_u = \mathrm{softmax}(K^u C_u)$ and $r^u = \sum_j A_{uj} K^u_j$. [Section 7](#width) compares the two.
 #
 # Each code is a query, and the tokens are keys and values at once. In the library all this is
@@ -441,8 +443,14 @@ check("mvam.sharp", "sharper", sharp)
 # > "first transforms the hidden states into 1024-dimensional vectors using a linear projection layer, and
 # > then aggregates these vectors using an attention head with only one view code"
 #
-# This is MVAM with $m = 1$, in the paper and in the library. The paper's tables agree: the row "1" of Table 4 and the
-# row FRCNN +Attn of Table 1 (MSCOCO-5K) print the same numbers.
+# So its vectors are those of MVAM with $m = 1$, in the paper and in the library. The *loss* is another matter. The
+# diversity loss of [section 9](#diversity) is not 0 for one view, and the paper does not say whether +Attn has it. The
+# library leaves it out with `pooling="attention"` and keeps it with `pooling="mvam", views=1`.
+#
+# The paper's tables agree: the row "1" of Table 4 and the row FRCNN +Attn of Table 1 (MSCOCO-5K) print the same numbers.
+# These are [recalls](../../docs/glossary.md) in percent: `i2t@1` is the share of images whose caption is ranked first,
+# `t2i@5` the share of captions whose image is among the first five. FRCNN (Faster R-CNN) is the frozen detector of
+# section 2, and stands for the models over its regions.
 
 # %%
 one, attn = lesson.printed(4).loc["1"], lesson.printed(1).loc["FRCNN +Attn"]
@@ -451,7 +459,8 @@ assert (one == attn).all()
 
 baseline, mvam = lesson.tiny(p.seed, pooling="attention"), lesson.tiny(p.seed, pooling="mvam", views=1)
 vectors = [model.encode_image(**batch["image"]).vector for model in (baseline, mvam)]
-assert close(*vectors)  # the library: the same vectors from the same start
+assert close(*vectors)  # the library: the same vectors from the same start ...
+assert mvam(batch)["loss"] > baseline(batch)["loss"] + 1  # ... and another loss
 
 # %% [markdown]
 # <a id="width"></a>
@@ -510,9 +519,10 @@ lesson.draw_split(16, 1024)
 # w_u = \frac{\|r_v^u\|\,\|r_t^u\|}{\|R_v\|\,\|R_t\|}, \qquad \sum_u w_u \le 1$$
 #
 # * $r_v^u$ and $r_t^u$, both "k", are the answers of view $u$ for the image and for the caption.
-# * $w_u$, a number, is the weight of view $u$. A view with long answers counts more.
+# * $w_u$, a number, is the weight of view $u$. A view with long answers counts more. The sum of the weights is the
+#   cosine of two lists, the lengths of all answers of each side. So it is at most 1.
 # * $\|\cdot\|$ is the length of a vector. The code scales vectors to length 1 in
-#   [`MVAM.unit`](../../src/finematch/models/mvam.py#L224).
+#   [`MVAM.unit`](../../src/finematch/models/mvam.py#L225).
 #
 # By hand, two views of width 2: the image has the answers $(3,0)$ and $(0,1)$, the caption $(1,0)$ and $(0,-2)$. The
 # first answers agree (cosine 1), the second ones disagree (cosine −1). The lengths of $R_v$ and $R_t$ are $\sqrt{10}$
@@ -557,11 +567,11 @@ lesson.draw_score(products)
 # **Exercise 5 (change).** In section 4.6.4 the paper finds that view 4 of the text looks at "holding onto" where view
 # 4 of the image looks at the rope. Is this correspondence a discovery? Predict what happens to the score if you
 # permute the views of both sides alike, and of one side alone: "higher", "lower" or "the same". Then measure it on
-# `a` and `t` above: the score as it is, with both permuted, with one permuted.
+# `a` and `t` above: the score as it is, with both permuted, with one permuted, each without rounding.
 
 # %% tags=["exercise"]
 both, one_side, scores = ..., ..., ...  # two predictions; three numbers
-check("mvam.permuted", both, one_side, scores)
+check("mvam.permuted", both, one_side, scores, (a, t))
 
 # %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
 # It follows from the concatenation. The loss rewards only products of views with the same number, so numbers are
@@ -573,7 +583,7 @@ mixed = torch.tensor([1, 2, 3, 4, 5, 6, 7, 0])
 sides = ((a, t), (a[mixed], t[mixed]), (a, t[mixed]))
 scores = [float(torch.cosine_similarity(x.flatten(), y.flatten(), dim=0)) for x, y in sides]
 assert close(scores[0], total)
-check("mvam.permuted", "the same", "lower", scores)
+check("mvam.permuted", "the same", "lower", scores, (a, t))
 
 # %% [markdown]
 # <a id="diversity"></a>
@@ -632,8 +642,8 @@ assert close(diversity(one_hot, variant="base"), 0.0)
 assert close(diversity(one_hot, variant="sqrt"), 0.0)
 
 # %% [markdown]
-# The printed Eq. 11 was lost. The root of each entry is what the cited work DRSA has in its code, and both quotations
-# are true under it.
+# The printed Eq. 11 was lost. The root of each entry is what the code of DRSA has, the work on attention to video frames
+# that the paper cites for its diversity loss. Both quotations are true under it.
 #
 # ### A toy: the optimiser moves the attention itself
 #
@@ -673,7 +683,7 @@ lesson.draw_toy(started, ended)
 # * **Bottom row, with the pull**: under Eq. 11 a view spreads over 6 cells or more on average, where an equal share
 #   would be 9, and the views stay apart. Under Eq. 10 most views stay on their cells; with `seed=0` all do. A view
 #   that leaves its cell spreads over the whole image: between one cell and all cells there is no place to rest.
-#   `seed=7` and `views=9` show such views.
+#   `seed=7` alone shows one such view of 16, `views=9` alone shows seven of 9.
 
 # %%
 used = {trial: lesson.cells_used(attention) for trial, attention in ended.items()}
@@ -752,23 +762,26 @@ check("mvam.floor", lambda views, tokens: max(views - tokens, 0))
 #
 # * $L_{div}^{v}$ and $L_{div}^{t}$, numbers, are Eq. 10 (or 11) for the images and for the captions of a batch.
 # * $\lambda$, a number, is the weight of the diversity loss (`diversity_weight`).
-# * $L$, a number, is what the training minimises. [`MVAM.forward`](../../src/finematch/models/mvam.py#L240) returns
+# * $L$, a number, is what the training minimises. [`MVAM.forward`](../../src/finematch/models/mvam.py#L241) returns
 #   it with its terms.
 
 # %%
 terms = model(batch)
 apart = terms["diversity_image"] + terms["diversity_text"]
 assert close(terms["loss"], terms["contrastive"] + 10 * apart, 1e-3)
-assert "diversity_image" not in baseline(batch)  # one view has nothing to be diverse from
+assert "diversity_image" not in baseline(batch)  # +Attn: the library leaves Eq. 12 out ...
+one_view = mvam.encode_image(**batch["image"]).attention.square().sum(2)  # ... though one view is charged, too
+assert close(mvam(batch)["diversity_image"], (one_view - 1).square().mean())
 show(pd.DataFrame({"value": {name: value.item() for name, value in terms.items()}}).rename_axis("term"), digits=4)
 
 # %% [markdown]
 # How large are the terms when the training starts? Then codes are random, and attention is nearly uniform, close to
 # $1/n$. By hand for $m = 16$ views and $n = 197$ tokens, exactly uniform:
 #
-# * Eq. 10: all entries of $AA^{\top}$ are $1/197$, nearly 0. The diagonal costs about 1 a view: 15.84 a side in all.
+# * Eq. 10: all entries of $AA^{\top}$ are $1/197$, nearly 0. Each entry of the diagonal costs about 1:
+#   15.84 per side.
 # * Eq. 11: all entries of $\sqrt A\sqrt A^{\top}$ are 1. The diagonal costs nothing, the other $m(m-1) = 240$ entries
-#   1 each.
+#   1 each: 240 per side.
 # * $L_c$ starts near $\ln b$.
 
 # %%
@@ -779,12 +792,13 @@ assert close(diversity(uniform, variant="sqrt"), 240.0, 0.1)
 torch.manual_seed(p.seed)
 fresh = ViewAttention(768, views=16).requires_grad_(False)(lesson.tokens(torch.randn(4, 197, 768))).attention
 cost = {(v, n): float(diversity(fresh, variant=v, power=n)) for v in ("base", "sqrt") for n in (1, 2)}
-assert 15 < cost["base", 2] < 16
+assert 15 < cost["base", 2] < 15.84
 assert 150 < cost["sqrt", 2] < 240
 
 # %% [markdown]
 # The picture sets $\ln b$ beside $\lambda L_{div}$, both sides together: with Eq. 10 and with Eq. 11, each with the
-# squared norm and with the norm itself (reading M4).
+# squared norm and with the norm itself (reading M4). Its codes are random, so its attention is not exactly uniform. Its
+# bars therefore stay below the values by hand, which are $20 \cdot 15.84 = 317$ and $20 \cdot 240 = 4800$ for $\lambda = 10$.
 
 # %%
 preset = Settings("mvam", {"scale": p.scale, "dataset": p.dataset}).as_dict()
@@ -838,7 +852,7 @@ beside([
     ("project the states (4.3)", ViewAttention.forward, "keys = self.project(", "M1"),
     ("the codes are queries (Eq. 7)", ViewAttention.attend, "self.codes", "M2"),
     ("softmax over the tokens (Eq. 7)", ViewAttention.attend, "softmax(-1)", "M3"),
-    ("one answer a view (Eq. 8)", ViewAttention.forward, "bvn,bnvk->bvk", "M1"),
+    ("one answer per view (Eq. 8)", ViewAttention.forward, "bvn,bnvk->bvk", "M1"),
     ("concatenate the answers (Eq. 9)", ViewAttention.forward, "answers.flatten(1)", ""),
     ("unit length, for a cosine (3.2)", MVAM.unit, "return F.normalize", "M6"),
 ])  # fmt: skip
@@ -871,7 +885,7 @@ beside([
 #
 # ## 12. Two traps of CLIP (4.3)
 #
-# MVAM on CLIP attends to all tokens of a model that was trained to use only one token a side. Two details go wrong
+# MVAM on CLIP attends to all tokens of a model that was trained to use only one token per side. Two details go wrong
 # easily. We show both on a tiny CLIP with random weights.
 #
 # **First trap: the last layer norm.** CLIP applies it to the [IMG] token only. Without it the patches have another
@@ -927,7 +941,7 @@ assert (control.loc["MVAM-FRCNN"] > control.loc["Base-FRCNN-ensemble"]).all()  #
 
 # %% [markdown]
 # Each member of the ensemble gives a unit vector of its own, so the cosine of the whole
-# ([`ensemble`](../../src/finematch/models/mvam.py#L262)) is the mean of the members' cosines. No member knows the
+# ([`ensemble`](../../src/finematch/models/mvam.py#L263)) is the mean of the members' cosines. No member knows the
 # others while it trains. Only their seeds make them differ. In MVAM one loss sees the sum, so a view can leave to
 # another view what that one does better. And an ensemble needs one pair of towers for *each* member: here sixteen
 # tiny members have more than four times as many weights as one tiny model with sixteen views.
@@ -955,7 +969,9 @@ assert 16 * size(member) > 4 * size(whole)
 # [`2_train`](2_train.ipynb). The column *literal* is what the paper's words say. Three numbers of the list are no
 # argument of the model: **M8** is what the first stage on CLIP trains (the codes and the projection), **M9** the
 # optimiser and its learning rates, and **M10** the depth of the image Transformer.
-# [The list of all readings](../../docs/readings.md) has the other methods, too.
+# [The list of all readings](../../docs/readings.md) has the other methods, too. The last column names three works that the
+# paper cites: *Poly-encoders* (Humeau et al. 2019) score sentences with learnt codes; *SAN*, the structured
+# self-attentive sentence embedding (Lin et al. 2017), and *DRSA* (Li et al. 2018) have the diversity loss.
 
 # %%
 columns = ["reading", "argument", "values", "default", "literal", "the paper"]
@@ -1035,14 +1051,14 @@ check("mvam.gains", means["MSCOCO-5K"].to_dict())
 # order of the rows, not the size. The metric is [rsum](../../docs/glossary.md), the sum of six recalls. *holds*: the
 # whole 95 % interval of the difference lies above zero. *contradicted*: it lies below zero. *undecided*: zero lies
 # inside it. *not run*: the rows have no runs, so the list says nothing about this claim. For MVAM the default and the
-# literal reading set the same values in these rows, so the same runs stand for both columns.
+# literal [reading](../../docs/glossary.md) set the same values in these rows, so the same runs stand for both columns.
 
 # %%
 came_out("mvam")
 
 # %%
 came = lesson.verdicts("mvam_views", "mvam_backbones", "mvam_diversity")
-assert set(came["reading"]) == {"both"}
+assert set(came["reading"]) <= {"both"}
 lesson.draw_verdicts(came[came["claim"].str.contains("views")])
 
 # %% [markdown]
@@ -1050,8 +1066,8 @@ lesson.draw_verdicts(came[came["claim"].str.contains("views")])
 #
 # * "+MVAM beats +Attn" and "+MVAM beats +[CLS]" are the heart of the paper, once for each encoder. A verdict about
 #   regions says nothing about grid cells (ViT) or about CLIP: each needs runs of its own.
-# * +Attn has one view, so "regions (FRCNN): +MVAM beats +Attn" and "16 views beat 1" are the same runs. They are one
-#   piece of evidence, not two.
+# * The row "1 view" trains +Attn, so without the diversity loss ([section 6](#attn)). So "regions (FRCNN): +MVAM beats
+#   +Attn" and "16 views beat 1" are the same runs. They are one piece of evidence, not two.
 # * "More views are better, up to 16" needs three verdicts: 8 over 1, 16 over 8, and 16 over 32. Where one of them is
 #   undecided, the runs do not say where the best number of views lies.
 # * For the base diversity loss the paper's own differences are small, too: its best variant depends on the column of
@@ -1062,9 +1078,10 @@ lesson.draw_verdicts(came[came["claim"].str.contains("views")])
 
 # %%
 of = came.set_index("claim")
-for column in ("difference", "lower", "upper"):
-    assert of.loc["regions (FRCNN): +MVAM beats +Attn", column] == of.loc["16 views beat 1", column]  # the same runs
-assert {"8 views beat 1", "16 views beat 8", "16 views beat 32"} <= set(of.index)
+if len(of):  # the folder `figures` is here
+    for column in ("difference", "lower", "upper"):  # the same runs
+        assert of.loc["regions (FRCNN): +MVAM beats +Attn", column] == of.loc["16 views beat 1", column]
+    assert {"8 views beat 1", "16 views beat 8", "16 views beat 32"} <= set(of.index)
 assert cost["sqrt", 2] > 5 * cost["base", 2]  # of section 10: the same λ weighs more on Eq. 11
 best = set(lesson.printed(5).idxmax())  # of each column of the paper's Table 5
 assert best == {"base diversity loss", "square root diversity loss"}
@@ -1091,7 +1108,8 @@ look("mvam", rivals.images[0].image, rivals.caption)
 #    the tokens `n`.
 # 2. *A model has 16 views and `total_dim=1024`, with `projection="split"`. How wide is a view code? And with 32
 #    views?* 64 numbers; 32 numbers. The final vector has 1,024 numbers in both cases.
-# 3. *What does "+Attn" lack, compared with MVAM?* More than one view. MVAM with one view is the same model.
+# 3. *What does "+Attn" lack, compared with MVAM?* More than one view, and in the library the diversity
+#    loss. MVAM with one view gives the same vectors.
 # 4. *What would break if the softmax of Eq. 7 ran over the views?* The weights of one view would not sum to 1. Its
 #    answer would be no mean of tokens, and its length would depend on the number of tokens.
 # 5. *What would break without the mask?* Views would attend to padding. The vector of a caption would depend on how
@@ -1101,10 +1119,11 @@ look("mvam", rivals.images[0].image, rivals.caption)
 # 7. *What does `normalise="per_view"` change?* Every view has the same weight $1/m$ in the score. Without it a view
 #    with long answers counts more.
 # 8. *Which views satisfy Eq. 11 but not Eq. 10?* Views that do not overlap, but are spread over more than one token.
-# 9. *A batch has 1,024 pairs and the contrastive loss is 6.93. What has the model learnt?* Nothing that helps this
-#    loss: $\ln 1024 = 6.93$ is the loss of a model that gives all pairs the same score.
-# 10. *Can 16 views of a caption of ten tokens reach $L_{div} = 0$?* No. The rank of $AA^{\top}$ is at most 10, so Eq.
-#     10 is at least 6. Attention cannot even reach 6.
+# 9. *A batch has 1,024 pairs and the contrastive loss is 6.93. What has the model learnt?* Nothing that lowers
+#    this loss: it is no better than equal scores, $\ln 1024 = 6.93$. This does not say that the ranking is wrong: with
+#    $1/\tau$ close to 0 every ranking costs as much.
+# 10. *Can Eq. 10 be 0 for 16 views of a caption of ten tokens?* No. The rank of $AA^{\top}$ is at most 10, so Eq. 10 is
+#     at least 6. Attention cannot even reach 6.
 
 # %% [markdown]
 # ## What to take along

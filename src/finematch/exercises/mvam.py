@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,13 +32,24 @@ def collisions(answer: Any) -> str:
 def contrast(answer: Any) -> str:
     """Eq. 5 and 6 of unit vectors and 1 / tau."""
     cases = [(F.normalize(random(n, 6, seed=n), dim=1), F.normalize(random(n, 6, seed=n + 9), dim=1), scale)
-             for n, scale in ((2, 5.0), (7, 14.0))]  # fmt: skip
+             for n, scale in ((3, 5.0), (7, 14.0))]  # fmt: skip
 
     def one_way(image: Tensor, text: Tensor, scale: float) -> Tensor:
         return F.cross_entropy(scale * image @ text.T, torch.arange(len(image)))
 
     def both_ways(image: Tensor, text: Tensor, scale: float) -> Tensor:
         return contrastive(image, text, scale)
+
+    def mean_of(loss: Callable[[Tensor], Tensor], image: Tensor, text: Tensor, scale: float) -> Tensor:
+        logits = scale * image @ text.T
+        return (loss(logits) + loss(logits.T)) / 2
+
+    def others_alone(logits: Tensor) -> Tensor:
+        own = torch.eye(len(logits), dtype=torch.bool)
+        return (logits.masked_fill(own, -math.inf).logsumexp(1) - logits.diagonal()).mean()
+
+    def twice(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits.softmax(1), torch.arange(len(logits)))
 
     return function(answer, contrastive, cases, slips={
         "only images are asked for their captions: the captions' direction is missing": one_way,
@@ -47,6 +59,11 @@ def contrast(answer: Any) -> str:
         "scale is 1/tau already: multiply by it, do not divide": lambda i, t, s: both_ways(i, t, 1 / s),
         "the sign: a loss is minus the mean of the logarithms": lambda i, t, s: -both_ways(i, t, s),
         "the sum over the batch, not its mean": lambda i, t, s: len(i) * both_ways(i, t, s),
+        "the sum over the batch and over both directions: both are means":
+            lambda i, t, s: 2 * len(i) * both_ways(i, t, s),
+        "the own pair is left out of the denominator": lambda *a: mean_of(others_alone, *a),
+        "the softmax is taken twice: `cross_entropy` takes logits": lambda *a: mean_of(twice, *a),
+        "the logarithm has base e, not 2": lambda i, t, s: both_ways(i, t, s) / math.log(2),
     })  # fmt: skip
 
 
@@ -78,12 +95,16 @@ def views(answer: Any) -> str:
             return layer(Tokens(keys, mask, torch.zeros_like(mask), keys[:, 0])).vector
 
     def by_hand(codes: Tensor, keys: Tensor, mask: Tensor, *, over: int = -1, hidden: float | None = -math.inf,
-                scale: float = 1.0) -> Tensor:  # fmt: skip
+                scale: float = 1.0, late: bool = False) -> Tensor:  # fmt: skip
         logits = torch.einsum("vk,bnk->bvn", codes, keys) * scale
         if hidden is not None:
             logits = logits.masked_fill(~mask[:, None], hidden)
         weights = logits.softmax(over).nan_to_num()
+        weights = weights * mask[:, None] if late else weights
         return torch.einsum("bvn,bnk->bvk", weights, keys).flatten(1)
+
+    def emptied(codes: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        return by_hand(codes, keys * mask[..., None], mask, hidden=None)
 
     def other_order(codes: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
         return library(codes, keys, mask).unflatten(1, codes.shape).mT.flatten(1)
@@ -94,18 +115,33 @@ def views(answer: Any) -> str:
         "the softmax runs over the views: it runs over the tokens": lambda c, k, m: by_hand(c, k, m, over=1),
         "padding is attended to": lambda c, k, m: by_hand(c, k, m, hidden=None),
         "a logit of 0 still gets a weight: padding needs a logit of -inf": lambda c, k, m: by_hand(c, k, m, hidden=0.0),
+        "the mask comes after the softmax: the weights of the real tokens no longer sum to 1":
+            lambda c, k, m: by_hand(c, k, m, hidden=None, late=True),
+        "a key of 0 still gets a weight: the weights of the real tokens no longer sum to 1": emptied,
         "the order is (k m): put the k numbers of one view next to each other": other_order,
         "the logits are divided by sqrt(k), which is not printed": lambda c, k, m: by_hand(c, k, m, scale=0.5),
     })  # fmt: skip
 
 
 @exercise("mvam.permuted", "change")
-def permuted(both: Any, one: Any, measured: Any) -> str:
-    """The score with the views of both sides, and of one side, in another order."""
+def permuted(both: Any, one: Any, measured: Any, answers: tuple[Tensor, Tensor]) -> str:
+    """The score of `answers`, "m k" of an image and of a caption, with the views of both sides, and of one, in another
+    order."""
     for name, predicted in (("both", both), ("one", one)):
         if message := prediction(predicted, ("higher", "lower", "the same")):
             return f"{name}: {message}"
     total, moved, broken = measured
+    image, text = (side.double().flatten() for side in answers)
+    slips = {
+        "measured, the score as it is: this is the mean of the views' cosines; the score is one cosine": (
+            torch.cosine_similarity(*answers).mean()
+        ),
+        "measured, the score as it is: the vectors are not scaled to unit length": image @ text,
+    }
+    hints = {float(slip): hint for hint, slip in slips.items()}
+    right = float(torch.cosine_similarity(image, text, dim=0))
+    if message := number(total, right, within=6e-4, hints=hints):
+        return message if message in slips else f"measured, the score as it is: {message}"
     if abs(total - moved) > 1e-4:
         return "measured: permute both sides in the same way"
     if not broken < total:
@@ -123,11 +159,20 @@ def apart(answer: Any) -> str:
     def product(a: Tensor) -> Tensor:
         return a @ a.mT
 
+    def excess(a: Tensor) -> Tensor:
+        return product(a) - torch.eye(a.shape[1])
+
+    def others(a: Tensor) -> Tensor:
+        return excess(a).masked_fill(torch.eye(a.shape[1], dtype=torch.bool), 0.0)
+
     return function(answer, mvam.diversity, cases, slips={
         "the norm is not squared": lambda a: mvam.diversity(a, power=1),
         "the sum over the batch, not its mean": lambda a: mvam.diversity(a, reduce="sum"),
         "the identity is not subtracted": lambda a: product(a).square().sum((1, 2)).mean(),
-        "the mean over the matrix, not its sum": lambda a: (product(a) - torch.eye(a.shape[1])).square().mean(),
+        "the mean over the matrix, not its sum": lambda a: excess(a).square().mean(),
+        "this compares tokens, n n: Eq. 10 compares views, m m": lambda a: excess(a.mT).square().sum((1, 2)).mean(),
+        "the diagonal is left out: Eq. 10 charges it too": lambda a: others(a).square().sum((1, 2)).mean(),
+        "absolute values are added: the norm adds squares": lambda a: excess(a).abs().sum((1, 2)).mean(),
         "this is Eq. 11: no root is drawn in Eq. 10": lambda a: mvam.diversity(a, variant="sqrt"),
     })  # fmt: skip
 

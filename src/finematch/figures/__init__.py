@@ -41,7 +41,7 @@ HATCHES = ("", "///", "...", "xx", "\\\\\\", "++")
 DASHES = ("-", "--", ":", "-.")
 RIGHT, WRONG = PALETTE[0], "#D55E00"
 INK, FAINT = "#1f2328", "#8c959f"
-HEAT, COOL = "YlOrBr", "YlGnBu"
+HEAT, COOL, SIGNED = "YlOrBr", "YlGnBu", "PuOr"  # a signed matrix is white in the middle
 HOUSE = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9,
     "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "figure.titlesize": 11,
@@ -438,8 +438,11 @@ def matrix(
     low: float = 0.0,
     high: float = 1.0,
     label: str = "",
+    signed: bool = False,
 ) -> None:
     """A matrix as shades, dark is much, with a colour bar; numbers stand in cells that have room for them.
+
+    With `signed` the middle of the range is white, and both of its ends are dark, in two colours.
 
     Raises ValueError for labels that are not one a row (and column), values not finite, or `low >= high`.
     """
@@ -449,14 +452,15 @@ def matrix(
         raise ValueError(f"values of shape {values.shape} for {len(rows)} rows and {len(columns)} columns")
     if not np.isfinite(values).all() or not low < high:
         raise ValueError(f"values are finite, and low = {low} is below high = {high}")
-    drawn = ax.imshow(values, cmap=COOL, vmin=low, vmax=high)
+    drawn = ax.imshow(values, cmap=SIGNED if signed else COOL, vmin=low, vmax=high)
     ax.set_xticks(range(len(columns)), [plain(name) for name in columns])
     ax.set_yticks(range(len(rows)), [plain(name) for name in rows])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     if ax.get_position().width * ax.figure.get_figwidth() / len(columns) > 0.27:  # inches: room for a number
         for i, j in np.ndindex(*values.shape):
-            dark = (values[i, j] - low) / (high - low) > 0.55
+            share = (values[i, j] - low) / (high - low)
+            dark = abs(2 * share - 1) > 0.7 if signed else share > 0.55
             ax.text(
                 j,
                 i,

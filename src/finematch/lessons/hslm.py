@@ -246,7 +246,7 @@ def draw_levels(one: Example) -> None:
     The caption, level 3, stands below."""
     figure, axes = plt.subplots(1, 3, figsize=(6.8, 3.0), layout="constrained")
     figures.show_boxes(axes[0], one.image, one.proposals, np.linspace(1, 0.05, len(one.proposals)))
-    axes[0].set_title(f"{len(one.proposals)} proposals, the first thickest", pad=12)
+    axes[0].set_title(f"{len(one.proposals)} proposals (thicker: higher rank)", pad=12)
     figures.show_boxes(axes[1], one.image, one.boxes, labels=one.phrases)
     axes[1].set_title("level 1: objects that are named", pad=12)
     figures.show_boxes(axes[2], one.image, one.boxes)
@@ -270,11 +270,11 @@ def draw_model(found: Mapping[str, str]) -> None:
         "embedding\nEq. 2": (0, 1, "trained"), "linear, unit length\nEq. 1": (2, 1, "trained"),
         "self-attention\nEq. 3-6": (0, 2, "trained"), "graph of regions\nEq. 7-10": (2, 2, "trained"),
         "graph of words\nEq. 11": (0, 3, "trained"),
-        "GRU, two directions\nEq. 12-14": (0, 4, "trained"), "cross attention\nEq. 16": (1, 4, "step"),
+        "GRU, two directions\nEq. 12-14": (0, 4, "trained"), "cross attention\nEq. 16": (1.05, 4, "step"),
         "contexts\nEq. 15": (2, 5, "step"), "pool the words\n3.5": (0, 6, "trained"),
-        "pool the contexts\n3.5": (1, 6, "trained"), "difference\nEq. 17": (2, 6, "step"),
-        "global similarity\nEq. 17, 19": (1, 7, "trained"), "local similarity\nEq. 17, 18": (2, 7, "trained"),
-        "gates, sum, FC\nEq. 20-22": (2, 8, "trained"), "score": (2, 9, "data"),
+        "pool the contexts\n3.5": (1.28, 6.25, "trained"), "difference\nEq. 17": (2, 6.4, "step"),
+        "global similarity\nEq. 17, 19": (0.6, 7.4, "trained"), "local similarity\nEq. 17, 18": (2, 7.4, "trained"),
+        "gates, sum, FC\nEq. 20-22": (2, 8.4, "trained"), "score": (2, 9.4, "data"),
     }  # fmt: skip
     name = {part.split("\n")[0]: part for part in parts}
     arrows = [
@@ -286,14 +286,14 @@ def draw_model(found: Mapping[str, str]) -> None:
         ("GRU, two directions", "difference", "text.0"),
         ("linear, unit length", "graph of regions", "image.embed"), ("graph of regions", "cross attention", "image"),
         ("graph of regions", "contexts", "image"), ("cross attention", "contexts", "f"),
-        ("contexts", "difference", "local difference"), ("contexts", "pool the contexts", ""),
+        ("contexts", "difference", "local difference"), ("contexts", "pool the contexts", "local difference"),
+        ("graph of regions", "global similarity", ""),
         ("pool the words", "global similarity", "pool_text"), ("pool the contexts", "global similarity", "pooled"),
         ("difference", "local similarity", "local difference"), ("local similarity", "gates, sum, FC", "local"),
         ("global similarity", "gates, sum, FC", "global"), ("gates, sum, FC", "score", "logit"),
     ]  # fmt: skip
-    labels = {**found, "": ""}
     diagram(
-        parts, [(name[a], name[b], labels[key]) for a, b, key in arrows], cell=(2.1, 0.78), box=(1.25, 0.46)
+        parts, [(name[a], name[b], found.get(key, "")) for a, b, key in arrows], cell=(2.1, 0.78), box=(1.25, 0.46)
     )
 
 
@@ -307,7 +307,7 @@ def draw_words(words: Tensor, names: Sequence[str], after: Mapping[str, Tensor])
 
 
 def draw_graph(nodes: Tensor, moved: Tensor, relations: Tensor) -> None:
-    """Left: three nodes and the relations between them; right: where Eq. 8 moves each node "3 2"."""
+    """Left: three nodes and their relations, to themselves as well; right: where Eq. 8 moves each node "3 2"."""
     _, (left, right) = plt.subplots(1, 2, figsize=(5.6, 2.5), layout="constrained")
     at = np.array([[0, 0], [1, 0], [0.5, 0.85]])
     white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
@@ -321,7 +321,10 @@ def draw_graph(nodes: Tensor, moved: Tensor, relations: Tensor) -> None:
     for i, place in enumerate(at):
         left.plot(*place, "o", markersize=18, color=figures.INK, zorder=2)
         left.text(*place, str(i + 1), color="white", ha="center", va="center", fontsize=9, zorder=3)
-    left.set(xlim=(-0.2, 1.2), ylim=(-0.2, 1.05), aspect="equal", title="$A_{ij}$ between the nodes")
+        side = -1 if i == 0 else 1
+        left.text(place[0] + 0.14 * side, place[1], f"to itself\n{float(relations[i, i]):.2f}", fontsize=7,
+                  ha="right" if i == 0 else "left", va="center")  # fmt: skip
+    left.set(xlim=(-0.45, 1.45), ylim=(-0.2, 1.05), aspect="equal", title="$A_{ij}$ between the nodes")
     left.set_axis_off()
     for i, (before, after) in enumerate(zip(nodes.tolist(), moved.tolist(), strict=True)):
         right.annotate("", after, before, arrowprops={"arrowstyle": "-|>", "color": figures.PALETTE[1],
@@ -374,7 +377,7 @@ def draw_contexts(
         ax.set(xlabel=f"{f.shape[1]} regions", ylabel=f"{f.shape[0]} words", title=title, aspect="auto")
     for (name, values), dash, colour in zip(curves.items(), figures.DASHES, figures.PALETTE, strict=False):
         axes[2].plot(scales, values, dash, color=colour, marker="", label=name)
-    axes[2].axhline(words, color=figures.FAINT, linestyle=":", marker="", label="two words")
+    axes[2].axhline(words, color=figures.FAINT, linestyle=":", marker="", label="mean cosine of two words")
     axes[2].set(xscale="log", ylim=(-0.08, 1.05), xlabel="cross_scale", ylabel="cosine of two contexts")
     axes[2].set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
     axes[2].minorticks_off()
@@ -385,7 +388,8 @@ def draw_nodes(steps: Mapping[str, Tensor]) -> None:
     """A matrix for each step from the difference to the gated similarity vector: rows are words, columns channels."""
     _, axes = plt.subplots(1, len(steps), figsize=(2.5 * len(steps), 2.0), layout="constrained")
     for ax, (title, values) in zip(axes, steps.items(), strict=True):
-        figures.matrix(ax, values, [f"word {k + 1}" for k in range(len(values))], ["channel 1", "channel 2"])
+        rows = [f"word {k + 1}" for k in range(len(values))]
+        figures.matrix(ax, values, rows, ["channel 1", "channel 2"], label="value")
         ax.set_title(title)
 
 
@@ -405,11 +409,11 @@ def draw_plateau(spread: Sequence[float], curves: Mapping[tuple[str, float], lis
 
 
 def draw_slopes(slopes: Mapping[str, Tensor]) -> None:
-    """dL/dS of each loss at scores that are alike: negative (light) is pushed up, positive (dark) is pushed down."""
+    """dL/dS of each loss at scores that are alike: negative (orange) is pushed up, positive (violet) is pushed down."""
     _, axes = plt.subplots(1, len(slopes), figsize=(3.2 * len(slopes), 2.6), layout="constrained")
     for ax, (name, table) in zip(axes, slopes.items(), strict=True):
         names = [str(k + 1) for k in range(len(table))]
-        figures.matrix(ax, table, names, low=-2, high=2, label="$dL/dS$")
+        figures.matrix(ax, table, names, low=-2, high=2, label="$dL/dS$", signed=True)
         ax.set(title=name, xlabel="caption", ylabel="image")
 
 
@@ -417,5 +421,5 @@ def draw_operations(steps: Any) -> None:
     """Millions of operations for one pair: each step by the book and in the library."""
     _, ax = plt.subplots(figsize=(6.6, 2.3), layout="constrained")
     figures.bars(
-        ax, list(steps.index), {name: steps[name] for name in steps}, ylabel="million operations\na pair"
+        ax, list(steps.index), {name: steps[name] for name in steps}, ylabel="million operations\nper pair"
     )

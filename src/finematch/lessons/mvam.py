@@ -154,11 +154,13 @@ def printed(table: int) -> pd.DataFrame:
 
 
 def verdicts(*grids: str) -> pd.DataFrame:
-    """What was judged on `scenes` by each grid's first metric, one line a claim.
+    """What was judged on `scenes` by each grid's first metric, one line per claim; none where there is no `figures`.
 
     Raises:
         DataError: a grid has no verdicts yet.
     """
+    if not (root() / "figures").is_dir():
+        return pd.DataFrame(columns=["claim", "reading"])
     frames = []
     for name in grids:
         file = root() / "figures" / f"{name}.scenes.tiny.claims.csv"
@@ -234,7 +236,7 @@ def draw_contrast(image: Tensor, text: Tensor, scale: float) -> None:
     scales = np.geomspace(0.1, 100, 60)
     right.plot(scales, [float(contrastive(image, text, float(s))) for s in scales], marker="")
     right.axhline(math.log(2), color=figures.FAINT, linestyle="--", marker="")
-    right.text(0.1, math.log(2) + 0.02, "ln 2: knows nothing", fontsize=7)
+    right.text(0.1, math.log(2) + 0.02, "ln 2: equal scores", fontsize=7)
     for x, name in ((scale, "example"), (1 / 0.07, "start"), (100, "largest")):
         right.axvline(x, color=figures.FAINT, linestyle=":", marker="")
         right.text(x, 0.4, name + " ", fontsize=7, ha="right", rotation=90)
@@ -285,10 +287,11 @@ def draw_split(m: int, total_dim: int) -> None:
 
 def draw_score(products: Tensor) -> None:
     """Products "m m" of all views of an image with all views of a caption, of which the diagonal alone is read."""
-    left, right = plt.subplots(1, 2, figsize=(6.8, 2.7), layout="constrained", width_ratios=[1.1, 1])[1]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.7), layout="constrained", width_ratios=[1.1, 1])
+    figure.get_layout_engine().set(wspace=0.08)
     own, names = products.diagonal(), [str(v + 1) for v in range(len(products))]
     low, high = min(0.0, float(products.min())), float(products.max())
-    figures.matrix(left, products, names, low=low, high=high, label="share of the score")
+    figures.matrix(left, products, names, low=low, high=high, label="contribution")
     for v in range(len(products)):
         left.add_patch(
             plt.Rectangle((v - 0.5, v - 0.5), 1, 1, fill=False, edgecolor=figures.PALETTE[4], linewidth=1.6)
@@ -326,7 +329,7 @@ def draw_weight(costs: Mapping[str, float | int]) -> None:
         ax.text(value * 1.1, y, f"{value:,.0f}" if value > 20 else f"{value:.2g}", va="center", fontsize=7)
     ax.invert_yaxis()
     low, high = min(costs.values()), max(costs.values())
-    ax.set(xscale="log", xlim=(low / 4, 5 * high), xlabel="at the start of the training")
+    ax.set(xscale="log", xlim=(low / 4, 5 * high), xlabel="loss at the start of training (log scale)")
 
 
 def draw_padding(naive: Tensor, cut: Tensor, real: int) -> None:
@@ -346,7 +349,8 @@ def draw_padding(naive: Tensor, cut: Tensor, real: int) -> None:
 
 def draw_verdicts(found: pd.DataFrame) -> None:
     """Differences here with their 95 % intervals: right of zero the claim holds, left of it it is contradicted."""
-    figures.intervals(found, xlabel="difference (points)")
+    if len(found):
+        figures.intervals(found, xlabel="difference (points)")
 
 
 # ------------------------------------------------------------------------------------------- the toy of section 9
@@ -398,7 +402,7 @@ def draw_toy(started: Tensor, ended: Mapping[tuple[str, float], Tensor]) -> None
                 color=figures.PALETTE[kind], markersize=3)  # fmt: skip
     ax.axhline(cells / views, color=figures.FAINT, linestyle="--", marker="")
     ax.text(-0.45, cells / views * 1.1, "an equal share", fontsize=7)
-    ax.set(yscale="log", ylim=(0.9, 1.4 * cells), xlim=(-0.5, 3.5), ylabel="cells a view (log scale)")
+    ax.set(yscale="log", ylim=(0.9, 1.4 * cells), xlim=(-0.5, 3.5), ylabel="cells per view (log scale)")
     ax.yaxis.set_major_formatter("{x:g}")
     ax.set_xticks(range(4), ["Eq. 10", "Eq. 11", "10\n+ pull", "11\n+ pull"])
 
@@ -413,6 +417,6 @@ def _mosaic(ax: plt.Axes, attention: Tensor, title: str) -> None:
     heat = plt.get_cmap("magma").copy()
     heat.set_bad("white")
     ax.imshow(sheet, cmap=heat, vmin=0, vmax=1)
-    measured = f"{cells_used(attention).mean():.1f} cells a view, overlap {overlap(attention):.2f}"
+    measured = f"{cells_used(attention).mean():.1f} cells per view, overlap {overlap(attention):.2f}"
     ax.set_title(f"{title}\n{measured}", fontsize=8)
     ax.set_axis_off()

@@ -196,8 +196,9 @@ class MVAM(Pretrained, nn.Module):
 
         L = L_c + weight * (L_div^image + L_div^text)
 
-    With the pooling `attention` or `mvam` a view is a `ViewAttention`; one view has nothing to be diverse from, so
-    `attention` has no diversity loss. The score of `normalise="per_view"` is the mean of the views' cosines.
+    The poolings `attention` and `mvam` are a `ViewAttention`. `attention`, the paper's +Attn, has one view and no
+    diversity loss, though Eq. 10 of one view is not 0: the paper names none for it. The score of
+    `normalise="per_view"` is the mean of the views' cosines.
 
     Args:
         vision, text: towers of `finematch.encoders` (anything that maps its keywords to `Tokens`).
