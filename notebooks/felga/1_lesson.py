@@ -724,7 +724,7 @@ show(pd.DataFrame({"value": values}).rename_axis("Eq. 10"), digits=4)
 # **What is pushed and what is pulled?** The gradient of a bracket is two softmaxes. Each positive is pulled by its
 # share of $e^{-d}$, and each negative is pushed away by its share of $e^{d}$. Both sum to one. For example row **a**
 # pushes q by $1/(1 + e^{0.6}) = 0.354$ and r by 0.646. The picture shows the whole gradient under the three readings:
-# red places (+) are pushed apart, blue places (−) are pulled together, and a white place gets nothing.
+# purple places (above 0) are pushed apart, orange places (below 0) are pulled together, and a white place gets nothing.
 
 # %%
 pushes = {}

@@ -529,20 +529,16 @@ def draw_matrices(
     """Small matrices side by side, dark is much; a thick frame is around each place of `pairs`, those of one pair.
 
     Args:
-        signed: 0: values lie between 0 and 1. Otherwise between -signed and signed: blue, white at 0, red.
+        signed: 0: values lie between 0 and 1. Otherwise between -signed and signed, and 0 is white.
     """
     size = (0.6 + 0.5 * max(3, len(columns)), 0.5 + 0.36 * max(3, len(rows)))
     _, axes = plt.subplots(
         1, len(panels), figsize=(size[0] * len(panels) + 0.6, size[1]), layout="constrained", squeeze=False
     )
     for ax, (title, values) in zip(axes.flat, panels.items(), strict=True):
-        figures.matrix(ax, values.detach(), rows, columns, low=-signed, high=signed or 1.0, label=label)
+        scale = {"low": -signed, "high": signed or 1.0, "signed": bool(signed)}
+        figures.matrix(ax, values.detach(), rows, columns, label=label, **scale)
         ax.set_title(title)
-        if signed:
-            ax.images[0].set_cmap("RdBu_r")
-            for number, value in zip(ax.texts, values.flatten().tolist(), strict=True):
-                dark = abs(value) > 0.7 * signed
-                number.set(text=f"{value:+.2f}" if value else "0", color="white" if dark else figures.INK)
         for i, j in [] if pairs is None else pairs.nonzero().tolist():
             ax.add_patch(
                 Rectangle((j - 0.44, i - 0.44), 0.88, 0.88, fill=False, edgecolor=figures.WRONG, linewidth=2)
