@@ -14,9 +14,11 @@ from notebook_text import NOTEBOOKS
 
 from finematch.exercises import KINDS, check, exercise, exercises, number, tensor
 from finematch.handout import student_page, write_handout, write_student
+from finematch.models import felga
 
 METHODS = ("mvam", "hslm", "felga", "slan")
-HALF, NOT_STOPPED = 1.0065, 1.2442  # Eq. 3 of exercise 6: boxes that stop at the border, boxes that leave the image
+# Eq. 3 of exercise 6: boxes that stop at the border, boxes that leave the image
+HALF, NOT_STOPPED, WHOLE_NOT_STOPPED = 1.0065, 1.2442, 1.0226
 
 
 def softmax_over_views(codes, keys, mask):
@@ -109,6 +111,7 @@ def shifted(weights, extent, *, middle=True):
     )
 
 
+STEPS = torch.tensor([-1.0, 0, 1])
 KEYS = torch.tensor([[2.0, 0], [0, 2], [1, 1]])
 # of an image, of a caption
 ANSWERS = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(0)).cumsum(0).unbind()
@@ -261,6 +264,9 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         ((lambda s: s >= s.mean(1, keepdim=True),), "region has its own"),
         ((lambda s: s < s.mean(),), "wrong way round"),
         ((lambda s: s > s.mean(),), "equals the mean"),
+        ((lambda s: s >= s.median(),), "is the median"),
+        ((lambda s: s >= 0,), "0 is the threshold"),
+        ((lambda s: s >= 0.5,), "½ is the threshold"),
     ],
     "felga.unrelated": [
         (({"dense": 100, "sparse": 10, "dynamic": 0},), "nothing fits"),
@@ -269,8 +275,12 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
     "felga.third": [
         (("more", torch.tensor([[1, 0], [0, 1], [0, 0]])), "without the third box"),
         (("fewer", torch.tensor([[1, 1], [1, 1], [0, 0]])), "not what you have predicted"),
+        (("more", torch.tensor([[[1, 1], [1, 1], [0, 0]]])), r"the shape is \(1, 3, 2\)"),
     ],
     "felga.relu": [
+        ((0.25,), "where both are positive"),
+        ((0.3,), "two digits"),
+        ((2 / math.pi,), "absolute values"),
         ((0.1592,), "mean square of one"),
         ((0.0,), "all numbers are positive"),
         ((0.5,), "asked is a cosine"),
@@ -282,6 +292,7 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
     ],
     "felga.best": [
         ((lambda s, r: s.amax((1, 3)),), "padding is among"),
+        ((felga.global_affinity,), "the maxima alone"),
         ((lambda s, r: (s * r).amax((1, 3)),), "padding counts as 0"),
         ((lambda s, r: s.masked_fill(~r, -math.inf).amax((1, 3)).T,), "rows are texts"),
         ((lambda s, r: s.masked_fill(~r, 0).sum((1, 3)) / r.sum((1, 3)),), "takes the best pair"),
@@ -290,30 +301,61 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
     "felga.ties": [
         (({"against": 0.7283, "for": 1.0},), "average over all orders"),
         (({"against": 0.478, "for": 0.6},), "for: precision of the whole"),
+        (({"against": 1.0, "for": 0.478},), "against: the other way round"),
+        (({"against": 0.478, "for": 0.478},), "for: the other way round"),
+        (({"against": 47.8, "for": 100.0},), "per cent"),
+        (({"against": 0.478, "for": 100.0},), "per cent"),
     ],
     "felga.gains": [
         (({"Dense": 8.7, "Sparse": 1.6, "Dynamic": 5.6},), "Dense: the wrong column"),
         (({"Dense": 2.9, "Sparse": 0.7, "Dynamic": 1.2},), "Dense: the number is too large"),
         (({"Dense": 2.5, "Dynamic": 1.2},), "'Sparse' is missing"),
+        (({"Dense": 2.2, "Sparse": 0.6, "Dynamic": 1.1},), "Dense: the wrong column.*2014"),
+        (({"Dense": 2.5, "Sparse": 0.6, "Dynamic": 1.1},), "Sparse: the wrong column.*2014"),
+        (({"Dense": -2.5, "Sparse": -0.7, "Dynamic": -1.2},), "Dense: the sign"),
+        (("2.5",), "give a dict"),
     ],
     "slan.best": [
         (([0.05, 0.0, 0.1, 0.15],), "mind the sign"),
         (([-0.05, 0.16, -0.1, -0.15],), "own score is 1"),
         (([0.0, 0.0, 0.0, 0.0],), "scores of the others"),
         (([-0.05, -0.1, -0.15],), "the shape is"),
+        (([0.2, 0.0, 0.3, 0.3],), "each region's own"),
+        (([-0.04, 0.0, -0.08, -0.12],), "divided by the best"),
+        (([-0.3125, 0.0, -0.625, -0.9375],), "one factor more"),
+        (([-0.05, 0.1, -0.1, -0.15],), "1 of 4 values are not; differentiate"),
     ],
-    "slan.ramp": [(([0.5, 0, 0.5, 0],), "of the edges"), (([1.0, 0, 0.5, 0],), "same mean")],
+    "slan.ramp": [
+        (([0.5, 0, 0.5, 0],), "of the edges"),
+        (([1.0, 0, 0.5, 0],), "same mean"),
+        (([0.0, 1, 0, 0],), "grows to the right"),
+        (([0.0, 0, 0, 0],), "a little to the right"),
+        (([1.0, 0, 1, 0],), "between the two edges"),
+    ],
     "slan.attend": [
         ((lambda r, w: (r @ w.T).softmax(1) @ w,), "square root of D is missing"),
         ((lambda r, w: (r @ w.T / r.shape[1]).softmax(1) @ w,), "not by D"),
         ((lambda r, w: (r @ w.T / 2).softmax(1) @ w,), "not always 4"),
         ((lambda r, w: (r @ w.T / math.sqrt(r.shape[1])).softmax(0) @ w,), "runs over the words"),
         ((lambda r, w: (r @ w.T / math.sqrt(r.shape[1])).softmax(1) @ w + r,), "residual"),
+        ((lambda r, w: r @ w.T / math.sqrt(r.shape[1]) @ w,), "softmax is missing"),
+        ((lambda r, w: (r @ w.T * math.sqrt(r.shape[1])).softmax(1) @ w,), "not multiplied"),
+        ((lambda r, w: (r @ w.T / math.sqrt(len(w))).softmax(1) @ w,), "number of words"),
+        ((lambda r, w: (r @ w.T / math.sqrt(len(r))).softmax(1) @ w,), "number of regions"),
+        ((lambda r, w: (F.normalize(r, dim=1) @ F.normalize(w, dim=1).T).softmax(1) @ w,), "unit vectors here"),
+        ((lambda r, w: (w @ r.T / math.sqrt(r.shape[1])).softmax(1) @ r,), "the shape is"),
     ],
     "slan.offset": [
         ((lambda w, e: shifted(w.T, e),), "changed places"),
         ((lambda w, e: shifted(w, e) * len(w),), "cells are N / K apart"),
         ((lambda w, e: shifted(w, e, middle=False),), "from the middle one"),
+        ((lambda w, e: shifted(w / w.sum(), e),), "as they are"),
+        ((lambda w, e: shifted(w, e.flip(0)),), "shares of the width"),
+        ((lambda w, e: shifted(w, e) * torch.tensor([1, -1]),), "downwards"),
+        ((lambda w, e: shifted(w, e, middle=False) - w.sum() * e / 2,), "rounded down"),
+        ((lambda w, e: shifted(w.flatten().softmax(0).view_as(w), e),), "weights already"),
+        ((lambda w, e: torch.stack([w.sum(0) @ STEPS, w.sum(1) @ STEPS]) * e / 3,), "K = 3 alone.*RuntimeError"),
+        ((lambda w, e: shifted(w[:3, :3], e),), "K = 3 alone.*values are not"),
     ],
     "slan.reach": [
         ((1.75,), "a whole neighbourhood"),
@@ -327,14 +369,16 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         (("zero", {"whole": 0.0, "half": NOT_STOPPED}), "stop"),
         (("zero", {"whole": 0.4, "half": HALF}), "whole: the number is too large"),
         (("zero", {"whole": 0.0, "half": 0.0}), "half: the number is too small"),
+        (("zero", {"whole": WHOLE_NOT_STOPPED, "half": NOT_STOPPED}), "whole: .*stop"),
+        (("zero", {"whole": HALF, "half": 0.0}), "changed places"),
         (("zero", 0), "give a dict"),
     ],
     "slan.matching": [
-        (
-            ({"true": 2.1269, "other text": 0.6931, "other image": 1.3133},),
-            "true: this is -log of the wrong",
-        ),
-        (({"true": 0.1269, "other text": 0.6931, "other image": 0.3133},), "does not belong together"),
+        (({"true": 1.3133, "other text": 2.1269, "other image": 0.0486},), "true: this is -log of the wrong"),
+        (({"true": 0.3133, "other text": 0.1269, "other image": 0.0486},), "other text: .*does not belong"),
+        (({"true": 0.3133, "other text": 2.1269, "other image": 3.0486},), "other image: .*does not belong"),
+        (({"true": 0.7311, "other text": 0.1192, "other image": 0.9526},), "true: this is a probability"),
+        (({"true": 1, "other text": 2, "other image": -3},), "true: this is the logit"),
     ],
     "slan.lonely": [
         ((0.0,), "wrong ones too"),
@@ -344,6 +388,8 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
     ],
     "slan.median": [((1.5,), "500th"), ((1.0,), "fewer than half")],
 }
+ROUNDED = [("slan.matching", {"true": 0.31, "other text": 2.13, "other image": 0.05}), ("slan.lonely", 1.39),
+           ("felga.relu", 0.32)]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -362,6 +408,11 @@ def test_slips_are_told_and_the_answer_is_not(key):
         assert not verdict.passed
         assert re.search(said, verdict.message), verdict
         assert str(verdict).startswith(f"✗ {key}: ")
+
+
+@pytest.mark.parametrize(("key", "answer"), ROUNDED)
+def test_two_digits_are_enough(key, answer):
+    assert check(key, answer).passed
 
 
 @pytest.mark.parametrize("key", WRONG)

@@ -48,3 +48,21 @@ def test_the_diagram_has_the_recorded_shapes():
     assert all(f"<{name}>" in drawn for name in names)
     with pytest.raises(KeyError, match="f_v"):
         lesson.draw_model({})
+
+
+def test_a_text_says_a_meaning_by_a_keyword_or_otherwise():
+    keywords = ["heart", "cobalt", "left"]
+    text = "A heart with DOTS lies at the left"
+    words = ("cobalt", "blue", "dotted", "striped")
+    assert tuple(lesson.said_by(word, keywords, text) for word in words) == lesson.SAID_BY
+    assert lesson.said_by("hearts", keywords, text) == lesson.SAID_BY[1]
+
+
+def test_small_matrices_with_a_sign_are_white_at_0():
+    lesson.draw_matrices({"slopes": torch.tensor([[-0.5, 0.0], [0.25, 0.1]])}, ["i", "j"], ["k", "l"], signed=0.5)
+    ax = plt.gcf().axes[0]
+    drawn = ax.images[0]
+    at_0, at_ends = drawn.cmap(drawn.norm(0.0)), [drawn.cmap(drawn.norm(end)) for end in (-0.5, 0.5)]
+    plt.close("all")
+    assert min(at_0[:3]) > 0.95
+    assert all(min(end[:3]) < 0.5 for end in at_ends)

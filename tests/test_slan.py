@@ -1178,6 +1178,22 @@ def test_with_a_loose_target_the_optimum_is_not_to_move_on_average():
     assert regression_loss(g, regression_target(levels), valid).abs().max() < 1e-6
 
 
+def test_a_loose_target_shrinks_proposals_whether_p_is_below_1_or_above():
+    """The gradient of a side is |1 - mean of p| where the target is loose; held fixed it has the sign of 1 - p."""
+    for p in (0.9, 1.1):
+        mean_p, slopes = (p + p**2 + p**3) / 3, {}
+        for fixed in (True, False):
+            box = torch.tensor([0.5, 0.5, 0.3, 0.3]).double().requires_grad_()
+            levels = [stop(box * torch.tensor([1, 1, p**i, p**i]))[None, None] for i in range(4)]
+            target = regression_target(torch.stack(levels[1:]))
+            loss = regression_loss(levels[0], target.detach() if fixed else target, torch.ones(1, 1).bool())
+            (slopes[fixed],) = torch.autograd.grad(loss.sum(), box)
+        place, side = slopes[False].split(2)
+        assert place.abs().max() < 1e-6
+        assert (side - abs(1 - mean_p)).abs().max() < 1e-6
+        assert (slopes[True][2:].sign() == math.copysign(1, 1 - p)).all()
+
+
 def test_boxes_inside_one_cell_get_no_gradient_of_their_size():
     """Why boxes have a least side: between centres of cells the map is bilinear, and its mean knows no size."""
     embed = RegionEmbedding(3, 8).double()

@@ -31,7 +31,11 @@ def dynamic(answer: Any) -> str:
     if not callable(answer):
         return f"give a function, not {type(answer).__name__}"
     tie = torch.tensor([[0.5, 0.5], [1.0, 0.0]])  # two equal their mean
-    return function(said, library, [(random(3, 4, seed=2),), (random(5, 2, seed=3),), (tie,)], slips={
+    many = random(6, 7, seed=2).exp()  # each slip gives other labels here
+    return function(said, library, [(many,), (random(5, 2, seed=3),), (tie,)], slips={
+        "this is the median of all similarities: Eq. 5 is their mean": lambda s: (s >= s.median()).float(),
+        "0 is the threshold here: Eq. 5 is the mean of these similarities": lambda s: (s >= 0).float(),
+        "½ is the threshold here: Eq. 5 is the mean of these similarities": lambda s: (s >= 0.5).float(),
         "Eq. 6 has ≥: a similarity that equals the mean is a positive": lambda s: (s > s.mean()).float(),
         "each keyword has its own threshold here: Eq. 5 is one mean over all pairs": lambda s: (s >= s.mean(0)).float(),
         "each region has its own threshold here: Eq. 5 is one mean over all pairs":
@@ -57,7 +61,6 @@ def third(predicted: Any, measured: Any) -> str:
         return message
     both = torch.tensor([[0.9, 0.5], [0.5, 0.9], [-0.6, -0.4]])
     right = felga.dynamic(both[None], every(both)[None])[0].float()
-    measured = measured.float().squeeze() if isinstance(measured, Tensor) else measured
     message = tensor(measured, right, slips={
         "measured: these are the labels without the third box": torch.tensor([[1.0, 0], [0, 1], [0, 0]])})  # fmt: skip
     if message:
@@ -72,6 +75,9 @@ def relu(answer: Any) -> str:
         1 / (2 * math.pi): "this is the mean product: divide by the mean square of one of them",
         0.5: "this is the mean square: asked is a cosine",
         0.0: "that is the cosine before the ReLU: after it all numbers are positive",
+        2 / math.pi: "this is with absolute values: a ReLU sets negative numbers to 0",
+        0.25: "this is the share of places where both are positive: their sizes count as well",
+        0.3: "near: give at least two digits",
     })  # fmt: skip
 
 
@@ -99,7 +105,11 @@ def best(answer: Any) -> str:
             return s.masked_fill(~real, 0).sum(-1) / real.sum(-1)
         return s.max(-1).values
 
+    if not callable(answer):
+        return f"give a function, not {type(answer).__name__}"
     real = torch.ones(2, 3, 2, 4, dtype=torch.bool)
+    if isinstance(answer(random(2, 3, 2, 4), real), tuple):
+        return "your function returns several things: return the maxima alone"
     real[:, 2], real[:, :, 1, 3] = False, False
     s = random(2, 3, 2, 4)
     s[:, 2] = 9.0  # padding, which is nearest
@@ -126,10 +136,18 @@ def weight(answer: Any) -> str:
 def ties(answer: Any) -> str:
     """AP of a constant score with three relevant items of five: ties against the model, and for it."""
     right = {"against": (1 / 3 + 2 / 4 + 3 / 5) / 3, "for": 1.0}
+    swapped = "the other way round: ties against the model put the irrelevant items first"
     return named_numbers(answer, right, within=0.003, hints={
+        right["for"]: swapped,
+        right["against"]: swapped,
+        47.8: "give shares of 1, not per cent",
+        100.0: "give shares of 1, not per cent",
         0.7283: "this is the average over all orders",
         0.6: "precision of the whole list: AP is the mean of the precisions at each relevant item",
     })  # fmt: skip
+
+
+ASKED = "Microsoft COCO 2017 Description Assignment"
 
 
 @exercise("felga.gains", "compute")
@@ -139,10 +157,16 @@ def gains(answer: Any) -> str:
     with_it = {row: next(name for name in cells.index if name.startswith(f"{row} +"))
                for row in ("Dense", "Sparse", "Dynamic")}  # fmt: skip
     gain = {row: cells.loc[name] - cells.loc[row] for row, name in with_it.items()}
-    discovery = {row: float(of["Microsoft COCO 2017 Object Discovery"]) for row, of in gain.items()}
-    return named_numbers(
-        answer,
-        {row: float(of["Microsoft COCO 2017 Description Assignment"]) for row, of in gain.items()},
-        within=0.05,
-        hints={value: "the wrong column: this is the gain in object discovery" for value in discovery.values()},
-    )
+    right = {row: float(of[ASKED]) for row, of in gain.items()}
+    if message := named_numbers(answer, right, within=math.inf):
+        return message  # no dictionary, a row is missing, no number
+    for row, of in gain.items():
+        other = {name: float(value) for name, value in of.items() if name != ASKED}
+        hints = {
+            value: f"the wrong column: this is the gain in {name.removeprefix('Microsoft ')}"
+            for name, value in other.items()
+        }
+        hints[-right[row]] = "the sign: it is the row with “+” less the row without"
+        if message := named_numbers(answer, {row: right[row]}, within=0.03, hints=hints):
+            return message
+    return ""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
+from itertools import permutations, product
 
 import numpy as np
 import pandas as pd
@@ -33,7 +33,7 @@ from finematch.features.fragments import VLP, cut, document
 from finematch.features.proposals import Proposals, extract_proposals
 from finematch.figures.diagram import diagram
 from finematch.models.configs import FELGAConfig
-from finematch.models.felga import FELGA, FENet, FragmentPairs
+from finematch.models.felga import FELGA, FENet, FragmentPairs, affinity, share_keyword
 from finematch.scenes.generator import TOKENIZER, attributes
 from finematch.scenes.language import (
     AFTER_NOUN,
@@ -355,22 +355,84 @@ def share_of_kinds(words: Sequence[str]) -> dict[str, float]:
     return {kind: 100 * kinds.count(kind) / len(kinds) for kind in KINDS}
 
 
+# ------------------------------------------------------------------------------------------- false negatives
+SAID_BY = ("the same keyword", "another keyword that means it", "a word that is no keyword", "no word")
+
+
+def said_by(word: str, keywords: Sequence[str], text: str) -> str:
+    """By what a text says the meaning of a word, one of `SAID_BY`."""
+    if word in keywords:
+        return SAID_BY[0]
+    if any(other in MEANS and MEANS[other] == MEANS[word] for other in keywords):
+        return SAID_BY[1]
+    return SAID_BY[2 if any(MEANS.get(other.lower()) == MEANS[word] for other in text.split()) else 3]
+
+
+def winners(of: Bench, made: HandMade) -> pd.DataFrame:
+    """Each image with the text of each other image: a line for the fragments that win Eq. 11, with frozen features.
+
+    `shared`: the text has a keyword in common with the image's own; `right`: Eq. 1 of the winners; `by`: for these, by
+    what the image's own text says what the winning keyword means. All images with proposals are taken.
+    """
+    of = replace(of, batch=list(range(len(of.found))))
+    batch, truth = made.batch(of), of.truth_of_batch()
+    (image, text), rows = (batch["image"], batch["text"]), []
+    near = affinity(F.normalize(image["features"], dim=-1), F.normalize(text["features"], dim=-1))
+    near = near.masked_fill(~(image["mask"][:, :, None, None] & text["mask"]), -2)
+    shared = share_keyword(text["keyword_id"], text["mask"])
+    keywords = [of.keywords(n) for n in of.batch]
+    for k, m in permutations(range(len(of.batch)), 2):
+        i, j = divmod(int(near[k, :, m].argmax()), near.shape[-1])
+        right = bool(truth[k, i, m, j])
+        by = said_by(keywords[m][j], keywords[k], of.texts[of.batch[k]]) if right else ""
+        rows.append({"shared": bool(shared[k, m]), "right": right, "by": by})
+    return pd.DataFrame(rows)
+
+
 # ------------------------------------------------------------------------------------------- pictures
 def draw_problem(of: Bench) -> None:
     """The image with its proposals and the text with its keywords are given; which belong together is not (Eq. 1)."""
     n = of.batch[0]
     boxes, keywords = of.boxes(n), of.keywords(n)
-    _, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(8.6, 2.9), width_ratios=(1, 1.05, 1.05), gridspec_kw={"wspace": 0.42}
+    figure = plt.figure(figsize=(8.6, 4.6))
+    places = figure.add_gridspec(
+        2, 3, height_ratios=(2.3, 1), hspace=0.52, wspace=0.3, left=0.02, right=0.99, top=0.92, bottom=0.02
     )
-    numbers = [str(k + 1) for k in range(len(boxes))]
-    figures.show_boxes(left, of.image, boxes, np.linspace(1, 0.3, len(boxes)), labels=numbers)
-    left.set_title(f"an image and {len(boxes)} proposals", pad=10)
-    middle.set_title(f"its text and {len(keywords)} keywords", pad=10)
-    words = of.texts[n].split()
-    figures.show_words(middle, words, [float(word.lower() in keywords) for word in words], top=2.0, size=8)
+    half = -(-len(boxes) // 2)
+    for column, start in enumerate((0, half)):
+        ax, some = figure.add_subplot(places[0, column]), range(start, min(start + half, len(boxes)))
+        lines = figures.show_boxes(ax, of.image, boxes[some.start : some.stop])
+        _label_boxes(ax, boxes[some.start : some.stop], [str(k + 1) for k in some], lines)
+        ax.set_title(f"proposals {some.start + 1} to {some.stop}", pad=10)
+    right = figure.add_subplot(places[0, 2])
     _cells(right, 0.7 * of.truth(n, n), keywords)
     right.set_title("which belongs to which (Eq. 1)?", pad=10)
+    under = figure.add_subplot(places[1, :])
+    words = [word for caption in of.records[n].captions for word in f"{caption.rstrip('.')}.".split()]
+    shades = [float(word.rstrip(".").lower() in keywords) for word in words]
+    figures.show_words(under, words, shades, top=2.0, size=9)
+    under.set_title(f"the text, {len(of.records[n].captions)} captions, and its {len(keywords)} keywords")
+
+
+# corners first, then places on the edges, as shares of a box's sides
+_ON_EDGES = ((0, 0), (1, 0), (0, 1), (1, 1), (0.5, 0), (0.5, 1), (0, 0.5), (1, 0.5), (0.25, 0), (0.75, 1))
+
+
+def _label_boxes(
+    ax: Axes, boxes: Float[np.ndarray, "r 4"], names: Sequence[str], lines: Sequence[Rectangle]
+) -> None:
+    """A name on the edge of each box, in its colour, where no other name stands."""
+    taken: list[np.ndarray] = []
+    size = np.array([ax.get_xlim()[1], ax.get_ylim()[0]]) / 12  # of a name
+
+    def free(at: np.ndarray) -> bool:
+        return all((np.abs(at - other) > size).any() for other in taken)
+
+    for (x1, y1, x2, y2), name, line in zip(boxes, names, lines, strict=True):
+        places = [np.array([x1 + u * (x2 - x1), y1 + v * (y2 - y1)]) for u, v in _ON_EDGES]
+        taken.append(max(places, key=free))  # the first free one
+        frame = {"facecolor": "white", "edgecolor": line.get_edgecolor(), "pad": 1.4, "linewidth": 1.2}
+        ax.text(*taken[-1], name, fontsize=8, ha="center", va="center", clip_on=False, bbox=frame)
 
 
 def draw_model(recorded: Mapping[str, str]) -> None:
@@ -461,16 +523,21 @@ def _cells(
 
 
 def draw_matrices(
-    panels: Mapping[str, Tensor], rows: Sequence[str], columns: Sequence[str], *, low: float = 0.0, high: float = 1.0,
+    panels: Mapping[str, Tensor], rows: Sequence[str], columns: Sequence[str], *, signed: float = 0.0,
     label: str = "", pairs: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Small matrices side by side, dark is much; a thick frame is around each place of `pairs`, those of one pair."""
+    """Small matrices side by side, dark is much; a thick frame is around each place of `pairs`, those of one pair.
+
+    Args:
+        signed: 0: values lie between 0 and 1. Otherwise between -signed and signed, and 0 is white.
+    """
     size = (0.6 + 0.5 * max(3, len(columns)), 0.5 + 0.36 * max(3, len(rows)))
     _, axes = plt.subplots(
         1, len(panels), figsize=(size[0] * len(panels) + 0.6, size[1]), layout="constrained", squeeze=False
     )
     for ax, (title, values) in zip(axes.flat, panels.items(), strict=True):
-        figures.matrix(ax, values.detach(), rows, columns, low=low, high=high, label=label)
+        scale = {"low": -signed, "high": signed or 1.0, "signed": bool(signed)}
+        figures.matrix(ax, values.detach(), rows, columns, label=label, **scale)
         ax.set_title(title)
         for i, j in [] if pairs is None else pairs.nonzero().tolist():
             ax.add_patch(
@@ -492,7 +559,7 @@ def draw_lambda(
     axis: Sequence[float], losses: Mapping[str, list[float]], lengths: Mapping[str, list[float]]
 ) -> None:
     """The loss moves with lambda, the gradient of the weights does not, unless a hinge is closed or squared."""
-    _, axes = plt.subplots(1, 2, figsize=(6.6, 2.5), layout="constrained")
+    _, axes = plt.subplots(1, 2, figsize=(7.2, 2.7), layout="constrained")
     for k, name in enumerate(losses):
         look = {"color": figures.PALETTE[k], "marker": figures.MARKERS[k], "linestyle": figures.DASHES[k]}
         axes[0].plot(axis, losses[name], label=name, markevery=2, **look)
@@ -500,14 +567,16 @@ def draw_lambda(
     high = max(losses["anchor"]) + 2
     axes[0].set(ylabel="loss", title="λ moves the loss", ylim=(min(losses["anchor"]) - 1, 2 * high))
     axes[0].legend()
-    axes[1].set(ylabel="length of the gradient", title="and no weight, without a hinge")
-    axes[1].set_ylim(0, 4 * max(lengths["anchor"]))
+    axes[1].set_yscale("symlog", linthresh=0.5, linscale=0.4)
+    axes[1].set(ylabel="length of the gradient", title="without a hinge λ changes no gradient")
+    ticks = [tick for tick in (0, 0.5, 1, 2, 5, 10, 20, 50) if tick < 2 * max(map(max, lengths.values()))]
+    axes[1].set_yticks(ticks, [str(tick) for tick in ticks])
+    axes[1].minorticks_off()
+    axes[1].set_ylim(-0.03, ticks[-1])
     for ax in axes:
         ax.axvline(0.5, color=figures.FAINT, linestyle=":", linewidth=1, marker="")
         ax.set_xlabel(r"$\lambda_1 = \lambda_2$")
-    axes[1].text(
-        0.3, 3.9 * max(lengths["anchor"]), "the paper's", fontsize=7, rotation=90, ha="right", va="top"
-    )
+    axes[1].text(0.7, 0.05, "the paper's", fontsize=7, rotation=90, ha="left", va="bottom")
 
 
 def draw_temperature(taus: Sequence[float], shares: Sequence[float], equal: float, at_one: float) -> None:
@@ -528,9 +597,11 @@ Path = tuple[Tensor, Tensor]  # angles in degrees of regions "s b r" and words "
 
 
 def draw_circles(start: Path, runs: Mapping[str, Path]) -> None:
-    """Regions on the outer circle, keywords on the inner one, each with the way that it has come."""
-    _, axes = plt.subplots(2, 4, figsize=(7.8, 4.3), layout="constrained")
-    for n, (ax, (title, run)) in enumerate(zip(axes.flat, {"the start": start, **runs}.items(), strict=True)):
+    """Regions on the outer circle, keywords on the inner one, each with the way that it has come; four per row."""
+    panels = {"the start": start, **runs}
+    rows = -(-len(panels) // 4)
+    _, axes = plt.subplots(rows, 4, figsize=(7.8, 0.3 + 2 * rows), layout="constrained", squeeze=False)
+    for n, (ax, (title, run)) in enumerate(zip(axes.flat, panels.items(), strict=True)):
         _circle(ax, run, title, names=n == 0)
     marks = (
         ("o", figures.INK, "region"),

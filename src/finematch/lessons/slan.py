@@ -269,12 +269,16 @@ def draw_filter(scores: Mapping[str, Tensor], threshold: float) -> None:
 
 
 def draw_climb(plane: Tensor, track: Sequence[Tensor], at: Sequence[int]) -> None:
-    """Four boxes after some steps of gradient ascent on the mean of a map under each; the labels are the means."""
+    """Four boxes after some steps of gradient ascent on the mean of a map under each; below stand the means."""
     _, axes = plt.subplots(1, len(at), figsize=(7.2, 2.6), layout="constrained")
     grey = (0.95 - 0.6 * plane[0].expand(3, -1, -1)).permute(1, 2, 0).numpy()
     for ax, k in zip(axes, at, strict=True):
         means = roi_align_mean(plane, track[k])[0, :, 0]
-        figures.show_boxes(ax, grey, 32 * track[k][0].numpy(), labels=[f"{value:.2f}" for value in means])
+        lines = figures.show_boxes(ax, grey, 32 * track[k][0].numpy())
+        for n, (value, line) in enumerate(zip(means.tolist(), lines, strict=True)):
+            look = {"edgecolor": line.get_edgecolor(), "linestyle": line.get_linestyle()}
+            below = {"transform": ax.transAxes, "bbox": {"facecolor": "none", "pad": 2, **look}}
+            ax.text((n + 0.5) / len(means), -0.09, f"{value:.2f}", fontsize=8, ha="center", **below)
         ax.set_title(f"{k} steps", pad=10, fontsize=8)
 
 
@@ -296,8 +300,14 @@ def draw_turned(before: Tensor, after: Tensor) -> None:
     axes[0].set_ylabel("second number")
 
 
-def draw_matrices(panels: Mapping[str, tuple], *, label: str = "") -> None:
-    """Matrices side by side, dark is much: title → (values, names of rows, names of columns)."""
+def draw_matrices(
+    panels: Mapping[str, tuple], *, label: str = "", marked: Sequence[tuple[int, int]] = ()
+) -> None:
+    """Matrices side by side, dark is much: title → (values, names of rows, names of columns).
+
+    Args:
+        marked: (row, column) of the places that have a frame.
+    """
     wide = [0.55 * len(columns) + 1.6 for _, _, columns in panels.values()]
     high = max(0.42 * len(rows) + 0.9 for _, rows, _ in panels.values())
     _, axes = plt.subplots(
@@ -306,6 +316,9 @@ def draw_matrices(panels: Mapping[str, tuple], *, label: str = "") -> None:
     for ax, (title, (values, rows, columns)) in zip(axes[0], panels.items(), strict=True):
         figures.matrix(ax, values, rows, columns, label=label)
         ax.set_title(title)
+        for i, j in marked:
+            frame = {"fill": False, "edgecolor": figures.WRONG, "linewidth": 2}
+            ax.add_patch(Rectangle((j - 0.44, i - 0.44), 0.88, 0.88, **frame))
 
 
 def draw_axes(ways: Mapping[tuple[str, str], Tensor], far: Mapping[tuple[str, str], Tensor]) -> None:
@@ -462,7 +475,7 @@ def draw_toy(model: SLAN, history: Sequence[Mapping], words: pd.DataFrame) -> No
 def draw_collapse(runs: Mapping[str, Sequence[Mapping]], apart: float) -> None:
     """The toy trained further under four sums of losses: do regions move, do they arrive, how large are they?"""
     panels = {
-        "target of Eq. 3 from proposal": lambda one: one["off"],
+        "target off": lambda one: one["off"],
         "distance, level 3": lambda one: one["named"][-1],
         "side of the proposals": lambda one: one["side"][0],
     }
@@ -472,7 +485,8 @@ def draw_collapse(runs: Mapping[str, Sequence[Mapping]], apart: float) -> None:
             _line(ax, [one["step"] for one in history], [value(one) for one in history], k, name)
         ax.set(xlabel="steps", ylabel=ylabel, ylim=(0, None))
     axes[1].axhline(apart, color=figures.FAINT, linestyle=":", linewidth=1, marker="")
-    axes[1].set_title("dotted: as far as proposals were", fontsize=8)
+    at = {"ha": "right", "va": "top", "transform": axes[1].get_yaxis_transform()}
+    axes[1].text(1, apart - 0.01, "the windows of the start", fontsize=7, **at)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7.5)
 
 
@@ -484,7 +498,9 @@ def draw_margins(of_words: pd.DataFrame) -> None:
         (axes[1], "distance", "distance, level 3"),
     ):
         for k, name in enumerate(name for name in of_words if name.startswith(what)):
-            _line(ax, range(len(of_words)), of_words[name], k, name.removeprefix(f"{what}, "))
+            look = {"color": figures.PALETTE[k], "label": name.removeprefix(f"{what}, ")}
+            # words have no order, so no line joins them
+            ax.plot(range(len(of_words)), of_words[name], figures.MARKERS[k], **look)
         ax.set_xticks(range(len(of_words)), list(of_words.index), rotation=45)
         ax.set_ylabel(ylabel)
     axes[0].axhline(0, color=figures.FAINT, linestyle=":", linewidth=1, marker="")

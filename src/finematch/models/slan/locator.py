@@ -1033,7 +1033,9 @@ def regression_loss(
 
     The target follows its proposal: it has no optimum while regions move, or scales differ from 1, on average.
     Proposals then drift along with it, and with p below 1 they shrink to their least side (seen on toy pictures after
-    150 steps, with a weight of 1/10 as well).
+    150 steps, with a weight of 1/10 as well). A target that is not held fixed keeps nothing either: of a place the
+    proposal drops out, but of a side |w - mean| = |1 - mean of p| w, so that proposals shrink whether p is below 1 or
+    above.
 
     Args:
         reduction: `sum` ("the summation of the regression loss for all regions"), or `mean` over them.
