@@ -11,7 +11,7 @@
 # | SLAN | the level of the boxes, the filter's T and threshold; the cells that move a box |
 #
 # **Cost** half a minute to open a run; then a slider or a sentence takes less than half a second of two cores (`benchmarks/explore.json`). Where a method
-# has no finished run with weights, a small one is trained on 700 drawn images first, in less than two minutes. **Expected** what you ask for: a run on
+# has no finished run with weights, a small one is trained on a few hundred drawn images first, in about two minutes. **Expected** what you ask for: a run on
 # `scenes` knows only drawn shapes and the words for them; for photos, train on photos first ([the data page](../docs/data.md)).
 
 # %% tags=["parameters"]

@@ -332,8 +332,8 @@ def test_an_image_has_its_place_among_those_of_the_set(run_of, method):
     rank, of = place(records, scores, found.ranked, seen.file)
     assert of == len(records)
     assert rank == 1 + (np.delete(scores, 1) >= found.ranked).sum()
-    assert place(records, scores, scores.max() + 1) == (1, len(records) + 1)
-    assert place(records, scores, scores.max()) == (2, len(records) + 1)  # a tie counts against it
+    assert place(records, scores, float(scores.max()) + 1) == (1, len(records) + 1)
+    assert place(records, scores, float(scores.max())) == (2, len(records) + 1)  # a tie counts against it
 
 
 # ------------------------------------------------------------------------------------------- search

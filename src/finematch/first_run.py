@@ -20,6 +20,7 @@ from finematch.runs import Run, openable
 from finematch.scenes.generator import generate
 
 IMAGES = {"train": 700, "val": 100, "test": 200}
+FEWER = {"felga": {"train": 450, "val": 60, "test": 120}}  # it trains a network and a CLIP of its own before it begins
 # beside the presets of `tiny`; less of what a page does for its tables
 SETTINGS = {"mvam": {}, "hslm": {}, "felga": {}, "slan": {"epochs": 1}}
 
@@ -50,12 +51,12 @@ def first_run(
     Raises:
         DataError: If the page failed; the message has its last line.
     """
-    folder = root() / folder
+    folder = root() / folder / (method if method in FEWER else "")
     if found := openable(method, folder / "runs", smoke=smoke, seed=seed):
         return found[0][0]
     if echo:
         echo("drawing the images")
-    generate(folder / "scenes", **(SMOKE if smoke else IMAGES))
+    generate(folder / "scenes", **(SMOKE if smoke else FEWER.get(method, IMAGES)))
     out = folder / "runs" / f"{method}{'-smoke' if smoke else ''}.s{seed}"
     out.mkdir(parents=True, exist_ok=True)
     given = {"data_root": folder, "cache": folder / "cache", "out": out, "seed": seed, "resume": "replace",

@@ -58,7 +58,7 @@ def explorer(
     for method in MATCHES if run == "all" else [str(run)]:
         found = [] if smoke else [(path, content["metrics"]) for path, content in openable(method)]
         if not found:
-            echo(f"{method}: no finished run has its weights here. A small one is trained, in less than two minutes:")
+            echo(f"{method}: no finished run has its weights here. A small one is trained, in about two minutes:")
             made = first_run(method, folder, seed=seed, smoke=smoke, echo=lambda line: echo(f"  {line}"))
             found = [(made, _open(made).metrics)]
         panels.append(Panel(method, {_label(path, metrics): path for path, metrics in found}))
