@@ -126,7 +126,10 @@ def main() -> None:
     for folder in folders:
         begun = time.perf_counter(), time.process_time()
         page = explorer(folder)
-        opened = {"wall_seconds": time.perf_counter() - begun[0], "cpu_seconds": time.process_time() - begun[1]}
+        opened = {
+            "wall_seconds": time.perf_counter() - begun[0],
+            "cpu_seconds": time.process_time() - begun[1],
+        }
         panel, p = page.panels[0], page.panels[0].run.parameters
         found[panel.method] = {"dataset": p["dataset"], "scale": p["scale"], "opening": opened,
                                **reactions(page), **in_browser(folder, panel.method)}  # fmt: skip

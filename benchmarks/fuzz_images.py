@@ -81,7 +81,9 @@ def fuzz(kind: str, each: int, seed: int, folder: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--each", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     options, start = parser.parse_args(), time.perf_counter()

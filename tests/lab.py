@@ -50,14 +50,18 @@ def server(folder: Path) -> Iterator[str]:
             file = Path(own, "lab", "@jupyterlab", f"{name}.jupyterlab-settings")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(value))
-        where = {name: str(Path(own, name.lower())) for name in ("JUPYTER_CONFIG_DIR", "JUPYTERLAB_WORKSPACES_DIR")}
+        where = {
+            name: str(Path(own, name.lower())) for name in ("JUPYTER_CONFIG_DIR", "JUPYTERLAB_WORKSPACES_DIR")
+        }
         where |= {"JUPYTERLAB_SETTINGS_DIR": str(Path(own, "lab")), "IPYTHONDIR": str(Path(own, "ipython"))}
         options = {"ip": "127.0.0.1", "port": port, "ServerApp.port_retries": 0, "IdentityProvider.token": "look",
                    "ServerApp.root_dir": folder, "LabApp.expose_app_in_browser": True}  # fmt: skip
         command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
         command += [f"--{name}={value}" for name, value in options.items()]
         with Path(own, "log").open("w") as log:
-            running = subprocess.Popen(command, env={**os.environ, **where}, cwd=folder, stdout=log, stderr=log)
+            running = subprocess.Popen(
+                command, env={**os.environ, **where}, cwd=folder, stdout=log, stderr=log
+            )
         try:
             address = f"http://127.0.0.1:{port}"
             for _ in range(240):
@@ -126,7 +130,9 @@ def copy_of_the_book(folder: Path, **given) -> None:
     sys.path.insert(0, str(ROOT / "notebooks"))
     import build
 
-    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    shutil.copytree(
+        ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns("__pycache__", ".*")
+    )
     (folder / "pyproject.toml").touch()
     source = folder / "notebooks" / "6_explore.py"
     lines = source.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -159,7 +159,10 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         (("the same", "the same", (SCORE, SCORE, MOVED), ANSWERS), "not what you have predicted"),
         (("the same", "lower", (SCORE, MOVED, MOVED), ANSWERS), "both sides in the same way"),
         (("the same", "lower", (SCORE, SCORE, SCORE), ANSWERS), "one side alone"),
-        (("the same", "lower", (SCORE + 0.01, SCORE + 0.01, 0.0), ANSWERS), "as it is: the number is too large"),
+        (
+            ("the same", "lower", (SCORE + 0.01, SCORE + 0.01, 0.0), ANSWERS),
+            "as it is: the number is too large",
+        ),
         (("the same", "lower", ([F.cosine_similarity(*ANSWERS).mean()] * 2 + [0.0]), ANSWERS), "one cosine"),
         (("the same", "lower", ([(ANSWERS[0] * ANSWERS[1]).sum()] * 2 + [0.0]), ANSWERS), "unit length"),
         (("the same", "lower", SCORE, ANSWERS), "checking your answer ended in TypeError"),
@@ -169,7 +172,10 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         ((lambda a: (a @ a.mT).square().sum((1, 2)).mean(),), "identity"),
         ((lambda a: excess(a).square().mean(),), "not its sum"),
         ((lambda a: excess(a.mT).square().sum((1, 2)).mean(),), "compares tokens"),
-        ((lambda a: (excess(a) * (1 - torch.eye(a.shape[1]))).square().sum((1, 2)).mean(),), "diagonal is left out"),
+        (
+            (lambda a: (excess(a) * (1 - torch.eye(a.shape[1]))).square().sum((1, 2)).mean(),),
+            "diagonal is left out",
+        ),
         ((lambda a: excess(a).abs().sum((1, 2)).mean(),), "absolute values"),
     ],
     "mvam.floor": [
@@ -211,7 +217,10 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         ((lambda w, r, s: F.normalize(s * w @ r.T @ r, dim=1),), "sigmoid of Eq. 16 is missing"),
         ((lambda w, r, s: F.normalize(looked(w, r, s), dim=0),), "each channel"),
         ((lambda w, r, s: looked(w, r, s) / len(r),), "number of regions"),
-        ((lambda w, r, s: looked(w, r, s) / (s * w @ r.T).sigmoid().sum(1, keepdim=True),), "sum of the weights"),
+        (
+            (lambda w, r, s: looked(w, r, s) / (s * w @ r.T).sigmoid().sum(1, keepdim=True),),
+            "sum of the weights",
+        ),
     ],
     "hslm.longer": [
         (("higher", "higher", {"raw": 3.693, "l1": 2.443}), "not what you have predicted"),
@@ -231,7 +240,10 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         ((lambda s: (0.4 - brackets(s)).clamp(min=0).sum(),), "the sign"),
         ((lambda s: brackets(s, 0.0).clamp(min=0).sum(),), "margin is missing"),
         ((lambda s: brackets(s).clamp(min=0).amax(0).sum(),), "two brackets for each pair"),
-        ((lambda s: 2 * (brackets(s) + s.diagonal()).amax().sub(s.diagonal()).clamp(min=0).sum(),), "whole batch"),
+        (
+            (lambda s: 2 * (brackets(s) + s.diagonal()).amax().sub(s.diagonal()).clamp(min=0).sum(),),
+            "whole batch",
+        ),
     ],
     "hslm.half": [
         (({"lead": 2.51, "logit": 0, "sigmoid": 0.688},), "multiplied by 10"),
@@ -255,7 +267,10 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         ((MODULES | {"row": 4},), "row: the six recalls"),
         (({name: -value for name, value in MODULES.items()},), "the sign"),
         (({name: value / 6 for name, value in MODULES.items()},), "points per recall"),
-        ((MODULES | {"mgcn": 10.5, "self_attn": 3.2, "glob": 8.3, "cross_attn and loc": 53.6},), "one other row"),
+        (
+            (MODULES | {"mgcn": 10.5, "self_attn": 3.2, "glob": 8.3, "cross_attn and loc": 53.6},),
+            "one other row",
+        ),
         ((MODULES | {"glob": -20.2, "cross_attn and loc": 50.0},), "some rows are in no pair"),
         ((MODULES | {"mgcn": 7.27, "self_attn": 4.37, "cross_attn and loc": 52.8},), "the printed Rsum"),
     ],
@@ -342,7 +357,10 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         ((lambda r, w: (r @ w.T * math.sqrt(r.shape[1])).softmax(1) @ w,), "not multiplied"),
         ((lambda r, w: (r @ w.T / math.sqrt(len(w))).softmax(1) @ w,), "number of words"),
         ((lambda r, w: (r @ w.T / math.sqrt(len(r))).softmax(1) @ w,), "number of regions"),
-        ((lambda r, w: (F.normalize(r, dim=1) @ F.normalize(w, dim=1).T).softmax(1) @ w,), "unit vectors here"),
+        (
+            (lambda r, w: (F.normalize(r, dim=1) @ F.normalize(w, dim=1).T).softmax(1) @ w,),
+            "unit vectors here",
+        ),
         ((lambda r, w: (w @ r.T / math.sqrt(r.shape[1])).softmax(1) @ r,), "the shape is"),
     ],
     "slan.offset": [
@@ -354,7 +372,10 @@ WRONG = {  # at least two plausible answers to each, and what is said to them
         ((lambda w, e: shifted(w, e) * torch.tensor([1, -1]),), "downwards"),
         ((lambda w, e: shifted(w, e, middle=False) - w.sum() * e / 2,), "rounded down"),
         ((lambda w, e: shifted(w.flatten().softmax(0).view_as(w), e),), "weights already"),
-        ((lambda w, e: torch.stack([w.sum(0) @ STEPS, w.sum(1) @ STEPS]) * e / 3,), "K = 3 alone.*RuntimeError"),
+        (
+            (lambda w, e: torch.stack([w.sum(0) @ STEPS, w.sum(1) @ STEPS]) * e / 3,),
+            "K = 3 alone.*RuntimeError",
+        ),
         ((lambda w, e: shifted(w[:3, :3], e),), "K = 3 alone.*values are not"),
     ],
     "slan.reach": [

@@ -185,7 +185,9 @@ def test_a_run_says_that_its_data_are_others_now(book, monkeypatch):
 # ------------------------------------------------------------------------------------------- what the explorer shows
 def two(run) -> tuple:
     """An image of the run's set as it is seen, a sentence, and what it found."""
-    records = run.data.gallery.records if run.method == "felga" else run.data.splits[run.data.reported].records
+    records = (
+        run.data.gallery.records if run.method == "felga" else run.data.splits[run.data.reported].records
+    )
     seen = see(run, records[1].image)
     return seen, records[1].captions[0], seen.match(records[1].captions[0])
 
@@ -230,7 +232,9 @@ def test_hslms_score_is_the_sum_of_its_parts(run_of, changes):
     side = run.data.splits[run.data.reported]
     place = side.captions.index(sentence)
     with torch.no_grad():
-        (score,) = tile_scores(model, side.images.batch, side.texts.batch)(torch.tensor([1]), torch.tensor([place]))[0]
+        (score,) = tile_scores(model, side.images.batch, side.texts.batch)(
+            torch.tensor([1]), torch.tensor([place])
+        )[0]
         text = seen.texts([sentence])
         before, after, mask = model.text.stages(text["input_ids"], text["mask"], text["special"])
     assert found.parts.sum() + found.bias == pytest.approx(found.score, abs=1e-6)
@@ -240,7 +244,10 @@ def test_hslms_score_is_the_sum_of_its_parts(run_of, changes):
     assert ((found.gates > 0) & (found.gates < 1)).all()
     assert ("[CLS]" in found.words) == changes.get("include_special", True)
     n = len(found.words)
-    for values, share, states in ((found.before, found.share_before, before), (found.after, found.share_after, after)):
+    for values, share, states in (
+        (found.before, found.share_before, before),
+        (found.after, found.share_after, after),
+    ):
         assert values.shape == (n, n)
         np.testing.assert_allclose(values.diagonal(), 1, atol=1e-5)
         np.testing.assert_allclose(share, word_correlation(states, mask)[0].numpy(), atol=1e-6)
@@ -299,7 +306,9 @@ def test_levels_hold_what_the_locator_found_and_what_moved_it(run_of):
         moved = offset(*given, axes=adaptor.axes, unit=adaptor.unit)
         centre, after = ((one.boxes[:, :2] + one.boxes[:, 2:]) / 2 for one in (level, then))
         sides = then.boxes[:, 2:] - then.boxes[:, :2]
-        free = np.clip(centre + moved[0].numpy(), sides / 2, np.array(seen.image.size) - sides / 2)  # it stops there
+        free = np.clip(
+            centre + moved[0].numpy(), sides / 2, np.array(seen.image.size) - sides / 2
+        )  # it stops there
         np.testing.assert_allclose(after, free, atol=1e-2)
 
 
@@ -356,7 +365,9 @@ def test_search_ranks_as_the_scores_do(run_of, method, tmp_path):
     for hit in search(run, sentence, over=tmp_path):
         assert hit.score == pytest.approx(each[side.records[int(hit.image.stem)].image], abs=2e-3)
     (first, *_) = search(run, image=side.records[0].image, k=3)
-    assert first.score == pytest.approx(finematch.match(run, side.records[0].image, first.caption).score, abs=2e-3)
+    assert first.score == pytest.approx(
+        finematch.match(run, side.records[0].image, first.caption).score, abs=2e-3
+    )
 
 
 def test_images_are_embedded_once_for_each_state_of_the_weights(run_of, monkeypatch):

@@ -315,7 +315,11 @@ def test_on_another_data_set_a_task_builds_on_another_grid(book):
     assert [one.boxes for one in rows] == [(), ("say", "boxes")]
     on = {"grid": "toy_task", "dataset": "photos8k", "seeds": "0"}
     given = snakemake(book, "-n", "--cores", "1", **on, proposals="boxes.json")
-    lines = {re.search(r"tiny\.(\w+)\.s0", line)[1]: line for line in given.stdout.splitlines() if "-p seed" in line}
+    lines = {
+        re.search(r"tiny\.(\w+)\.s0", line)[1]: line
+        for line in given.stdout.splitlines()
+        if "-p seed" in line
+    }
     assert "-p proposals boxes.json" in lines["boxes"]
     assert "proposals" not in lines["say"]
     assert "-p pretrained papermill_runs/toy/photos8k.tiny.boxes.s0" in lines["say"]

@@ -20,7 +20,9 @@ def test_a_box_goes_with_what_is_true_of_its_object():
     boxes = torch.tensor([[0, 0, 10, 12], [20, 20, 40, 40], [0, 0, 40, 40]]).float()
     found = lesson.goes_with(boxes, ["hearts", "cobalt", "stripes", "left"], THINGS)
     assert found.int().tolist() == [[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
-    assert [lesson.kind_of(word) for word in ("hearts", "cobalt", "stripes", "dusk", "left")] == list(lesson.KINDS)
+    assert [lesson.kind_of(word) for word in ("hearts", "cobalt", "stripes", "dusk", "left")] == list(
+        lesson.KINDS
+    )
 
 
 def test_features_by_hand_bring_a_box_to_its_words():
@@ -41,7 +43,18 @@ def test_chosen_weights_leave_positive_vectors_as_they_are():
 
 
 def test_the_diagram_has_the_recorded_shapes():
-    names = ("f_v", "f_t", "regions", "words", "similarity", "labels", "largest", "pairs", "fragment", "global")
+    names = (
+        "f_v",
+        "f_t",
+        "regions",
+        "words",
+        "similarity",
+        "labels",
+        "largest",
+        "pairs",
+        "fragment",
+        "global",
+    )
     lesson.draw_model({name: f"<{name}>" for name in names})
     drawn = "\n".join(text.get_text() for text in plt.gcf().axes[0].texts)
     plt.close("all")
@@ -59,7 +72,9 @@ def test_a_text_says_a_meaning_by_a_keyword_or_otherwise():
 
 
 def test_small_matrices_with_a_sign_are_white_at_0():
-    lesson.draw_matrices({"slopes": torch.tensor([[-0.5, 0.0], [0.25, 0.1]])}, ["i", "j"], ["k", "l"], signed=0.5)
+    lesson.draw_matrices(
+        {"slopes": torch.tensor([[-0.5, 0.0], [0.25, 0.1]])}, ["i", "j"], ["k", "l"], signed=0.5
+    )
     ax = plt.gcf().axes[0]
     drawn = ax.images[0]
     at_0, at_ends = drawn.cmap(drawn.norm(0.0)), [drawn.cmap(drawn.norm(end)) for end in (-0.5, 0.5)]

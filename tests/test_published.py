@@ -19,7 +19,13 @@ TASKS = [
 ABLATED = ["COCO i2t@1", "COCO t2i@1", "Flickr30k i2t@1", "Flickr30k t2i@1"]
 # cells a table has, counted in the paper: methods x columns less the cells that print "-"
 CELLS = {
-    "HSLM": {"1": 19 * 7 - 2, "2": 19 * 7 - 2, "3": 12 * 7 - 2, "4": 12 * 7, "Figure 3": 2 * (6 + 9 + 11 + 12 + 13)},
+    "HSLM": {
+        "1": 19 * 7 - 2,
+        "2": 19 * 7 - 2,
+        "3": 12 * 7 - 2,
+        "4": 12 * 7,
+        "Figure 3": 2 * (6 + 9 + 11 + 12 + 13),
+    },
     "FELGA": {"1": 6 * 4, "2": 6 * 4, "3": 6 * 4, "4": 3 * 4, "5": 6 * 4},
     "SLAN": {
         "2": 5 * 13,
@@ -177,7 +183,10 @@ def test_figure_3_of_hslm_has_102_weights():
     assert list(after.index) == ["1 A", "2 man", "3 is", "4 sharpening", "5 a", "6 knife"]
     assert after.idxmax() == "4 sharpening"
     for caption in range(1, 6):
-        words = [frame[frame["row"] == f"caption {caption} {when}"]["column"].tolist() for when in ("before", "after")]
+        words = [
+            frame[frame["row"] == f"caption {caption} {when}"]["column"].tolist()
+            for when in ("before", "after")
+        ]
         assert words[0] == words[1]
 
 

@@ -60,14 +60,21 @@ def test_an_effect_is_the_other_value_less_the_default(book):
 def test_seeds_that_one_of_the_two_lacks_are_left_out(book):
     for name in ("views-16.s2", "dot-scaled.s0"):
         (book / "runs" / "mvam" / f"scenes.tiny.{name}" / "metrics.json").unlink()
-    assert readings.effects("scenes", "tiny", folder=book, runs=book / "runs").empty  # one common seed: no interval
-    assert list(readings.effects("scenes", "tiny", folder=book, runs=book / "runs").columns) == readings.COLUMNS
+    assert readings.effects(
+        "scenes", "tiny", folder=book, runs=book / "runs"
+    ).empty  # one common seed: no interval
+    assert (
+        list(readings.effects("scenes", "tiny", folder=book, runs=book / "runs").columns) == readings.COLUMNS
+    )
 
 
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ("name,scoring,projection\none,,\ntwo,tanh,full\n", "differs from the first row in scoring, projection"),
+        (
+            "name,scoring,projection\none,,\ntwo,tanh,full\n",
+            "differs from the first row in scoring, projection",
+        ),
         ("name,scoring\none,tanh\ntwo,tanh\n", "differs from the first row in nothing"),
         ("name,views\none,\ntwo,8\n", "differs from the first row in views"),  # no reading of the paper
     ],
@@ -88,7 +95,9 @@ def test_each_row_of_ours_changes_one_switch_to_another_value(name):
     for row in others:
         switch, _ = readings.switch_of(grid, row)
         assert declared(grid.method)[switch].register
-        assert getattr(grids.settings(grid, row, dataset="scenes", scale="tiny"), switch) != getattr(default, switch)
+        assert getattr(grids.settings(grid, row, dataset="scenes", scale="tiny"), switch) != getattr(
+            default, switch
+        )
 
 
 def test_the_advice_names_what_costs_what_gains_and_how_many_are_open():
@@ -130,5 +139,7 @@ def test_the_page_of_readings_shows_the_effects(book, tmp_path):
 
 def test_runs_of_earlier_defaults_do_not_count(book, monkeypatch):
     """Beside today's runs they would differ in more than the switch."""
-    monkeypatch.setattr("finematch.tables.earlier", lambda grid, file: ["tau"] if "dot-scaled" in str(file) else [])
+    monkeypatch.setattr(
+        "finematch.tables.earlier", lambda grid, file: ["tau"] if "dot-scaled" in str(file) else []
+    )
     assert readings.effects("scenes", "tiny", folder=book, runs=book / "runs").empty

@@ -988,9 +988,7 @@ def test_raw_weights_leave_the_neighbourhood_and_softmax_never_does():
     right = torch.tensor([[[0.1, 0.5, 0.9] * 3]])
     extent = torch.ones(1, 1, 2)
     raw = offset(cell_weights(right, form="raw"), extent, unit="N")
-    torch.testing.assert_close(
-        raw, torch.tensor([[[2.4, 0.0]]])
-    )  # 3 (0.9 - 0.1) picture widths
+    torch.testing.assert_close(raw, torch.tensor([[[2.4, 0.0]]]))  # 3 (0.9 - 0.1) picture widths
     torch.testing.assert_close(offset(cell_weights(right - 7, form="raw"), extent, unit="N"), raw)
     soft = offset(cell_weights(right, tau=0.01), extent)
     torch.testing.assert_close(soft, torch.tensor([[[1 / 3, 0.0]]]), atol=1e-6, rtol=0)

@@ -594,7 +594,9 @@ def test_boxes_come_from_the_images_that_a_run_trains_on(tmp_path):
     train = BoxedImages(images["train"], boxes["train"])
     assert len(train) == 3
     assert train.__getitems__([0, 2])["picture"]["pixels"].shape == (2, 3, 32, 32)
-    network = timm_backbone("test_resnet", size=96)  # kept maps lie beside a line of text; COCO's records have none
+    network = timm_backbone(
+        "test_resnet", size=96
+    )  # kept maps lie beside a line of text; COCO's records have none
 
     def see(records):
         return map_images(records, network, tmp_path / "cache", stages=1, echo=None)

@@ -588,7 +588,9 @@ total = work()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, total)
 """
     kept, given = (
-        subprocess.run([sys.executable, "-c", code, way], check=True, capture_output=True, text=True).stdout.split()
+        subprocess.run(
+            [sys.executable, "-c", code, way], check=True, capture_output=True, text=True
+        ).stdout.split()
         for way in ("kept", "given back")
     )
     if kept == ["other"]:

@@ -56,8 +56,14 @@ def main(arguments: list[str] | None = None) -> int:
     slides.set_defaults(run=_slides)
     commands.add_parser("pages", help="rewrite the generated parts of docs/").set_defaults(run=_pages)
     _add_runs(commands.add_parser("runs", help="list the finished runs"))
-    _add_look(commands.add_parser("look", help="score a sentence against an image, and draw where a run looked"))
-    _add_search(commands.add_parser("search", help="the images that fit a sentence, or the captions that fit an image"))
+    _add_look(
+        commands.add_parser("look", help="score a sentence against an image, and draw where a run looked")
+    )
+    _add_search(
+        commands.add_parser(
+            "search", help="the images that fit a sentence, or the captions that fit an image"
+        )
+    )
     _add_cache(commands.add_parser("cache", help="list or clear what runs have cached"))
     release = commands.add_parser("release", help="pack trained runs into one archive, or open one")
     release.add_argument(
@@ -222,7 +228,9 @@ def _walk(options: argparse.Namespace) -> int:
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="", help="mvam, hslm, felga or slan alone")
-    parser.add_argument("--weights", action="store_true", help="those alone that can be opened: their weights are here")
+    parser.add_argument(
+        "--weights", action="store_true", help="those alone that can be opened: their weights are here"
+    )
     parser.set_defaults(run=_runs)
 
 
@@ -247,7 +255,9 @@ def _runs(options: argparse.Namespace) -> int:
 def _add_look(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="folder of a finished run, or a method: its newest run")
     parser.add_argument("--image", required=True, type=_path, help="the image's file")
-    parser.add_argument("--text", required=True, action="append", help="a sentence; several times: several sentences")
+    parser.add_argument(
+        "--text", required=True, action="append", help="a sentence; several times: several sentences"
+    )
     parser.add_argument("--out", type=_path, help="picture of where the model looked for the first sentence")
     parser.set_defaults(run=_look)
 
@@ -270,10 +280,16 @@ def _look(options: argparse.Namespace) -> int:
 def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="folder of a finished run, or a method: its newest run")
     parser.add_argument("--text", default="", help="sentence to find images for")
-    parser.add_argument("--image", default="", type=os.path.expanduser, help="image to find captions of the set for")
-    parser.add_argument("--over", default="", type=os.path.expanduser, help="folder of images (the run's own set)")
+    parser.add_argument(
+        "--image", default="", type=os.path.expanduser, help="image to find captions of the set for"
+    )
+    parser.add_argument(
+        "--over", default="", type=os.path.expanduser, help="folder of images (the run's own set)"
+    )
     parser.add_argument("-k", type=int, default=10, help="answers")
-    parser.add_argument("--shortlist", type=int, default=64, help="answers that SLAN's matching head ranks again")
+    parser.add_argument(
+        "--shortlist", type=int, default=64, help="answers that SLAN's matching head ranks again"
+    )
     parser.set_defaults(run=_search)
 
 
@@ -292,7 +308,9 @@ def _opened(folder: str):
     """A run by its folder, or the newest of a method."""
     from finematch.runs import open_run
 
-    return open_run("latest", method=folder) if folder in ("mvam", "hslm", "felga", "slan") else open_run(folder)
+    return (
+        open_run("latest", method=folder) if folder in ("mvam", "hslm", "felga", "slan") else open_run(folder)
+    )
 
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:

@@ -235,7 +235,10 @@ def see(run, image: str | Path | Image.Image) -> Seen:
                 proposals = networks.propose([record], cache=folder, split="new", echo=None)
                 if not len(proposals.of(0)):
                     raise DataError(
-                        file, name or "the image", "no region is proposed in it", "Give a larger one, with more in it"
+                        file,
+                        name or "the image",
+                        "no region is proposed in it",
+                        "Give a larger one, with more in it",
                     )
                 made = picture_fragments([record], proposals, networks.vlp, folder, "new", echo=None)
                 features, mask = made.dense()

@@ -20,7 +20,9 @@ from finematch.runs import Run, openable
 from finematch.scenes.generator import generate
 
 IMAGES = {"train": 700, "val": 100, "test": 200}
-FEWER = {"felga": {"train": 450, "val": 60, "test": 120}}  # it trains a network and a CLIP of its own before it begins
+FEWER = {
+    "felga": {"train": 450, "val": 60, "test": 120}
+}  # it trains a network and a CLIP of its own before it begins
 # beside the presets of `tiny`; less of what a page does for its tables
 SETTINGS = {"mvam": {}, "hslm": {}, "felga": {}, "slan": {"epochs": 1}}
 

@@ -58,7 +58,9 @@ def effects(
         grid = grids.grid(name, dataset, folder=folder)
         of_method = None if runs is None else Path(runs) / grid.method
         frame = next(iter(runs_of(grid, dataset, scale, of_method).values()))  # of the default reading
-        frame = frame[frame["run_earlier"] == ""] if len(frame) else frame  # else more than the switch would differ
+        frame = (
+            frame[frame["run_earlier"] == ""] if len(frame) else frame
+        )  # else more than the switch would differ
         first, *others = grid.rows
         known, default = declared(grid.method), grids.settings(grid, first, dataset=dataset, scale=scale)
         for row in others:
@@ -111,7 +113,9 @@ def planned(folder: str | Path | None = None) -> int:
 def printed(frame: pd.DataFrame) -> pd.DataFrame:
     """The effects for a page, the largest of a method first."""
     frame = frame.sort_values("percent", key=abs, ascending=False).sort_values("method", kind="stable")
-    interval = [f"{low:+.1f} to {high:+.1f}" for low, high in zip(frame["lower"], frame["upper"], strict=True)]
+    interval = [
+        f"{low:+.1f} to {high:+.1f}" for low, high in zip(frame["lower"], frame["upper"], strict=True)
+    ]
     return pd.DataFrame({
         "reading": frame["id"], "switch": [f"`{one}`" for one in frame["switch"]], "default": frame["default"],
         "other": frame["other"], "metric": frame["metric"], "of default": frame["of default"],
@@ -126,6 +130,7 @@ def advice(frame: pd.DataFrame) -> str:
     Args:
         frame: from `by_size`.
     """
+
     def named(of: pd.DataFrame) -> str:
         each = [
             f"{one['method'].upper()}'s `{one['switch']}={one['other']}` ({one['id']}, {one['percent']:+.0f} %)"

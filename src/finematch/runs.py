@@ -431,7 +431,10 @@ def latest(method: str | None = None, **filters) -> Path:
     """
     if found := openable(method, **filters):
         return found[0][0]
-    folder, asked = root() / "papermill_runs", ", ".join(f"{name}={value!r}" for name, value in filters.items())
+    folder, asked = (
+        root() / "papermill_runs",
+        ", ".join(f"{name}={value!r}" for name, value in filters.items()),
+    )
     smoke = 0 if "smoke" in filters else len(openable(method, smoke=True))
     raise DataError(
         folder, f"the latest run of {method or 'any method'}{' with ' + asked if asked else ''}",

@@ -87,7 +87,9 @@ def scores_of_set(run, text: str) -> tuple[list[Record], np.ndarray]:
     return records, scores[:, 0]
 
 
-def place(records: Sequence[Record], scores: np.ndarray, score: float, file: str | Path = "") -> tuple[int, int]:
+def place(
+    records: Sequence[Record], scores: np.ndarray, score: float, file: str | Path = ""
+) -> tuple[int, int]:
     """The rank of an image with this score among the images of a set and itself, and of how many.
 
     Ties count against it. `file` is its own file, which may be one of the set: it is counted once.
@@ -141,7 +143,10 @@ def folder_records(folder: str | Path) -> list[Record]:
     if not files:
         raise DataError(folder, "the folder", "has no image", f"Name one with files {', '.join(IMAGES)}")
     names = [file.relative_to(folder).as_posix() for file in files]
-    return [Record(name, "folder", (name,), file, source=str(file)) for name, file in zip(names, files, strict=True)]
+    return [
+        Record(name, "folder", (name,), file, source=str(file))
+        for name, file in zip(names, files, strict=True)
+    ]
 
 
 # ------------------------------------------------------------------------------------------- scores of the methods

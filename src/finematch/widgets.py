@@ -58,7 +58,9 @@ def explorer(
     for method in MATCHES if run == "all" else [str(run)]:
         found = [] if smoke else [(path, content["metrics"]) for path, content in openable(method)]
         if not found:
-            echo(f"{method}: no finished run has its weights here. A small one is trained, in about two minutes:")
+            echo(
+                f"{method}: no finished run has its weights here. A small one is trained, in about two minutes:"
+            )
             made = first_run(method, folder, seed=seed, smoke=smoke, echo=lambda line: echo(f"  {line}"))
             found = [(made, _open(made).metrics)]
         panels.append(Panel(method, {_label(path, metrics): path for path, metrics in found}))
@@ -243,7 +245,9 @@ class Panel(W.VBox):
         self.found = self.seen.match(sentence)
         unknown, rest = unread(self.run, sentence)
         self.note = f"<br>not in the vocabulary: {html.escape(', '.join(unknown))}" if unknown else ""
-        self.note += "<br>too long: the model reads what stands below, and nothing of the rest" if rest else ""
+        self.note += (
+            "<br>too long: the model reads what stands below, and nothing of the rest" if rest else ""
+        )
         self.records, self.scores = scores_of_set(self.run, sentence)
         self._quiet = True
         try:
@@ -287,7 +291,9 @@ class Panel(W.VBox):
         BOUND[self.method].focus(self)
         rank, of = place(self.records, self.scores, self.found.ranked, self.seen.file)
         by = ", by its two-stream score" if self.method == "slan" else ""
-        said = f"<b>score {self.found.score:.3f}</b>: this image is number {rank} of {of} for the sentence{by}"
+        said = (
+            f"<b>score {self.found.score:.3f}</b>: this image is number {rank} of {of} for the sentence{by}"
+        )
         status = FIRST if is_first_run(self.run) else "" if self.run.status == "current" else self.run.status
         status = status and f"<br><small>{html.escape(status)}</small>"
         self.score.value = said + self.note + status
@@ -352,7 +358,9 @@ class MVAM:
     @staticmethod
     def set(panel: Panel) -> None:
         views = len(panel.found.looks)
-        most = int(panel.found.parts.argmax()) + 1 if panel.view.max != views else None  # begin with what counts most
+        most = (
+            int(panel.found.parts.argmax()) + 1 if panel.view.max != views else None
+        )  # begin with what counts most
         for slider in (panel.view, panel.of_text):
             _range(slider, 1, max(1, views), most)
 
@@ -420,7 +428,9 @@ class FELGA:
             for start in [textwrap.shorten(text, 110, placeholder=" …")]
         ]
         head = f"Keywords of the set that fit proposal {at + 1} best, each with a text"
-        panel.text.value = f"<div style='line-height: 1.4; max-width: 46em'>{head}:<ol>{''.join(lines)}</ol></div>"
+        panel.text.value = (
+            f"<div style='line-height: 1.4; max-width: 46em'>{head}:<ol>{''.join(lines)}</ol></div>"
+        )
 
     @staticmethod
     def whole(panel: Panel) -> None:

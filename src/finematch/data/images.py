@@ -51,7 +51,11 @@ def opening(image: Path | bytes | None, record: str, file: str | Path = "") -> I
     except FileNotFoundError:
         raise DataError(file, record, "the image is missing", "Restore it or remove its record") from None
     except Exception as error:  # Pillow's decoders raise whatever they like
-        why = "it is in no image format that is known" if isinstance(error, UnidentifiedImageError) else str(error)
+        why = (
+            "it is in no image format that is known"
+            if isinstance(error, UnidentifiedImageError)
+            else str(error)
+        )
         why = disguise(image) or why or type(error).__name__
         raise DataError(
             file,

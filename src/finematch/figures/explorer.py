@@ -66,8 +66,13 @@ def _marked(ax: Axes, picture: Image.Image, boxes: np.ndarray, labels: Sequence[
         line.set_zorder(3 - 0.01 * order)
     ax.set_anchor("NW")
     for order, (label, (x1, y1, x2, y2)) in enumerate(zip(labels, boxes, strict=True)):
-        right, low = order % 2, order // 2 % 2 == 1  # labels of boxes that lie on one another are at other corners
-        top = "top" if y1 < 0.06 * shown.height else "bottom"  # inside, where the image's edge would cut it off
+        right, low = (
+            order % 2,
+            order // 2 % 2 == 1,
+        )  # labels of boxes that lie on one another are at other corners
+        top = (
+            "top" if y1 < 0.06 * shown.height else "bottom"
+        )  # inside, where the image's edge would cut it off
         ax.text(x2 if right else x1, y2 if low else y1, draw.plain(label), fontsize=7, zorder=5, color=draw.INK,
                 ha="right" if right else "left", va="bottom" if low else top,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8})  # fmt: skip
@@ -107,7 +112,15 @@ def _names(ax: Axes, rows: Sequence[str], size: float) -> None:
     """Names left of rows. Texts, for ticks take several times as long to draw."""
     ax.set_axis_off()
     for n, name in enumerate(rows):
-        ax.text(-0.02, n, draw.plain(name), fontsize=size, ha="right", va="center", transform=ax.get_yaxis_transform())
+        ax.text(
+            -0.02,
+            n,
+            draw.plain(name),
+            fontsize=size,
+            ha="right",
+            va="center",
+            transform=ax.get_yaxis_transform(),
+        )
 
 
 # ------------------------------------------------------------------------------------------- MVAM
@@ -138,7 +151,9 @@ def views_whole(found) -> bytes:
         _matrix(left, found.pairs, names, names, low=-1.0, high=1.0)
         left.set_title("cosine of two views (dark: 1)")
         left.text(0.5, -0.12, "view of the sentence", ha="center", va="top", transform=left.transAxes)
-        left.text(-0.09, 0.5, "view of the image", ha="right", va="center", rotation=90, transform=left.transAxes)
+        left.text(
+            -0.09, 0.5, "view of the image", ha="right", va="center", rotation=90, transform=left.transAxes
+        )
         _bars(right, names, found.parts)
         right.set_title("what each view adds to the score")
 
@@ -173,7 +188,9 @@ def words_whole(found) -> bytes:
 
     def make(figure: Figure) -> None:
         first, second, third = figure.subplots(1, 3, width_ratios=[1, 1, 0.9])
-        figure.subplots_adjust(left=0.09, right=0.99, top=1 - 0.34 / height, bottom=0.68 / height, wspace=0.42)
+        figure.subplots_adjust(
+            left=0.09, right=0.99, top=1 - 0.34 / height, bottom=0.68 / height, wspace=0.42
+        )
         for ax, values, when in ((first, found.before, "before"), (second, found.after, "after")):
             _matrix(ax, values, found.words, found.words, low=-1.0, high=1.0)
             ax.set_title(f"cosine of words, {when}")

@@ -23,7 +23,9 @@ def forest(frame: pd.DataFrame, *, xlabel: str) -> Figure:
         sure = (of["lower"] > 0) | (of["upper"] < 0)
         ax.hlines(of["y"], of["lower"], of["upper"], color=color, linewidth=1.6)
         for those, face in ((of[~sure], "white"), (of[sure], color)):
-            ax.scatter(those["effect"], those["y"], s=30, marker=marker, facecolor=face, edgecolor=color, zorder=3)
+            ax.scatter(
+                those["effect"], those["y"], s=30, marker=marker, facecolor=face, edgecolor=color, zorder=3
+            )
         ax.scatter([], [], s=30, marker=marker, color=color, label=group)
     ax.axvline(0, color="0.4", linewidth=0.8)
     ax.set(yticks=list(places), yticklabels=frame["label"], ylim=(0.3, len(frame) + 0.7), xlabel=xlabel)

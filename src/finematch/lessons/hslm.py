@@ -293,7 +293,10 @@ def draw_model(found: Mapping[str, str]) -> None:
         ("global similarity", "gates, sum, FC", "global"), ("gates, sum, FC", "score", "logit"),
     ]  # fmt: skip
     diagram(
-        parts, [(name[a], name[b], found.get(key, "")) for a, b, key in arrows], cell=(2.1, 0.78), box=(1.25, 0.46)
+        parts,
+        [(name[a], name[b], found.get(key, "")) for a, b, key in arrows],
+        cell=(2.1, 0.78),
+        box=(1.25, 0.46),
     )
 
 

@@ -287,7 +287,9 @@ def draw_split(m: int, total_dim: int) -> None:
 
 def draw_score(products: Tensor) -> None:
     """Products "m m" of all views of an image with all views of a caption, of which the diagonal alone is read."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.7), layout="constrained", width_ratios=[1.1, 1])
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(7.2, 2.7), layout="constrained", width_ratios=[1.1, 1]
+    )
     figure.get_layout_engine().set(wspace=0.08)
     own, names = products.diagonal(), [str(v + 1) for v in range(len(products))]
     low, high = min(0.0, float(products.min())), float(products.max())
