@@ -41,7 +41,7 @@
 # | $A$ | $N \times N$ | relations between regions; $M \times M$ between words | [`GraphLayer`](../../src/finematch/models/hslm.py#L122) | [4](#graph) |
 # | $E^*$, its rows $t_j$ | $M \times d$ | words after the graph and the GRU | [`WordEncoder`](../../src/finematch/models/hslm.py#L200), `Caption.words` | [5](#order) |
 # | $f$ | $M \times N$ | how strongly each word looks at each region | [`PairScorer.relate`](../../src/finematch/models/hslm.py#L461) | [6](#cross) |
-# | $R_a^*$ | $M \times d$ | contexts: what each word sees of the image | [`PairScorer.tile`](../../src/finematch/models/hslm.py#L349) | [6](#cross) |
+# | $R_a^*$ | $M \times d$ | contexts: what each word sees of the image | [`PairScorer.nodes`](../../src/finematch/models/hslm.py#L363) | [6](#cross) |
 # | $S_L$ | $M \times s$ | local similarity vectors, one for each word | [`PairScorer.similarity`](../../src/finematch/models/hslm.py#L511) | [7](#score) |
 # | $\hat E^*$, $\hat R_a^*$ | $d$ | global vectors of the caption and of the image | [`SelfAttentionPooling`](../../src/finematch/models/hslm.py#L246) | [7](#score) |
 # | $S_G$ | $s$ | global similarity vector | [`PairScorer.similarity`](../../src/finematch/models/hslm.py#L511) | [7](#score) |
@@ -551,7 +551,7 @@ assert close(row_1, F.normalize(average, dim=-1), 1e-5)
 # * $E^*$ (`words`, $M \times d$) and $R^*$ (`view.regions`, $N \times d$): the words and the regions.
 # * $f$ (what [`PairScorer.relate`](../../src/finematch/models/hslm.py#L461) returns, $M \times N$): "the attention function to
 #   calculate the scores for each pair".
-# * $R_a^*$ (made in [`PairScorer.tile`](../../src/finematch/models/hslm.py#L349)): the regions, weighted by $f$.
+# * $R_a^*$ (made in [`PairScorer.nodes`](../../src/finematch/models/hslm.py#L363)): the regions, weighted by $f$.
 #
 # The paper calls ⊙ a dot product, but $E^*$ is $M \times d$ and $R^*$ is $N \times d$. Two readings fit the shapes
 # (H10):
@@ -784,14 +784,14 @@ assert F.cosine_similarity(word - 20 * context, -context, dim=0) > 0.99
 # compares. Beside each step stands the statement of the library that does it. The last column names the reading.
 
 # %%
-tile, similarity, fuse = PairScorer.tile, PairScorer.similarity, PairScorer.fuse
+nodes, similarity, fuse = PairScorer.nodes, PairScorer.similarity, PairScorer.fuse
 beside([
     ("Eq. 16: a score for each word and region", PairScorer.relate, "torch.sigmoid(", "H10: ⊙ is a matrix product"),
-    ("Eq. 15: the context of each word", tile, "f = f * square", "H11: made unit, by dividing its weights"),
-    ("Eq. 18: word minus context", tile, "difference =", "H10: M words, M contexts"),
+    ("Eq. 15: the context of each word", nodes, "f = f * square", "H11: made unit, by dividing its weights"),
+    ("Eq. 18: word minus context", nodes, "difference =", "H10: M words, M contexts"),
     ("Eq. 17: W, then unit length", similarity, "vector = F.linear", "H14: W of its own for each alignment"),
-    ("3.5: one context for the whole image", tile, "weights =", "H12: another one for each caption"),
-    ("Eq. 19: the global similarity vector", tile, "globe = self", ""),
+    ("3.5: one context for the whole image", nodes, "weights =", "H12: another one for each caption"),
+    ("Eq. 19: the global similarity vector", nodes, "globe = self", ""),
     ("Eq. 20: local and global together", fuse, "for node, mask", "H15: M + 1 nodes"),
     ("Eq. 21: a gate for each node", fuse, "gate = torch.sigmoid", "H16: one number per node"),
     ("Eq. 21, 22: the sum of the gated nodes, FC", fuse, "(gate * F.linear", "FC of a sum is the sum of FC"),
