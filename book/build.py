@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("mvam", "hslm", "felga", "slan", "arena")
 LAST = "6789"  # pages that begin so come after the methods
 RUN = "papermill_runs/workbook"
+PAPERMILL_SAYS = "papermill-error-cell-tag"  # cells that it adds to a page that failed
 FOLDED = '<details class="admonition solution"><summary class="admonition-title">Solution</summary>'
 
 
@@ -59,7 +60,9 @@ def committed(name: str, root: Path) -> Path:
 def cells(notebook) -> list[str]:
     """The sources as committed, without the cell of parameters that papermill puts in."""
     return [
-        cell.source for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])
+        cell.source
+        for cell in notebook.cells
+        if not {"injected-parameters", PAPERMILL_SAYS}.intersection(cell.metadata.get("tags", []))
     ]
 
 
@@ -94,6 +97,7 @@ def about(name: str, notebook, executed) -> str:
 def page(name: str, notebook, executed):
     """The notebook as the book shows it: its command line under its title, solutions and hidden sources folded."""
     shown = executed or notebook
+    shown.cells = [cell for cell in shown.cells if PAPERMILL_SAYS not in cell.metadata.get("tags", [])]
     title, _, rest = shown.cells[0].source.partition("\n")
     if not title.startswith("# "):
         raise ValueError(f"notebooks/{name}.ipynb begins with {title!r}; begin it with a title, `# ...`")

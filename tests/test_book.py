@@ -332,3 +332,18 @@ def test_search_finds_a_word_and_its_page(visit):
     assert "A tiny page" in tab.locator("#search-results li a").all_inner_texts()
     tab.locator("#search-results").get_by_role("link", name="A tiny page", exact=True).click()
     tab.wait_for_selector("h1:has-text('A tiny page')")
+
+
+def test_a_page_that_failed_is_shown_as_far_as_it_came(tmp_path):
+    notebook = new_notebook(
+        cells=[new_markdown_cell("# Title"), new_code_cell("1 / 0")], metadata=notebooks_build.KERNEL
+    )
+    nbformat.write(notebook, tmp_path / "page.ipynb")
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "page.ipynb", "done.ipynb"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=300).returncode
+    executed = nbformat.read(tmp_path / "done.ipynb", as_version=4)
+    assert len(executed.cells) > 2, "papermill adds cells that say so"
+    shown = build.page("a", notebook, executed)
+    assert shown.cells[0].source.startswith("# Title\n\nThe command line that made this page")
+    assert "This run did not come to its end" in shown.cells[0].source
+    assert [cell.source for cell in shown.cells[1:]] == ["1 / 0"]
