@@ -239,6 +239,26 @@ def test_selective_search_looks_at_a_large_picture_in_small(monkeypatch):
     np.testing.assert_allclose(found, expected * 4, rtol=1e-6)
 
 
+def test_boxes_of_large_pictures_have_the_size_of_their_search_in_their_key(tmp_path, monkeypatch):
+    """Those of a set without a large picture have the key that they always had."""
+    noise((90, 60)).save(tmp_path / "a.png")
+    record = Record("a", "test", ("a caption",), tmp_path / "a.png")
+    for records in ([record], [replace(record, size=(90, 60))]):
+        assert proposals.searched(records) == {}
+        before = proposals.extract_proposals(
+            records, top=4, method="selective_search", cache=tmp_path, split="test"
+        )
+        assert "searched" not in before.meta
+    monkeypatch.setattr(proposals, "SEARCHED", 90 * 60 - 1)
+    for records in ([record], [replace(record, size=(90, 60))]):
+        found = proposals.extract_proposals(
+            records, top=4, method="selective_search", cache=tmp_path, split="test"
+        )
+        assert found.meta == before.meta | {"searched": 90 * 60 - 1}
+    grid = proposals.extract_proposals([record], top=4, method="grid", cache=tmp_path, split="test")
+    assert "searched" not in grid.meta
+
+
 def test_selective_search_of_a_picture_does_not_depend_on_those_before_it():
     pictures = [noise((90, 70), seed) for seed in range(3)]
     first = [proposals.selective_search(p, 12) for p in pictures]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 
 from finematch.boxes import clip, iou, multi_scale_grid
+from finematch.data.images import opening
 from finematch.data.record import DataError, Object, Record, digests, is_entity
 from finematch.features.blockwise import write_rows
 from finematch.features.detections import Detections
@@ -55,6 +56,23 @@ def selective_search(picture: Image.Image, top: int) -> Float[np.ndarray, "r 4"]
     found = distinct(found[(sides >= 0.04 * min(picture.size)).all(1)])
     spare = multi_scale_grid(*picture.size, top).numpy()
     return np.concatenate([found, spare])[:top]
+
+
+def searched(records: Sequence[Record]) -> dict:
+    """What the key of boxes found by selective search has besides: the size at which large pictures are searched.
+
+    Empty where no picture is larger, so that it changes the key of no other set.
+    """
+    for record in records:
+        width, height = record.size or _size(record)
+        if width * height > SEARCHED:
+            return {"searched": SEARCHED}
+    return {}
+
+
+def _size(record: Record) -> tuple[int, int]:
+    with opening(record.image, record.source or record.image_id) as picture:
+        return picture.size
 
 
 def distinct(boxes: Float[np.ndarray, "m 4"], threshold: float = 0.9) -> Float[np.ndarray, "k 4"]:
@@ -174,7 +192,10 @@ def extract_proposals(
             name, search = propose(method)
         except ValueError as error:
             raise ValueError(f"{error}; or 'given', or a detector such as DETReg, or Detections") from error
-        method = _Ranked(search, SURPLUS * top, {"proposals": name, "asked": SURPLUS * top})
+        key = {"proposals": name, "asked": SURPLUS * top}
+        method = _Ranked(
+            search, SURPLUS * top, key | (searched(records) if search is selective_search else {})
+        )
     if isinstance(method, Detections):
         without = method.check(records, split)
         if echo and without:

@@ -24,7 +24,7 @@ from finematch.data.record import DataError, Record, digests
 from finematch.features.backbones import Backbone
 from finematch.features.blockwise import write_rows
 from finematch.features.detections import Detections
-from finematch.features.proposals import propose
+from finematch.features.proposals import propose, searched, selective_search
 from finematch.files import cached
 
 FILES = "all"  # what SCAN's layout calls the split in files that are a folder of their own
@@ -74,6 +74,7 @@ def extract(
             echo(f"{split}: {without} of {len(records)} images have no box in {proposals.path.name}")
     elif kind == "regions":
         meta["proposals"], search = propose(proposals)
+        meta |= searched(records) if search is selective_search else {}
     found = digests(records)
     content = {
         "network": backbone.digest,
