@@ -101,7 +101,7 @@ Markdown("\n\n".join([T.verdict_table(verdicts), *missing]))
 for reading, of in verdicts.groupby("reading", sort=False):
     if of["lower"].notna().any():
         with F.style():
-            figure = F.intervals(of, data=T.seeds_of(p.dataset, runs[reading]))
+            figure = F.intervals(of, data=T.seeds_of(table.measured_on or p.dataset, runs[reading]))
             F.save(figure, f"{stems[reading]}.claims.svg")
         display(Markdown(f"Reading {reading}:"), figure)
 

@@ -50,8 +50,9 @@ class Grid:
     both). `names` maps our rows to the paper's, `columns` the paper's columns to our metrics, `also` further
     measured columns (title to metric), `chance` the metric that a random order gives for a column, `plot` the
     columns that are drawn. `untrained` rows do not depend on the seed, `levels` is the row whose levels of
-    boxes are judged. `data` is what the paper's numbers were measured on; of a grid without a table, `beside` is the
-    table of the paper that it is nearest to.
+    boxes are judged. `data` is what the paper's numbers were measured on, `measured_on` what ours were, where that is
+    not the data set that trained (a slice of COCO); of a grid without a table, `beside` is the table of the paper that
+    it is nearest to.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Grid:
     paper: str = ""
     table: str = ""
     data: str = ""
+    measured_on: str = ""
     beside: str = ""
     dataset: str = ""
     prefix: str | tuple[str, ...] = ""

@@ -740,7 +740,7 @@ def page(grid: Grid, dataset: str, scale: str, runs: Mapping[str, pd.DataFrame])
     if not grid.table:
         frame = frame.drop(columns=[f"{column} published" for column in grid.columns])
     ran = {reading: of for reading, of in runs.items() if len(of)}
-    parts = [f"Published: {source}. Measured: {dataset}, {_said_readings(runs)}."]
+    parts = [f"Published: {source}. Measured: {grid.measured_on or dataset}, {_said_readings(runs)}."]
     marks, notes = footnotes(grid, pd.concat(ran.values())) if ran else ({}, [])
 
     def shown(frame: pd.DataFrame) -> pd.DataFrame:
@@ -809,7 +809,7 @@ def drawn(grid: Grid, runs: pd.DataFrame, dataset: str) -> dict[str, Any]:
         if title and len(more):
             dashes[column] = (title.partition(", ")[2], more.set_index("row")[title].reindex(rows).tolist())
     lines = {column: float(runs[metric].mean()) for column, metric in grid.chance.items() if len(runs)}
-    data = (f"{grid.data}, published".removeprefix(", "), seeds_of(dataset, runs))
+    data = (f"{grid.data}, published".removeprefix(", "), seeds_of(grid.measured_on or dataset, runs))
     return {
         "data": data,
         "runs": seeds,
