@@ -54,14 +54,10 @@ from finematch.encoders import BertTower, Cells, small_bert
 from finematch.evaluation.cost import cost, parameters
 from finematch.files import write_json
 from finematch.models.configs import LocatorConfig, SLANConfig
-from finematch.models.slan.locator import (
-    CachedStages,
-    SelfLocator,
-    SmallStages,
-    Stages,
-    Towers,
-)
-from finematch.models.slan.objective import SLAN, Words
+from finematch.models.slan.locator import SelfLocator
+from finematch.models.slan.matching import Words
+from finematch.models.slan.objective import SLAN
+from finematch.models.slan.towers import CachedStages, SmallStages, Stages, Towers
 from finematch.runs import git_commit, versions
 from finematch.tables import published
 from finematch.training import device_name

@@ -286,7 +286,7 @@ def test_every_proposal_is_won_by_one_keyword(run_of):
 
 
 def test_levels_hold_what_the_locator_found_and_what_moved_it(run_of):
-    from finematch.models.slan.locator import offset
+    from finematch.models.slan.adaptor import offset
 
     run, model = run_of("slan")
     seen, sentence, found = two(run)

@@ -36,7 +36,7 @@ from finematch.features.inputs import minilm_folder
 from finematch.features.word_net import token_digest
 from finematch.models.configs import MVAMConfig
 from finematch.models.mvam import MVAM
-from finematch.models.slan.locator import CachedStages
+from finematch.models.slan.towers import CachedStages
 from finematch.scenes.generator import TOKENIZER
 from finematch.text import Ragged, tokenise, word_level, wordpiece
 from finematch.training import Plan, fit, seed_everything

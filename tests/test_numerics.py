@@ -16,8 +16,10 @@ from finematch.models import configs
 from finematch.models.felga import FELGA
 from finematch.models.hslm import HSLM
 from finematch.models.mvam import MVAM
-from finematch.models.slan.locator import SelfLocator, SmallStages, Towers
-from finematch.models.slan.objective import SLAN, Words
+from finematch.models.slan.locator import SelfLocator
+from finematch.models.slan.matching import Words
+from finematch.models.slan.objective import SLAN
+from finematch.models.slan.towers import SmallStages, Towers
 
 REFERENCE = Path(__file__).with_name("numerics.json")
 B = 6

@@ -20,35 +20,30 @@ from finematch.checkpoints import load_best, save_weights
 from finematch.config import Settings
 from finematch.encoders import BertTower, Cells, small_bert
 from finematch.models.configs import LocatorConfig, SLANConfig
-from finematch.models.slan.locator import (
-    RPN,
-    SMALLEST,
-    CachedStages,
+from finematch.models.slan.adaptor import (
     CrossAttention,
-    QueryProposals,
     RegionAdaptor,
     RegionEmbedding,
     RegionFilter,
-    SelfLocator,
-    SmallStages,
-    Stages,
-    Towers,
-    VisionDecoder,
     best_word,
     cell_weights,
-    cut,
-    decode,
-    ends,
-    load_proposals,
-    locator_config,
     offset,
-    pixel_stages,
     regression_loss,
     regression_target,
     similarity,
     stop,
 )
+from finematch.models.slan.locator import SelfLocator, ends, locator_config
 from finematch.models.slan.objective import SLAN
+from finematch.models.slan.proposals import RPN, SMALLEST, QueryProposals, cut, decode, load_proposals
+from finematch.models.slan.towers import (
+    CachedStages,
+    SmallStages,
+    Stages,
+    Towers,
+    VisionDecoder,
+    pixel_stages,
+)
 
 CHANNELS, SIZES = (4, 5, 6), ((6, 8), (3, 4), (2, 2))
 BASE = {"width": 8, "pyramid": 6, "heads": 2, "count": 12, "anchor": 1.5, "top": 4, "samples": 2, "query_depth": 1,

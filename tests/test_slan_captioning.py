@@ -10,8 +10,9 @@ from finematch.data.pairs import Pairs
 from finematch.encoders import BertTower, causal_decoder, small_bert
 from finematch.models.configs import CaptioningConfig, LocatorConfig, SLANConfig
 from finematch.models.slan.captioning import Captioner
-from finematch.models.slan.locator import CachedStages, SelfLocator, Towers
+from finematch.models.slan.locator import SelfLocator
 from finematch.models.slan.objective import SLAN
+from finematch.models.slan.towers import CachedStages, Towers
 from finematch.scenes.generator import TOKENIZER
 from finematch.text import tokenise, word_level
 from finematch.training import Plan, fit

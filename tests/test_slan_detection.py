@@ -28,8 +28,9 @@ from finematch.models.slan.detection import (
     phrase_items,
     prompts,
 )
-from finematch.models.slan.locator import CachedStages, SelfLocator, Towers
+from finematch.models.slan.locator import SelfLocator
 from finematch.models.slan.objective import SLAN
+from finematch.models.slan.towers import CachedStages, Towers
 from finematch.scenes.generator import TOKENIZER
 from finematch.text import word_level, wordpiece
 from finematch.training import Plan, fit

@@ -37,15 +37,9 @@ from finematch.models.slan.detector import (
     train_detector,
     untaught,
 )
-from finematch.models.slan.locator import (
-    CachedStages,
-    Proposals,
-    SelfLocator,
-    cut,
-    decode,
-    load_proposals,
-    pixel_stages,
-)
+from finematch.models.slan.locator import SelfLocator
+from finematch.models.slan.proposals import Proposals, cut, decode, load_proposals
+from finematch.models.slan.towers import CachedStages, pixel_stages
 from finematch.training import Plan, fit, seed_everything
 
 CHANNELS = (3, 4, 5)

@@ -23,26 +23,26 @@ from finematch.config import Settings
 from finematch.files import DataError
 from finematch.losses import contrastive
 from finematch.models.configs import LocatorConfig, SLANConfig
-from finematch.models.slan.objective import (
+from finematch.models.slan.contrast import (
     NOBODY,
-    SLAN,
     Keys,
-    MaskedWordHead,
-    MatchingHead,
     Momentum,
     Queue,
     Temperature,
-    Unimodal,
-    Words,
-    hard_negatives,
     itc,
-    itm,
-    mask_words,
-    mlm,
-    pair_scorer,
     region_word,
     region_word_scores,
 )
+from finematch.models.slan.matching import (
+    MaskedWordHead,
+    MatchingHead,
+    Words,
+    hard_negatives,
+    itm,
+    mask_words,
+    mlm,
+)
+from finematch.models.slan.objective import SLAN, Unimodal, pair_scorer
 from finematch.training import Plan, fit, seed_everything
 
 WORDS = Words(size=20, mask=3, special=(0, 1, 2, 3, 4))  # pad, cls, sep, mask, unk
@@ -881,8 +881,9 @@ def test_the_pair_scorer_scores_any_pairs(block, memory):
 # ------------------------------------------------------------------------------------------- with SLAN's own parts
 def real(version, seed=0, literal=False, locator=None, **options):
     from finematch.encoders import BertTower, small_bert
-    from finematch.models.slan.locator import SelfLocator, SmallStages
-    from finematch.models.slan.locator import Towers as SLANTowers
+    from finematch.models.slan.locator import SelfLocator
+    from finematch.models.slan.towers import SmallStages
+    from finematch.models.slan.towers import Towers as SLANTowers
 
     torch.manual_seed(seed)
     text = BertTower(small_bert(WORDS.size, width=16, depth=1, heads=2, positions=16))
@@ -963,7 +964,7 @@ def test_slan_matches_alike_whatever_the_company(version):
 
 
 def test_cached_maps_take_the_place_of_pixels():
-    from finematch.models.slan.locator import CachedStages
+    from finematch.models.slan.towers import CachedStages
 
     model, batch = real("iccv").eval(), real_pairs()
     expected = model.encode_image(**batch["image"]).vector

@@ -9,8 +9,8 @@ from notebook_text import NOTEBOOKS, accepted
 from finematch.config import Settings, declared, preset
 from finematch.evaluation.embedding import validation
 from finematch.models.configs import LocatorConfig
+from finematch.models.slan.contrast import Queue
 from finematch.models.slan.locator import SelfLocator
-from finematch.models.slan.objective import Queue
 from finematch.rebuild import open_inputs, slan_begun, slan_key, slan_model, slan_plan
 
 SOURCE = NOTEBOOKS / "slan" / "2_train.py"

@@ -14,9 +14,10 @@ from finematch.data.record import Clip, ImagePair, Question
 from finematch.data.video import frame_numbers
 from finematch.encoders import BertTower, small_bert
 from finematch.models.configs import AnsweringConfig, LocatorConfig, SLANConfig, VideoConfig
-from finematch.models.slan.locator import CachedStages, SelfLocator, Towers
+from finematch.models.slan.locator import SelfLocator
 from finematch.models.slan.nlvr2 import ImagePairs, PairClassifier
 from finematch.models.slan.objective import SLAN
+from finematch.models.slan.towers import CachedStages, Towers
 from finematch.models.slan.video import (
     ClipPairs,
     VideoSLAN,

@@ -18,7 +18,7 @@ from finematch import training
 from finematch.__main__ import main
 from finematch.config import ParameterError, Settings, located, parameters
 from finematch.features import inputs
-from finematch.models.slan import locator
+from finematch.models.slan import towers
 from finematch.runs import FIELDS, measured, open_run
 from finematch.training import fit, own_environment, seed_everything
 
@@ -123,12 +123,12 @@ def test_weights_and_vocabularies_are_found_from_a_notebooks_folder(in_jupyterla
     (in_jupyterlab / "w.safetensors").write_bytes(b"junk")
     assert len(inputs.open_tokenizer("flickr8k", "data", weights="text/vocab.txt")) == len(words)
     found = []
-    monkeypatch.setattr(locator, "Cells", lambda name, *, weights, options: found.append(weights) or 1 / 0)
+    monkeypatch.setattr(towers, "Cells", lambda name, *, weights, options: found.append(weights) or 1 / 0)
     monkeypatch.setattr(inputs, "timm_backbone", lambda name, *, weights: found.append(weights) or 1 / 0)
     monkeypatch.setattr(inputs, "mobilenet", lambda file: found.append(file) or 1 / 0)
     opened = {"weights": "w.safetensors"}
     for use in (
-        lambda: locator.pixel_stages("resnet50", **opened),
+        lambda: towers.pixel_stages("resnet50", **opened),
         lambda: inputs.frozen_network("flickr8k", "data", "cache", vision="resnet18", **opened),
         lambda: inputs.frozen_network("flickr8k", "data", "cache", **opened),
     ):

@@ -14,7 +14,8 @@ from test_numerics import SMALL, made
 from test_settings import CONFIGS, other_value
 
 from finematch.config import Settings, declared
-from finematch.models.slan.locator import RegionFilter, best_word, ends, regression_loss, regression_target
+from finematch.models.slan.adaptor import RegionFilter, best_word, regression_loss, regression_target
+from finematch.models.slan.locator import ends
 
 # a setting that has an effect only under others
 UNDER = {

@@ -70,9 +70,9 @@ _ = figures.style()
 # | $m$, $k$ | | number of views, and numbers of one view | `views`, `view_dim` of [`ViewAttention`](../../src/finematch/models/mvam.py#L61) | [5](#views) |
 # | $H_v$, $H_t$ | n d, l d | states of an image's tokens, and of a caption's | [`Tokens`](../../src/finematch/encoders.py#L28) | [3](#towers) |
 # | $R_v$, $R_t$ | D | final vectors of an image and of a caption | [`Pooled`](../../src/finematch/models/mvam.py#L29) | [3](#towers) |
-# | $s_{ij}$ | b b | cosine of image $i$ and caption $j$ | [`contrastive`](../../src/finematch/losses.py#L85) | [4](#contrast) |
-# | $\tau$ | a number | temperature; the code keeps $1/\tau$ | [`LogitScale`](../../src/finematch/losses.py#L69) | [4](#contrast) |
-# | $L_c$ | a number | contrastive loss | [`contrastive`](../../src/finematch/losses.py#L85) | [4](#contrast) |
+# | $s_{ij}$ | b b | cosine of image $i$ and caption $j$ | [`contrastive`](../../src/finematch/losses.py#L108) | [4](#contrast) |
+# | $\tau$ | a number | temperature; the code keeps $1/\tau$ | [`LogitScale`](../../src/finematch/losses.py#L92) | [4](#contrast) |
+# | $L_c$ | a number | contrastive loss | [`contrastive`](../../src/finematch/losses.py#L108) | [4](#contrast) |
 # | $C$ | m k | view codes | `codes` of [`ViewAttention`](../../src/finematch/models/mvam.py#L61) | [5](#views) |
 # | $K$ | n k | keys: projected states | `project` of [`ViewAttention`](../../src/finematch/models/mvam.py#L61) | [5](#views) |
 # | $A$ | m n | attention of the views on the tokens | [`ViewAttention.attend`](../../src/finematch/models/mvam.py#L129) | [5](#views) |
@@ -231,10 +231,10 @@ lesson.draw_first_token(states[0], R[0])
 #
 # * $s_{ij}$ is the matching score of image $i$ and caption $j$; all scores together are "b b".
 # * $\tau$, a number, is the temperature. The code learns $1/\tau$
-#   ([`LogitScale`](../../src/finematch/losses.py#L69)).
+#   ([`LogitScale`](../../src/finematch/losses.py#L92)).
 # * $L_{i2t}$, a number, asks each image for its caption. $L_{t2i}$ asks each caption for its image: the same formula,
 #   with the sum over the images.
-# * $L_c$, a number, is the contrastive loss ([`contrastive`](../../src/finematch/losses.py#L85)).
+# * $L_c$, a number, is the contrastive loss ([`contrastive`](../../src/finematch/losses.py#L108)).
 #
 # The paper says "cosine" and "in-batch". The temperature and the ½ are CLIP's, which the paper follows.
 #

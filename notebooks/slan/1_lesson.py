@@ -31,14 +31,14 @@
 # | symbol | shape | meaning | in the code | section |
 # |---|---|---|---|---|
 # | $D$, $L$ | numbers | width of a token, number of levels | `width`, `levels` of [`LocatorConfig`](../../src/finematch/models/configs.py#L211) | <a href="#model">2</a> |
-# | $V$ | b c h w | the image encoder's last map | [`Towers.vision`](../../src/finematch/models/slan/locator.py#L221) | <a href="#model">2</a> |
-# | $F_i$ | b u h w | the map of level i | [`VisionDecoder`](../../src/finematch/models/slan/locator.py#L248) | <a href="#model">2</a> |
-# | $E^T_i$ | b n D | embeddings of the tokens at level i | `words` of [`Located`](../../src/finematch/models/slan/locator.py#L1124): $E^T_{L+1}$ | <a href="#model">2</a> |
-# | $G_i$ | b t 4 | boxes of the regions; $G_1$ are the proposals that stayed | `boxes` of [`Located`](../../src/finematch/models/slan/locator.py#L1124): "l b t 4", l = L + 1, entry 0 is $G_1$ | <a href="#filter">3</a> |
-# | $S$, $T$, $h$ | b t; numbers | saliency; at most T regions stay, with S above h | [`RegionFilter`](../../src/finematch/models/slan/locator.py#L637) | <a href="#filter">3</a> |
-# | $E^G_i$ | b t D | embeddings of the regions at level i | [`RegionEmbedding`](../../src/finematch/models/slan/locator.py#L712); `regions` of `Located`: $E^G_{L+1}$ | <a href="#pooling">4</a> |
-# | $p_w$, $p_h$ | b t 2 | factors on width and height | [`RegionAdaptor.scales`](../../src/finematch/models/slan/locator.py#L949) | <a href="#size">7</a> |
-# | $T_v$, $T_t$ | b D | token of the image, of the text | `picture`, `text` of [`Located`](../../src/finematch/models/slan/locator.py#L1124) | <a href="#matching">10</a>, <a href="#contrast">11</a> |
+# | $V$ | b c h w | the image encoder's last map | [`Towers.vision`](../../src/finematch/models/slan/towers.py#L162) | <a href="#model">2</a> |
+# | $F_i$ | b u h w | the map of level i | [`VisionDecoder`](../../src/finematch/models/slan/towers.py#L189) | <a href="#model">2</a> |
+# | $E^T_i$ | b n D | embeddings of the tokens at level i | `words` of [`Located`](../../src/finematch/models/slan/locator.py#L114): $E^T_{L+1}$ | <a href="#model">2</a> |
+# | $G_i$ | b t 4 | boxes of the regions; $G_1$ are the proposals that stayed | `boxes` of [`Located`](../../src/finematch/models/slan/locator.py#L114): "l b t 4", l = L + 1, entry 0 is $G_1$ | <a href="#filter">3</a> |
+# | $S$, $T$, $h$ | b t; numbers | saliency; at most T regions stay, with S above h | [`RegionFilter`](../../src/finematch/models/slan/adaptor.py#L48) | <a href="#filter">3</a> |
+# | $E^G_i$ | b t D | embeddings of the regions at level i | [`RegionEmbedding`](../../src/finematch/models/slan/adaptor.py#L123); `regions` of `Located`: $E^G_{L+1}$ | <a href="#pooling">4</a> |
+# | $p_w$, $p_h$ | b t 2 | factors on width and height | [`RegionAdaptor.scales`](../../src/finematch/models/slan/adaptor.py#L360) | <a href="#size">7</a> |
+# | $T_v$, $T_t$ | b D | token of the image, of the text | `picture`, `text` of [`Located`](../../src/finematch/models/slan/locator.py#L114) | <a href="#matching">10</a>, <a href="#contrast">11</a> |
 #
 # Formulas follow the paper, and there some letters have a second meaning. $T$ is the most regions that stay (section
 # 3), and a text in sections 11 and 15, where $T_q$ is a queue. $t_1$, $t_2$ and $v_1$, $v_2$ are single vectors in
@@ -76,7 +76,7 @@ from finematch.boxes import box_mean, convert, giou, iou, neighbourhood, roi_ali
 from finematch.exercises import check
 from finematch.lessons import beside, came_out, close, full, look, shapes, show, slan as lesson, slan_toy as toy
 from finematch.models import configs
-from finematch.models.slan import locator, objective
+from finematch.models.slan import adaptor, contrast, locator, matching, objective, proposals
 
 # %%
 figures.style()
@@ -104,12 +104,12 @@ own_steps = not p.smoke and (p.steps, p.descent) == (120, 60)  # the claims abou
 # %%
 scenes = lesson.scenes(p.data_root, p.cache, smoke=p.smoke)  # drawn now if it is not there
 example = lesson.example(scenes)
-method, proposals = lesson.proposals(example.image, p.regions)
-lesson.draw_problem(example, proposals)
+method, found = lesson.proposals(example.image, p.regions)
+lesson.draw_problem(example, found)
 
 # %%
 named = torch.cat(example.boxes).float()
-hit = iou(proposals, named).amax(1) >= 0.5  # an overlap (IoU) of one half
+hit = iou(found, named).amax(1) >= 0.5  # an overlap (IoU) of one half
 print(
     f"{int(hit.sum())} of {len(hit)} proposals ({method}) overlap something that is named by one half or more"
 )
@@ -126,7 +126,7 @@ assert 0 < int(hit.sum()) < len(hit) / 2
 # $L$, reads $G_i$, $E^G_i$, $E^T_i$ and the map $F_i$, and makes $G_{i+1}$, $E^G_{i+1}$ and $E^T_{i+1}$.
 #
 # The cell sends $b = 6$ random images and sentences of $n = 11$ tokens through a small model,
-# [`SLAN`](../../src/finematch/models/slan/objective.py#L651), and records the shape of what each part returns. All
+# [`SLAN`](../../src/finematch/models/slan/objective.py#L211), and records the shape of what each part returns. All
 # sizes differ, so that each has its own letter (`letters`). The labels of the diagram are what was recorded. An adaptor
 # returns boxes and words; boxes stay "b t 4", words stay "b n D".
 
@@ -171,8 +171,8 @@ assert (usually.extent, usually.steer, configs.SLANConfig().region_word) == ("re
 # %% [markdown]
 # What comes before the adaptors belongs to the image alone. What is in the adaptors belongs to a *pair* of image and
 # sentence. The library computes the first part once
-# ([`SelfLocator.prepare`](../../src/finematch/models/slan/locator.py#L1268)) and the second part for each sentence that an
-# image is asked about ([`SelfLocator.locate`](../../src/finematch/models/slan/locator.py#L1321)). To rank 1,000 images
+# ([`SelfLocator.prepare`](../../src/finematch/models/slan/locator.py#L258)) and the second part for each sentence that an
+# image is asked about ([`SelfLocator.locate`](../../src/finematch/models/slan/locator.py#L311)). To rank 1,000 images
 # against 5,000 captions with adaptors would take five million passes; section 11 has what is done about it.
 #
 # The next cell sends the example of section 1 through the model: one image, two sentences. Before the adaptors both
@@ -192,27 +192,27 @@ assert not torch.allclose(located.boxes[1, 0], located.boxes[1, 1])  # words wer
 #
 # ## 3. Proposals and the filter (3.2, 3.2.2; lines 2 and 3)
 #
-# **Proposals.** ICCV takes a region proposal network ([`RPN`](../../src/finematch/models/slan/locator.py#L349)), arXiv
-# takes DETR ([`QueryProposals`](../../src/finematch/models/slan/locator.py#L445)). Neither sees a label here. (DETR is
+# **Proposals.** ICCV takes a region proposal network ([`RPN`](../../src/finematch/models/slan/proposals.py#L58)), arXiv
+# takes DETR ([`QueryProposals`](../../src/finematch/models/slan/proposals.py#L154)). Neither sees a label here. (DETR is
 # a detector with a hundred learned vectors, its *queries*. Each query reads the map and gives one box.) A region
 # proposal network lays *anchors*, boxes of a fixed size, on every cell of every map. For each anchor it predicts a
 # saliency and four deltas $(\delta_x, \delta_y, \delta_w, \delta_h)$.
-# [`decode`](../../src/finematch/models/slan/locator.py#L435) makes a box of them:
+# [`decode`](../../src/finematch/models/slan/proposals.py#L144) makes a box of them:
 #
 # $$x = x_a + \delta_x w_a, \qquad y = y_a + \delta_y h_a, \qquad w = w_a e^{\delta_w}, \qquad h = h_a e^{\delta_h}$$
 #
 # By hand: the anchor is (x, y, w, h) = (0.5, 0.5, 0.25, 0.25), the deltas are (0.4, −0.2, ln 2, 0). The centre is
 # (0.5 + 0.1, 0.5 − 0.05), the sides are (0.5, 0.25). As corners that is (0.35, 0.325, 0.85, 0.575). What would leave
-# the image is cut off ([`cut`](../../src/finematch/models/slan/locator.py#L67)).
+# the image is cut off ([`cut`](../../src/finematch/models/slan/proposals.py#L38)).
 
 # %%
 anchor, deltas = torch.tensor([0.5, 0.5, 0.25, 0.25]), torch.tensor([0.4, -0.2, log(2), 0])
-assert close(locator.decode(anchor, deltas), [0.6, 0.45, 0.5, 0.25])
-assert close(locator.cut(locator.decode(anchor, deltas)), [0.35, 0.325, 0.85, 0.575])
-assert close(locator.cut(torch.tensor([0.9, 0.5, 0.4, 0.2])), [0.7, 0.4, 1, 0.6])
+assert close(proposals.decode(anchor, deltas), [0.6, 0.45, 0.5, 0.25])
+assert close(proposals.cut(proposals.decode(anchor, deltas)), [0.35, 0.325, 0.85, 0.575])
+assert close(proposals.cut(torch.tensor([0.9, 0.5, 0.4, 0.2])), [0.7, 0.4, 1, 0.6])
 
 # %% [markdown]
-# **The filter** ([`RegionFilter`](../../src/finematch/models/slan/locator.py#L637)). A hundred proposals are too many:
+# **The filter** ([`RegionFilter`](../../src/finematch/models/slan/adaptor.py#L48)). A hundred proposals are too many:
 #
 # > "(a) Normalize all saliency scores of the regions. […] (b) Sort these regions in descending order […] (c) We pick
 # > no more than top T regions with saliency scores above a threshold h. Finally, we weight region embeddings by the
@@ -237,7 +237,7 @@ real = full(saliency)  # a mask that is true everywhere: every region is real
 stays = {"max": [[2, 4], [2, 1]], "minmax": [[2, 4], [2, 1]], "sigmoid": [[2, 4], [2]]}
 scores = {}
 for form, expected in stays.items():
-    part = locator.RegionFilter(D, top=3, threshold=0.5, score_norm=form)
+    part = adaptor.RegionFilter(D, top=3, threshold=0.5, score_norm=form)
     index, S, valid = part(saliency, real)
     assert [(one[ok] + 1).tolist() for one, ok in zip(index, valid, strict=True)] == expected
     scores[form] = part.normalise(saliency, real)
@@ -247,7 +247,7 @@ lesson.draw_filter(scores, 0.5)
 assert close(scores["max"], [[0.25, 1, 0.5, 0.75], [0.6, 1, 0.2, 0.4]])
 assert close(scores["minmax"], [[0, 1, 0.354, 0.646], [0.673, 1, 0, 0.421]], 1e-3)
 assert close(scores["sigmoid"], [[0.2, 0.8, 0.4, 0.6], [0.06, 0.1, 0.02, 0.04]])
-everything = locator.RegionFilter(D, top=0, threshold=0.0)(saliency, real)  # no filter: the first row of Table 7
+everything = adaptor.RegionFilter(D, top=0, threshold=0.0)(saliency, real)  # no filter: the first row of Table 7
 assert everything[2].all()
 
 # %% [markdown]
@@ -295,7 +295,7 @@ check("slan.best", slopes_of_the_best)
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 x = torch.logit(torch.tensor([[0.2, 0.8, 0.4, 0.6]])).requires_grad_()
-S = locator.RegionFilter(D, score_norm="max").normalise(x, full(x))[0]
+S = adaptor.RegionFilter(D, score_norm="max").normalise(x, full(x))[0]
 by_best = torch.stack([torch.autograd.grad(s, x, retain_graph=True)[0][0, 1] for s in S])
 print("dS / dx of the best:", [round(v, 3) for v in by_best.tolist()])
 assert close(by_best, [-0.25 * 0.2, 0, -0.5 * 0.2, -0.75 * 0.2])
@@ -308,7 +308,7 @@ check("slan.best", by_best)
 #
 # > "each region embedding is extracted with RoIAlign and then average pooling from $F_i$"
 #
-# [`RegionEmbedding`](../../src/finematch/models/slan/locator.py#L712) takes the mean of a map "b u h w" over each box
+# [`RegionEmbedding`](../../src/finematch/models/slan/adaptor.py#L123) takes the mean of a map "b u h w" over each box
 # "b t 4" and maps it to width D by a linear layer (a layer norm follows, which is ours):
 #
 # $$E^G = \mathrm{linear}\Big(\frac{1}{(x_2 - x_1)(y_2 - y_1)}\int_{x_1}^{x_2}\!\!\int_{y_1}^{y_2} F(x, y)\,dy\,dx\Big)$$
@@ -384,7 +384,7 @@ track = [
 for _ in range(600):
     at = track[-1].clone().requires_grad_()
     (up,) = torch.autograd.grad(roi_align_mean(bump, at).sum(), at)
-    track.append(locator.stop(convert(at + 0.004 * up, "xyxy", "cxcywh")).detach())  # no side below 1/32
+    track.append(adaptor.stop(convert(at + 0.004 * up, "xyxy", "cxcywh")).detach())  # no side below 1/32
 lesson.draw_climb(bump, track, (0, 100, 600))
 
 # %%
@@ -427,7 +427,7 @@ check("slan.ramp", slope[0, 0])
 #
 # Regions $E^G$ are "b t D" (`regions` in the code), words $E^T$ are "b n D" (`words`), $A$ is "b t n". Each region
 # becomes a mixture of words, and each word a mixture of regions
-# ([`CrossAttention`](../../src/finematch/models/slan/locator.py#L764)).
+# ([`CrossAttention`](../../src/finematch/models/slan/adaptor.py#L175)).
 #
 # By hand: $D = 4$, two regions $g_1 = (\ln 3, 0, 0, 0)$ and $g_2 = 0$, two words $t_1 = (2, 0, 0, 0)$ and
 # $t_2 = (0, 2, 0, 0)$. Then $A$ is ln 3 for $(g_1, t_1)$ and 0 elsewhere.
@@ -444,7 +444,7 @@ check("slan.ramp", slope[0, 0])
 
 # %%
 g_, t_ = torch.tensor([[[log(3), 0, 0, 0], [0, 0, 0, 0]]]), torch.tensor([[[2.0, 0, 0, 0], [0, 2, 0, 0]]])
-literal = locator.CrossAttention(4, attn="literal")
+literal = adaptor.CrossAttention(4, attn="literal")
 g_next, t_next = literal(g_, t_, full(g_), full(t_))
 lesson.draw_turned(t_, t_next)
 assert close(g_next, [[[1.5, 0.5, 0, 0], [1, 1, 0, 0]]])
@@ -481,7 +481,7 @@ def attend(layer, x, memory):
 
 # %%
 with torch.no_grad():
-    layer, (some_g, some_t) = locator.CrossAttention(8, 2), torch.randn(2, 1, 5, 8)
+    layer, (some_g, some_t) = adaptor.CrossAttention(8, 2), torch.randn(2, 1, 5, 8)
     new_g, new_t = layer(some_g, some_t, full(some_g), full(some_t))
     assert close(new_g[0], attend(layer.regions, some_g[0], some_t[0]), 1e-5)
     assert close(new_t[0], attend(layer.words, some_t[0], some_g[0]), 1e-5)
@@ -517,10 +517,10 @@ check("slan.attend", attended)
 # the whole image, then a half, then a quarter. The neighbourhood is cut into $K \times K$ cells
 # ([`neighbourhood`](../../src/finematch/boxes.py#L146), boxes "b t K² 4"). $M_j$ says how well cell $j$ matches the
 # sentence: it is the largest cosine of the cell's embedding $E^N_j$ with any word
-# ([`best_word`](../../src/finematch/models/slan/locator.py#L827), "b t K²"). By Algorithm 1 the words are those that
+# ([`best_word`](../../src/finematch/models/slan/adaptor.py#L238), "b t K²"). By Algorithm 1 the words are those that
 # left line 5 of the same level, $E^T_{i+1}$ (`steer="fused"`, as on this page). Our default takes those of the text
 # encoder, $E^T_1$ (`steer="unimodal"`); section 15 says why. The region moves by
-# [`offset`](../../src/finematch/models/slan/locator.py#L851), "b t 2":
+# [`offset`](../../src/finematch/models/slan/adaptor.py#L262), "b t 2":
 #
 # $$\Delta x = \sum_{j=0}^{K^2-1} M_j\,N^h\left(\left\lfloor\tfrac jK\right\rfloor - \left\lfloor\tfrac K2\right\rfloor\right),
 # \qquad \Delta y = \sum_{j=0}^{K^2-1} M_j\,N^w\left(j \bmod K - \left\lfloor\tfrac K2\right\rfloor\right)$$
@@ -548,7 +548,7 @@ def eq_2(M, N_h, N_w, K=3):
 
 M = [0.1, 0.2, 0.3, 0.2, 0.4, 0.9, 0.1, 0.2, 0.3]
 half = torch.full((1, 1, 2), 0.5)  # N^w, N^h
-printed = locator.offset(torch.tensor([[M]]), half, axes="paper", unit="N")
+printed = adaptor.offset(torch.tensor([[M]]), half, axes="paper", unit="N")
 assert close(eq_2(M, 0.5, 0.5), [0, 0.55])
 assert close(printed, [[[0, 0.55]]])
 
@@ -559,7 +559,7 @@ assert close(printed, [[[0, 0.55]]])
 #    moves $y$. That is right if the paper's $x$ runs downwards, as the first index of a matrix does. It is wrong if
 #    boxes are (x, y, w, h) as everywhere. With `axes="image"`, the default, the column moves $x$.
 # 2. **Unit** (S5). Cells stand $N/K$ apart, and Eq. 2 counts in whole $N$. `unit="N/K"` is the default.
-# 3. **Weights** (S8, [`cell_weights`](../../src/finematch/models/slan/locator.py#L834)). The paper says "weighted
+# 3. **Weights** (S8, [`cell_weights`](../../src/finematch/models/slan/adaptor.py#L245)). The paper says "weighted
 #    summation" and does not normalise the weights. `raw` takes the cosines as they are. `relu` divides their positive
 #    parts by their sum. `softmax`, the default, takes the softmax of $M/\tau$ with $\tau = 0.07$. Then $\Delta$ is a
 #    mean of the cells' centres, and the region stays in its neighbourhood.
@@ -578,9 +578,9 @@ soft = (sum(heat[2::3]) - sum(heat[0::3])) / sum(heat) / 6
 by_hand = {("raw", "N/K"): 1.1 / 6, ("raw", "N"): 0.55, ("relu", "N/K"): 1.1 / 2.7 / 6, ("relu", "N"): 1.1 / 2.7 / 2,
            ("softmax", "N/K"): soft, ("softmax", "N"): 3 * soft}  # fmt: skip
 for (form, unit), expected in by_hand.items():
-    weights = locator.cell_weights(torch.tensor([[M]]), form=form)
-    assert close(locator.offset(weights, half, axes="image", unit=unit), [[[expected, 0]]])  # to the right
-    assert close(locator.offset(weights, half, axes="paper", unit=unit), [[[0, expected]]])  # down
+    weights = adaptor.cell_weights(torch.tensor([[M]]), form=form)
+    assert close(adaptor.offset(weights, half, axes="image", unit=unit), [[[expected, 0]]])  # to the right
+    assert close(adaptor.offset(weights, half, axes="paper", unit=unit), [[[0, expected]]])  # down
 assert close([soft, 3 * soft], [0.1665, 0.4995])
 
 # %% [markdown]
@@ -589,8 +589,8 @@ assert close([soft, 3 * soft], [0.1665, 0.4995])
 
 # %%
 steep = torch.tensor([[[0.1, 0.5, 0.9] * 3]])
-assert close(locator.offset(steep, torch.ones(1, 1, 2), unit="N"), [[[2.4, 0]]])
-assert close(locator.offset(steep + 7, torch.ones(1, 1, 2), unit="N"), [[[2.4, 0]]], 1e-3)
+assert close(adaptor.offset(steep, torch.ones(1, 1, 2), unit="N"), [[[2.4, 0]]])
+assert close(adaptor.offset(steep + 7, torch.ones(1, 1, 2), unit="N"), [[[2.4, 0]]], 1e-3)
 cells_ = neighbourhood(torch.tensor([[[0.4, 0.45, 0.6, 0.55]]]), 3, 0.5)[0, 0]  # the cells, row by row
 centres = (cells_[:, :2] + cells_[:, 2:]) / 2  # N/K apart, about the region's own centre
 assert close(centres, [[0.5 + (j % 3 - 1) / 6, 0.5 + (j // 3 - 1) / 6] for j in range(9)])
@@ -598,7 +598,7 @@ assert close(centres, [[0.5 + (j % 3 - 1) / 6, 0.5 + (j // 3 - 1) / 6] for j in 
 # %% [markdown]
 # The figure draws Eq. 2 on an image with one thing in it. The maps are made by hand: a cell says how much of it is
 # thing and how much is ground, and the only word means "thing". The moves are those of the library's
-# [`RegionAdaptor.search`](../../src/finematch/models/slan/locator.py#L959).
+# [`RegionAdaptor.search`](../../src/finematch/models/slan/adaptor.py#L370).
 #
 # * **First panel**: the nine cells of level 1 with their $M_j$, and where two readings of the axes send a region.
 # * **Second and third**: 25 regions over three levels, from the dot to the diamond. With our axes those that see the
@@ -629,7 +629,7 @@ assert far["image", "N"][-1] > 3 * far["image", "N/K"][-1]
 # %%
 far_right = F.one_hot(torch.tensor([[5]]), 9).float()  # all weight on row 1, column 2
 most = torch.tensor(
-    [float(locator.offset(far_right, torch.full((1, 1, 2), r))[0, 0, 0]) for r in (1, 0.5, 0.25)]
+    [float(adaptor.offset(far_right, torch.full((1, 1, 2), r))[0, 0, 0]) for r in (1, 0.5, 0.25)]
 )
 assert close(most, [1 / 3, 1 / 6, 1 / 12])
 assert close(most.sum(), 1.75 / 3)
@@ -700,7 +700,7 @@ check("slan.reach", farthest)
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 last = F.one_hot(torch.tensor([[14]]), 25).float()  # row 2, column 4
-reach = sum(float(locator.offset(last, torch.full((1, 1, 2), r))[0, 0, 0]) for r in (1, 0.5, 0.25))
+reach = sum(float(adaptor.offset(last, torch.full((1, 1, 2), r))[0, 0, 0]) for r in (1, 0.5, 0.25))
 check("slan.reach", reach)
 
 # %% [markdown]
@@ -717,7 +717,7 @@ check("slan.reach", reach)
 # which region is "a region", when every image has others? Reading S11, `scaling`, says to what the numbers belong: to
 # a region's rank among those that passed the filter (`rank`, ICCV), to its query (`query`, arXiv), to the level alone
 # (`level`), or to nothing, and a layer predicts them from the region's embedding (`predicted`). In
-# [`RegionAdaptor.scales`](../../src/finematch/models/slan/locator.py#L949) $p = e^\theta$ with $\theta = 0$ at the start,
+# [`RegionAdaptor.scales`](../../src/finematch/models/slan/adaptor.py#L360) $p = e^\theta$ with $\theta = 0$ at the start,
 # so that sides stay positive.
 
 # %%
@@ -735,16 +735,16 @@ assert close(fresh.scales(torch.randn(1, 5, D), torch.arange(5)[None]).detach(),
 
 # %% [markdown]
 # A region that would leave the image **stops** at its border and keeps its size
-# ([`stop`](../../src/finematch/models/slan/locator.py#L78)). A *proposal* is cut. By hand, (x, y, w, h) =
+# ([`stop`](../../src/finematch/models/slan/adaptor.py#L34)). A *proposal* is cut. By hand, (x, y, w, h) =
 # (0.1, 0.5, 0.4, 0.2): stopped it is (0, 0.4, 0.4, 0.6), cut it is (0, 0.4, 0.3, 0.6). If regions were cut, those by
 # the border would become smaller at every level, and Eq. 3 would teach proposals to shrink. In the figure the dashed
 # box is what was asked for.
 
 # %%
 asked = torch.tensor([0.1, 0.5, 0.4, 0.2])
-lesson.draw_border(asked, locator.stop(asked), locator.cut(asked))
-assert close(locator.stop(asked), [0, 0.4, 0.4, 0.6])
-assert close(locator.cut(asked), [0, 0.4, 0.3, 0.6])
+lesson.draw_border(asked, adaptor.stop(asked), proposals.cut(asked))
+assert close(adaptor.stop(asked), [0, 0.4, 0.4, 0.6])
+assert close(proposals.cut(asked), [0, 0.4, 0.3, 0.6])
 
 # %% [markdown]
 # **What trains $p$?** Two ways lead to $\theta$ (S12). A downstream loss sees it through what the scaled box shows, if
@@ -788,7 +788,7 @@ for (box_grad, fixed), row in wanted.items():
 # last column is a reading that decides how the line is done; section 16 lists them.
 
 # %%
-Adaptor, Self = locator.RegionAdaptor, locator.SelfLocator
+Adaptor, Self = adaptor.RegionAdaptor, locator.SelfLocator
 beside([("1: p_w, p_h are learnable, for every region and level", Adaptor.__init__, "self.theta =", "S11"),
         ("2: G_1 ← RegionProposal(I)", Self.prepare, "self.propose(", "S16, S28"),
         ("3: S, G_1 ← RegionImportancePrediction", Self.prepare, "= self.filter(", "S17, S18, S19"),
@@ -906,8 +906,8 @@ def by_the_book(one, features, words):
     V = features[-1][0]  # E^G_1 is read from V, as 3.2 says (S10); all later ones from F_i
     looked = [s * embedding(one.embed, V, box) for s, box in zip(S, boxes, strict=True)]
     levels, regions = [boxes], torch.stack(looked)
-    for adaptor, plane in zip(one.adaptors, planes, strict=True):  # 4
-        boxes, regions, words = level(adaptor, plane[0], boxes, S, regions, words)
+    for A_i, plane in zip(one.adaptors, planes, strict=True):  # 4
+        boxes, regions, words = level(A_i, plane[0], boxes, S, regions, words)
         levels.append(boxes)
     return torch.tensor(levels), regions, words
 
@@ -949,8 +949,8 @@ for k in range(2):
 # > "We take the average of them as the ground truth"
 #
 # $g$ is a proposal and $g_2 \dots g_{L+1}$ are what it became, "b t 4" each.
-# [`regression_target`](../../src/finematch/models/slan/locator.py#L1009) is $\bar g$, and
-# [`regression_loss`](../../src/finematch/models/slan/locator.py#L1022) sums the loss over the regions of an image. So
+# [`regression_target`](../../src/finematch/models/slan/adaptor.py#L420) is $\bar g$, and
+# [`regression_loss`](../../src/finematch/models/slan/adaptor.py#L433) sums the loss over the regions of an image. So
 # regions that moved to where the words match teach the proposals where they should have been.
 #
 # $\mathcal L_{GIoU} = 1 - \mathrm{GIoU}$, and GIoU = IoU − (hull − union) / hull. The hull is the smallest box that
@@ -963,10 +963,10 @@ for k in range(2):
 # %%
 way = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.55, 0.5, 0.2, 0.2], [0.65, 0.5, 0.2, 0.2], [0.6, 0.5, 0.2, 0.2]])
 levels = convert(way, "cxcywh", "xyxy")[:, None, None]  # l b t 4
-target, a_region = locator.regression_target(levels[1:]), torch.ones(1, 1, dtype=torch.bool)
+target, a_region = adaptor.regression_target(levels[1:]), torch.ones(1, 1, dtype=torch.bool)
 assert close(convert(target, "xyxy", "cxcywh"), [[[0.6, 0.5, 0.2, 0.2]]])
-assert close(locator.regression_loss(levels[0], target, a_region), [0.1 + 2 / 3])
-three = locator.regression_loss(levels[0].expand(1, 3, 4), target.expand(1, 3, 4), a_region.expand(1, 3))
+assert close(adaptor.regression_loss(levels[0], target, a_region), [0.1 + 2 / 3])
+three = adaptor.regression_loss(levels[0].expand(1, 3, 4), target.expand(1, 3, 4), a_region.expand(1, 3))
 assert close(three, [3 * (0.1 + 2 / 3)])  # three such regions
 
 # %% [markdown]
@@ -992,9 +992,9 @@ def follow(detach, giou_weight, delta=(0.05, 0.1, -0.05)):
     x, moves_ = torch.tensor(0.5, requires_grad=True), torch.tensor(delta, requires_grad=True)
     places = [torch.stack([x + moves_[:i].sum(), *torch.tensor([0.5, 0.2, 0.2])]) for i in range(4)]
     places = convert(torch.stack(places), "cxcywh", "xyxy")[:, None, None]
-    aim = locator.regression_target(places[1:])
+    aim = adaptor.regression_target(places[1:])
     aim = aim.detach() if detach else aim
-    loss = locator.regression_loss(places[0], aim, a_region, giou_weight=giou_weight)
+    loss = adaptor.regression_loss(places[0], aim, a_region, giou_weight=giou_weight)
     return torch.autograd.grad(loss.sum(), [x, moves_])
 
 
@@ -1036,9 +1036,9 @@ def descend(factor, fixed):
     """The side of a proposal in 250 steps on Eq. 3 alone; each level multiplies it by a factor."""
     box, sides = torch.tensor([[0.5, 0.5, 0.5, 0.5]], requires_grad=True), []
     for _ in range(250):
-        places = [locator.stop(box * torch.tensor([1, 1, factor**i, factor**i]))[None] for i in range(4)]
-        aim = locator.regression_target(torch.stack(places[1:]))
-        loss = locator.regression_loss(places[0], aim.detach() if fixed else aim, a_region).sum()
+        places = [adaptor.stop(box * torch.tensor([1, 1, factor**i, factor**i]))[None] for i in range(4)]
+        aim = adaptor.regression_target(torch.stack(places[1:]))
+        loss = adaptor.regression_loss(places[0], aim.detach() if fixed else aim, a_region).sum()
         sides.append(float(box[0, 2].detach()))
         (down,) = torch.autograd.grad(loss, box)
         box = (box - 0.01 * down).detach().clamp(1 / 32, 1).requires_grad_()
@@ -1063,11 +1063,11 @@ for factor in (0.9, 1.1):
 # **Exercise 6 (change).** The proposal is the whole image, and $p \ge 1$. Predict Eq. 3, "zero" or "above zero",
 # wherever the words push it. Then measure Eq. 3 of `whole`, and of `half_box`, whose sides are half as long.
 # `push(box)` gives what the words make of a box at three levels, as (x, y, w, h): it is moved, and larger by 0.2.
-# `locator.stop` makes boxes stop at the border, and gives corners. The loss of a box is
+# `adaptor.stop` makes boxes stop at the border, and gives corners. The loss of a box is
 #
 # ```python
-# mean = locator.regression_target(locator.stop(push(box))[:, None, None])  # l b t 4 -> b t 4, here b = t = 1
-# locator.regression_loss(locator.stop(box)[None, None], mean, torch.ones(1, 1, dtype=torch.bool))
+# mean = adaptor.regression_target(adaptor.stop(push(box))[:, None, None])  # l b t 4 -> b t 4, here b = t = 1
+# adaptor.regression_loss(adaptor.stop(box)[None, None], mean, torch.ones(1, 1, dtype=torch.bool))
 # ```
 
 # %%
@@ -1090,8 +1090,8 @@ check("slan.whole", predicted, measured)
 # %% tags=["solution"] jupyter={"source_hidden": true}
 by_box = {}
 for name, start in (("whole", whole), ("half", half_box)):
-    mean = locator.regression_target(locator.stop(push(start))[:, None, None])
-    by_box[name] = float(locator.regression_loss(locator.stop(start)[None, None], mean, a_region))
+    mean = adaptor.regression_target(adaptor.stop(push(start))[:, None, None])
+    by_box[name] = float(adaptor.regression_loss(adaptor.stop(start)[None, None], mean, a_region))
 assert close(by_box["whole"], 0.0)
 check("slan.whole", "zero", by_box)
 
@@ -1104,9 +1104,9 @@ check("slan.whole", "zero", by_box)
 #
 # $T_v$, "b D", is the mean of $E^G_{L+1}$ over the regions (`picture` in the code). $T_t$, "b D", is $E^T_{L+1}$ at
 # [CLS] (`text`). Both are *fused* tokens, from after the adaptors (S20). $f_c$ is one linear layer,
-# [`MatchingHead`](../../src/finematch/models/slan/objective.py#L493): it makes two logits of the two tokens, "not matched"
+# [`MatchingHead`](../../src/finematch/models/slan/matching.py#L53): it makes two logits of the two tokens, "not matched"
 # and "matched". $y$ is 1 for a true pair, and $H$ is the cross-entropy
-# ([`itm`](../../src/finematch/models/slan/objective.py#L503)). Following ALBEF, an earlier
+# ([`itm`](../../src/finematch/models/slan/matching.py#L63)). Following ALBEF, an earlier
 # model of images and texts from which SLAN has its losses, each true pair meets two wrong pairs: its
 # image with another text, and its text with another image. By hand, $D = 2$; the layer gives 0 for "not matched", and
 # the first plus the last number for "matched":
@@ -1121,16 +1121,16 @@ check("slan.whole", "zero", by_box)
 # **0.637**: the number to beat. (The toy of section 13 has one wrong pair for each true one, and there it is ln 2.)
 
 # %%
-head = objective.MatchingHead(2).requires_grad_(False)
+head = matching.MatchingHead(2).requires_grad_(False)
 head.weight.copy_(torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 1]]))
 head.bias.zero_()
 T_v, T_t = torch.tensor([[1.0, 0], [1, 0], [0, 1]]), torch.tensor([[0.0, 1], [-1, -1], [0, 1]])
 y = torch.tensor([True, False, False])
 assert close(head(T_v, T_t), [[0, 2], [0, 0], [0, 1]])
-assert close(objective.itm(head(T_v, T_t), y), (log(1 + exp(-2)) + log(2) + log(1 + exp(1))) / 3)
-assert close(objective.itm(head(T_v, T_t), y), 0.7111)
+assert close(matching.itm(head(T_v, T_t), y), (log(1 + exp(-2)) + log(2) + log(1 + exp(1))) / 3)
+assert close(matching.itm(head(T_v, T_t), y), 0.7111)
 guess = torch.tensor([[log(2 / 3), log(1 / 3)]]).expand(3, 2)
-assert close(objective.itm(guess, y), 0.6365)
+assert close(matching.itm(guess, y), 0.6365)
 
 # %% [markdown]
 # One linear layer on two tokens side by side *adds* something of the image to something of the text. It cannot compare
@@ -1147,7 +1147,7 @@ assert close(odds, odds[:, :1] + odds[:1] - odds[0, 0])  # a part of the image p
 assert (odds.argsort(0) == odds[:, :1].argsort(0)).all()
 
 # %% [markdown]
-# **Which wrong pairs?** [`hard_negatives`](../../src/finematch/models/slan/objective.py#L460) *draws* the text from
+# **Which wrong pairs?** [`hard_negatives`](../../src/finematch/models/slan/matching.py#L20) *draws* the text from
 # softmax(similarity / τ) over the others of the batch, so that texts that look right come up often. A pair of the same
 # image is never wrong. By hand, three pairs, the first two of one image; similarities over τ:
 #
@@ -1160,7 +1160,7 @@ assert (odds.argsort(0) == odds[:, :1].argsort(0)).all()
 # %%
 similar, of_image = torch.tensor([[9.0, 8, 0], [8, 9, 0], [log(3), 0, 9]]), torch.tensor([0, 0, 1])
 g = torch.Generator().manual_seed(p.seed)
-drawn = torch.stack([objective.hard_negatives(similar, of_image, generator=g)[0] for _ in range(2000)])
+drawn = torch.stack([matching.hard_negatives(similar, of_image, generator=g)[0] for _ in range(2000)])
 share = torch.stack([(drawn == text_).float().mean(0) for text_ in range(3)], 1)
 names = ["image A (pair 1)", "image A (pair 2)", "image B (pair 3)"], ["text 1", "text 2", "text 3"]
 lesson.draw_matrices({"share of 2,000 draws": (share, *names)})
@@ -1203,7 +1203,7 @@ check("slan.matching", answers)
 # in arXiv, and BERT's [CLS]. That also makes retrieval possible. A gallery is ranked by this product, and the matching
 # head looks at the best few only ([re-ranking](../../docs/glossary.md)).
 #
-# By hand ([`itc`](../../src/finematch/models/slan/objective.py#L335)): a batch of two pairs and a queue of two, $\tau = ½$.
+# By hand ([`itc`](../../src/finematch/models/slan/contrast.py#L164)): a batch of two pairs and a queue of two, $\tau = ½$.
 # The first pair of the queue is of the same image as pair 1.
 #
 # | sim | $t_1$ = (0.8, 0.6) | $t_2$ = (0, 1) | queue: (1, 0), *same image as 1* | queue: (0.6, 0.8) | $\sum e^{2\,sim}$ |
@@ -1220,7 +1220,7 @@ check("slan.matching", answers)
 v, t = torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([[0.8, 0.6], [0, 1]])
 q_v, q_t = torch.tensor([[0.6, 0.8], [0, -1]]), torch.tensor([[1.0, 0], [0.6, 0.8]])
 ids = torch.tensor([10, 11])
-keys = objective.Keys(torch.cat([v, q_v]), torch.cat([t, q_t]), torch.tensor([10, 11, 10, 12]))
+keys = contrast.Keys(torch.cat([v, q_v]), torch.cat([t, q_t]), torch.tensor([10, 11, 10, 12]))
 
 
 def direction(query, key, positives):
@@ -1240,15 +1240,15 @@ assert close(direction(v, keys.text, [[0], [1]]), (1.2131 + 0.8131) / 2)
 assert close(direction(v, keys.text, [[0, 2], [1]]), (1.0131 + 0.8131) / 2)
 for same, positives in ((False, [[0], [1]]), (True, [[0, 2], [1]])):
     both = direction(v, keys.text, positives) + direction(t, keys.image, positives)
-    assert close(objective.itc(v, t, ids, keys, 2.0, same_picture=same), both)
+    assert close(contrast.itc(v, t, ids, keys, 2.0, same_picture=same), both)
 
 # %% [markdown]
-# **The queues** ([`Queue`](../../src/finematch/models/slan/objective.py#L268)) keep the vectors of the latest pairs, so
+# **The queues** ([`Queue`](../../src/finematch/models/slan/contrast.py#L97)) keep the vectors of the latest pairs, so
 # that a pair has more rivals than its batch. A queue starts empty and is a ring: with four places, three batches of
 # two leave the last two batches.
 
 # %%
-queue = objective.Queue(4, 2)
+queue = contrast.Queue(4, 2)
 assert len(queue.keys().image) == 0
 for step in range(3):
     queue.enqueue(v + step, t + step, torch.tensor([2 * step, 2 * step + 1]))
@@ -1256,14 +1256,14 @@ assert queue.keys().image_id.tolist() == [4, 5, 2, 3]  # pairs 0 and 1 have left
 
 # %% [markdown]
 # The vectors of a queue come from *momentum encoders*
-# ([`Momentum`](../../src/finematch/models/slan/objective.py#L218)). These are copies of the encoders that follow slowly,
+# ([`Momentum`](../../src/finematch/models/slan/contrast.py#L47)). These are copies of the encoders that follow slowly,
 # $\theta' \leftarrow m\,\theta' + (1 - m)\,\theta$, so that vectors of different steps can be compared. The paper names
 # the queues and not the copies; ALBEF, which it follows, has both (S21).
 
 # %%
 weight = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
 weight.weight.fill_(1.0)
-copy = objective.Momentum({"encoder": weight}, decay=0.9)
+copy = contrast.Momentum({"encoder": weight}, decay=0.9)
 weight.weight.fill_(2.0)
 for expected in (1.1, 1.19):  # 0.9 + 0.2, 0.99 + 0.2
     copy.update({"encoder": weight})
@@ -1294,31 +1294,31 @@ for token, sees_regions in (("map", False), ("regions", True)):
 # > "We randomly mask 15% text tokens"
 #
 # $y_{mask}$ are the words that were masked, "m" of them. $p_{mask}$ is a distribution over the vocabulary for each
-# ([`MaskedWordHead`](../../src/finematch/models/slan/objective.py#L556), then
-# [`mlm`](../../src/finematch/models/slan/objective.py#L614)). But $p_{mask}(T_v, T_t)$ is a function of *two vectors*: it
+# ([`MaskedWordHead`](../../src/finematch/models/slan/matching.py#L116), then
+# [`mlm`](../../src/finematch/models/slan/matching.py#L174)). But $p_{mask}(T_v, T_t)$ is a function of *two vectors*: it
 # cannot know which of two masked words it is asked about. By hand: in "a red circle" both "red" and "circle" are
 # masked. One distribution for both can give ½ to each at best: the cross-entropy is ln 2 = 0.693. Reading S25:
 # `mlm="positions"`, the default, predicts from the fused state of each position; `pooled` is literal.
 
 # %%
 halves = torch.log(torch.tensor([[0.5, 0.5], [0.5, 0.5]]))
-assert close(objective.mlm(halves, torch.tensor([0, 1])), log(2))
+assert close(matching.mlm(halves, torch.tensor([0, 1])), log(2))
 assert close(min(-(log(a / 100) + log(1 - a / 100)) / 2 for a in range(1, 100)), log(2))  # nothing is better
 states, chosen = torch.randn(1, 5, D), torch.tensor([[False, False, True, True, False]])
 for form in ("positions", "pooled"):
     with torch.no_grad():
-        logits = objective.MaskedWordHead(D, 9, form=form)(states, states[:, 0], states[:, 1], chosen)
+        logits = matching.MaskedWordHead(D, 9, form=form)(states, states[:, 0], states[:, 1], chosen)
     assert logits.shape == (2, 9)
     assert close(*logits) == (form == "pooled")  # two masked words, one answer
 
 # %% [markdown]
-# [`mask_words`](../../src/finematch/models/slan/objective.py#L528) works as BERT does: of the chosen words 80 % become
+# [`mask_words`](../../src/finematch/models/slan/matching.py#L88) works as BERT does: of the chosen words 80 % become
 # [MASK], 10 % become another word, 10 % stay. [CLS], [SEP] and padding are never chosen.
 
 # %%
 many = [text[name].repeat(1000, 1) for name in ("input_ids", "mask", "special")]
 g = torch.Generator().manual_seed(p.seed)
-hidden, chosen = objective.mask_words(*many, model.words, generator=g)
+hidden, chosen = matching.mask_words(*many, model.words, generator=g)
 ordinary = many[1] & ~many[2]
 to_mask, same = hidden == model.words.mask, hidden == many[0]
 counted = {"chosen, of all words": chosen.sum() / ordinary.sum(), "of these [MASK]": to_mask[chosen].float().mean(),
@@ -1368,20 +1368,20 @@ torch.manual_seed(p.seed)
 with torch.no_grad():
     seen, said = learner.encode_image(**six["image"]), learner.encode_text(**six["text"])
     true = learner.locate(seen, said)
-    keys = objective.Keys(seen.vector, said.vector, six["image_id"])  # the queue is still empty
-    L_itc = objective.itc(seen.vector, said.vector, six["image_id"], keys, 1 / 0.07)
-    wrong_texts, wrong_images = objective.hard_negatives(seen.vector @ said.vector.T / 0.07, six["image_id"])
+    keys = contrast.Keys(seen.vector, said.vector, six["image_id"])  # the queue is still empty
+    L_itc = contrast.itc(seen.vector, said.vector, six["image_id"], keys, 1 / 0.07)
+    wrong_texts, wrong_images = matching.hard_negatives(seen.vector @ said.vector.T / 0.07, six["image_id"])
     rows = torch.arange(6)
     wrong = learner.locate(seen[torch.cat([rows, wrong_images])], said[torch.cat([wrong_texts, rows])])
     logits = learner.head(torch.cat([true.picture, wrong.picture]), torch.cat([true.text, wrong.text]))
-    L_itm = objective.itm(logits, torch.arange(18) < 6)
+    L_itm = matching.itm(logits, torch.arange(18) < 6)
 
 # %%
 with torch.no_grad():
-    hidden, chosen = objective.mask_words(*six["text"].values(), learner.words)
+    hidden, chosen = matching.mask_words(*six["text"].values(), learner.words)
     masked = learner.locate(seen, learner.encode_text(hidden, six["text"]["mask"], six["text"]["special"]))
     guessed = learner.masked(masked.words, masked.picture, masked.text, chosen)
-    L_lm = objective.mlm(guessed, six["text"]["input_ids"][chosen])
+    L_lm = matching.mlm(guessed, six["text"]["input_ids"][chosen])
 expected = {"itc": L_itc, "itm": L_itm, "mlm": L_lm, "reg": true.reg_loss.mean()}
 lesson.draw_bars({"Eq. 6": L_itc, "Eq. 4": L_itm, "Eq. 7": L_lm, "Eq. 3": expected["reg"]}, ylabel="value of the loss")
 for name, value in expected.items():
@@ -1419,7 +1419,7 @@ def losses(model, batch):
     true, wrong = (model.locate(batch.image, sentence) for sentence in (batch.named, batch.absent))
     logits = torch.cat([model.head(found.picture, found.text) for found in (true, wrong)])
     matched = torch.arange(len(logits)) < len(true.text)
-    return {"Eq. 4": objective.itm(logits, matched), "Eq. 3": true.reg_loss.mean()}
+    return {"Eq. 4": matching.itm(logits, matched), "Eq. 3": true.reg_loss.mean()}
 
 
 steps = 4 if p.smoke else p.steps
@@ -1542,14 +1542,14 @@ if own_steps:
 # * **Regression** (Eq. 3) compares boxes with boxes. Its target is held fixed, so it trains proposals alone.
 #
 # We add a loss that the paper does not have. The **region-word contrast**
-# ([`region_word`](../../src/finematch/models/slan/objective.py#L428)) asks which caption of the batch belongs to which
+# ([`region_word`](../../src/finematch/models/slan/contrast.py#L257)) asks which caption of the batch belongs to which
 # image, and answers with the very cosine of Eq. 2:
 #
 # $$s(I, T) = \frac1{|T|}\sum_{w \in T}\ \max_{r \in I}\ \cos(E^G_r, E^T_w), \qquad
 # \mathcal L_{word} = -\tfrac12\log\frac{e^{s(I, T)/\tau}}{\sum_{T'} e^{s(I, T')/\tau}}
 # -\tfrac12\log\frac{e^{s(I, T)/\tau}}{\sum_{I'} e^{s(I', T)/\tau}}$$
 #
-# $s$ is "b b" ([`region_word_scores`](../../src/finematch/models/slan/objective.py#L410)). $r$ runs over the proposals,
+# $s$ is "b b" ([`region_word_scores`](../../src/finematch/models/slan/contrast.py#L239)). $r$ runs over the proposals,
 # whose boxes are held fixed. $w$ runs over the words as they were before any cross attention. There is one such loss
 # for the embedding of every level, and the term is their mean. By hand, $\tau = ½$, two pairs:
 #
@@ -1565,8 +1565,8 @@ if own_steps:
 two_images = torch.tensor([[[1.0, 0], [0, 1]], [[1, 0], [0, 0]]])  # the second has one region, and padding
 two_texts = torch.tensor([[[1.0, 0], [0, 1]], [[1, 0], [5, 5]]])  # the second has one word, and padding
 there, counted = (torch.tensor([[True, True], [True, False]]) for _ in range(2))
-L_word = objective.region_word([two_images], there, two_texts, counted, torch.tensor([0, 1]), 2.0)
-assert close(objective.region_word_scores(two_images, there, two_texts, counted), [[1, 1], [0.5, 1]])
+L_word = contrast.region_word([two_images], there, two_texts, counted, torch.tensor([0, 1]), 2.0)
+assert close(contrast.region_word_scores(two_images, there, two_texts, counted), [[1, 1], [0.5, 1]])
 assert close(L_word, (log(2) + log(1 + exp(-1))) / 2)
 assert close(L_word, 0.5032)
 
@@ -1578,12 +1578,12 @@ assert close(L_word, 0.5032)
 def all_losses(model, batch):
     """The toy's losses, with both contrasts."""
     seen, said = batch.image, batch.named
-    keys = objective.Keys(seen.vector, said.vector, batch.image_id)
+    keys = contrast.Keys(seen.vector, said.vector, batch.image_id)
     regions, valid = model.locator.fixed_regions(seen.prepared)
     words = (said.words, model.locator.counted(said.mask, said.special), batch.image_id)
     return losses(model, batch) | {
-        "Eq. 6": objective.itc(seen.vector, said.vector, batch.image_id, keys, model.temperature()),
-        "region-word": objective.region_word(regions, valid, *words, model.word_temperature())}  # fmt: skip
+        "Eq. 6": contrast.itc(seen.vector, said.vector, batch.image_id, keys, model.temperature()),
+        "region-word": contrast.region_word(regions, valid, *words, model.word_temperature())}  # fmt: skip
 
 
 # %%

@@ -157,15 +157,12 @@ from finematch.features import inputs
 from finematch.files import file_digest
 from finematch.models.configs import SLANConfig
 from finematch.models.slan.detector import train_detector
-from finematch.models.slan.locator import (
-    CachedStages,
-    SelfLocator,
-    Towers,
-    load_proposals,
-    locator_config,
-    pixel_stages,
-)
-from finematch.models.slan.objective import SLAN, Words, pair_scorer, world
+from finematch.models.slan.locator import SelfLocator, locator_config
+from finematch.models.slan.proposals import load_proposals
+from finematch.models.slan.towers import CachedStages, Towers, pixel_stages
+from finematch.losses import world
+from finematch.models.slan.matching import Words
+from finematch.models.slan.objective import SLAN, pair_scorer
 from finematch.models.slan.start import train_encoders
 from finematch.runs import begin
 from finematch.training import (

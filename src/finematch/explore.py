@@ -413,7 +413,7 @@ def largest_top(locator) -> int:
 @contextmanager
 def _cells(locator) -> Iterator[list]:
     """While pairs are located: the cells "b t k2 4" about the boxes that each adaptor is given, and their weights."""
-    from finematch.models.slan.locator import cell_weights
+    from finematch.models.slan.adaptor import cell_weights
 
     found: list = []
 

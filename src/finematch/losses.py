@@ -57,6 +57,29 @@ class GatherRows(torch.autograd.Function):
         return total[ctx.mine]
 
 
+def world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@torch.no_grad()
+def over_processes(x: Tensor) -> Tensor:
+    """The mean over all processes of something that needs no gradient."""
+    if world() == 1:
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x / world()
+
+
+def shared(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """The value of all processes' mean with this process's gradient: data-parallel training averages the latter."""
+    return loss if world() == 1 else loss + (over_processes(loss) - loss.detach())
+
+
 def longest(length: int) -> int:
     """The largest `length` of all processes: ragged rows are padded to it before `gather`."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:

@@ -80,7 +80,8 @@ from finematch.models.configs import (
 from finematch.models.felga import FELGA
 from finematch.models.hslm import HSLM
 from finematch.models.mvam import MVAM
-from finematch.models.slan.objective import SLAN, Words
+from finematch.models.slan.matching import Words
+from finematch.models.slan.objective import SLAN
 from finematch.models.slan.start import train_encoders
 from finematch.text import KeywordMethod, keyword_method
 from finematch.training import Plan, accelerator, precision_on, seed_everything
@@ -376,10 +377,10 @@ def map_towers(s, shape: Shape | Inputs) -> tuple[nn.Module, nn.Module]:
     At scale `paper` an image network is trained, a ResNet-50 unless named, with random weights ("all random
     initialized") unless `s` names some.
     """
-    from finematch.models.slan.locator import (
+    from finematch.models.slan.towers import (  # torchvision: as long to import as torch
         CachedStages,
         pixel_stages,
-    )  # torchvision: as long to import as torch
+    )
 
     if s.scale == "paper":
         image = pixel_stages(s.vision, weights=s.vision_weights, stages=s.stages)
@@ -395,7 +396,8 @@ def slan_model(s, shape: Shape | Inputs, *, steps_per_epoch: int | None = None) 
         steps_per_epoch: by which `random_negatives`, a share of the run, becomes a number of steps; without it that of
             the dataset's own pairs.
     """
-    from finematch.models.slan.locator import SelfLocator, Towers, locator_config
+    from finematch.models.slan.locator import SelfLocator, locator_config
+    from finematch.models.slan.towers import Towers
 
     seed_everything(s.seed)
     image, text = map_towers(s, shape)
@@ -413,7 +415,8 @@ def slan_model(s, shape: Shape | Inputs, *, steps_per_epoch: int | None = None) 
 def slan_detector(s, inputs: Inputs, cache: Path) -> Path:
     """The weights of the detector of a run with `detector=boxes`."""
     from finematch.models.slan.detector import train_detector
-    from finematch.models.slan.locator import locator_config, pixel_stages
+    from finematch.models.slan.locator import locator_config
+    from finematch.models.slan.towers import pixel_stages
 
     images = {name: part.images for name, part in inputs.splits.items()}
 
@@ -443,7 +446,7 @@ def slan_plan(s, *, epochs: int | None = None) -> Plan:
 def slan_begun(s, inputs: Inputs, base: Path, *, echo=None) -> SLAN:
     """The model of a run before its first step with the locator: a detector's proposals, a pretrained run's weights, or
     encoders that the contrast has trained."""
-    from finematch.models.slan.locator import load_proposals
+    from finematch.models.slan.proposals import load_proposals
 
     cache, weights = base / s.cache, base / s.detector
     if s.detector == "boxes":

@@ -41,6 +41,7 @@ from finematch.checkpoints import (
 )
 from finematch.files import write_text
 from finematch.hold import hold
+from finematch.losses import world
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def join_processes() -> int:
     own_environment()
     if "RANK" in os.environ:
         PartialState(cpu=not torch.accelerator.is_available())
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return world()
 
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # it sets all of them

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from finematch.boxes import convert
 from finematch.exercises import exercise, function, named_numbers, number, prediction, random, tensor
-from finematch.models.slan import locator
+from finematch.models.slan import adaptor
 
 
 @exercise("slan.best", "compute")
@@ -48,7 +48,7 @@ def ramp(answer: Any) -> str:
 @exercise("slan.attend", "build")
 def attend(answer: Any) -> str:
     """Eq. 1 as printed: regions "t d" and words "n d" -> new regions "t d"."""
-    layer = locator.CrossAttention(1, 1, attn="literal")
+    layer = adaptor.CrossAttention(1, 1, attn="literal")
 
     def library(regions: Tensor, words: Tensor) -> Tensor:
         real = (torch.ones(1, len(x), dtype=torch.bool) for x in (regions, words))
@@ -81,10 +81,10 @@ def moved(answer: Any) -> str:
     """Eq. 2 in our reading: weights "k k" of the cells, the neighbourhood's (width, height) -> (dx, dy)."""
 
     def library(weights: Tensor, extent: Tensor) -> Tensor:
-        return locator.offset(weights.flatten()[None, None], extent[None, None])[0, 0]
+        return adaptor.offset(weights.flatten()[None, None], extent[None, None])[0, 0]
 
     def other(weights: Tensor, extent: Tensor, **how: str) -> Tensor:
-        return locator.offset(weights.flatten()[None, None], extent[None, None], **how)[0, 0]
+        return adaptor.offset(weights.flatten()[None, None], extent[None, None], **how)[0, 0]
 
     def counted(weights: Tensor, extent: Tensor, *, middle: float | None = None) -> Tensor:
         steps = torch.arange(len(weights)) - (len(weights) / 2 if middle is None else middle)
@@ -138,7 +138,7 @@ PUSHES = (
 
 def pushed(box: Tensor) -> Tensor:
     """What a box (x, y, w, h) that is pushed and grows becomes at three levels, "l b t 4"."""
-    return locator.stop(box + torch.tensor(PUSHES))[:, None, None]
+    return adaptor.stop(box + torch.tensor(PUSHES))[:, None, None]
 
 
 @exercise("slan.whole", "change")
@@ -147,15 +147,15 @@ def whole(predicted: Any, measured: Any) -> str:
     if message := prediction(predicted, ("zero", "above zero")):
         return message
     half = torch.tensor([0.5, 0.5, 0.5, 0.5])
-    mean, valid = locator.regression_target(pushed(half)), torch.ones(1, 1, dtype=torch.bool)
+    mean, valid = adaptor.regression_target(pushed(half)), torch.ones(1, 1, dtype=torch.bool)
     right = {
         "whole": 0.0,
-        "half": float(locator.regression_loss(locator.stop(half)[None, None], mean, valid)),
+        "half": float(adaptor.regression_loss(adaptor.stop(half)[None, None], mean, valid)),
     }
 
     def not_stopped(box: Tensor) -> float:
         pushed_out = convert(box + torch.tensor(PUSHES), "cxcywh", "xyxy")[:, None, None]
-        return float(locator.regression_loss(locator.stop(box)[None, None], pushed_out.mean(0), valid))
+        return float(adaptor.regression_loss(adaptor.stop(box)[None, None], pushed_out.mean(0), valid))
 
     message = named_numbers(measured, right, within=1e-3, hints={
         not_stopped(half): "the pushed boxes must `stop` at the border",

@@ -30,15 +30,11 @@ from finematch.features.proposals import propose
 from finematch.figures.diagram import diagram
 from finematch.lessons import slan_toy
 from finematch.models.configs import LocatorConfig, SLANConfig
-from finematch.models.slan.locator import (
-    RegionAdaptor,
-    RegionEmbedding,
-    SelfLocator,
-    SmallStages,
-    Towers,
-    stop,
-)
-from finematch.models.slan.objective import SLAN, Words
+from finematch.models.slan.adaptor import RegionAdaptor, RegionEmbedding, stop
+from finematch.models.slan.locator import SelfLocator
+from finematch.models.slan.matching import Words
+from finematch.models.slan.objective import SLAN
+from finematch.models.slan.towers import SmallStages, Towers
 from finematch.scenes.generator import TOKENIZER, attributes, generate
 from finematch.text import tokenise, word_level
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from finematch.boxes import convert, iou
 from finematch.encoders import BertTower, small_bert
 from finematch.models.configs import LocatorConfig, SLANConfig
-from finematch.models.slan.locator import CachedStages, Located, SelfLocator, Towers
+from finematch.models.slan.locator import Located, SelfLocator
 from finematch.models.slan.objective import SLAN, Caption, Picture
+from finematch.models.slan.towers import CachedStages, Towers
 
 COLOURS = {"red": (0.85, 0.15, 0.15), "green": (0.15, 0.65, 0.2), "blue": (0.2, 0.3, 0.85), "yellow": (0.9, 0.8, 0.15),
            "purple": (0.6, 0.2, 0.7), "cyan": (0.2, 0.75, 0.8)}  # fmt: skip

@@ -36,8 +36,9 @@ from finematch.data.record import Record
 from finematch.evaluation.correspondence import on_span, pieces
 from finematch.losses import wide
 from finematch.models.configs import LocalizationConfig
+from finematch.models.slan.adaptor import similarity
 from finematch.models.slan.detector import proposal_loss, rpn_rules
-from finematch.models.slan.locator import SelfLocator, similarity
+from finematch.models.slan.locator import SelfLocator
 from finematch.models.slan.objective import SLAN, prepare_images
 
 THRESHOLD = 0.5  # IoU from which on a region says a box's label

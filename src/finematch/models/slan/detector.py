@@ -37,15 +37,8 @@ from finematch.data.pairs import MapSource, PixelSource
 from finematch.data.record import DataError, Record, digests
 from finematch.files import cached, write_atomically, write_text
 from finematch.models.configs import LocatorConfig
-from finematch.models.slan.locator import (
-    RPN,
-    CachedStages,
-    Proposals,
-    QueryProposals,
-    VisionDecoder,
-    cut,
-    take,
-)
+from finematch.models.slan.proposals import RPN, Proposals, QueryProposals, cut, take
+from finematch.models.slan.towers import CachedStages, VisionDecoder
 from finematch.training import Plan, accelerator, by_one_process, fit, seed_everything, to_device
 
 TOPS = (10, 50)  # proposals that recall counts: T of the filter, and all that a run on scenes reads

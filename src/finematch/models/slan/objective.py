@@ -1,9 +1,9 @@
-"""SLAN's objectives (3.3) and its retrieval: what turns the towers and the self-locator into a trained model.
+"""SLAN's objective (3.3) and its retrieval: what turns the towers and the self-locator into a trained model.
 
-In the paper's order: image-text matching (Eq. 4), image-text contrast with its two queues (Eq. 5-6), language
-modelling (Eq. 7), their sum with the locator's own loss (Eq. 8-9), then the scorer of pairs that re-ranks. The paper
-says "following ALBEF" and leaves the rest open: what it does not say is ALBEF's. Every reading that could go either
-way is a setting, declared in `SLANConfig`.
+The terms are image-text matching (Eq. 4) and language modelling (Eq. 7) of `matching`, and the image-text contrast
+with its two queues (Eq. 5-6) of `contrast`. Here are their sum with the locator's own loss (Eq. 8-9) and the scorer of
+pairs that re-ranks. The paper says "following ALBEF" and leaves the rest open: what it does not say is ALBEF's. Every
+reading that could go either way is a setting, declared in `SLANConfig`.
 
 Two kinds of tokens (S20): the contrast compares the *unimodal* ones, the pooled feature map and BERT's [CLS], for
 there a picture and a text never meet, so that vectors can wait in a queue and a gallery can be ranked by a product;
@@ -19,25 +19,40 @@ Axes: `b` pairs, `p` pairs to be scored, `k` keys, `n` tokens of a text, `m` mas
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from finematch.files import read_tensors
 from finematch.hub import Pretrained
-from finematch.losses import gather, longest, wide
+from finematch.losses import gather, rank, shared, wide, world
 from finematch.models.configs import SLANConfig
+from finematch.models.slan.contrast import (
+    Keys,
+    Momentum,
+    Queue,
+    Temperature,
+    itc,
+    region_word,
+    softmax_both_ways,
+    unit,
+)
+from finematch.models.slan.matching import (
+    MaskedWordHead,
+    MatchingHead,
+    Words,
+    hard_negatives,
+    itm,
+    mask_words,
+    mlm,
+)
 
 TERMS = ("itc", "itm", "mlm", "reg", "word")
-NOBODY = -1  # the picture id of an empty place in a queue
 
 
 # ------------------------------------------------------------------------------ what is given (3.1, 3.2)
@@ -190,461 +205,6 @@ def locate_pairs(
     pictures, _ = prepare_images(towers, locator, image)
     words = towers.text(text["input_ids"], text["mask"])
     return locator.locate(pictures, words, text["mask"], text.get("special"))
-
-
-def unit(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-    return F.normalize(wide(x), dim=-1)
-
-
-# ------------------------------------------------------------------------------ the temperature, the queues
-class Temperature(nn.Module):
-    """tau of Eq. 5, learnable, kept in [0.001, 0.5] (ALBEF). Returns 1 / tau.
-
-    The parameter itself is clamped, so that a gradient can bring it back.
-    """
-
-    def __init__(self, tau: float = 0.07, learnable: bool = True):
-        super().__init__()
-        if not 0.001 <= tau <= 0.5:
-            raise ValueError(f"tau = {tau}: must lie in [0.001, 0.5]")
-        self.tau = nn.Parameter(torch.tensor(tau), requires_grad=learnable)
-
-    def forward(self) -> Float[Tensor, ""]:
-        with torch.no_grad():
-            self.tau.clamp_(0.001, 0.5)
-        return 1 / self.tau
-
-
-class Momentum(nn.Module):
-    """Copies of modules that follow them slowly: copy = decay copy + (1 - decay) module, once a step.
-
-    They never see a gradient. ALBEF's copies run in training mode; ours stay in evaluation mode, because dropout would
-    only blur the keys, and take over the running statistics of a batch norm as they are.
-
-    Args:
-        modules: by name; `copies` has the same names.
-    """
-
-    def __init__(self, modules: dict[str, nn.Module], decay: float = 0.995):
-        super().__init__()
-        if not 0 < decay < 1:
-            raise ValueError(f"momentum = {decay}: must lie in (0, 1)")
-        self.decay = decay
-        self.copies = nn.ModuleDict(copy.deepcopy(modules)).requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> Momentum:
-        self.training = mode
-        return self  # the copies stay in evaluation mode
-
-    @torch.no_grad()
-    def update(self, modules: dict[str, nn.Module]) -> None:
-        """One step towards the modules."""
-        for name, module in modules.items():
-            for mine, theirs in zip(self.copies[name].parameters(), module.parameters(), strict=True):
-                mine.lerp_(theirs.to(mine.dtype), 1 - self.decay)
-            take_over(self.copies[name].buffers(), module.buffers())
-
-    @torch.no_grad()
-    def reset(self, modules: dict[str, nn.Module]) -> None:
-        """Become the modules again (after their weights were loaded)."""
-        for name, module in modules.items():
-            take_over(self.copies[name].parameters(), module.parameters())
-            take_over(self.copies[name].buffers(), module.buffers())
-
-
-def take_over(mine: Iterable[Tensor], theirs: Iterable[Tensor]) -> None:
-    for a, b in zip(mine, theirs, strict=True):
-        a.copy_(b)
-
-
-class Keys(NamedTuple):
-    """What Eq. 5 compares with: vectors of pictures and of texts, and the picture that each row is of."""
-
-    image: Float[Tensor, "k e"]
-    text: Float[Tensor, "k e"]
-    image_id: Int[Tensor, " k"]
-
-
-class Queue(nn.Module):
-    """I_q and T_q of 3.3: the vectors of the latest `size` pairs, with the ids of their pictures.
-
-    A ring, of any size (ALBEF's is a multiple of the batch, but no power of two is one of the paper's 1,280). It
-    starts empty, and what is empty takes no part (ALBEF's starts with random vectors, which then are negatives). All
-    processes enqueue the pairs of all processes, in the order of their ranks, so that their queues stay alike; the
-    buffers are part of a checkpoint.
-
-    Args:
-        size: number of pairs.
-        width: of a vector.
-    """
-
-    def __init__(self, size: int, width: int):
-        super().__init__()
-        if size < 1:
-            raise ValueError(
-                f"queue = {size}: must be at least 1 (0 is no queue at all: SLANConfig(queue=0))"
-            )
-        self.size = size
-        self.register_buffer("image", torch.zeros(size, width))
-        self.register_buffer("text", torch.zeros(size, width))
-        self.register_buffer("image_id", torch.full((size,), NOBODY))
-        self.register_buffer("total", torch.zeros((), dtype=torch.long))  # pairs that ever came in
-
-    def keys(self) -> Keys:
-        """What is in it; a ring knows no beginning, so the order means nothing."""
-        n = min(int(self.total), self.size)
-        return Keys(self.image[:n], self.text[:n], self.image_id[:n])
-
-    def check(self, batch: int) -> None:
-        """Refuse a whole batch, of all processes, that has more pairs than the ring has places.
-
-        Raises:
-            ValueError: With both numbers.
-        """
-        if batch > self.size:
-            raise ValueError(
-                f"queue = {self.size} has no room for the whole batch of {batch} pairs (all processes together): use "
-                f"queue={batch} or more, or queue=0, which contrasts within the batch"
-            )
-
-    @torch.no_grad()
-    def enqueue(
-        self, image: Float[Tensor, "b e"], text: Float[Tensor, "b e"], image_id: Int[Tensor, " b"]
-    ) -> None:
-        """Put this process's pairs, and those of all others, where the oldest are.
-
-        Raises:
-            ValueError: As `check`; for a negative picture id, which is the mark of an empty place.
-        """
-        image, text, image_id = gather(image.detach()), gather(text.detach()), gather(image_id)
-        self.check(len(image))
-        if bool((image_id < 0).any()):
-            raise ValueError(f"image_id {int(image_id.min())} is negative: number the pictures from 0")
-        rows = (self.total + torch.arange(len(image), device=image.device)) % self.size  # round the end
-        self.image[rows], self.text[rows] = image.to(self.image), text.to(self.text)
-        self.image_id[rows] = image_id
-        self.total += len(image)
-
-    @torch.no_grad()
-    def clear(self) -> None:
-        self.total.zero_()
-        self.image_id.fill_(NOBODY)
-
-
-# ------------------------------------------------------------------------------ image-text contrast, Eq. 5-6
-def itc(
-    image: Float[Tensor, "b e"],
-    text: Float[Tensor, "b e"],
-    image_id: Int[Tensor, " b"],
-    keys: Keys,
-    scale: Float[Tensor, ""] | float,
-    *,
-    first: int = 0,
-    same_picture: bool = True,
-    distil: float = 0.0,
-    reduction: str = "sum",
-) -> Float[Tensor, ""]:
-    """Eq. 5-6: -log p_i2t - log p_t2i, the mean over the rows.
-
-        p_i2t(I, T) = exp(sim(T_v, T_t) / tau) / sum over T' in T_q of exp(sim(T_v, T') / tau)
-
-    The second line of Eq. 5 sums over "T' in I_q"; we read I' (S23). The own pair is among the keys, so that Eq. 5 is
-    a probability: the batch stands before the queue.
-
-    Args:
-        image, text: unit vectors; row i of both is a pair.
-        keys: unit vectors of the whole batch (all processes), then of the queue.
-        scale: 1 / tau.
-        first: row of `keys` that is pair 0 of this process: its rank times b.
-        same_picture: every key of the same picture is a positive, in equal shares of the target; else only the own
-            pair is.
-        distil: alpha of ALBEF's momentum distillation: this share of the target is what the momentum encoders say,
-            softmax(key of the own pair . keys / tau). The keys must be theirs.
-        reduction: `sum` of the two directions (Eq. 6) or their `mean` (ALBEF).
-
-    Raises:
-        ValueError: For another `reduction`, a `distil` outside [0, 1), or keys that do not hold the own pairs.
-    """
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction is {reduction!r}; use 'sum' or 'mean'")
-    if not 0 <= distil < 1:
-        raise ValueError(f"distil = {distil}: must lie in [0, 1)")
-    b = len(image)
-    own = torch.arange(first, first + b, device=image.device)
-    if first < 0 or first + b > len(keys.image_id) or not torch.equal(keys.image_id[own], image_id):
-        raise ValueError(
-            f"keys {first} to {first + b - 1} of {len(keys.image_id)} must be the batch's own pairs: give the whole "
-            "batch first, then the queue, and first=rank * batch"
-        )
-    with torch.autocast(image.device.type, enabled=False):
-        image, text = wide(image), wide(text)
-        if same_picture:
-            positive = (image_id[:, None] == keys.image_id[None]).to(image.dtype)
-            target = positive / positive.sum(1, keepdim=True)
-        else:
-            target = F.one_hot(own, len(keys.image_id)).to(image.dtype)
-        total = image.new_zeros(())
-        for query, teacher, key in ((image, keys.image, keys.text), (text, keys.text, keys.image)):
-            key = key.to(query.dtype)
-            goal = target
-            if distil:
-                with torch.no_grad():
-                    soft = (scale * teacher[own].to(query.dtype) @ key.T).softmax(1)
-                    goal = distil * soft + (1 - distil) * target
-            total = total + F.cross_entropy(scale * query @ key.T, goal)
-    return total if reduction == "sum" else total / 2
-
-
-def softmax_both_ways(
-    table: Float[Tensor, "b b"], image_id: Int[Tensor, " b"], same_picture: bool, reduction: str
-) -> Float[Tensor, ""]:
-    """Eq. 5-6 of a table of sim / tau, images in rows, captions in columns: targets and reduction as in `itc`."""
-    same = image_id[:, None] == image_id[None]
-    positive = (same if same_picture else torch.eye(len(table), device=table.device)).to(table.dtype)
-    target = positive / positive.sum(1, keepdim=True)  # symmetric: it serves both directions
-    total = F.cross_entropy(table, target) + F.cross_entropy(table.T, target)
-    return total if reduction == "sum" else total / 2
-
-
-# ------------------------------------------------------------------------------ region-word contrast (S41)
-def region_word_scores(
-    regions: Float[Tensor, "b t d"],
-    valid: Bool[Tensor, "b t"],
-    words: Float[Tensor, "c n d"],
-    counted: Bool[Tensor, "c n"],
-) -> Float[Tensor, "b c"]:
-    """How well the regions of each image explain the words of each caption, before the two have met.
-
-        s(I, T) = mean over the words of T of max over the regions of I of cos(region, word)
-
-    0 for a caption without words.
-    """
-    b, t, c, n = *regions.shape[:2], *words.shape[:2]
-    cosine = (unit(regions).flatten(0, 1) @ unit(words).flatten(0, 1).T).view(b, t, c, n)
-    best = cosine.masked_fill(~valid[:, :, None, None], float("-inf")).max(1).values  # b c n
-    return (best * counted).sum(2) / counted.sum(1).clamp(min=1)
-
-
-def region_word(
-    levels: list[Float[Tensor, "b t d"]],
-    valid: Bool[Tensor, "b t"],
-    words: Float[Tensor, "b n d"],
-    counted: Bool[Tensor, "b n"],
-    image_id: Int[Tensor, " b"],
-    scale: Float[Tensor, ""] | float,
-) -> Float[Tensor, ""]:
-    """The region-word contrast: softmax over the batch of `region_word_scores` both ways, the mean over the levels.
-
-    The paper has no such loss, and nothing in it trains the cosine of a region with a word that Eq. 2 moves regions
-    by: the contrast reads pooled vectors, matching the attention's projections, L_reg boxes alone (S41). All captions
-    of an image are its positives, in equal shares: in a batch that is the same number as one positive a caption, for
-    their rows are alike. Of several processes each computes the whole loss of all their pairs.
-
-    Args:
-        levels: embeddings of the proposals, boxes held fixed (`SelfLocator.fixed_regions`).
-        words: token states before any cross attention.
-        counted: which of them are words.
-        scale: 1 / tau.
-    """
-    total, short = torch.zeros((), device=image_id.device), longest(words.shape[1]) - words.shape[1]
-    with torch.autocast(image_id.device.type, enabled=False):
-        words, counted = gather(F.pad(wide(words), (0, 0, 0, short))), gather(F.pad(counted, (0, short)))
-        valid, image_id = gather(valid), gather(image_id)
-        for regions in levels:
-            scores = scale * region_word_scores(gather(wide(regions)), valid, words, counted)
-            total = total + softmax_both_ways(scores, image_id, True, "mean")
-    return total / len(levels)
-
-
-# ------------------------------------------------------------------------------ image-text matching, Eq. 4
-def hard_negatives(
-    similarity: Float[Tensor, "b b"], image_id: Int[Tensor, " b"], *, generator: torch.Generator | None = None
-) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
-    """For each picture a text, and for each text a picture, that do not belong together but look as if they did.
-
-    Drawn from softmax(similarity) over the others, as ALBEF does; a pair of the same picture is never a negative.
-
-    Args:
-        similarity: of each picture (row) and each text (column) of this process's batch, divided by tau.
-
-    Returns:
-        The text drawn for each picture, the picture drawn for each text.
-
-    Raises:
-        ValueError: If a row has no negative at all: every pair of the batch shows its picture.
-    """
-    same = image_id[:, None] == image_id[None]
-    alone = same.all(1)
-    if bool(alone.any()):
-        row = int(alone.nonzero()[0])
-        raise ValueError(
-            f"pair {row} (picture {int(image_id[row])}) has no negative: all {len(image_id)} pairs of this process's "
-            "batch show its picture. Raise batch_size, shuffle the pairs, or train without ITM (weight 0)"
-        )
-    drawn = [
-        torch.multinomial(
-            wide(table.detach()).masked_fill(same, float("-inf")).softmax(1), 1, generator=generator
-        )
-        for table in (similarity, similarity.T)
-    ]
-    return drawn[0].squeeze(1), drawn[1].squeeze(1)
-
-
-class MatchingHead(nn.Linear):
-    """f_c of Eq. 4: the concatenated tokens to two logits, "not matched" and "matched"."""
-
-    def __init__(self, width: int):
-        super().__init__(2 * width, 2)
-
-    def forward(self, picture: Float[Tensor, "p d"], text: Float[Tensor, "p d"]) -> Float[Tensor, "p 2"]:
-        return super().forward(torch.cat([picture, text], dim=-1))
-
-
-def itm(logits: Float[Tensor, "p 2"], matched: Bool[Tensor, " p"]) -> Float[Tensor, ""]:
-    """Eq. 4: cross-entropy of the matching head, the mean over the pairs."""
-    return F.cross_entropy(wide(logits), matched.long())
-
-
-# ------------------------------------------------------------------------------ language modelling, Eq. 7
-class Words(NamedTuple):
-    """What masking must know of a tokenizer: `Words.of(tokenizer)`."""
-
-    size: int
-    mask: int
-    special: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tokenizer) -> Words:
-        """Of a transformers tokenizer.
-
-        Raises:
-            ValueError: If it has no mask token.
-        """
-        if tokenizer.mask_token_id is None:
-            raise ValueError("this tokenizer has no [MASK] token: language modelling needs one, or weight 0")
-        return cls(len(tokenizer), tokenizer.mask_token_id, tuple(sorted(tokenizer.all_special_ids)))
-
-
-def mask_words(
-    input_ids: Int[Tensor, "b n"],
-    mask: Bool[Tensor, "b n"],
-    special: Bool[Tensor, "b n"],
-    words: Words,
-    *,
-    share: float = 0.15,
-    generator: torch.Generator | None = None,
-) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
-    """Hide words: "we randomly mask 15 % text tokens"; BERT's 80/10/10, as in ALBEF.
-
-    Each word is chosen by itself with probability `share`. Of the chosen, 80 % become [MASK], 10 % a random word (we
-    leave the special tokens out, BERT does not), 10 % stay. Special tokens and padding are never chosen.
-
-    Returns:
-        The ids with words hidden, and which were chosen. A caption may have none.
-    """
-    device = input_ids.device
-    lots = torch.rand(2, *input_ids.shape, device=device, generator=generator)
-    known = torch.zeros(words.size, dtype=torch.bool, device=device)
-    known[list(words.special)] = True
-    chosen = (lots[0] < share) & mask & ~special & ~known[input_ids]
-    ordinary = (~known).nonzero().squeeze(1)
-    others = ordinary[torch.randint(len(ordinary), input_ids.shape, device=device, generator=generator)]
-    hidden = torch.where(chosen & (lots[1] < 0.8), words.mask, input_ids)
-    return torch.where(chosen & (lots[1] >= 0.9), others, hidden), chosen
-
-
-class MaskedWordHead(nn.Module):
-    """p_mask of Eq. 7: which word stood at each masked position.
-
-    The paper predicts from T_v and T_t, two vectors, which cannot tell one position from another. We predict from the
-    fused state of the position, to which T_v is added (`picture`), so that a locator without levels sees the picture
-    too. `pooled` is the literal reading: one distribution over the vocabulary a caption, from cat(T_v, T_t), which
-    every masked word of the caption is taken from, a bag of words.
-
-    Args:
-        width: D.
-        vocabulary: number of words.
-        form: `positions` or `pooled`.
-        tied: a word embedding whose weights the last layer shares, as BERT's does.
-
-    Raises:
-        ValueError: For another form, or a `tied` embedding of another shape.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        vocabulary: int,
-        *,
-        form: str = "positions",
-        picture: bool = True,
-        tied: nn.Embedding | None = None,
-    ):
-        super().__init__()
-        if form not in ("positions", "pooled"):
-            raise ValueError(f"mlm is {form!r}; use 'positions' or 'pooled'")
-        self.form, self.picture = form, picture
-        self.mix = nn.Sequential(
-            nn.Linear(2 * width if form == "pooled" else width, width), nn.GELU(), nn.LayerNorm(width)
-        )
-        self.predict = nn.Linear(width, vocabulary)
-        if tied is not None:
-            if tied.weight.shape != self.predict.weight.shape:
-                raise ValueError(
-                    f"the tied embedding is {tuple(tied.weight.shape)}, but {vocabulary} words of width "
-                    f"{width} are asked for"
-                )
-            self.predict.weight = tied.weight
-
-    def forward(
-        self,
-        words: Float[Tensor, "b n d"],
-        picture: Float[Tensor, "b d"],
-        text: Float[Tensor, "b d"],
-        chosen: Bool[Tensor, "b n"],
-    ) -> Float[Tensor, "m v"]:
-        """Logits of the chosen positions, row by row of the batch."""
-        row = chosen.nonzero()[:, 0]
-        if self.form == "pooled":
-            return self.predict(self.mix(torch.cat([picture, text], dim=-1)))[row]
-        states = words[chosen]
-        return self.predict(self.mix(states + picture[row] if self.picture else states))
-
-
-def mlm(logits: Float[Tensor, "m v"], true: Int[Tensor, " m"]) -> Float[Tensor, ""]:
-    """Eq. 7: cross-entropy, the mean over the masked words *of all processes*; 0 if there are none.
-
-    Processes mask different numbers of words. Each divides by the mean number, so that the data-parallel mean of the
-    gradients is that of the mean over all words.
-    """
-    count = over_processes(torch.tensor(float(len(true)), device=logits.device))
-    return F.cross_entropy(wide(logits), true, reduction="sum") / count.clamp(min=1 / world()).to(
-        wide(logits).dtype
-    )
-
-
-# ------------------------------------------------------------------------------ processes
-def world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-@torch.no_grad()
-def over_processes(x: Tensor) -> Tensor:
-    """The mean over all processes of something that needs no gradient."""
-    if world() == 1:
-        return x
-    x = x.detach().clone()
-    dist.all_reduce(x)
-    return x / world()
-
-
-def shared(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """The value of all processes' mean with this process's gradient: data-parallel training averages the latter."""
-    return loss if world() == 1 else loss + (over_processes(loss) - loss.detach())
 
 
 # ------------------------------------------------------------------------------ the whole model, Eq. 8-9

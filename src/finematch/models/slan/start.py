@@ -15,7 +15,8 @@ import torch
 from finematch.checkpoints import load_best, random_states, restore_random_states
 from finematch.data.pairs import Pairs
 from finematch.files import cached, write_atomically
-from finematch.models.slan.objective import SLAN, Unimodal, world
+from finematch.losses import world
+from finematch.models.slan.objective import SLAN, Unimodal
 from finematch.training import Plan, by_one_process, fit
 
 

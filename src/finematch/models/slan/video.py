@@ -25,18 +25,11 @@ from transformers import PreTrainedTokenizerBase
 
 from finematch.data.pairs import Source
 from finematch.data.record import Clip
-from finematch.losses import wide
+from finematch.losses import shared, wide
+from finematch.models.slan.contrast import softmax_both_ways, unit
 from finematch.models.slan.locator import mean_region
-from finematch.models.slan.objective import (
-    SLAN,
-    Caption,
-    Picture,
-    hard_negatives,
-    itm,
-    shared,
-    softmax_both_ways,
-    unit,
-)
+from finematch.models.slan.matching import hard_negatives, itm
+from finematch.models.slan.objective import SLAN, Caption, Picture
 from finematch.text import tokenise
 
 
