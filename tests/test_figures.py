@@ -178,6 +178,8 @@ def test_boxes_stand_in_pixels_and_heavy_ones_are_thick():
     assert drawn[0].get_bbox().bounds == (1, 2, 10, 20)
     assert drawn[1].get_linewidth() > drawn[0].get_linewidth()
     assert [text.get_text() for text in ax.texts] == ["one", "two"]
+    # a title stands above the first
+    assert [text.get_verticalalignment() for text in ax.texts] == ["top", "bottom"]
     assert (
         len({(box.get_edgecolor(), box.get_linestyle()) for box in figures.show_boxes(ax, PICTURE, CELLS)})
         == 6

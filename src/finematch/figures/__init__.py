@@ -189,7 +189,8 @@ def show_attention(
 def show_boxes(
     ax: Axes, picture, boxes, weights=None, labels: Sequence[str] | None = None
 ) -> list[Rectangle]:
-    """Boxes on a picture; a weight makes the line thicker, a label stands at the top left corner.
+    """Boxes on a picture; a weight makes the line thicker, a label stands on the top left corner, or in it where the
+    box begins at the top of the picture, for a title stands above.
 
     Boxes differ in colour and in dashes. Raises ValueError as `density`, and for a wrong number of labels.
     """
@@ -214,7 +215,8 @@ def show_boxes(
         drawn.append(line)
         if labels is not None:
             ax.text(
-                x1, y1, plain(labels[i]), fontsize=7, va="bottom", ha="left", clip_on=False, color=INK,
+                x1, y1, plain(labels[i]), fontsize=7, va="bottom" if y1 > height / 15 else "top", ha="left",
+                clip_on=False, color=INK,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
             )  # fmt: skip
     return drawn
