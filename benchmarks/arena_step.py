@@ -9,8 +9,9 @@ The clock is the process's own: other work on the machine does not count, but fo
     python benchmarks/arena_step.py                                                        scenes
     python benchmarks/arena_step.py --dataset flickr8k --data-root <folder> --proposals <boxes.json>
 
-writes benchmarks/arena_step.json and, from it, the block of src/finematch/presets/arena.toml. Runs that were made with
-other seconds are other runs: measure once, before a grid.
+writes benchmarks/arena_step.json and, from it, the block of src/finematch/presets/arena.toml; `--only "slan, detector"`
+writes the line of that entrant alone. Runs that were made with other seconds are other runs: measure once, before a
+grid.
 """
 
 from __future__ import annotations
@@ -94,10 +95,15 @@ def seconds(loop: Loop, rows: list[int], least: float) -> float:
 
 
 def measure(
-    dataset: str, data_root: str, proposals: str, repeats: int, least: float, cache: str
+    dataset: str, data_root: str, proposals: str, repeats: int, least: float, cache: str, only: list[str]
 ) -> dict[str, float]:
+    wanted = variants(dataset, proposals)
+    if unknown := set(only) - set(wanted):
+        raise SystemExit(f"--only {', '.join(sorted(unknown))}: entrants are {'; '.join(wanted)}")
     opened = {
-        name: parts(dataset, given, data_root, cache) for name, given in variants(dataset, proposals).items()
+        name: parts(dataset, given, data_root, cache)
+        for name, given in wanted.items()
+        if not only or name in only
     }
     found: dict[str, list[float]] = {name: [] for name in opened}
     for _ in range(repeats):
@@ -133,6 +139,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="scenes")
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--proposals", default="", help="boxes of a detector, in COCO's results format")
+    parser.add_argument("--only", action="append", default=[], help="an entrant; repeat it for several")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--least", type=float, default=3.0, help="seconds of steps that a measurement takes")
     options = parser.parse_args()
@@ -141,9 +148,16 @@ def main() -> None:
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"seconds_a_step": {}}
     with tempfile.TemporaryDirectory() as cache:
         found = measure(
-            options.dataset, options.data_root, options.proposals, options.repeats, options.least, cache
+            options.dataset,
+            options.data_root,
+            options.proposals,
+            options.repeats,
+            options.least,
+            cache,
+            options.only,
         )
-    content["seconds_a_step"][options.dataset] = found
+    kept = content["seconds_a_step"].get(options.dataset, {}) if options.only else {}
+    content["seconds_a_step"][options.dataset] = kept | found
     content |= {
         "device": device_name(),
         "versions": versions(),

@@ -153,6 +153,22 @@ def test_an_entrant_has_the_recipe_of_its_method(name):
     assert s.batch_size == own.batch_size == plain.batch_size
 
 
+def test_slan_over_a_detector_has_the_settings_of_its_reference_rows():
+    """`detector-frozen` and `detected-3`, but for the scores' form: the claim speaks of a frozen detector."""
+    main, photos = grids.grid("slan_boxes"), grids.grid("slan_photos", "flickr8k")
+    for detector, table, row, dataset in (
+        ("boxes", main, "detector-frozen", "scenes"),
+        ("boxes.json", photos, "detected-3", "flickr8k"),
+    ):
+        wanted = grids.settings(table, row, scale="tiny", dataset=dataset).as_dict()
+        own = arena.own_settings(settings(entrant="slan", detector=detector, dataset=dataset)).as_dict()
+        assert {name for name in own if own[name] != wanted[name]} <= {
+            "precision",
+            "detector",
+            "score_norm",
+        }, row
+
+
 def test_every_entrant_is_a_choice_and_stands_in_a_grid():
     assert set(declared("arena")["entrant"].choices) == set(arena.BESIDE) == set(KINDS)
     for name in ("arena_main", "arena_detected"):

@@ -75,7 +75,7 @@ if s.threads:
 # | `saf` | [`SAF`](../../src/finematch/models/rivals.py#L271): the same attention, and similarity vectors that are weighted and summed | HSLM's | word by word |
 # | `hslm-global` | row 1 of HSLM's Table 4: one vector each, no graph and no attention | HSLM's | in a similarity vector |
 # | `hslm` | row 12: the whole model | HSLM's | word by word |
-# | `slan` | SLAN with 3 adaptors, which makes its own regions | SLAN's | in a dot product, the best again by a matching head |
+# | `slan` | SLAN with 3 adaptors, which makes its own regions; with `detector` the boxes of a detector, which stays as it is | SLAN's | in a dot product, the best again by a matching head |
 #
 # A *recipe* is everything that the presets of a method say: widths, loss, optimiser, learning rate, batch. A rival has the recipe of the method whose paper
 # names it, and so differs from it in the fourth column alone. Its loss, too, is that method's: MVAM's contrast, or HSLM's contrast and then the hinge on

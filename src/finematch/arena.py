@@ -126,12 +126,20 @@ def own_settings(s: Settings) -> Settings:
               "precision")  # fmt: skip
     given = {name: getattr(s, name) for name in shared} | {"reading": s.recipe}
     if method == "slan":
-        return Settings("slan", given | {"detector": s.detector})
+        return Settings("slan", given | detected(s.detector))
     given |= {"regions": s.regions, "proposals": s.proposals}
     if method == "mvam":
         given |= {"backbone": s.backbone, "text": "gru"}
         return Settings("mvam", given | ({"pooling": "mean"} if s.entrant == "two-stream" else {}))
     return Settings("hslm", given | (GLOBAL if s.entrant == "hslm-global" else {}))
+
+
+def detected(detector: str) -> dict:
+    """SLAN's settings over a detector: it stays as it is, and its proposals pass non-maximum suppression, as in the row
+    `detector-frozen` of the grid `slan_boxes`. A file of boxes (.json) holds what has passed it already."""
+    if not detector:
+        return {}
+    return {"detector": detector} | ({} if detector.endswith(".json") else {"frozen": True, "nms": 0.7})
 
 
 def steps(s: Settings) -> int:
