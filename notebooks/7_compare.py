@@ -22,7 +22,7 @@ out: str = "papermill_runs/arena"  # folder of the runs
 felga: str = "papermill_runs/felga"  # folder of FELGA's runs
 figures: str = "figures"  # where tables and pictures go
 example: int = 0  # number of the annotated image that the last picture shows
-phrase: int = 0  # number of its phrase
+phrase: int = 0  # number of its phrase, of those with one box
 smoke: bool = False  # the runs were smoke runs: their numbers mean nothing
 
 # %% jupyter={"source_hidden": true}
@@ -198,8 +198,8 @@ if not len(runs["default"]):  # `make grid` waits for the picture
 # %% [markdown]
 # ## One image: where does each of them look?
 #
-# The same phrase of the same caption, by each entrant with weights on regions: bright is where the weight lies, the box is the region with most of it, and the
-# true box stands in the first panel. Weights are made to sum to one over the regions (SLAN: the softmax of its cosines at temperature 0.07). This needs the weights of the runs, which git does
+# The same phrase of the same caption, one that a single box belongs to, by each entrant with weights on regions: bright is where the weight lies, the box is the
+# region with most of it, and the true box stands in the first panel. Weights are made to sum to one over the regions (SLAN: the softmax of its cosines at temperature 0.07). This needs the weights of the runs, which git does
 # not keep; without them the picture is the one that was kept, if there is one.
 
 # %%
@@ -224,13 +224,13 @@ for row in table.rows:
         p.dataset, entrant.inputs.data_root, entrant.inputs.reported, test.records, echo=None
     )
     annotated = [
-        record for record in annotated if record.image_id in here and any(one.boxes for one in record.phrases)
+        record for record in annotated if record.image_id in here and any(len(one.boxes) == 1 for one in record.phrases)
     ]
     if not annotated:
         break
     shown = annotated[p.example % len(annotated)]
     found = arena.phrases(entrant, [shown])
-    boxed = [number for number, one in enumerate(found) if len(one.boxes)]
+    boxed = [number for number, one in enumerate(found) if len(one.boxes) == 1]
     if boxed:
         looked[row] = found[boxed[p.phrase % len(boxed)]]
 print(f"{len(looked)} entrants have weights here")
@@ -238,10 +238,10 @@ print(f"{len(looked)} entrants have weights here")
 
 # %%
 def where(looked: dict) -> plt.Figure:
-    """The image with the phrase's true boxes, then a panel an entrant."""
+    """The image with the phrase's true box, then a panel an entrant."""
     one = next(iter(looked.values()))
     picture = shown.open()
-    asked = [a for a in sorted(shown.phrases, key=lambda a: a.caption) if a.boxes]
+    asked = [a for a in sorted(shown.phrases, key=lambda a: a.caption) if len(a.boxes) == 1]
     said = asked[p.phrase % len(asked)]
     columns = min(4, 1 + len(looked))
     rows = -(-(1 + len(looked)) // columns)
@@ -251,7 +251,7 @@ def where(looked: dict) -> plt.Figure:
     for ax in axes.flat:
         ax.set_axis_off()
     draw.show_boxes(axes.flat[0], picture, one.boxes)
-    axes.flat[0].set_title("true boxes")
+    axes.flat[0].set_title("true box")
     for ax, (row, look) in zip(axes.flat[1:], looked.items(), strict=False):
         weights = look.scores.double()
         slan = table.rows[row]["entrant"] == "slan"
