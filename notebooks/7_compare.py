@@ -95,7 +95,7 @@ Markdown("\n\n".join([T.verdict_table(verdicts), *missing]))
 # %%
 for reading, of in verdicts.groupby("reading", sort=False):
     if of["lower"].notna().any():
-        figure = draw.intervals(of)
+        figure = draw.intervals(of, data=T.seeds_of(p.dataset, runs[reading]))
         draw.save(figure, f"{stems[reading]}.claims.svg")
         display(Markdown(f"Reading {reading}:"), figure)
 
@@ -152,8 +152,8 @@ def points(of: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def pareto(frame: pd.DataFrame) -> plt.Figure:
-    """Sum of recalls against milliseconds of a query."""
+def pareto(frame: pd.DataFrame, data: str) -> plt.Figure:
+    """Sum of recalls against milliseconds of a query; `data` is the title."""
     figure, ax = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
     rows = [row for row in table.names if row in set(frame["row"])]
     for number, row in enumerate(rows):
@@ -175,7 +175,7 @@ def pareto(frame: pd.DataFrame) -> plt.Figure:
     ax.plot([], [], color=draw.FAINT, linestyle="--", linewidth=1, marker="", label="beaten by none")
     ax.plot([], [], linestyle="", marker="o", color=draw.INK, markerfacecolor="white", label="cheaper way")
     ax.set(xscale="log", xlabel="a query over 1,000 images (ms, one core)", ylabel="sum of R@1, 5, 10 both ways (%)",
-           title=f"{p.dataset}, {len(set(runs_shown['seed']))} seeds")  # fmt: skip
+           title=data)  # fmt: skip
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(lambda ms, _: f"{ms:g}")
     ax.xaxis.set_minor_formatter(NullFormatter())
@@ -186,7 +186,7 @@ def pareto(frame: pd.DataFrame) -> plt.Figure:
 
 for reading, runs_shown in runs.items():
     if len(runs_shown):
-        figure = pareto(points(runs_shown))
+        figure = pareto(points(runs_shown), T.seeds_of(p.dataset, runs_shown))
         draw.save(figure, f"{stems[reading]}.svg")
         display(Markdown(f"Reading {reading}:"), figure)
 if not len(runs["default"]):  # `make grid` waits for the picture

@@ -605,3 +605,15 @@ def test_a_claim_beside_a_metric_that_no_run_has_is_refused():
     ):
         tables._within(runs, claim)
     assert tables._within(runs.assign(shuffled_t2i_r1=[1.0, 2.0]), claim)["verdict"] in tables.VERDICTS
+
+
+def test_a_task_on_photos_names_what_was_measured(tmp_path):
+    """Its runs are of flickr8k, which trained them; AP is of COCO."""
+    for dataset, said in (("flickr8k", "COCO val2017, a slice"), ("scenes", "scenes")):
+        table = grids.grid("slan_detection", dataset)
+        runs = tables.runs_of(table, dataset, "tiny", tmp_path)
+        assert f"Measured: {said}, " in tables.page(table, dataset, "tiny", runs)
+        assert tables.drawn(table, runs["default"], dataset)["data"] == (
+            "COCO, published",
+            f"{said}, not run",
+        )

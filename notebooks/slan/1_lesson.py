@@ -33,12 +33,12 @@
 # | $D$, $L$ | numbers | width of a token, number of levels | `width`, `levels` of [`LocatorConfig`](../../src/finematch/models/configs.py#L211) | <a href="#model">2</a> |
 # | $V$ | b c h w | the image encoder's last map | [`Towers.vision`](../../src/finematch/models/slan/towers.py#L162) | <a href="#model">2</a> |
 # | $F_i$ | b u h w | the map of level i | [`VisionDecoder`](../../src/finematch/models/slan/towers.py#L189) | <a href="#model">2</a> |
-# | $E^T_i$ | b n D | embeddings of the tokens at level i | `words` of [`Located`](../../src/finematch/models/slan/locator.py#L114): $E^T_{L+1}$ | <a href="#model">2</a> |
-# | $G_i$ | b t 4 | boxes of the regions; $G_1$ are the proposals that stayed | `boxes` of [`Located`](../../src/finematch/models/slan/locator.py#L114): "l b t 4", l = L + 1, entry 0 is $G_1$ | <a href="#filter">3</a> |
+# | $E^T_i$ | b n D | embeddings of the tokens at level i | `words` of [`Located`](../../src/finematch/models/slan/locator.py#L111): $E^T_{L+1}$ | <a href="#model">2</a> |
+# | $G_i$ | b t 4 | boxes of the regions; $G_1$ are the proposals that stayed | `boxes` of [`Located`](../../src/finematch/models/slan/locator.py#L111): "l b t 4", l = L + 1, entry 0 is $G_1$ | <a href="#filter">3</a> |
 # | $S$, $T$, $h$ | b t; numbers | saliency; at most T regions stay, with S above h | [`RegionFilter`](../../src/finematch/models/slan/adaptor.py#L48) | <a href="#filter">3</a> |
 # | $E^G_i$ | b t D | embeddings of the regions at level i | [`RegionEmbedding`](../../src/finematch/models/slan/adaptor.py#L123); `regions` of `Located`: $E^G_{L+1}$ | <a href="#pooling">4</a> |
 # | $p_w$, $p_h$ | b t 2 | factors on width and height | [`RegionAdaptor.scales`](../../src/finematch/models/slan/adaptor.py#L360) | <a href="#size">7</a> |
-# | $T_v$, $T_t$ | b D | token of the image, of the text | `picture`, `text` of [`Located`](../../src/finematch/models/slan/locator.py#L114) | <a href="#matching">10</a>, <a href="#contrast">11</a> |
+# | $T_v$, $T_t$ | b D | token of the image, of the text | `picture`, `text` of [`Located`](../../src/finematch/models/slan/locator.py#L111) | <a href="#matching">10</a>, <a href="#contrast">11</a> |
 #
 # Formulas follow the paper, and there some letters have a second meaning. $T$ is the most regions that stay (section
 # 3), and a text in sections 11 and 15, where $T_q$ is a queue. $t_1$, $t_2$ and $v_1$, $v_2$ are single vectors in
@@ -171,8 +171,8 @@ assert (usually.extent, usually.steer, configs.SLANConfig().region_word) == ("re
 # %% [markdown]
 # What comes before the adaptors belongs to the image alone. What is in the adaptors belongs to a *pair* of image and
 # sentence. The library computes the first part once
-# ([`SelfLocator.prepare`](../../src/finematch/models/slan/locator.py#L258)) and the second part for each sentence that an
-# image is asked about ([`SelfLocator.locate`](../../src/finematch/models/slan/locator.py#L311)). To rank 1,000 images
+# ([`SelfLocator.prepare`](../../src/finematch/models/slan/locator.py#L255)) and the second part for each sentence that an
+# image is asked about ([`SelfLocator.locate`](../../src/finematch/models/slan/locator.py#L308)). To rank 1,000 images
 # against 5,000 captions with adaptors would take five million passes; section 11 has what is done about it.
 #
 # The next cell sends the example of section 1 through the model: one image, two sentences. Before the adaptors both
@@ -192,18 +192,18 @@ assert not torch.allclose(located.boxes[1, 0], located.boxes[1, 1])  # words wer
 #
 # ## 3. Proposals and the filter (3.2, 3.2.2; lines 2 and 3)
 #
-# **Proposals.** ICCV takes a region proposal network ([`RPN`](../../src/finematch/models/slan/proposals.py#L58)), arXiv
-# takes DETR ([`QueryProposals`](../../src/finematch/models/slan/proposals.py#L154)). Neither sees a label here. (DETR is
+# **Proposals.** ICCV takes a region proposal network ([`RPN`](../../src/finematch/models/slan/proposals.py#L55)), arXiv
+# takes DETR ([`QueryProposals`](../../src/finematch/models/slan/proposals.py#L151)). Neither sees a label here. (DETR is
 # a detector with a hundred learned vectors, its *queries*. Each query reads the map and gives one box.) A region
 # proposal network lays *anchors*, boxes of a fixed size, on every cell of every map. For each anchor it predicts a
 # saliency and four deltas $(\delta_x, \delta_y, \delta_w, \delta_h)$.
-# [`decode`](../../src/finematch/models/slan/proposals.py#L144) makes a box of them:
+# [`decode`](../../src/finematch/models/slan/proposals.py#L141) makes a box of them:
 #
 # $$x = x_a + \delta_x w_a, \qquad y = y_a + \delta_y h_a, \qquad w = w_a e^{\delta_w}, \qquad h = h_a e^{\delta_h}$$
 #
 # By hand: the anchor is (x, y, w, h) = (0.5, 0.5, 0.25, 0.25), the deltas are (0.4, −0.2, ln 2, 0). The centre is
 # (0.5 + 0.1, 0.5 − 0.05), the sides are (0.5, 0.25). As corners that is (0.35, 0.325, 0.85, 0.575). What would leave
-# the image is cut off ([`cut`](../../src/finematch/models/slan/proposals.py#L38)).
+# the image is cut off ([`cut`](../../src/finematch/models/slan/proposals.py#L35)).
 
 # %%
 anchor, deltas = torch.tensor([0.5, 0.5, 0.25, 0.25]), torch.tensor([0.4, -0.2, log(2), 0])

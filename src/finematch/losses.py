@@ -19,6 +19,16 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def world() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this one, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def gather(x: Tensor) -> Tensor:
     """Concatenate `x` of all processes along the first axis, gradients included; identity in one process.
 
@@ -27,7 +37,7 @@ def gather(x: Tensor) -> Tensor:
     rows, the data-parallel mean divides by N, and the result is the gradient of one process at N times the
     batch, exactly.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if world() == 1:
         return x
     return GatherRows.apply(x)
 
@@ -41,11 +51,9 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        parts = [
-            torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())
-        ]
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
         dist.all_gather(parts, x.contiguous())
-        first = dist.get_rank() * len(x)
+        first = rank() * len(x)
         ctx.mine = slice(first, first + len(x))
         return torch.cat(parts)
 
@@ -55,14 +63,6 @@ class GatherRows(torch.autograd.Function):
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total[ctx.mine]
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def shared(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
 
 def longest(length: int) -> int:
     """The largest `length` of all processes: ragged rows are padded to it before `gather`."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if world() == 1:
         return length
     lengths: list = [None] * dist.get_world_size()
     dist.all_gather_object(lengths, length)

@@ -377,10 +377,10 @@ def map_towers(s, shape: Shape | Inputs) -> tuple[nn.Module, nn.Module]:
     At scale `paper` an image network is trained, a ResNet-50 unless named, with random weights ("all random
     initialized") unless `s` names some.
     """
-    from finematch.models.slan.towers import (  # torchvision: as long to import as torch
+    from finematch.models.slan.towers import (
         CachedStages,
         pixel_stages,
-    )
+    )  # torchvision: as long to import as torch
 
     if s.scale == "paper":
         image = pixel_stages(s.vision, weights=s.vision_weights, stages=s.stages)

@@ -70,11 +70,14 @@ class Captioner(nn.Module):
 
     def read(self, at: Located, ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"], **asked: bool) -> Any:
         """The decoder's output for tokens: `logits` "b n v" of the token after each, and what else is asked for."""
+        return self.decoder(**self._given(at, ids, mask), **asked)
+
+    def _given(self, at: Located, ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"]) -> dict[str, Any]:
         states, valid = self.states(at)
-        return self.decoder(
-            input_ids=ids, attention_mask=mask.long(), encoder_hidden_states=states,
-            encoder_attention_mask=valid.long(), use_cache=False, **asked,
-        )  # fmt: skip
+        return {
+            "input_ids": ids, "attention_mask": mask.long(), "encoder_hidden_states": states,
+            "encoder_attention_mask": valid.long(), "use_cache": False,
+        }  # fmt: skip
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """`loss`: the mean over all words of the batch's captions (and [SEP]) of -log p(word | words before, image).
@@ -82,13 +85,9 @@ class Captioner(nn.Module):
         Only states before a word reach the vocabulary: with 30,000 words it is most of a small decoder's work.
         """
         ids, mask = self.with_prompt(batch["text"])
-        states, valid = self.states(self.locate(batch["image"]))
+        read = self.decoder.bert(**self._given(self.locate(batch["image"]), ids, mask)).last_hidden_state
         p = len(self.prompt)
         real = mask[:, p:]
-        read = self.decoder.bert(
-            input_ids=ids, attention_mask=mask.long(), encoder_hidden_states=states,
-            encoder_attention_mask=valid.long(), use_cache=False,
-        ).last_hidden_state  # fmt: skip
         logits = wide(self.decoder.cls(read[:, p - 1 : -1][real]))
         smoothing = self.config.smoothing if self.training else 0.0
         loss = F.cross_entropy(logits, ids[:, p:][real], label_smoothing=smoothing)

@@ -23,10 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from finematch.boxes import (
-    AreaTable,
-    convert,
-)
+from finematch.boxes import AreaTable, convert
 from finematch.losses import wide
 from finematch.models.configs import LocatorConfig
 from finematch.models.slan.adaptor import (

@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import nms
 
-from finematch.boxes import (
-    convert,
-    multi_scale_grid,
-)
+from finematch.boxes import convert, multi_scale_grid
 from finematch.files import read_tensors
 from finematch.losses import wide
 from finematch.models.configs import LocatorConfig
