@@ -62,7 +62,7 @@ Markdown(table)
 # %% [markdown]
 # ## What to choose where a paper is silent
 #
-# These three sentences are made from the table.
+# These sentences are made from the table.
 
 # %%
 advice = readings.advice(main)

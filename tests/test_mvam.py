@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from finematch import rebuild
 from finematch.config import Settings
 from finematch.encoders import GRUTower, Tokens, TokenTransformer
 from finematch.models.configs import MVAMConfig
@@ -343,3 +344,16 @@ def test_settings_of_the_presets():
     given = clip | {"clip_weights": "a/folder"}
     assert (Settings("mvam", given).lr, paper.replace(**given).lr) == (2e-4, 5e-6)
     assert (Settings("mvam", given).stage1_lr, paper.replace(**given, lr=0.5).lr) == (1e-3, 0.5)
+
+
+# ------------------------------------------------------------------------------------------- where regions lie (M18)
+@pytest.mark.parametrize("places", [True, False])
+def test_places_decide_whether_the_tower_is_told_where_regions_lie(places):
+    torch.manual_seed(0)
+    shape = rebuild.Shape(features=6, words=9, boxes=True)
+    vision, _ = rebuild.towers(Settings("mvam", {"places": places, "text": "gru"}), shape)
+    vision = vision.eval()
+    features, mask = torch.randn(2, 3, 6), torch.ones(2, 3, dtype=torch.bool)
+    here, there = (vision(features, mask, torch.rand(2, 3, 5)).states for _ in range(2))
+    assert (vision.place is not None) is places
+    assert torch.equal(here, there) is not places

@@ -109,6 +109,7 @@ def test_the_advice_names_what_costs_what_gains_and_how_many_are_open():
     assert "costs something, by an interval over seeds: MVAM's `a=x` (M1, -20 %)." in said
     assert "a candidate for your data: SLAN's `b=y` (S1, +8 %)." in said
     assert "For the other 1 readings" in said
+    assert "zero out of about 0.2 of these 3 intervals" in said  # 5 % of three
     assert "over seeds: none." in readings.advice(frame[1:])
 
 

@@ -18,7 +18,7 @@
 # same tensor. Short quotations from the paper stand in block quotes. An exercise has a cell with `...` in it, and a
 # check that says what is wrong with your answer. The teacher's edition of this page also has solutions, in folded
 # cells below the exercises; the students' edition has none. The [glossary](../../docs/glossary.md) explains the terms
-# of the field, and M1 to M11 are numbers of *readings*: places where the paper can be implemented in more than one
+# of the field, and M1 to M11 and M18 are numbers of *readings*: places where the paper can be implemented in more than one
 # way ([section 14](#readings) lists them).
 
 # %% tags=["parameters"]

@@ -54,6 +54,7 @@ proposals: str = "auto"  # auto, selective_search, grid, or a file or folder of 
 regions: int = None  # proposals per image; tiny 20, photos 36, paper 36
 width: int = None  # width of the Transformers trained from scratch; tiny 128, photos 256, paper 768
 depth: int = None  # layers of the Transformers trained from scratch; tiny 1, photos 0, paper 12
+places: bool = True  # the image Transformer is told where regions lie (M18)
 input_dropout: float = None  # dropout of channels of frozen features; tiny 0, photos 0.3, paper 0
 epochs: int = None  # passes over the training pairs; tiny 4, photos 5, paper 20
 batch_size: int = None  # pairs per step; tiny 128, photos 128, paper 1024
@@ -169,7 +170,7 @@ def build(member: int) -> tuple[MVAM, torch.nn.Module | None]:
     else:
         regions, words = images["train"], texts["train"]
         vision = TokenTransformer(regions.width, width=s.width, depth=s.depth, input_dropout=s.input_dropout,
-                                  boxes=regions.places is not None)  # fmt: skip
+                                  boxes=s.places and regions.places is not None)  # fmt: skip
         text = text_tower(
             s.text, words.width if s.text == "minilm" else len(tokenizer), width=s.width, depth=s.depth,
             weights=(s.text_weights or "bert-base-uncased") if s.scale == "paper" else "", input_dropout=s.input_dropout,

@@ -13,7 +13,7 @@ import pandas as pd
 from finematch import grids
 from finematch.config import declared
 from finematch.files import DataError
-from finematch.tables import judge, runs_of
+from finematch.tables import LEVEL, judge, runs_of
 
 ENDING = "_readings"
 COLUMNS = ["method", "id", "switch", "default", "other", "row", "metric", "of default", "effect", "lower", "upper",
@@ -125,7 +125,8 @@ def printed(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def advice(frame: pd.DataFrame) -> str:
-    """Three sentences: which other values lower the metric, which raise it, and which make no difference that shows.
+    """Which other values lower the metric, which raise it, which make no difference that shows, and how many intervals
+    would leave zero out by chance alone.
 
     Args:
         frame: from `by_size`.
@@ -143,5 +144,7 @@ def advice(frame: pd.DataFrame) -> str:
     return (
         f"Keep the default where the other value costs something, by an interval over seeds: {named(worse)}. "
         f"The other value is better here, and a candidate for your data: {named(better)}. "
-        f"For the other {unclear} readings the interval contains zero: choose what is simpler, and say which."
+        f"For the other {unclear} readings the interval contains zero: choose what is simpler, and say which. "
+        f"If no choice made a difference, chance alone would leave zero out of about {len(frame) * (1 - LEVEL):.1f} of "
+        f"these {len(frame)} intervals."
     )

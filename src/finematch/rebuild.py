@@ -362,9 +362,8 @@ def towers(s, shape: Shape | Inputs) -> tuple[nn.Module, nn.Module]:
     if shape.clip is not None:
         clip = open_clip_model(shape.clip)
         return CLIPVision(clip), CLIPText(clip)
-    vision = TokenTransformer(
-        shape.features, width=s.width, depth=s.depth, input_dropout=s.input_dropout, boxes=shape.boxes
-    )
+    vision = TokenTransformer(shape.features, width=s.width, depth=s.depth, input_dropout=s.input_dropout,
+                              boxes=s.places and shape.boxes)  # fmt: skip
     size = shape.states if s.text == "minilm" else shape.words
     weights = (s.text_weights or "bert-base-uncased") if s.scale == "paper" else ""
     return vision, text_tower(s.text, size, width=s.width, depth=s.depth, weights=shape.bert or weights,
