@@ -1,7 +1,8 @@
 """Seconds of a training step of each entrant of the arena, which turn its minutes into steps (`arena/2_train`).
 
 A step is forward, backward and the optimiser's, with reading its batch, on one core, at the entrant's own batch, on the
-first images of the set (time does not depend on how many there are). An entrant that changes its objective during
+first images of the set (time does not depend on how many there are), over the same drawn batches for all, for captions
+differ in length. An entrant that changes its objective during
 training (HSLM, SCAN and SAF begin with a contrast; SLAN's encoders are trained without its locator first) is measured
 in both parts, which are weighted as in a run. Entrants are measured in turn, several rounds, and the median counts.
 The clock is the process's own: other work on the machine does not count, but for the caches that it takes.
@@ -55,14 +56,18 @@ def variants(dataset: str, proposals: str) -> dict[str, dict]:
     return found
 
 
-def parts(dataset: str, given: dict, data_root: str, cache: str) -> list[tuple[float, Loop, list[int]]]:
-    """The parts of an entrant's training: share of the steps, loop, rows of a batch."""
+BATCHES = 6  # that are drawn
+
+
+def parts(dataset: str, given: dict, data_root: str, cache: str) -> list[tuple[float, Loop, list[list[int]]]]:
+    """The parts of an entrant's training: share of the steps, loop, rows of each batch."""
     s = Settings("arena", given | {"dataset": dataset, "data_root": data_root, "cache": cache})
     small = Settings("arena", {**s.as_dict(), "smoke": True})
     entrant, own = arena.open_entrant(small, root()), arena.own_settings(s)
     model, data = entrant.model, entrant.inputs.splits["train"].pairs()
     how = arena.plan(entrant, "no")
-    rows = [i * len(data) // s.batch_size for i in range(s.batch_size)]
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randperm(len(data), generator=draw)[: s.batch_size].tolist() for _ in range(BATCHES)]
 
     def loop(of: torch.nn.Module) -> tuple:
         made = Loop(of, data, how, open_accelerator(how), None)
@@ -84,13 +89,14 @@ def parts(dataset: str, given: dict, data_root: str, cache: str) -> list[tuple[f
     return [(start, *loop(first)), (1 - start, *loop(rest))]
 
 
-def seconds(loop: Loop, rows: list[int], least: float) -> float:
-    """CPU seconds of a step, the mean over at least so many seconds, after one step that does not count."""
-    loop.step(loop.data.__getitems__(rows), True, "benchmark")
+def seconds(loop: Loop, batches: list[list[int]], least: float) -> float:
+    """CPU seconds of a step, the mean over all batches as often as the seconds ask for, after one that does not count."""
+    loop.step(loop.data.__getitems__(batches[0]), True, "benchmark")
     started, calls = time.process_time(), 0
-    while calls < 2 or time.process_time() - started < least:
-        loop.step(loop.data.__getitems__(rows), True, "benchmark")
-        calls += 1
+    while not calls or time.process_time() - started < least:
+        for rows in batches:
+            loop.step(loop.data.__getitems__(rows), True, "benchmark")
+        calls += len(batches)
     return (time.process_time() - started) / calls
 
 
@@ -162,7 +168,7 @@ def main() -> None:
     else:
         content["seconds_a_step"][options.dataset] = found
         content.get("again", {}).pop(options.dataset, None)
-        content |= made
+        content.setdefault("made", {})[options.dataset] = made
     write_json(path, content)
     write_text(presets, in_presets(Path(presets).read_text(encoding="utf-8"), content["seconds_a_step"]))
     print(tabulate(found.items(), headers=["entrant", "seconds a step"]))

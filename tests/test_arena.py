@@ -18,7 +18,7 @@ from finematch.models.rivals import PVSE, SAF, SCAN
 from finematch.models.slan.objective import SLAN
 from finematch.training import EpochBatches, Plan, Rounds, fit
 
-KINDS = {"two-stream": MVAM, "pvse": PVSE, "mvam": MVAM, "scan": SCAN, "saf": SAF, "hslm-global": HSLM, "hslm": HSLM,
+KINDS = {"two-stream": MVAM, "pvse": PVSE, "pvse-16": PVSE, "mvam-1": MVAM, "mvam": MVAM, "scan": SCAN, "saf": SAF, "hslm-global": HSLM, "hslm": HSLM,
          "slan": SLAN}  # fmt: skip
 each_entrant = pytest.mark.parametrize("name", KINDS)
 
@@ -146,11 +146,25 @@ def test_an_entrant_has_the_recipe_of_its_method(name):
         assert arena.own_settings(settings(entrant=name, scale="paper", reading=reading)).reading == reading
     plain = Settings(own.method, {})
     changed = {key: value for key, value in own.as_dict().items() if plain.as_dict()[key] != value}
-    allowed = {"text", "precision"} | {"two-stream": {"pooling"}, "hslm-global": set(arena.GLOBAL)}.get(
-        name, set()
-    )
-    assert set(changed) <= allowed
+    of_mvam = {"places"} if own.method == "mvam" else set()  # HSLM's regions have none
+    alone = {"hslm-global": set(arena.GLOBAL)} | {one: set(more) for one, more in arena.POOLED.items()}
+    assert set(changed) <= {"text", "precision"} | of_mvam | alone.get(name, set())
     assert s.batch_size == own.batch_size == plain.batch_size
+
+
+@each_entrant
+def test_a_factor_of_the_learning_rate_reaches_the_plan(name):
+    once, twice = (arena.own_settings(settings(entrant=name, lr_times=times)) for times in (1.0, 2.0))
+    assert twice.lr == pytest.approx(2 * once.lr)
+    assert {key for key, value in twice.as_dict().items() if once.as_dict()[key] != value} == {"lr"}
+
+
+def test_slans_rounds_of_contrast_are_a_share_of_all():
+    for share, expected in ((0.8, 4), (0.4, 2), (0.0, 0), (1.0, 4)):
+        s = settings(entrant="slan", contrast_share=share, rounds=5)
+        assert arena.first_rounds(s, arena.own_settings(s)) == expected
+    s = settings(entrant="slan", scale="paper", rounds=20)
+    assert arena.first_rounds(s, arena.own_settings(s)) == 0  # the paper's recipe has no such start
 
 
 def test_slan_over_a_detector_has_the_settings_of_its_reference_rows():
@@ -194,6 +208,7 @@ def test_an_entrant_trains_ranks_and_looks(opened, name, tmp_path):
     assert type(entrant.model) is KINDS[name]
     summary = arena.train(entrant, tmp_path, identity="x", precision="no")
     assert summary["steps"] == 6
+    assert 0 < summary["cpu_seconds"]
     found = arena.ranked(entrant, entrant.test, split="scenes test")
     assert (found["images"], found["captions"]) == (40, 200)
     assert found["protocol"].startswith("scenes test: 40 images x 200 captions")
@@ -205,6 +220,33 @@ def test_an_entrant_trains_ranks_and_looks(opened, name, tmp_path):
     assert all(torch.isfinite(phrase.scores).all() for phrase in phrases)
     if phrases and name != "slan":
         assert {len(phrase.scores) for phrase in phrases} == {20}
+
+
+@pytest.mark.parametrize("name", ["mvam", "pvse", "hslm"])
+def test_a_round_ranks_the_first_images_of_val_alone_for_every_entrant(opened, name):
+    entrant = opened(name)
+    val = entrant.inputs.splits["val"]
+    entrant.model.eval()
+    found = arena.ranked(entrant, val, pictures=7)
+    assert (found["images"], found["captions"]) == (7, 35)
+    s = arena.Entrant(entrant.s.replace(val_pictures=7), entrant.own, entrant.inputs, entrant.model)
+    assert arena.ranked_rounds(s)["rsum"] == pytest.approx(found["rsum"])
+
+
+def test_no_entrant_is_told_where_regions_lie(opened):
+    for name in ("two-stream", "pvse", "mvam-1", "mvam"):
+        assert opened(name).model.vision.place is None
+    batch = opened("mvam").test.images.batch([0, 1])
+    for name in ("mvam", "hslm", "saf"):
+        model = opened(name).model.eval()
+        moved = batch | {"places": 1 - batch["places"]}
+        here, there = (model.encode_image(**images) for images in (batch, moved))
+        assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True) if a is not None), name
+
+
+def test_pvse_has_two_embeddings_or_as_many_as_mvam_has_views(opened):
+    counts = [opened(name).model.image_side.codes.out_features for name in ("pvse", "pvse-16")]
+    assert counts == [2, opened("mvam").model.config.views]
 
 
 @pytest.mark.parametrize("name", ["pvse", "scan", "saf", "hslm"])

@@ -24,6 +24,7 @@ from finematch.models.hslm import (
     SelfAttentionPooling,
     WordEncoder,
     WordSelfAttention,
+    hardest,
     hinge,
     score,
     tile_scores,
@@ -568,16 +569,20 @@ def test_rivals_are_the_hardest_of_so_many_drawn_anew():
     picture, caption = model.encode_image(**image), model.encode_text(**text)
     view, rows = model.pairs.prepare(picture), torch.arange(7)
     table = score(model.pairs, view, caption).masked_fill(same, float("-inf"))
+
+    def mined(rivals, step=0):
+        return hardest(same, rivals, step, table=lambda: score(model.pairs, view, caption),
+                       pairs=lambda i, j: model.score_pairs(view, caption, i, j))  # fmt: skip
+
     for rivals in (0, 7, 20):
-        captions, pictures = model.mine(view, caption, same, rivals)
+        captions, pictures = mined(rivals)
         assert captions.tolist() == table.argmax(1).tolist()
         assert pictures.tolist() == table.argmax(0).tolist()
     means = []
     for rivals in (1, 3, 6):
         seen, hardness = set(), []
         for step in range(40):
-            model.steps.fill_(step)
-            captions, pictures = model.mine(view, caption, same, rivals)
+            captions, pictures = mined(rivals, step)
             assert not same[rows, captions].any()
             assert not same[pictures, rows].any()
             drawn = torch.rand((7, 7), generator=torch.Generator().manual_seed(step)).masked_fill(same, -1.0)

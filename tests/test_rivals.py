@@ -10,6 +10,7 @@ from torch import nn
 from finematch.arena import Contrast, ContrastThenHinge
 from finematch.encoders import GRUTower, Tokens, TokenTransformer
 from finematch.models import rivals
+from finematch.models.hslm import hinge
 from finematch.models.rivals import PVSE, SAF, SCAN, Fragments, Instances, PolysemousEmbedding, word_attention
 
 RIVALS = {"pvse": PVSE, "scan": SCAN, "saf": SAF}
@@ -84,7 +85,7 @@ def test_saf_gives_the_numbers_of_the_public_code():
     and the biases of sim_tran*_w are zero, as they are at its start."""
     model = made("saf")
     for k, side in enumerate((model.image_vector, model.text_vector)):
-        put(side.local, 1.0 + k), put(side.mean, 3.0 + k), put(side.vote, 5.0 + k)
+        put(side.local, 1.0 + k), put(side.query, 3.0 + k), put(side.vote, 5.0 + k)
     put(model.compare_local, 7.0), put(model.compare_global, 8.0)
     put(model.gate, 9.0), put(model.score, 10.0)
     with torch.no_grad():
@@ -155,7 +156,7 @@ def plain_scan(_, regions, words):
 
 def plain_vector(side, parts):
     mean = sum(parts) / len(parts)
-    answers = [float(side.vote(torch.tanh(side.local(x)) * torch.tanh(side.mean(mean)))) for x in parts]
+    answers = [float(side.vote(torch.tanh(side.local(x)) * torch.tanh(side.query(mean)))) for x in parts]
     weights = torch.tensor(answers, dtype=torch.float64).softmax(0)
     return unit(sum(w * x for w, x in zip(weights, parts, strict=True)))
 
@@ -335,6 +336,25 @@ def test_attention_of_pairs_has_a_line_a_token_and_a_column_a_region(name):
     assert (found[pairs["text"]["mask"]].sum(-1) > 0).all()
 
 
+class Table(rivals.Rival):
+    """A rival whose image i and caption j have the score of a table: `together` or pair by pair."""
+
+    def __init__(self, table, together):
+        super().__init__(Given(1), Given(1), Contrast())
+        self.table, self.together = table, together
+
+    def scores(self, image, text):
+        return self.table[image][:, text]
+
+    def pairs(self, image, text):
+        return self.table[image, text]
+
+
+def loss_of(objective, table, same, together=True):
+    index = torch.arange(len(same))
+    return objective(Table(table, together), index, index, same)["loss"]
+
+
 def test_captions_of_one_image_are_no_negatives():
     for objective in (Contrast(), ContrastThenHinge(start_steps=0), ContrastThenHinge(start_steps=9)):
         same = torch.eye(4, dtype=torch.bool)
@@ -342,8 +362,8 @@ def test_captions_of_one_image_are_no_negatives():
         scores = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
         other = scores.clone()
         other[0, 1] = other[1, 0] = 50.0
-        assert float(objective(scores, same, lambda x: x)["loss"].detach()) == pytest.approx(
-            float(objective(other, same, lambda x: x)["loss"].detach())
+        assert float(loss_of(objective, scores, same).detach()) == pytest.approx(
+            float(loss_of(objective, other, same).detach())
         )
 
 
@@ -356,10 +376,38 @@ def test_the_hinge_is_hslms():
     whole = ContrastThenHinge(start_steps=0)
     # rows: 0.2-0.9+0.8, 0.2-0.4+0.3, 0.2-0.7+0.6; columns: 0 (0.2-0.9+0.3 < 0), 0.2-0.4+0.6, 0.2-0.7+0.8
     expected = 0.1 + 0.1 + 0.1 + 0.0 + 0.4 + 0.3
-    assert float(whole(scores, same, lambda x: x)["loss"]) == pytest.approx(expected)
+    assert float(loss_of(whole, scores, same)) == pytest.approx(expected)
     few = ContrastThenHinge(start_steps=0, rivals=1)
     for _ in range(5):
-        assert float(few(scores, same, lambda x: x)["loss"]) <= expected + 1e-6
+        assert float(loss_of(few, scores, same)) <= expected + 1e-6
+
+
+@pytest.mark.parametrize("rivals", [0, 3])
+def test_the_hardest_pairs_alone_have_the_gradient_of_all(rivals):
+    """`together` differentiates the whole table, the other way 3 B pairs: the same loss and the same gradient."""
+    same = torch.eye(7, dtype=torch.bool)
+    same[1, 4] = same[4, 1] = True
+    found = []
+    for together in (True, False):
+        table = torch.randn(7, 7, generator=torch.Generator().manual_seed(5)).requires_grad_()
+        loss = loss_of(ContrastThenHinge(start_steps=0, rivals=rivals), table, same, together)
+        loss.backward()
+        found.append((loss.detach(), table.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert 0 < (found[0][1] != 0).sum() <= 3 * 7
+
+
+def test_scan_differentiates_three_pairs_an_image_and_saf_all():
+    pairs, same = batch(), torch.eye(8, dtype=torch.bool)
+    for name, expected in (("scan", [24]), ("saf", [])):
+        model, asked = trained(name, ContrastThenHinge(start_steps=0)), []
+        own = model.pairs
+        model.pairs = lambda i, t, own=own, asked=asked: (asked.append(len(i.states)), own(i, t))[1]
+        table = model.scores(*model.encoded(pairs["image"], pairs["text"]))
+        loss = model(pairs)["loss"]
+        assert asked == expected
+        by_table = hinge(model.bounded(table), same, 0.2)
+        assert float(loss.detach()) == pytest.approx(float(by_table.detach()), abs=1e-5)
 
 
 def test_saf_refuses_towers_of_two_widths():

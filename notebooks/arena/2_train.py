@@ -26,7 +26,7 @@ resume: str = ""  # empty: continue this run, refuse another; fresh: start over;
 smoke: bool = False  # run everything in seconds; the numbers mean nothing
 report: str = "test"  # reported split; choose settings on val (scenes) or dev, held out of train: test | val | dev
 cache: str = "data/cache"  # folder of the backbones and features that runs share
-entrant: str = "two-stream"  # what is trained: two-stream | pvse | mvam | scan | saf | hslm-global | hslm | slan
+entrant: str = "two-stream"  # what is trained: two-stream | pvse | pvse-16 | mvam-1 | mvam | scan | saf | hslm-global | hslm | slan
 recipe: str = None  # the methods' reading: default | literal; default default; literal literal
 backbone: str = None  # image features; SLAN: maps: regions | grid | maps; tiny regions, photos grid, paper regions
 regions: int = None  # proposals per image; tiny 20, photos 36, paper 36
@@ -38,7 +38,7 @@ seconds_a_step: float = None  # measured once, for the budget; default 1
 rounds: int = None  # times that val is ranked in the budget; tiny 5, photos 5, paper 20
 batch_size: int = None  # pairs per step; tiny 64, photos 64, paper 128
 rerank: int = None  # candidates of the shortlist; tiny 50, photos 50, paper 128
-val_pictures: int = None  # val images that rank a round, pair by pair; 0 is all; tiny 200, photos 200, paper 1000
+val_pictures: int = None  # val images that rank a round; 0 is all; tiny 200, photos 200, paper 1000
 precision: str = None  # mixed precision: auto | no | bf16 | fp16; tiny no, photos no, paper auto
 threads: int = 1  # threads of torch on a CPU; 0 leaves torch's own number
 
@@ -69,10 +69,10 @@ if s.threads:
 # | entrant | what it is | recipe | image and caption meet |
 # |---|---|---|---|
 # | `two-stream` | the mean of the regions, the mean of the words, a linear layer and tanh on each | MVAM's | in a dot product |
-# | `pvse` | [`PVSE`](../../src/finematch/models/rivals.py#L111) with two embeddings an item, of which the best pair counts | MVAM's | in four dot products |
+# | `pvse` | [`PVSE`](../../src/finematch/models/rivals.py#L118) with two embeddings an item, of which the best pair counts | MVAM's | in four dot products |
 # | `mvam` | MVAM with 16 views | MVAM's | in a dot product |
-# | `scan` | [`SCAN`](../../src/finematch/models/rivals.py#L218): words attend to regions | HSLM's | word by word |
-# | `saf` | [`SAF`](../../src/finematch/models/rivals.py#L271): the same attention, and similarity vectors that are weighted and summed | HSLM's | word by word |
+# | `scan` | [`SCAN`](../../src/finematch/models/rivals.py#L225): words attend to regions | HSLM's | word by word |
+# | `saf` | [`SAF`](../../src/finematch/models/rivals.py#L261): the same attention, and similarity vectors that are weighted and summed | HSLM's | word by word |
 # | `hslm-global` | row 1 of HSLM's Table 4: one vector each, no graph and no attention | HSLM's | in a similarity vector |
 # | `hslm` | row 12: the whole model | HSLM's | word by word |
 # | `slan` | SLAN with 3 adaptors, which makes its own regions; with `detector` the boxes of a detector, which stays as it is | SLAN's | in a dot product, the best again by a matching head |

@@ -46,8 +46,8 @@
 # | $\hat E^*$, $\hat R_a^*$ | $d$ | global vectors of the caption and of the image | [`SelfAttentionPooling`](../../src/finematch/models/hslm.py#L246) | [7](#score) |
 # | $S_G$ | $s$ | global similarity vector | [`PairScorer.similarity`](../../src/finematch/models/hslm.py#L511) | [7](#score) |
 # | $S_A$, $S_F$ | $s$, $1$ | the gathered similarity vector, and the score, a logit | [`PairScorer.fuse`](../../src/finematch/models/hslm.py#L516) | [7](#score) |
-# | $S(I, C)$ | $1$ | score of image $I$ and caption $C$ in the loss: $\sigma(S_F)$ by default | [`HSLM.squash`](../../src/finematch/models/hslm.py#L660) | [8](#loss) |
-# | $B$, $\beta$ | | pairs of a batch, margin of the loss | axis `b`, `margin` of [`hinge`](../../src/finematch/models/hslm.py#L733) | [8](#loss) |
+# | $S(I, C)$ | $1$ | score of image $I$ and caption $C$ in the loss: $\sigma(S_F)$ by default | [`HSLM.squash`](../../src/finematch/models/hslm.py#L624) | [8](#loss) |
+# | $B$, $\beta$ | | pairs of a batch, margin of the loss | axis `b`, `margin` of [`hinge`](../../src/finematch/models/hslm.py#L697) | [8](#loss) |
 
 # %% tags=["parameters"]
 dataset: str = "scenes"  # the embedded set alone: which region belongs to which word is known
@@ -834,7 +834,7 @@ check("hslm.longer", "higher", "the same", logits)
 # * $\hat C$: the caption of the batch that scores highest for $I$ without belonging to it. $\hat I$: the image that
 #   scores highest for $C$ without belonging to it. They are the **hardest negatives**.
 # * $\beta = 0.2$ (`margin`), and $[z]_+ = \max(0, z)$. The sum runs over the $B$ pairs of the batch
-#   ([`hinge`](../../src/finematch/models/hslm.py#L733)).
+#   ([`hinge`](../../src/finematch/models/hslm.py#L697)).
 #
 # The paper prints $S(\hat I, \hat C)$ in the first bracket, which cannot be meant (reading H18).
 #
@@ -895,7 +895,7 @@ check("hslm.hinge", ranking)
 # The maximum of 127 draws of noise is about 2.6. Unless the signal is larger than that, **spreading the scores raises
 # the loss**, and the cheapest thing to do is to fall back on the plateau. With the *mean* over all negatives the noise
 # averages out, and any signal leads downhill. A contrastive loss does the same: it is the mean of
-# $-\log\mathrm{softmax}$ of the true pair among the batch ([`softmax_loss`](../../src/finematch/models/hslm.py#L761)), and
+# $-\log\mathrm{softmax}$ of the true pair among the batch ([`softmax_loss`](../../src/finematch/models/hslm.py#L768)), and
 # its plateau is $\ln B$. All losses of the cell take the same numbers $S_{ij}$.
 
 # %%

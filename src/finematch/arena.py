@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -24,22 +23,24 @@ from finematch.config import Settings
 from finematch.data.record import Record
 from finematch.data.splits import Split
 from finematch.encoders import GRUTower, TokenTransformer
-from finematch.evaluation.embedding import embed, validation
+from finematch.evaluation.embedding import embed
 from finematch.evaluation.grounding import GroundedPhrase
 from finematch.evaluation.phrases import attended_phrases, located_phrases
 from finematch.evaluation.reranking import reranked_retrieval
 from finematch.evaluation.retrieval import retrieval, retrieval_blocks
 from finematch.losses import LogitScale, wide
 from finematch.models.configs import HSLMConfig, MVAMConfig
-from finematch.models.hslm import HSLM, hinge, score, softmax_loss, tile_scores
+from finematch.models.hslm import HSLM, hardest, hinge_of_hardest, score, softmax_loss, tile_scores
 from finematch.models.mvam import MVAM
 from finematch.models.rivals import PVSE, SAF, SCAN, Rival
 from finematch.models.slan.objective import SLAN, Unimodal, pair_scorer
 from finematch.rehearsal import clocked
 from finematch.training import Plan, Rounds, accelerator, fit, seed_everything, to_device
 
-BESIDE = {"two-stream": "mvam", "pvse": "mvam", "mvam": "mvam", "scan": "hslm", "saf": "hslm", "hslm-global": "hslm",
-          "hslm": "hslm", "slan": "slan"}  # fmt: skip
+BESIDE = {"two-stream": "mvam", "pvse": "mvam", "pvse-16": "mvam", "mvam-1": "mvam", "mvam": "mvam", "scan": "hslm",
+          "saf": "hslm", "hslm-global": "hslm", "hslm": "hslm", "slan": "slan"}  # fmt: skip
+# an entrant's own settings of its method, beside those that all share
+POOLED = {"two-stream": {"pooling": "mean"}, "mvam-1": {"pooling": "attention", "views": 1, "diversity": "none"}}
 # row 1 of HSLM's Table 4
 GLOBAL = {"mgcn": False, "self_attn": False, "cross_attn": False, "glob": True, "loc": False}
 SIZES = (1000, 5000)  # images of the galleries that a query is timed on
@@ -54,10 +55,8 @@ class Contrast(nn.Module):
         super().__init__()
         self.scale = LogitScale(tau)
 
-    def forward(
-        self, scores: Float[Tensor, "b b"], same: Bool[Tensor, "b b"], bounded: Callable
-    ) -> dict[str, Tensor]:
-        return {"loss": softmax_loss(self.scale() * wide(scores), same)}
+    def forward(self, model: Rival, image, text, same: Bool[Tensor, "b b"]) -> dict[str, Tensor]:
+        return {"loss": softmax_loss(self.scale() * wide(model.scores(image, text)), same)}
 
 
 class ContrastThenHinge(nn.Module):
@@ -74,24 +73,17 @@ class ContrastThenHinge(nn.Module):
         )
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
-    def forward(
-        self, scores: Float[Tensor, "b b"], same: Bool[Tensor, "b b"], bounded: Callable
-    ) -> dict[str, Tensor]:
+    def forward(self, model: Rival, image, text, same: Bool[Tensor, "b b"]) -> dict[str, Tensor]:
         self.steps += self.training
         if self.training and self.steps <= self.start_steps:
-            return {"loss": softmax_loss(self.start_scale * wide(scores), same)}
-        scores = bounded(wide(scores))
-        if not 0 < self.rivals < len(same):
-            return {"loss": hinge(scores, same, self.margin)}
-        drawn = torch.rand(same.shape, generator=torch.Generator().manual_seed(int(self.steps))).to(
-            same.device
-        )
-        total = scores.new_zeros(())
-        for table, chance in ((scores, drawn), (scores.T, drawn.T)):
-            chosen = chance.masked_fill(same, -1.0).topk(self.rivals, dim=1).indices
-            excess = F.relu(self.margin - table.diagonal()[:, None] + table).masked_fill(same, 0.0)
-            total = total + excess.gather(1, chosen).amax(1).sum()
-        return {"loss": total}
+            return {"loss": softmax_loss(self.start_scale * wide(model.scores(image, text)), same)}
+        table = model.scores(image, text) if model.together else None
+        pairs = (lambda i, j: table[i, j]) if model.together else lambda i, j: model.pairs(image[i], text[j])
+        with torch.no_grad():
+            hard = hardest(same, self.rivals, int(self.steps), pairs=pairs,
+                           table=lambda: model.scores(image, text) if table is None else table)  # fmt: skip
+        bounded = lambda i, j: model.bounded(wide(pairs(i, j)))  # noqa: E731
+        return {"loss": hinge_of_hardest(bounded, same, hard, self.margin)}
 
 
 # ------------------------------------------------------------------------------------------- an entrant
@@ -121,6 +113,11 @@ class Entrant:
 
 def own_settings(s: Settings) -> Settings:
     """The presets of the method that an entrant has its recipe of, with what the arena sets."""
+    made = _recipe(s)
+    return made if s.lr_times == 1 else made.replace(lr=made.lr * s.lr_times)
+
+
+def _recipe(s: Settings) -> Settings:
     method = BESIDE[s.entrant]
     shared = ("dataset", "data_root", "scale", "seed", "smoke", "report", "cache", "batch_size",
               "precision")  # fmt: skip
@@ -129,8 +126,8 @@ def own_settings(s: Settings) -> Settings:
         return Settings("slan", given | detected(s.detector))
     given |= {"regions": s.regions, "proposals": s.proposals}
     if method == "mvam":
-        given |= {"backbone": s.backbone, "text": "gru"}
-        return Settings("mvam", given | ({"pooling": "mean"} if s.entrant == "two-stream" else {}))
+        given |= {"backbone": s.backbone, "text": "gru", "places": False}  # HSLM, SCAN and SAF have no places
+        return Settings("mvam", given | POOLED.get(s.entrant, {}))
     return Settings("hslm", given | (GLOBAL if s.entrant == "hslm-global" else {}))
 
 
@@ -166,8 +163,9 @@ def open_entrant(s: Settings, base: Path) -> Entrant:
     width, words = inputs.splits["train"].images.width, len(inputs.tokenizer)
     if own.method == "mvam":
         vision, text = rebuild.towers(own, inputs)
-        if s.entrant == "pvse":
-            model = PVSE(vision, text, Contrast(own.tau), dim=own.total_dim)
+        if s.entrant.startswith("pvse"):
+            count = own.views if s.entrant == "pvse-16" else 2
+            model = PVSE(vision, text, Contrast(own.tau), dim=own.total_dim, embeddings=count)
         else:
             model = MVAM(vision, text, MVAMConfig.of(own))
     else:
@@ -196,9 +194,9 @@ def of_run(run) -> Entrant:
 
 
 def first_rounds(s: Settings, own: Settings) -> int:
-    """Of SLAN's rounds, those in which the contrast alone trains the encoders: the share of its presets."""
-    share = own.encoder_epochs / (own.encoder_epochs + own.epochs)
-    return min(s.rounds - 1, round(share * s.rounds))
+    """Of SLAN's rounds, those in which the contrast alone trains the encoders; none where its presets have no such
+    epochs."""
+    return min(s.rounds - 1, round(s.contrast_share * s.rounds)) if own.encoder_epochs else 0
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -229,18 +227,15 @@ def train(entrant: Entrant, folder: Path, *, identity: str, precision: str) -> d
     data = Rounds(entrant.inputs.splits["train"].pairs(), steps(s))
     how, select = plan(entrant, precision), entrant.inputs.select
     if not isinstance(model, SLAN):
-        check = (
-            (lambda m: validation(m, val)) if isinstance(model, MVAM) else lambda m: ranked_rounds(entrant)
-        )
-        return fit(model, data, how, folder, identity=identity, select=select, evaluate=check)
-    seconds, done, first = 0.0, 0, first_rounds(s, entrant.own)
+        return fit(model, data, how, folder, identity=identity, select=select, evaluate=lambda m: ranked_rounds(entrant))
+    spent, first = dict.fromkeys(("seconds", "cpu_seconds", "steps"), 0), first_rounds(s, entrant.own)
+    check = lambda m: by_vectors(m, val, pictures=s.val_pictures)  # noqa: E731
     if first:
-        summary = fit(Unimodal(model), data, _of_rounds(how, first), folder / "encoders", identity=identity,
-                      select=select, evaluate=lambda m: validation(m, val))  # fmt: skip
-        seconds, done = summary["seconds"], summary["steps"]
+        spent = fit(Unimodal(model), data, _of_rounds(how, first), folder / "encoders", identity=identity,
+                    select=select, evaluate=check)  # fmt: skip
     summary = fit(model, data, _of_rounds(how, s.rounds - first), folder, identity=identity, select=select,
-                  evaluate=lambda m: validation(m, val))  # fmt: skip
-    return summary | {"seconds": seconds + summary["seconds"], "steps": done + summary["steps"]}
+                  evaluate=check)  # fmt: skip
+    return summary | {name: spent[name] + summary[name] for name in ("seconds", "cpu_seconds", "steps")}
 
 
 def _of_rounds(how: Plan, rounds: int) -> Plan:
@@ -248,7 +243,7 @@ def _of_rounds(how: Plan, rounds: int) -> Plan:
 
 
 def ranked_rounds(entrant: Entrant) -> dict[str, float]:
-    """The validation of a round: the first `val_pictures` images of val, pair by pair."""
+    """The validation of a round: the first `val_pictures` images of val, for every entrant."""
     found = ranked(entrant, entrant.inputs.splits["val"], pictures=entrant.s.val_pictures)
     return {name: found[name] for name in ("i2t_r1", "t2i_r1", "rsum")}
 
@@ -258,7 +253,7 @@ def ranked(entrant: Entrant, which: Split, *, pictures: int = 0, **options) -> d
     """Retrieval both ways as the entrant ranks: by vectors, pair by pair, or (SLAN) by vectors and the best again.
 
     Args:
-        pictures: only so many first images, where pairs are scored; 0 is all.
+        pictures: only so many first images; 0 is all.
         options: of `evaluation.retrieval`.
 
     Returns:
@@ -266,7 +261,7 @@ def ranked(entrant: Entrant, which: Split, *, pictures: int = 0, **options) -> d
     """
     model = entrant.model
     if isinstance(model, MVAM):
-        return retrieval(*embed(model, which), which.image_of, **options)
+        return by_vectors(model, which, pictures=pictures, **options)
     if isinstance(model, SLAN):
         image, text = embed(model, which)
         contrast = retrieval(image, text, which.image_of, **options)
@@ -274,10 +269,22 @@ def ranked(entrant: Entrant, which: Split, *, pictures: int = 0, **options) -> d
         again = reranked_retrieval(image, text, which.image_of, scorer, k=entrant.own.rerank,
                                    score=entrant.own.rank_score, **options)  # fmt: skip
         return {f"itc_{name}": contrast[name] for name in ("i2t_r1", "t2i_r1", "rsum")} | again
-    images = min(pictures or len(which.records), len(which.records))
-    image_of = which.image_of[which.image_of < images]
+    images, image_of = _first(which, pictures)
     scorer = block_scores(model, which)
     return retrieval_blocks(scorer, images, len(image_of), image_of, block=1000, **options)
+
+
+def by_vectors(model: nn.Module, which: Split, *, pictures: int = 0, **options) -> dict:
+    """Retrieval by one vector an image and one a caption, of the first `pictures` images; 0 is all."""
+    image, text = embed(model, which)
+    images, image_of = _first(which, pictures)
+    return retrieval(image[:images], text[: len(image_of)], image_of, **options)
+
+
+def _first(which: Split, pictures: int) -> tuple[int, Tensor]:
+    """So many first images of a split, or all, and the image of each of their captions."""
+    images = min(pictures or len(which.records), len(which.records))
+    return images, which.image_of[which.image_of < images]
 
 
 def block_scores(model: HSLM | Rival, split: Split) -> Callable[[Tensor, Tensor], Tensor]:

@@ -257,8 +257,9 @@ def fit(
         tracker: a tracker that accelerate knows (tensorboard, wandb, mlflow ...), see `tracking`; changes no number.
 
     Returns:
-        `{"history": [...], "best_epoch", "steps", "seconds", "peak_memory_bytes", "device"}`; seconds include
-        those before an interruption.
+        `{"history": [...], "best_epoch", "steps", "seconds", "cpu_seconds", "peak_memory_bytes", "device"}`; seconds
+        include those before an interruption. `cpu_seconds` are this process's own, of the steps alone: neither
+        evaluation nor checkpoints nor other work on the machine count.
 
     Raises:
         TrainingError: For an unwritable or full `out`, a checkpoint that is damaged or of another identity, plan or
@@ -305,6 +306,7 @@ def fit(
         "best_epoch": at["best"][1] if at["best"] else plan.epochs,
         "steps": loop.steps * plan.epochs,
         "seconds": at["seconds"],
+        "cpu_seconds": at["cpu_seconds"],
         "peak_memory_bytes": peak_memory(),
         "device": device_name(),
     }
@@ -414,6 +416,7 @@ class Loop:
         """Restore the latest checkpoint; without one, keep the weights and random states of before the first step."""
         at = self.checkpoint.load(self.plain, self.optimizer, self.scheduler)
         self.at = at or {"epoch": 0, "step": 0, "sums": {}, "best": None, "history": [], "seconds": 0.0}
+        self.at.setdefault("cpu_seconds", 0.0)
         here = torch.get_num_threads()
         if self.accelerator.device.type == "cpu" and self.at.setdefault("threads", here) != here:
             self.threads = {"threads": here}
@@ -463,7 +466,7 @@ class Loop:
 
     def epoch(self, epoch: int) -> dict:
         """Train the rest of an epoch; its line of the log: the mean of each loss term."""
-        plan, at = self.plan, self.at
+        plan, at, clock = self.plan, self.at, time.process_time()
         self.model.train()
         for step, batch in enumerate(self.loader(epoch), start=at["step"]):
             # the last batches of an epoch close their accumulation group even if it is incomplete
@@ -476,7 +479,10 @@ class Loop:
             due = plan.checkpoint_steps and at["step"] % plan.checkpoint_steps == 0
             if due and update and at["step"] < self.steps:
                 at["seconds"] = time.monotonic() - self.started
+                at["cpu_seconds"] += time.process_time() - clock
                 self.save()
+                clock = time.process_time()
+        at["cpu_seconds"] += time.process_time() - clock
         line = {
             "epoch": epoch + 1,
             "steps": self.steps,

@@ -612,50 +612,14 @@ class HSLM(Pretrained, nn.Module):
             scores = self.squash(score(self.pairs, view, caption))
             loss = hinge(scores, same, self.config.margin, negatives="mean")
         else:
+            pairs = lambda i, j: self.score_pairs(view, caption, i, j)  # noqa: E731
             with torch.no_grad():
-                hard_captions, hard_pictures = self.mine(
-                    view, caption, same, 1 if kind == "random" else self.config.rivals
-                )
-            rows = torch.arange(len(same), device=same.device)
-            pictures = torch.cat([rows, rows, hard_pictures])
-            captions = torch.cat([rows, hard_captions, rows])
-            true, hard_caption, hard_picture = self.squash(
-                self.score_pairs(view, caption, pictures, captions)
-            ).chunk(3)
-            some = ~same.all(1)  # a batch of one picture has no negatives
-            loss = (
-                some
-                * (
-                    F.relu(self.config.margin - true + hard_caption)
-                    + F.relu(self.config.margin - true + hard_picture)
-                )
-            ).sum()
+                hard = hardest(same, 1 if kind == "random" else self.config.rivals, int(self.steps), pairs=pairs,
+                               table=lambda: score(self.pairs, view, caption))  # fmt: skip
+            loss = hinge_of_hardest(lambda i, j: self.squash(pairs(i, j)), same, hard, self.config.margin)
         if self.training:
             self.steps += 1
         return {"loss": loss, "plateau": ((loss.detach() - flat).abs() < 0.01 * flat).to(loss.dtype)}
-
-    def mine(
-        self, view: Views, caption: Caption, same: Bool[Tensor, "b b"], rivals: int
-    ) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
-        """The hardest caption of each picture and picture of each caption, of all or of so many random ones.
-
-        What is drawn comes from the step's number: alike in every process, and in a run that was resumed.
-        """
-        b = len(same)
-        if rivals == 0 or rivals >= b:
-            scores = score(self.pairs, view, caption).masked_fill(same, float("-inf"))
-            return scores.argmax(1), scores.argmax(0)
-        step = torch.Generator().manual_seed(int(self.steps))
-        drawn = torch.rand((b, b), generator=step).to(same.device)
-        captions = drawn.masked_fill(same, -1.0).topk(rivals, dim=1).indices  # b k, of each picture
-        pictures = drawn.T.masked_fill(same, -1.0).topk(rivals, dim=1).indices  # of each caption
-        if rivals == 1:
-            return captions[:, 0], pictures[:, 0]
-        own = torch.arange(b, device=same.device).repeat_interleave(rivals)
-        flat = torch.cat([own, pictures.flatten()]), torch.cat([captions.flatten(), own])
-        scores = self.score_pairs(view, caption, *flat).masked_fill(same[flat], float("-inf"))
-        first, second = scores.view(2, b, rivals).argmax(-1, keepdim=True)
-        return captions.gather(1, first)[:, 0], pictures.gather(1, second)[:, 0]
 
     def squash(self, logits: Tensor) -> Tensor:
         """The score that Eq. 23 compares (H17)."""
@@ -756,6 +720,49 @@ def hinge(
             others = ~same
             total = total + ((excess * others).sum(1) / others.sum(1).clamp(min=1)).sum()
     return total
+
+
+def hardest(
+    same: Bool[Tensor, "b b"], rivals: int, step: int, *, table: Callable[[], Tensor], pairs: Callable
+) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
+    """The hardest caption of each picture and picture of each caption, of all or of so many random ones.
+
+    What is drawn comes from the step's number: alike in every process, and in a run that was resumed.
+
+    Args:
+        rivals: how many are drawn for each picture and each caption; 0 is all.
+        table: gives the scores of all, "b b". pairs: those of given pictures with given captions.
+    """
+    b = len(same)
+    if rivals == 0 or rivals >= b:
+        scores = table().masked_fill(same, float("-inf"))
+        return scores.argmax(1), scores.argmax(0)
+    drawn = torch.rand((b, b), generator=torch.Generator().manual_seed(step)).to(same.device)
+    captions = drawn.masked_fill(same, -1.0).topk(rivals, dim=1).indices  # b k, of each picture
+    pictures = drawn.T.masked_fill(same, -1.0).topk(rivals, dim=1).indices  # of each caption
+    if rivals == 1:
+        return captions[:, 0], pictures[:, 0]
+    own = torch.arange(b, device=same.device).repeat_interleave(rivals)
+    flat = torch.cat([own, pictures.flatten()]), torch.cat([captions.flatten(), own])
+    scores = pairs(*flat).masked_fill(same[flat], float("-inf"))
+    first, second = scores.view(2, b, rivals).argmax(-1, keepdim=True)
+    return captions.gather(1, first)[:, 0], pictures.gather(1, second)[:, 0]
+
+
+def hinge_of_hardest(
+    scores: Callable, same: Bool[Tensor, "b b"], hard: tuple[Tensor, Tensor], margin: float
+) -> Float[Tensor, ""]:
+    """`hinge` of rivals that were found before (`hardest`): 3 B scores, not B x B, carry a gradient.
+
+    Args:
+        scores: gives those of given pictures with given captions, as the hinge compares them.
+    """
+    rows = torch.arange(len(same), device=same.device)
+    hard_captions, hard_pictures = hard
+    pictures, captions = torch.cat([rows, rows, hard_pictures]), torch.cat([rows, hard_captions, rows])
+    true, hard_caption, hard_picture = scores(pictures, captions).chunk(3)
+    some = ~same.all(1)  # a batch of one picture has no negatives
+    return (some * (F.relu(margin - true + hard_caption) + F.relu(margin - true + hard_picture))).sum()
 
 
 def softmax_loss(scores: Float[Tensor, "b b"], same: Bool[Tensor, "b b"]) -> Float[Tensor, ""]:

@@ -1,9 +1,9 @@
 """Rivals that the papers name beside their own methods, each from its paper's formulas: PVSE, SCAN and SGRAF's SAF.
 
 MVAM compares itself with PVSE, HSLM with SCAN and SGRAF (SAF is the half of SGRAF without a graph). They are here to be
-compared with at equal means (`finematch.arena`): the towers and the objective are given, so that a rival and the
-method that it stands beside differ in how an image and a caption meet, and in nothing else. Published models, which are
-larger and trained for longer, are not what this is.
+compared with at equal means (`finematch.arena`): towers, objective, optimiser and batch are given by the recipe of the
+method that a rival stands beside. What else is a rival's own (PVSE's two further losses, for one) stays its own; HSLM's
+graph and word self-attention stay HSLM's. Published models, which are larger and trained for longer, are not what this is.
 
 * PVSE: Song and Soleymani, Polysemous Visual-Semantic Embedding for Cross-Modal Retrieval (CVPR 2019).
 * SCAN: Lee et al., Stacked Cross Attention for Image-Text Matching (ECCV 2018), text to image.
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from finematch.encoders import Tokens
 from finematch.evaluation.cross_attention import SLOPE, text_to_image
+from finematch.models.hslm import SelfAttentionPooling
 from finematch.training import to_device
 
 TILE = 4096  # pairs of a word and an image that SAF scores at a time where no gradient is needed
@@ -34,9 +35,15 @@ class Rival(nn.Module):
 
     Args:
         vision, text: towers of `finematch.encoders`.
-        objective: takes the scores of a batch "b c" (true pairs on the diagonal), which of them are of one image, and
-            `bounded`, the score as a hinge compares it; gives the named terms of the loss.
+        objective: takes the model, the encoded images and captions of a batch of pairs, and which of them are of one
+            image; gives the named terms of the loss.
+
+    Attributes:
+        together: the scores of a batch are only to be had all at once, so a hinge differentiates all of them. Without
+            it `pairs` gives the score of any pairs, and only the hardest ones carry a gradient.
     """
+
+    together = True
 
     def __init__(self, vision: nn.Module, text: nn.Module, objective: nn.Module):
         super().__init__()
@@ -54,7 +61,7 @@ class Rival(nn.Module):
         """Named terms of the loss of a batch of pairs: `image` and `text` (keywords of the towers), `image_id`."""
         image, text = self.encode_image(**batch["image"]), self.encode_text(**batch["text"])
         ids = batch["image_id"]
-        terms = self.objective(self.scores(image, text), ids[:, None] == ids[None, :], self.bounded)
+        terms = self.objective(self, image, text, ids[:, None] == ids[None, :])
         for name, (weight, value) in self.more(image, text).items():
             terms |= {name: value, "loss": terms["loss"] + weight * value}
         return terms
@@ -224,6 +231,8 @@ class SCAN(Rival):
     [CLS] and [SEP] count as words, as the start and end of the public loader do.
     """
 
+    together = False
+
     def encode_image(self, **image) -> Fragments:
         return Fragments(*unit_tokens(self.vision(**image), special=False))
 
@@ -235,50 +244,35 @@ class SCAN(Rival):
         return text_to_image(image.states, text.states, text.mask, there=image.mask, tile=tile)
 
     def pairs(self, image: Fragments, text: Fragments) -> Float[Tensor, " p"]:
-        """Scores pair by pair, for a shortlist."""
-        words = text.states
-        weights = word_attention(image.states, image.mask, words[:, None], text.mask[:, None])[:, 0]
-        near = F.cosine_similarity(words, weights @ image.states, dim=-1)
+        """Scores pair by pair."""
+        near = F.cosine_similarity(text.states, self.weights(image, text) @ image.states, dim=-1)
         return (6.0 * near).masked_fill(~text.mask, float("-inf")).logsumexp(1) / 6.0
+
+    def weights(self, image: Fragments, text: Fragments) -> Float[Tensor, "p l n"]:
+        """`word_attention` of each image with its caption."""
+        return word_attention(image.states, image.mask, text.states[:, None], text.mask[:, None])[:, 0]
 
     def attend(self, image: dict, text: dict) -> Float[Tensor, "p l n"]:
         """The attention of every word of a caption on the regions of its image."""
         i, t = self.encoded(image, text)
-        weights = word_attention(i.states, i.mask, t.states[:, None], t.mask[:, None])[:, 0]
-        return (weights * t.mask[..., None])[..., -image["features"].shape[1] :]  # without [IMG]
-
-
-class GlobalVector(nn.Module):
-    """SGRAF's global representation (3.1): the mean asks, the parts answer, their weighted sum is made unit.
-
-        w = softmax_n(v . (tanh(W_l x_n) * tanh(W_g mean x)))
-
-    Without the public code's dropout, and without its batch norm over a fixed number of regions.
-    """
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.local, self.mean = nn.Linear(width, width), nn.Linear(width, width)
-        self.vote = nn.Linear(width, 1, bias=False)  # a softmax takes no notice of a bias
-
-    def forward(self, parts: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b d"]:
-        mean = (parts * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        answer = self.vote(torch.tanh(self.local(parts)) * torch.tanh(self.mean(mean))[:, None])[..., 0]
-        weights = answer.masked_fill(~mask, float("-inf")).softmax(-1)
-        return F.normalize(torch.einsum("bn,bnd->bd", weights, parts), dim=-1)
+        return (self.weights(i, t) * t.mask[..., None])[..., -image["features"].shape[1] :]  # without [IMG]
 
 
 class SAF(SCAN):
     """Similarity attention filtration: a similarity vector for each word and one for the whole, weighted and summed.
 
         a_l = sum_n w_ln v_n, made unit                                   as SCAN
-        s_l = W_l |a_l - t_l|^2 / |.|,  s_0 = W_g |v^ - t^|^2 / |.|       Eq. 2 to 5; v^, t^ of `GlobalVector`
+        s_l = W_l |a_l - t_l|^2 / |.|,  s_0 = W_g |v^ - t^|^2 / |.|       Eq. 2 to 5; v^, t^ of HSLM's
+                                                            `SelfAttentionPooling`, which SGRAF's 3.1 is the source of
         b_m = sigmoid(BN(w . s_m)) / sum of the same                      Eq. 10
         S   = FC(sum_m b_m s_m, made unit)                                Eq. 11; the logit
 
     The hinge compares sigmoid(S), as the paper's does; images are ranked by the logit, whose order is the same. The
-    batch norm has the statistics of all real nodes of a batch of pairs (the public code's: of one caption's).
+    batch norm has the statistics of all real nodes of a batch of pairs (the public code's: of one caption's). So the
+    scores of a batch belong together, and the hinge differentiates all of them.
     """
+
+    together = True
 
     def __init__(self, vision: nn.Module, text: nn.Module, objective: nn.Module, *, sim: int = 256):
         super().__init__(vision, text, objective)
@@ -287,7 +281,7 @@ class SAF(SCAN):
             raise ValueError(
                 f"regions have {width} columns, words {text.width}: SAF compares them one by one"
             )
-        self.image_vector, self.text_vector = GlobalVector(width), GlobalVector(width)
+        self.image_vector, self.text_vector = SelfAttentionPooling(width), SelfAttentionPooling(width)
         self.compare_local = nn.Linear(width, sim, bias=False)
         self.compare_global = nn.Linear(width, sim, bias=False)
         self.gate, self.norm = nn.Linear(sim, 1), nn.BatchNorm1d(1)
@@ -304,40 +298,61 @@ class SAF(SCAN):
     def bounded(self, scores: Tensor) -> Tensor:
         return torch.sigmoid(scores)
 
-    def tile(
+    def nodes(
         self,
         image: Fragments,
         words: Float[Tensor, "#g c l d"],
         real: Bool[Tensor, "#g c l"],
         vector: Float[Tensor, "#g c d"],
-    ) -> Float[Tensor, "g c"]:
-        """Logits of `g` images with `c` captions each."""
+    ) -> Float[Tensor, "g c 1+l s"]:
+        """Similarity vectors of `g` images with `c` captions each: of the whole, then of each word."""
         weights = word_attention(image.states, image.mask, words, real)
         found = F.normalize((weights.flatten(1, 2) @ image.states).view(*weights.shape[:3], -1), dim=-1)
         local = F.normalize(self.compare_local((found - words).square()), dim=-1)
         whole = F.normalize(self.compare_global((image.vector[:, None] - vector).square()), dim=-1)
-        nodes = torch.cat([whole[:, :, None], local], 2)  # g c 1+l s
-        counted = F.pad(real, (1, 0), value=True).expand(nodes.shape[:3])
-        gate = self.gate(nodes)[..., 0]
-        # padding is no node: it must not enter the statistics
-        gate = torch.zeros_like(gate).masked_scatter(counted, self.norm(gate[counted][:, None]))
-        share = torch.sigmoid(gate) * counted
+        return torch.cat([whole[:, :, None], local], 2)
+
+    def filtered(
+        self, nodes: Float[Tensor, "g c m s"], gate: Float[Tensor, "g c m"], counted: Bool[Tensor, "g c m"] | None
+    ) -> Float[Tensor, "g c"]:
+        """Logits, of nodes and their gates after the batch norm; without `counted` all nodes are real."""
+        share = torch.sigmoid(gate) if counted is None else torch.sigmoid(gate) * counted
         share = share / share.sum(2, keepdim=True)
         return self.score(F.normalize(torch.einsum("gcm,gcms->gcs", share, nodes), dim=-1))[..., 0]
 
     def scores(self, image: Fragments, text: Fragments) -> Float[Tensor, "b c"]:
-        """In training all pairs at once, for they share the batch norm; else in tiles of captions of one length."""
-        if self.training:
-            return self.tile(image, text.states[None], text.mask[None], text.vector[None])
-        lengths, found, captions = text.mask.sum(1), [], []
+        """In groups of captions of one length: no padding is computed. In training the batch norm sees all groups at
+        once, else they are cut into tiles."""
+        lengths, groups = text.mask.sum(1), []
         for length in lengths.unique().tolist():
-            for chunk in (lengths == length).nonzero().squeeze(1).split(max(1, TILE // (4 * length))):
-                some, size = text[chunk], max(1, TILE // (length * len(chunk)))
-                part = some.states[None, :, :length], some.mask[None, :, :length], some.vector[None]
-                found.append(torch.cat([self.tile(image[k : k + size], *part)
-                                        for k in range(0, len(image.states), size)]))  # fmt: skip
-                captions.append(chunk)
-        return torch.cat(found, 1)[:, torch.cat(captions).argsort()]
+            of = (lengths == length).nonzero().squeeze(1)
+            groups += [of] if self.training else of.split(max(1, TILE // (4 * length)))
+        columns = torch.cat(groups).argsort()
+
+        def parts(of: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            some, length = text[of], int(lengths[of[0]])
+            return some.states[None, :, :length], some.mask[None, :, :length], some.vector[None]
+
+        if self.training:
+            nodes = [self.nodes(image, *parts(of)) for of in groups]
+            gates = [self.gate(each)[..., 0] for each in nodes]
+            normed = self.norm(torch.cat([gate.flatten() for gate in gates])[:, None])[:, 0]
+            normed = normed.split([gate.numel() for gate in gates])
+            found = [self.filtered(each, new.view_as(old), None)
+                     for each, new, old in zip(nodes, normed, gates, strict=True)]  # fmt: skip
+            return torch.cat(found, 1)[:, columns]
+        found = []
+        for of in groups:
+            size = max(1, TILE // (int(lengths[of[0]]) * len(of)))
+            tiles = (self.nodes(image[k : k + size], *parts(of)) for k in range(0, len(image.states), size))
+            found.append(torch.cat([self.filtered(each, self.normed(self.gate(each)[..., 0]), None) for each in tiles]))
+        return torch.cat(found, 1)[:, columns]
+
+    def normed(self, gate: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Gates after the batch norm."""
+        return self.norm(gate.reshape(-1, 1)).view_as(gate)
 
     def pairs(self, image: Fragments, text: Fragments) -> Float[Tensor, " p"]:
-        return self.tile(image, text.states[:, None], text.mask[:, None], text.vector[:, None])[:, 0]
+        real = text.mask[:, None]
+        nodes = self.nodes(image, text.states[:, None], real, text.vector[:, None])
+        return self.filtered(nodes, self.normed(self.gate(nodes)[..., 0]), F.pad(real, (1, 0), value=True))[:, 0]
