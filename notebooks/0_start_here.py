@@ -36,7 +36,7 @@ p = parameters(
 # ## The map
 #
 # A page runs by itself. Where it needs what another page makes, it makes that first, or says which page to run.
-# *Run* is the time that the page takes on two cores: measured while `make workbook` ran all pages, two at a time
+# *Run* is the time that the page takes on two cores: measured while `make workbook` ran the pages, two at a time
 # (`benchmarks/workbook.json`); with `*`: what its first cell says. Reading takes longer: a lesson with its
 # exercises fills an afternoon.
 #
@@ -63,8 +63,8 @@ p = parameters(
 # | [slan/4_regions](slan/4_regions.ipynb) | the boxes of a trained run, level by level | a run of `slan/2_train` | 7 min |
 # | [slan/5_captioning](slan/5_captioning.ipynb) | write captions, with the region behind each word | a run of `slan/2_train` | minutes * |
 # | [slan/6_localization](slan/6_localization.ipynb) | find objects and phrases | a run of `slan/2_train` | 5 min * |
-# | [slan/7_vqa](slan/7_vqa.ipynb) | answer questions about an image | a run of `slan/2_train` | 5 min * |
-# | [slan/8_nlvr2](slan/8_nlvr2.ipynb) | judge a sentence about two images | a run of `slan/2_train` | 5 min * |
+# | [slan/7_vqa](slan/7_vqa.ipynb) | answer questions about an image | a run of `slan/2_train` | 5 to 17 min * |
+# | [slan/8_nlvr2](slan/8_nlvr2.ipynb) | judge a sentence about two images | a run of `slan/2_train` | 8 to 11 min * |
 # | [slan/9_video](slan/9_video.ipynb) | find the video of a sentence | a run of `slan/2_train` | 1 min * |
 # | [6_explore](6_explore.ipynb) | your own image and sentence, live | a lesson | 1 min * |
 # | [arena/2_train](arena/2_train.ipynb) | train a method or a rival for the same minutes as all others | the lessons of MVAM and HSLM | 8 min * |
@@ -161,8 +161,9 @@ figure.subplots_adjust(wspace=0.08, left=0.01, right=0.99, top=0.99, bottom=0.36
 # ## One image is one record
 #
 # Every dataset, embedded or real, is read from the files that the field publishes into the same record: the
-# image, its captions, and where they are known, boxes and the phrases that name them. A model is trained on
-# images and captions alone; boxes and phrases are for looking, and for testing.
+# image, its captions, and where they are known, boxes and the phrases that name them. A matcher is trained on
+# images and captions; boxes and phrases are for looking, and for testing. (On scenes the frozen network that makes the
+# regions of MVAM and HSLM, and SLAN's detector, have learned from boxes.)
 
 # %%
 record = test[0]

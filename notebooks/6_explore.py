@@ -10,7 +10,7 @@
 # | FELGA | a keyword: the proposals that it wins; a proposal: the texts that fit it; the images that fit the sentence |
 # | SLAN | the level of the boxes, the filter's T and threshold; the cells that move a box |
 #
-# **Cost** a few seconds to open a run; then a slider or a sentence takes less than half a second of one core (`benchmarks/explore.json`). Where a method
+# **Cost** a few seconds to open a run; then a slider or a sentence usually takes less than half a second of one core, at most about a second (`benchmarks/explore.json`). Where a method
 # has no finished run with weights, a small one is trained on a few hundred drawn images first, in about two minutes. **Expected** what you ask for: a run on
 # `scenes` knows only drawn shapes and the words for them; for photos, train on photos first ([the data page](../docs/data.md)).
 

@@ -2,10 +2,10 @@
 # # The methods and their rivals at equal minutes
 #
 # **Papers** MVAM, HSLM and SLAN, with a plain two-stream model, PVSE, SCAN and SAF (of SGRAF) beside them; FELGA where its task allows. Each paper compares its
-# method with numbers that other papers print: other features, other text encoders, other training. Here all of them see the same images and captions
-# and train for the same minutes on one core. The page asks three questions: who ranks best, who finds phrases in images, and what a query costs.
+# method with numbers that other papers print: other features, other text encoders, other training. Here all of them see the same images and captions,
+# and train for as many steps as fit into the same minutes on one core. Features and text encoder are the same for all but SLAN. The page asks three questions: who ranks best, who finds phrases in images, and what a query costs.
 #
-# **Cost** under two minutes; it reads the metrics of finished runs. `make grid GRID=arena_main` makes the runs (9 entrants, three seeds, 5 minutes of training each
+# **Cost** under two minutes; it reads the metrics of finished runs. `make grid GRID=arena_main` makes the runs (10 entrants, three seeds, 5 minutes of training each
 # on scenes) and ends with this page; `make grid GRID=arena_detected DATASET=flickr8k PROPOSALS=<file>` runs the same entrants over a detector's boxes. Rows that have not been run stay empty.
 #
 # **Expected** the tables of [RESULTS.md](../RESULTS.md) with "ARENA" in their titles, once the grid has run. All entrants are small and trained from
@@ -49,6 +49,45 @@ stem = stems["default"]
 print(f"{table.title}.\n{T.about(table, runs)}")
 
 # %% [markdown]
+# ## The four methods side by side
+#
+# | | MVAM | HSLM | FELGA | SLAN |
+# |:--|:--|:--|:--|:--|
+# | what meets | a vector of the image, a vector of the caption | every word, every region | an image fragment, a keyword | a sentence, the boxes that it has moved |
+# | image | regions, or patches | regions | proposals | maps of an image encoder |
+# | text | words and [CLS] | words | keywords | words and [CLS] |
+# | learns from | images with captions | images with captions | images with texts, and what a frozen vision-language model says of their parts | images with captions; boxes for some tasks |
+# | loss | contrast, views that differ | hinge on the hardest negatives | contrast of fragments with pseudo-labels, and of whole images | contrast, matching, and more by version |
+# | encoded once for all queries | image and caption | neither score, but regions and words | fragments and keywords | image; the best are matched again with the sentence |
+# | judged by | retrieval | retrieval | object discovery, description assignment | retrieval and seven downstream tasks |
+#
+# FELGA is no entrant of what follows: its task has no captions to rank. Its row stands where phrases are found.
+
+# %% [markdown]
+# ## What the papers print
+#
+# The differences that the papers' own tables have between a method and a rival, on their data and with the rivals' published training. Beside them our claims can be read.
+
+# %%
+PRINTED = [("MVAM", 1, "FRCNN +MVAM", "PVSE", "MSCOCO-5K t2i@1"), ("MVAM", 1, "FRCNN +MVAM", "SCAN", "MSCOCO-5K t2i@1"),
+           ("MVAM", 1, "FRCNN +MVAM", "FRCNN +Attn", "MSCOCO-5K t2i@1"), ("HSLM", 1, "ours(HSLM)", "SCAN", "Rsum"),
+           ("HSLM", 1, "ours(HSLM)", "SGRAF", "Rsum")]  # fmt: skip
+
+
+def printed() -> pd.DataFrame:
+    """A line for each comparison: the two cells of the paper's table, and their difference."""
+    lines = []
+    for paper, number, better, worse, column in PRINTED:
+        cells = T.published(paper, number).set_index(["row", "column"])["value"]
+        a, b = float(cells[better, column]), float(cells[worse, column])
+        lines.append({"paper": f"{paper}, table {number}", "column": column, "better": better, "worse": worse,
+                      "of better": a, "of worse": b, "difference": a - b})  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+Markdown(T.to_markdown(printed()))
+
+# %% [markdown]
 # ## Who ranks best
 #
 # R@1, R@5 and R@10 in both directions and their sum, mean ± standard deviation over seeds. Below it stands what the same minutes have paid for: parameters, steps
@@ -65,7 +104,8 @@ Markdown("\n\n".join([T.to_markdown(measured), *(f"* {line}" for line in table.r
 def paid(of: pd.DataFrame) -> pd.DataFrame:
     """What the entrants cost, a column each, means over seeds; empty where there is no cheaper way."""
     columns = {"parameters_m": "parameters (M)", "steps": "steps", "pairs_seen": "pairs seen",
-               "training_seconds": "training (s)", "training_mib": "peak memory (MiB)", "us_pair": "a pair (µs)",
+               "training_cpu_seconds": "steps of training (CPU s)", "training_seconds": "training with val (s)",
+               "training_mib": "peak memory (MiB)", "us_pair": "a pair (µs)",
                "ms_query_1000": "query, 1,000 images (ms)", "ms_query_5000": "query, 5,000 images (ms)"}  # fmt: skip
     for way, ends in (("short_", "re-ranked"), ("itc_", "contrast alone")):
         columns |= {f"{way}ms_query_1000": f"1,000, {ends} (ms)", f"{way}ms_query_5000": f"5,000, {ends} (ms)",
@@ -83,7 +123,7 @@ Markdown(T.by_reading({reading: paid(of) for reading, of in runs.items() if len(
 # %% [markdown]
 # ## The claims, judged
 #
-# Each paper says that its method beats the ones before it. Here a claim compares two entrants over seeds (paired where they share seeds, data and the order of the training
+# These comparisons are ours; most follow what a paper asserts of its method. A claim compares two entrants over seeds (paired where they share seeds, data and the order of the training
 # pairs): it *holds* where the 95 % interval of the difference lies above zero, is *contradicted* where it lies below, and *undecided* where it contains zero.
 # Three seeds make a weak test.
 
@@ -102,10 +142,10 @@ for reading, of in verdicts.groupby("reading", sort=False):
 # %% [markdown]
 # ## Who finds phrases
 #
-# For phrases that people have linked to boxes, which no training sees: how often the region with most weight has its centre in a true box (pointing), and how
+# For phrases with annotated boxes, which no matcher sees in training: how often the region with most weight has its centre in a true box (pointing), and how
 # often it overlaps one by half (R@1 at IoU 0.5). Beside it stand a random region (chance), the image's centre, and the upper bound that the regions allow.
 # The plain two-stream model and HSLM's global alignment have no weights on regions. MVAM's and PVSE's attention does not know the other side: what stands here is how much of a
-# word and of a region the same views have. FELGA's row comes from its own runs: its vision-language model has learned before, so its minutes are not equal.
+# word and of a region the same views have. FELGA's row comes from its own runs, over boxes of its own: its vision-language model has learned before, so its minutes are not equal.
 
 
 # %%
@@ -133,22 +173,22 @@ Markdown(
 # %% [markdown]
 # ## Accuracy against the cost of a query
 #
-# A query is one caption against 1,000 images that are encoded already, on one core. A filled mark is the entrant as it ranks; a hollow one is the cheaper way: of an entrant that scores pairs, only
+# A query is one caption against 1,000 images that are encoded already, on one core; the recalls are of the test split (500 images of scenes). A shortlist is a tenth of those 500 and a twentieth of the 1,000. A filled mark is the entrant as it ranks; a hollow one is the cheaper way: of an entrant that scores pairs, only
 # the best of the plain two-stream model are scored again; of SLAN, the contrast alone, without the matching head. The dashed line joins
-# the points that no other point beats in both.
+# the points that no other point beats in both; where bars of one standard deviation overlap, that is no finding.
 
 # %%
 CHEAPER = {"short_rsum": "short_ms_query_1000", "itc_rsum": "itc_ms_query_1000"}
 
 
 def points(of: pd.DataFrame) -> pd.DataFrame:
-    """Rows `row`, `way` (own or cheaper), `ms`, `rsum`, `sd`: means over seeds."""
+    """Rows `row`, `way` (own or cheaper), `ms`, `ms_sd`, `rsum`, `sd`: means and standard deviations over seeds."""
     found = []
     for row, own in of.groupby("row", sort=False):
         for rsum, ms in {"rsum": "ms_query_1000", **CHEAPER}.items():
             if {rsum, ms} <= set(own) and own[[rsum, ms]].notna().all(axis=None):
                 found.append({"row": row, "way": "own" if rsum == "rsum" else "cheaper", "ms": own[ms].mean(),
-                              "rsum": own[rsum].mean(), "sd": own[rsum].std()})  # fmt: skip
+                              "ms_sd": own[ms].std(), "rsum": own[rsum].mean(), "sd": own[rsum].std()})  # fmt: skip
     return pd.DataFrame(found)
 
 
@@ -156,15 +196,17 @@ def pareto(frame: pd.DataFrame, data: str) -> plt.Figure:
     """Sum of recalls against milliseconds of a query; `data` is the title."""
     figure, ax = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
     rows = [row for row in table.names if row in set(frame["row"])]
+    colors = [*draw.PALETTE, *plt.get_cmap("Dark2").colors][: len(rows)]
     for number, row in enumerate(rows):
-        look = {"color": draw.PALETTE[number % len(draw.PALETTE)], "marker": "oDs^vPX*<>"[number % 10]}
+        look = {"color": colors[number], "marker": "oDs^vPX*<>pd"[number % 12]}
         of = frame[frame["row"] == row]
         if len(of) > 1:
             ax.plot(of["ms"], of["rsum"], color=look["color"], linewidth=0.8, marker="")
         for point in of.itertuples():
             face = look["color"] if point.way == "own" else "white"
-            ax.errorbar(point.ms, point.rsum, yerr=point.sd if point.sd == point.sd else None, capsize=2,
-                        elinewidth=0.8, markersize=7, markerfacecolor=face, linestyle="", **look)  # fmt: skip
+            spread = {"xerr": point.ms_sd, "yerr": point.sd} if point.sd == point.sd else {}  # none of a single seed
+            ax.errorbar(point.ms, point.rsum, **spread, capsize=2, elinewidth=0.8, markersize=7,
+                        markerfacecolor=face, linestyle="", **look)  # fmt: skip
         ax.plot([], [], linestyle="", markersize=7, label=table.names[row], **look)
     best, front = -1.0, []
     for point in frame.sort_values(["ms", "rsum"], ascending=[True, False]).itertuples():

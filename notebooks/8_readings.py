@@ -5,7 +5,7 @@
 # ([What the papers do not say](../docs/readings.md) lists all of them). This page shows what the choice costs or gains: the default against one other value, everything else equal.
 #
 # **Cost** seconds; it reads the metrics of finished runs. `make grid GRID=mvam_readings` (and `hslm_`, `felga_`, `slan_readings`) makes the runs: the table below says how many minutes they took.
-# **Expected** Most choices change little. A few decide whether the method works at all.
+# **Expected** the effects of those readings that have run with at least two seeds; the first line below says how many.
 
 # %% tags=["parameters"]
 dataset: str = "scenes"  # the runs' dataset
@@ -37,7 +37,7 @@ print(f"{len(main)} of {readings.planned()} readings have run with at least two 
 # %% [markdown]
 # ## The effects, by size
 #
-# An effect is the metric of the other value less that of the default, in percent of the default's mean; the line is the 95 % interval over seeds (Student's t, paired where both rows share seeds and data).
+# An effect is the metric of the other value less that of the default, in percent of the default's mean (which is taken as exact); the line is the 95 % interval over seeds (Student's t, paired where both rows share seeds and data).
 # A point to the right says that the other value is better. It is filled where the interval does not contain zero. The metric is rsum (MVAM, HSLM, SLAN), or mAP of object discovery (FELGA).
 
 # %%

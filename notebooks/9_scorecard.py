@@ -2,8 +2,8 @@
 # # The scorecard: every table of the papers, published beside measured
 #
 # **Papers** MVAM, HSLM, FELGA and SLAN. This page reads the metrics files of all finished runs and the tables that the pages `3_ablations` wrote,
-# shows them, counts the verdicts, and writes `RESULTS.md` and the generated lines of the README. No measured number on it, or in those files, was typed
-# by hand; the papers' numbers and statements are those of `src/finematch/published*.csv`.
+# shows them, counts the verdicts, and writes `RESULTS.md` and the generated lines of the README. No number in a table of measured runs was typed
+# by hand (a verdict under "What was tried" was); the papers' numbers and statements are those of `src/finematch/published*.csv`.
 #
 # **Cost** under two minutes. **Expected** one line per claim and metric: *holds*, *contradicted*, *undecided* or *not run* under each reading, with its dataset, its
 # interval and its test.
@@ -84,7 +84,7 @@ for paper in S.PAPERS:
     display(shown(f"### {paper}\n\n{claims_of[paper]}"))
     if len(drawn):
         with F.style():
-            figure = F.intervals(drawn)
+            figure = F.intervals(drawn, xlabel="difference, own scale")
             F.save(figure, root() / p.figures / f"scorecard.{paper.lower()}.svg")
         display(figure)
         claims_of[paper] += f"\n\n![Claims of {paper}: published and measured differences](figures/scorecard.{paper.lower()}.svg)"
@@ -139,7 +139,7 @@ for path in sorted((root() / p.figures).glob("*_cost.md")):
 # %% [markdown]
 # ## The verdicts, counted
 #
-# Every claim is judged under both readings of the papers: `default` is what works, `literal` the paper's text. A cell is "default / literal". Where no row
+# Every claim of every grid, on all of the metrics that the grid judges, is counted under both readings of the papers: `default` is ours, chosen on val, `literal` the paper's text. A cell is "default / literal". Where no row
 # of a grid differs between them, one run stands for both. Each comparison counts once, also where several grids ask for it. A two-sided 95 % interval on
 # the difference decides; with three seeds the test is weak, so that *undecided* is no evidence against a claim. *not run* counts rows without a run and
 # rows with a single seed, which has no spread.
@@ -149,8 +149,7 @@ every = []
 for path in (path.with_suffix(".claims.csv") for path in tables):
     if path.exists():
         grid, name = path.name.split(".")[:2]
-        verdicts = pd.read_csv(path, keep_default_na=True)
-        every.append(verdicts.assign(grid=grid, dataset=name, method=grids.grid(grid).method))
+        every.append(pd.read_csv(path, keep_default_na=True).assign(grid=grid, dataset=name, method=grids.grid(grid).method))
 columns = ["grid", "method", "dataset", "reading", "claim", "metric", "better", "worse", "verdict", "lower"]
 claims = pd.concat(every, ignore_index=True) if every else pd.DataFrame(columns=columns)
 claims = claims.drop_duplicates(["method", "dataset", "reading", "better", "worse", "metric"], ignore_index=True)
@@ -172,7 +171,7 @@ Markdown(decided)
 # One line per grid and reading; at the paper's scale for grids of which nothing has run here, because their weights or data could not be had.
 
 # %%
-lines = []
+left = []
 for grid in map(grids.grid, grids.names()):
     on = [name for name in datasets if f"{grid.name}.{name}.{label}.md" in {path.name for path in tables}]
     for name, at in [(name, p.scale) for name in on] or [(grid.dataset, "paper")]:
@@ -180,8 +179,8 @@ for grid in map(grids.grid, grids.names()):
             of = claims[(claims["grid"] == grid.name) & (claims["dataset"] == name) & (claims["reading"] == reading)] if on else []
             missing = int((of["verdict"] == T.NOT_RUN).sum()) if on else len(grid.claims)
             if missing:
-                lines.append([grid.name, name, reading, missing, f"`{grids.command(grid, name, at, reading)}`"])
-not_run = T.to_markdown(pd.DataFrame(lines, columns=["grid", "data", "reading", "comparisons", "line"]))
+                left.append([grid.name, name, reading, missing, f"`{grids.command(grid, name, at, reading)}`"])
+not_run = T.to_markdown(pd.DataFrame(left, columns=["grid", "data", "reading", "comparisons", "line"]))
 Markdown(not_run)
 
 # %% [markdown]
@@ -201,7 +200,7 @@ Markdown(sections["What the literal reading sets"])
 # %% [markdown]
 # ## What was tried before a default was chosen
 #
-# From `benchmarks/recipes.csv`: one line per run, also of those that failed. Settings are what differs from the preset; no run read the split that tables report.
+# From `benchmarks/recipes.csv`: one line per run, also of those that failed. Settings are what differs from the preset; no run listed here read the split that tables report. SLAN's small recipe (contrast first, random negatives, no L_reg) is older: it was chosen with test numbers of seed 0 in view.
 
 # %%
 recipes = T.read_recipes(root() / "benchmarks" / "recipes.csv")

@@ -18,7 +18,7 @@ from finematch.models.rivals import PVSE, SAF, SCAN
 from finematch.models.slan.objective import SLAN
 from finematch.training import EpochBatches, Plan, Rounds, fit
 
-KINDS = {"two-stream": MVAM, "pvse": PVSE, "pvse-16": PVSE, "mvam-1": MVAM, "mvam": MVAM, "scan": SCAN, "saf": SAF, "hslm-global": HSLM, "hslm": HSLM,
+KINDS = {"two-stream": MVAM, "pvse": PVSE, "mvam-1": MVAM, "mvam": MVAM, "scan": SCAN, "saf": SAF, "hslm-global": HSLM, "hslm": HSLM,
          "slan": SLAN}  # fmt: skip
 each_entrant = pytest.mark.parametrize("name", KINDS)
 
@@ -147,8 +147,7 @@ def test_an_entrant_has_the_recipe_of_its_method(name):
     plain = Settings(own.method, {})
     changed = {key: value for key, value in own.as_dict().items() if plain.as_dict()[key] != value}
     of_mvam = {"places"} if own.method == "mvam" else set()  # HSLM's regions have none
-    alone = {"hslm-global": set(arena.GLOBAL)} | {one: set(more) for one, more in arena.POOLED.items()}
-    assert set(changed) <= {"text", "precision"} | of_mvam | alone.get(name, set())
+    assert set(changed) <= {"text", "precision"} | of_mvam | set(arena.OWN.get(name, ()))
     assert s.batch_size == own.batch_size == plain.batch_size
 
 
@@ -242,11 +241,6 @@ def test_no_entrant_is_told_where_regions_lie(opened):
         moved = batch | {"places": 1 - batch["places"]}
         here, there = (model.encode_image(**images) for images in (batch, moved))
         assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True) if a is not None), name
-
-
-def test_pvse_has_two_embeddings_or_as_many_as_mvam_has_views(opened):
-    counts = [opened(name).model.image_side.codes.out_features for name in ("pvse", "pvse-16")]
-    assert counts == [2, opened("mvam").model.config.views]
 
 
 @pytest.mark.parametrize("name", ["pvse", "scan", "saf", "hslm"])

@@ -26,7 +26,7 @@ resume: str = ""  # empty: continue this run, refuse another; fresh: start over;
 smoke: bool = False  # run everything in seconds; the numbers mean nothing
 report: str = "test"  # reported split; choose settings on val (scenes) or dev, held out of train: test | val | dev
 cache: str = "data/cache"  # folder of the backbones and features that runs share
-entrant: str = "two-stream"  # what is trained: two-stream | pvse | pvse-16 | mvam-1 | mvam | scan | saf | hslm-global | hslm | slan
+entrant: str = "two-stream"  # what is trained: two-stream | pvse | mvam-1 | mvam | scan | saf | hslm-global | hslm | slan
 recipe: str = None  # the methods' reading: default | literal; default default; literal literal
 backbone: str = None  # image features; SLAN: maps: regions | grid | maps; tiny regions, photos grid, paper regions
 regions: int = None  # proposals per image; tiny 20, photos 36, paper 36
@@ -70,6 +70,7 @@ if s.threads:
 # |---|---|---|---|
 # | `two-stream` | the mean of the regions, the mean of the words, a linear layer and tanh on each | MVAM's | in a dot product |
 # | `pvse` | [`PVSE`](../../src/finematch/models/rivals.py#L118) with two embeddings an item, of which the best pair counts | MVAM's | in four dot products |
+# | `mvam-1` | MVAM with one view (the paper's +Attn) | MVAM's | in a dot product |
 # | `mvam` | MVAM with 16 views | MVAM's | in a dot product |
 # | `scan` | [`SCAN`](../../src/finematch/models/rivals.py#L225): words attend to regions | HSLM's | word by word |
 # | `saf` | [`SAF`](../../src/finematch/models/rivals.py#L261): the same attention, and similarity vectors that are weighted and summed | HSLM's | word by word |
@@ -78,8 +79,12 @@ if s.threads:
 # | `slan` | SLAN with 3 adaptors, which makes its own regions; with `detector` the boxes of a detector, which stays as it is | SLAN's | in a dot product, the best again by a matching head |
 #
 # A *recipe* is everything that the presets of a method say: widths, loss, optimiser, learning rate, batch. A rival has the recipe of the method whose paper
-# names it, and so differs from it in the fourth column alone. Its loss, too, is that method's: MVAM's contrast, or HSLM's contrast and then the hinge on
-# hard negatives.
+# names it, and its loss, too, is that method's: MVAM's contrast, or HSLM's contrast and then the hinge on hard negatives. What a method is made of stays its
+# own: HSLM has a graph and word self-attention beside its cross attention, PVSE has two more terms of its loss, MVAM its diversity loss. Between the two groups
+# much differs at once (batch, widths, layers, loss), so a claim across them compares recipes, not ideas.
+#
+# * *Nobody is told where a region lies.* HSLM, SCAN and SAF read features alone; MVAM's Transformer could be told (`places`, M18), and is not here.
+# * *Learning rates* are the recipe's, times `lr_times`, which is chosen on val, for every entrant among the same three.
 #
 # * *Captions* are read by a bidirectional GRU from scratch (SLAN: a small BERT from scratch).
 # * *Images* are the region features, or the cells, of one frozen network (SLAN: that network's maps; on scenes it has learned from captions, as its
@@ -103,7 +108,8 @@ pd.DataFrame(
 #
 # A run that a clock stops cannot be made again bit for bit, and a busy machine would give it fewer steps. So the minutes are counted in steps:
 # `seconds_a_step` was measured once, for every entrant alternately on one quiet core (`benchmarks/arena_step.py`), and the number of steps is
-# `budget_minutes` over it. Ranking val between the rounds is not part of the budget.
+# `budget_minutes` over it. Ranking val between the rounds is not part of the budget; all entrants are ranked on the same images of val. What the steps took in the end is in
+# the metrics (`training_cpu_seconds`): a busy machine has slower cores.
 
 # %%
 per_round = arena.steps(s)
@@ -128,7 +134,7 @@ run.folder
 # %% [markdown]
 # ## Before training
 #
-# Where does a word look before anything is learned? Phrases that people have linked to boxes tell. An entrant without weights on regions (the plain two-stream model,
+# Where does a word look before anything is learned? Phrases with annotated boxes tell. An entrant without weights on regions (the plain two-stream model,
 # and HSLM's global alignment) has no answer.
 
 
@@ -176,6 +182,7 @@ costs
 metrics |= costs | {
     "parameters_m": parameters(model) / 1e6, "steps": summary["steps"], "pairs_seen": summary["steps"] * s.batch_size,
     "best_round": summary["best_epoch"], "training_seconds": summary["seconds"],
+    "training_cpu_seconds": summary["cpu_seconds"],
     "training_mib": summary["peak_memory_bytes"] / 2**20,
 }  # fmt: skip
 run.finish(metrics, seconds=summary["seconds"], facts={"reported_split": reported})

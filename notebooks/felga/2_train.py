@@ -8,8 +8,8 @@
 # | scale | data | cost of one run |
 # |---|---|---|
 # | `smoke` | 160 images | seconds (once half a minute more, for the small CLIP and the keywords); the numbers mean nothing |
-# | `tiny`, scenes | 4,000 images of 64 px, 10 proposals and 10 keywords each | training 35 to 42 s on one thread (FELGA of `felga_variants`); fragments are made once for all runs |
-# | `tiny`, flickr8k | 6,000 photos to train on, COCO images to report on | training 507 to 946 s on one thread (FELGA of `felga_variants`); before the first run an hour for selective search, keywords and features |
+# | `tiny`, scenes | 4,000 images of 64 px, 10 proposals and 10 keywords each | training 74 to 117 s on one thread (FELGA of `felga_variants`); fragments are made once for all runs |
+# | `tiny`, flickr8k | 6,000 photos to train on, COCO images to report on | training 507 to 946 s on one thread (FELGA of `felga_variants`); before the first run more than an hour for selective search, keywords and features |
 # | `paper` | COCO 2017 or 2014 (`dataset` coco, coco2014), DETReg's proposals, CLIP, BLIP or BLIP-2; FENet of 21 M parameters, 50 epochs | a GPU; the paper: one V100 |
 #
 # **Expected** on scenes, test: the numbers of [RESULTS.md](../../RESULTS.md), section "FELGA: Labels of FENet, on CLIP", row FELGA: above the frozen

@@ -8,7 +8,7 @@
 # |---|---|---|
 # | `smoke` | 160 pictures | seconds; the numbers mean nothing |
 # | `tiny`, scenes | 4,000 images of 64 px, 20 regions | training 228 to 288 s on one thread (row 12 of `hslm_modules`), after 3 minutes for the backbone and regions that all runs share |
-# | `tiny`, flickr8k | 6,000 photos, 36 regions of a frozen MobileNetV2 | training 255 to 296 s (row 1, global) or 737 to 862 s (row 12, the whole model) on one thread, after half an hour of selective search |
+# | `tiny`, flickr8k | 6,000 photos, 36 regions of a frozen MobileNetV2 | training 255 to 296 s (row 1, global) or 737 to 862 s (row 12, the whole model) on one thread, after an hour of selective search |
 # | `paper` | Flickr30k or COCO, 36 published regions, batch 128, 40 epochs | a GPU of 11 GB (the paper: one RTX 2080 Ti) |
 #
 # **Expected** on scenes, test: the numbers of [RESULTS.md](../../RESULTS.md), section "HSLM: Modules", row 12.
@@ -178,8 +178,8 @@ run.folder
 # %% [markdown]
 # ## Before training
 #
-# Where does a word look before anything is learned? Phrases that people have linked to boxes tell: the region that a phrase attends to most
-# is compared with its boxes (the pointing game, and IoU of at least 0.5). Nothing in training ever sees these links.
+# Where does a word look before anything is learned? Phrases with annotated boxes tell: the region that a phrase attends to most
+# is compared with its boxes (the pointing game, and IoU of at least 0.5). The matcher never sees these links in training.
 
 
 # %%

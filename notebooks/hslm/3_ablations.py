@@ -8,7 +8,7 @@
 # | grid | table | what it varies |
 # |---|---|---|
 # | `hslm_modules` | 4 | the twelve combinations of graph, self-attention, cross attention, global and local alignment |
-# | `hslm_depth` | none (4.2: "the best experimental results were obtained when the number of layers l of MGCN was set to 4") | layers of the graph, 0 to 6 |
+# | `hslm_depth` | none (4.2: "the best experimental results were obtained when the number of layers l of MGCN was set to 4") | layers of the graph, 0 to 6, and 8 |
 # | `hslm_main` | 1, 2 or 3 by dataset | the whole model; row 1 of Table 4 is our baseline beside it |
 #
 # **Cost** seconds. `make grid GRID=hslm_modules` makes the runs and ends with this page. Rows that have not been run stay empty. `docs/adding_a_table.md`

@@ -7,13 +7,13 @@
 # | scale | data | cost of one run |
 # |---|---|---|
 # | `smoke` | 160 pictures | seconds; the numbers mean nothing |
-# | `tiny`, scenes | 4,000 images of 64 px, maps of a frozen network trained on the captions | training 257 to 272 s on one thread (3 adaptors of `slan_adaptors`, `score_norm=minmax`), after 5 minutes for what all runs share |
+# | `tiny`, scenes | 4,000 images of 64 px, maps of a frozen network trained on the captions | training 257 to 272 s on one thread (3 adaptors of `slan_adaptors`, `score_norm=minmax`; with today's defaults over a detector 321 to 581 s), after 5 minutes for what all runs share |
 # | `tiny`, flickr8k | 6,000 photos, maps of a frozen MobileNetV2 | training 1,868 s on one thread (3 adaptors of `slan_photos`, one seed), after the encoders |
 # | `paper` | COCO or Flickr30k, or shards of several caption sets for pretraining; ResNet-50 or a ViT, BERT, batch 640 to 1,280 | GPUs (the paper does not say how many) |
 #
 # **Expected** on scenes, test: the R@1 of [RESULTS.md](../../RESULTS.md), section "SLAN: Proposals and number of adaptors", row "trainable, 3". That
-# row sets `score_norm=minmax`; the page's default, `max`, gave the same on val (`benchmarks/recipes.csv`). Both directions are far above chance, and neither beats a bag of words that is given the true labels (`0_start_here` measures that baseline). Those runs were made without the region-word
-# contrast (S41), which is on by default now; without it the boxes do not converge to the objects that the caption mentions. This is measured level by level below. The run writes `metrics.json` last: that file, not this page, is the
+# row sets `score_norm=minmax`; the page's default, `max`, had the same sum of recalls in one run on val, over a frozen detector (`benchmarks/recipes.csv`). Both directions are far above chance, and neither beats a bag of words that is given the true labels (`0_start_here` measures that baseline). Those runs were made without the region-word
+# contrast (S41), which is on by default now; without it the boxes do not converge to the objects that the caption mentions, and with it they do so over a detector's proposals alone. This is measured level by level below. The run writes `metrics.json` last: that file, not this page, is the
 # proof that it succeeded.
 #
 # A number in brackets behind a parameter, such as (S17), is the number of a reading, listed in `1_lesson`: a place where the paper can be read in several

@@ -10,7 +10,7 @@
 # | on | cost |
 # |---|---|
 # | a smoke run | seconds, after `2_train` in smoke |
-# | `tiny`, scenes | up to five minutes on one core, from the weights of a finished run of `2_train` |
+# | `tiny`, scenes | 5 to 17 minutes on one core, from the weights of a finished run of `2_train` |
 # | `paper` | GPUs; the paper says neither how long nor at which rate it is fine-tuned. The settings are BLIP's |
 #
 # **Expected** The answers must score above those of the same model with the images shuffled, and above the best that

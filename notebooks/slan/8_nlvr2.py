@@ -10,12 +10,12 @@
 # | on | cost |
 # |---|---|
 # | a smoke run | seconds, after `2_train` in smoke |
-# | `tiny`, scenes | up to five minutes on one core, from the weights of a finished run of `2_train` |
+# | `tiny`, scenes | 8 to 11 minutes on one core, from the weights of a finished run of `2_train` |
 # | `paper` | GPUs; the paper says neither how long nor at which rate it is fine-tuned. The settings are BLIP's |
 #
 # **Expected** Chance is 50: half of the sentences are true, and of every sentence half of the pairs. The head must beat
 # itself with the pairs shuffled, and what the sentence alone tells (50 on scenes, by design). Who sees one of the two
-# images only gets up to 65 there.
+# images only gets up to 65 there. On scenes three seeds do not show that it does ([what came out](../../docs/findings.md#image-pairs)).
 
 # %% tags=["parameters"]
 dataset: str = "scenes"  # that of the pretrained run: scenes, flickr8k, flickr30k or coco_karpathy

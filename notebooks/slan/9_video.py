@@ -15,8 +15,8 @@
 #
 # **Expected** The model must beat itself with the videos shuffled by far. It has no place for the order of frames: it looks at all of
 # them as at one image. A clip of scenes has a twin with the same frames in opposite order ("rolls left", "rolls right"), so nobody
-# who ignores the order finds more than half of them at once (R@1 48.8). The mean of the frames' vectors tells hardly
-# more than one frame, so both are shown.
+# who ignores the order finds more than half of them at once (R@1 48.8). The mean of eight frames' vectors need not be
+# better than one frame, so both are shown.
 
 # %% tags=["parameters"]
 dataset: str = "scenes"  # that of the pretrained run: scenes, flickr8k, flickr30k or coco_karpathy
@@ -177,7 +177,7 @@ print(results["zero_shot"]["ours"]["protocol"], f"{time.monotonic() - started:.0
 #
 # The paper's model is not trained on videos, and by default ours is not. With `epochs` above 0 it is: contrast and matching (Eq. 4
 # to 6) of videos in place of images, and the epoch with the best R@1 on val is kept (contrast, both ways). On scenes, where the words
-# for motion are new to the model, six epochs change little (val, one seed: R@1 from 14 to 16, and from video to text from 20
+# for motion are new to the model, six epochs brought no gain in one run on val (R@1 from 14 to 16, and from video to text from 20
 # to 15): what the captions add to an image, the motion, is not in the mean of frames.
 
 # %%

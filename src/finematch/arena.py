@@ -37,12 +37,16 @@ from finematch.models.slan.objective import SLAN, Unimodal, pair_scorer
 from finematch.rehearsal import clocked
 from finematch.training import Plan, Rounds, accelerator, fit, seed_everything, to_device
 
-BESIDE = {"two-stream": "mvam", "pvse": "mvam", "pvse-16": "mvam", "mvam-1": "mvam", "mvam": "mvam", "scan": "hslm",
+# the method whose recipe an entrant has
+BESIDE = {"two-stream": "mvam", "pvse": "mvam", "mvam-1": "mvam", "mvam": "mvam", "scan": "hslm",
           "saf": "hslm", "hslm-global": "hslm", "hslm": "hslm", "slan": "slan"}  # fmt: skip
-# an entrant's own settings of its method, beside those that all share
-POOLED = {"two-stream": {"pooling": "mean"}, "mvam-1": {"pooling": "attention", "views": 1, "diversity": "none"}}
-# row 1 of HSLM's Table 4
-GLOBAL = {"mgcn": False, "self_attn": False, "cross_attn": False, "glob": True, "loc": False}
+# an entrant's own settings of that method, beside those that all share
+OWN = {
+    "two-stream": {"pooling": "mean"},
+    "mvam-1": {"pooling": "attention", "views": 1, "diversity": "none"},
+    # row 1 of HSLM's Table 4
+    "hslm-global": {"mgcn": False, "self_attn": False, "cross_attn": False, "glob": True, "loc": False},
+}
 SIZES = (1000, 5000)  # images of the galleries that a query is timed on
 Cost = dict[str, float]
 
@@ -113,22 +117,18 @@ class Entrant:
 
 def own_settings(s: Settings) -> Settings:
     """The presets of the method that an entrant has its recipe of, with what the arena sets."""
-    made = _recipe(s)
-    return made if s.lr_times == 1 else made.replace(lr=made.lr * s.lr_times)
-
-
-def _recipe(s: Settings) -> Settings:
-    method = BESIDE[s.entrant]
     shared = ("dataset", "data_root", "scale", "seed", "smoke", "report", "cache", "batch_size",
               "precision")  # fmt: skip
     given = {name: getattr(s, name) for name in shared} | {"reading": s.recipe}
-    if method == "slan":
-        return Settings("slan", given | detected(s.detector))
-    given |= {"regions": s.regions, "proposals": s.proposals}
-    if method == "mvam":
-        given |= {"backbone": s.backbone, "text": "gru", "places": False}  # HSLM, SCAN and SAF have no places
-        return Settings("mvam", given | POOLED.get(s.entrant, {}))
-    return Settings("hslm", given | (GLOBAL if s.entrant == "hslm-global" else {}))
+    regions = {"regions": s.regions, "proposals": s.proposals}
+    of_method = {
+        "mvam": regions | {"backbone": s.backbone, "text": "gru", "places": False},  # nobody else has places
+        "hslm": regions,
+        "slan": detected(s.detector),
+    }
+    method = BESIDE[s.entrant]
+    made = Settings(method, given | of_method[method] | OWN.get(s.entrant, {}))
+    return made if s.lr_times == 1 else made.replace(lr=made.lr * s.lr_times)
 
 
 def detected(detector: str) -> dict:
@@ -163,9 +163,8 @@ def open_entrant(s: Settings, base: Path) -> Entrant:
     width, words = inputs.splits["train"].images.width, len(inputs.tokenizer)
     if own.method == "mvam":
         vision, text = rebuild.towers(own, inputs)
-        if s.entrant.startswith("pvse"):
-            count = own.views if s.entrant == "pvse-16" else 2
-            model = PVSE(vision, text, Contrast(own.tau), dim=own.total_dim, embeddings=count)
+        if s.entrant == "pvse":
+            model = PVSE(vision, text, Contrast(own.tau), dim=own.total_dim)
         else:
             model = MVAM(vision, text, MVAMConfig.of(own))
     else:
@@ -319,7 +318,7 @@ def reranked(entrant: Entrant, shortlist: nn.Module, **options) -> dict:
     @torch.no_grad()
     def score_pairs(i: Tensor, j: Tensor) -> Tensor:
         (images, rows), (captions, columns) = (part.unique(return_inverse=True) for part in (i, j))
-        image = model.encode_image(**to_device(split.images.batch(images.tolist()), device))
+        image = prepared(model, model.encode_image(**to_device(split.images.batch(images.tolist()), device)))
         text = model.encode_text(**to_device(split.texts.batch(captions.tolist()), device))
         return of_pairs(model, image, text, rows.to(device), columns.to(device)).float().cpu()
 
@@ -327,10 +326,15 @@ def reranked(entrant: Entrant, shortlist: nn.Module, **options) -> dict:
     return reranked_retrieval(*vectors, split.image_of, score_pairs, k=entrant.s.rerank, **options)
 
 
+def prepared(model: nn.Module, image):
+    """Encoded images with all that an entrant computes of them once, before it meets a caption."""
+    return model.pairs.prepare(image) if isinstance(model, HSLM) else image
+
+
 def of_pairs(model: HSLM | SCAN, image, text, rows: Tensor, columns: Tensor) -> Float[Tensor, " p"]:
-    """Scores of given rows of images with given rows of captions, both encoded."""
+    """Scores of given rows of `prepared` images with given rows of encoded captions."""
     if isinstance(model, HSLM):
-        return model.score_pairs(model.pairs.prepare(image), text, rows, columns)
+        return model.score_pairs(image, text, rows, columns)
     return model.pairs(image[rows], text[columns])
 
 
@@ -385,7 +389,7 @@ def query_costs(entrant: Entrant, shortlist: nn.Module | None = None, *, queries
     pictures = model.encode_image(**to_device(split.images.batch(range(few)), device))
     texts = [to_device(split.texts.batch([c]), device) for c in range(queries)]
     captions = model.encode_text(**to_device(split.texts.batch(range(few)), device))
-    whole = model.pairs.prepare(pictures) if isinstance(model, HSLM) else pictures
+    whole = prepared(model, pictures)
     found: Cost = {}
 
     def scores(gallery, caption) -> Tensor:
@@ -399,9 +403,7 @@ def query_costs(entrant: Entrant, shortlist: nn.Module | None = None, *, queries
         zero = torch.zeros_like(rows)
         if isinstance(model, SLAN):
             return model.match(pictures[rows], caption[zero])
-        if isinstance(model, HSLM):
-            return model.score_pairs(whole, caption, rows, zero)
-        return model.pairs(pictures[rows], caption[zero])
+        return of_pairs(model, whole, caption, rows, zero)
 
     def query(gallery, *, first=None, best: int = 0) -> None:
         """All queries; `first` is the shortlist's vectors, `best` how many are scored again."""

@@ -98,9 +98,10 @@ def in_words(frame: pd.DataFrame) -> dict[tuple[str, str], str]:
     return {key: "; ".join(said) for key, said in found.items()}
 
 
-def by_size(frame: pd.DataFrame) -> pd.DataFrame:
+def by_size(frame: pd.DataFrame, folder: str | Path | None = None) -> pd.DataFrame:
     """The effects on each grid's first metric, the largest first."""
-    first = {grids.grid(name).method: grids.grid(name).headline[0] for name in names()}
+    of = [grids.grid(name, folder=folder) for name in names(folder)]
+    first = {grid.method: grid.headline[0] for grid in of}
     main = frame[frame["metric"] == frame["method"].map(first)]
     return main.sort_values("percent", key=abs, ascending=False, ignore_index=True)
 

@@ -255,7 +255,7 @@ def total(frame: pd.DataFrame) -> str:
     counts = ", ".join(
         f"{(of['verdict'] == verdict).sum()} *{verdict}* ({mark})" for verdict, mark in MARKS.items()
     )
-    return f"Each comparison once: {counts}. {tables.chance_note(int(of['lower'].notna().sum()))}"
+    return f"Each comparison on a metric that a paper prints, once: {counts}. {tables.chance_note(int(of['lower'].notna().sum()))}"
 
 
 def drawn(paper: str, frame: pd.DataFrame) -> pd.DataFrame:
