@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -280,7 +281,7 @@ def by_vectors(model: nn.Module, which: Split, *, pictures: int = 0, **options) 
     return retrieval(image[:images], text[: len(image_of)], image_of, **options)
 
 
-def _first(which: Split, pictures: int) -> tuple[int, Tensor]:
+def _first(which: Split, pictures: int) -> tuple[int, np.ndarray]:
     """So many first images of a split, or all, and the image of each of their captions."""
     images = min(pictures or len(which.records), len(which.records))
     return images, which.image_of[which.image_of < images]
