@@ -144,3 +144,11 @@ def test_runs_of_earlier_defaults_do_not_count(book, monkeypatch):
         "finematch.tables.earlier", lambda grid, file: ["tau"] if "dot-scaled" in str(file) else []
     )
     assert readings.effects("scenes", "tiny", folder=book, runs=book / "runs").empty
+
+
+def test_a_grid_of_readings_is_run_under_the_scales_own_alone(book):
+    """Its rows are readings themselves: a literal run of `scoring = tanh` would be no run of the literal reading."""
+    grid = grids.grid("mvam_readings", folder=book)
+    assert grids.readings(grid, "scenes", "tiny") == ("default",)
+    assert grids.readings(grid, "scenes", "paper") == ("literal",)
+    assert grids.readings(grids.grid("hslm_modules"), "scenes", "tiny") == ("default", "literal")

@@ -24,6 +24,7 @@ from finematch.files import DataError
 
 RESERVED = ("seed", "out", "dataset", "scale", "data_root", "smoke", "resume")  # the command line sets these
 LINK = re.compile(r"\{run:([a-z0-9-]+)\}")
+OF_READINGS = "_readings"  # the end of the name of a grid whose rows are readings
 BOXES = "{PROPOSALS}"  # a cell: the file of boxes that the command line names, another on each machine
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
@@ -372,7 +373,10 @@ def shared(grid: Grid, row: str, dataset: str, scale: str) -> bool:
 
 
 def readings(grid: Grid, dataset: str, scale: str) -> tuple[str, ...]:
-    """The readings under which a grid is run: ("both",) where no row differs between them."""
+    """The readings under which a grid is run: ("both",) where no row differs between them; the scale's own where the
+    rows of the grid are themselves readings."""
+    if grid.name.endswith(OF_READINGS):
+        return (own_reading(scale),)
     return ("both",) if all(shared(grid, row, dataset, scale) for row in grid.rows) else READINGS
 
 

@@ -15,14 +15,13 @@ from finematch.config import declared
 from finematch.files import DataError
 from finematch.tables import LEVEL, judge, runs_of
 
-ENDING = "_readings"
 COLUMNS = ["method", "id", "switch", "default", "other", "row", "metric", "of default", "effect", "lower", "upper",
            "percent", "percent lower", "percent upper", "test", "seeds", "minutes"]  # fmt: skip
 
 
 def names(folder: str | Path | None = None) -> list[str]:
     """The grids of readings."""
-    return [name for name in grids.names(folder) if name.endswith(ENDING)]
+    return [name for name in grids.names(folder) if name.endswith(grids.OF_READINGS)]
 
 
 def switch_of(grid: grids.Grid, row: str) -> tuple[str, str]:
@@ -92,7 +91,7 @@ def in_words(frame: pd.DataFrame) -> dict[tuple[str, str], str]:
     """By method and switch: each other value, its effect on the method's first metric in percent, and the interval."""
     found: dict[tuple[str, str], list[str]] = {}
     for one in by_size(frame).to_dict("records"):
-        interval = f"{one['percent lower']:+.0f} to {one['percent upper']:+.0f}"
+        interval = f"{one['percent lower']:+.1f} to {one['percent upper']:+.1f}"
         said = f"`{one['other']}`: {one['percent']:+.1f} % ({interval})"
         found.setdefault((one["method"], one["switch"]), []).append(said)
     return {key: "; ".join(said) for key, said in found.items()}

@@ -468,7 +468,8 @@ def grounding(runs: pd.DataFrame, names: Mapping[str, str] | None = None) -> pd.
               and not (title.endswith("before") and title.split(",")[1:] != [" before"])]  # fmt: skip
     found = summary(frame, ["row", "level"], titles)
     counts = frame.groupby(["row", "level"], sort=False).agg({"few": "min", "many": "max"}).to_numpy()
-    found.insert(2, "boxes", [f"{a}" if a == b else f"{a} to {b}" for a, b in counts])
+    if counts.any():  # older files, and FELGA's, do not say how many
+        found.insert(2, "boxes", ["" if not b else f"{a}" if a == b else f"{a} to {b}" for a, b in counts])
     if names is not None:
         found["row"] = found["row"].map(names)
     return found.drop(columns="level") if (found["level"] == -1).all() else found
