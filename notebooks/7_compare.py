@@ -196,9 +196,9 @@ def pareto(frame: pd.DataFrame, data: str) -> plt.Figure:
     """Sum of recalls against milliseconds of a query; `data` is the title."""
     figure, ax = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
     rows = [row for row in table.names if row in set(frame["row"])]
-    colors = [*draw.PALETTE, *plt.get_cmap("Dark2").colors][: len(rows)]
+    colors = [*draw.PALETTE, draw.WRONG, "#A6761D", "#E7298A", "#666666"]
     for number, row in enumerate(rows):
-        look = {"color": colors[number], "marker": "oDs^vPX*<>pd"[number % 12]}
+        look = {"color": colors[number % 10], "marker": "oDs^vPX*<>"[number % 10]}
         of = frame[frame["row"] == row]
         if len(of) > 1:
             ax.plot(of["ms"], of["rsum"], color=look["color"], linewidth=0.8, marker="")

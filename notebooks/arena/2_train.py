@@ -35,7 +35,7 @@ detector: str = ""  # SLAN's proposals; boxes: of a detector trained on ground t
 shortlist: str = ""  # run of a two-stream entrant, whose best are ranked again; empty: none
 budget_minutes: float = None  # training on one core; tiny 5, photos 10, paper 600
 seconds_a_step: float = None  # measured once, for the budget; default 1
-lr_times: float = 1.0  # learning rate over that of the recipe; chosen on val
+lr_times: float = 1.0  # learning rate over that of the recipe
 contrast_share: float = None  # SLAN: share of the rounds that train the encoders by the contrast alone; default 0.8
 rounds: int = None  # times that val is ranked in the budget; tiny 5, photos 5, paper 20
 batch_size: int = None  # pairs per step; tiny 64, photos 64, paper 128
@@ -86,7 +86,7 @@ if s.threads:
 # much differs at once (batch, widths, layers, loss), so a claim across them compares recipes, not ideas.
 #
 # * *Nobody is told where a region lies.* HSLM, SCAN and SAF read features alone; MVAM's Transformer could be told (`places`, M18), and is not here.
-# * *Learning rates* are the recipe's, times `lr_times`, which is chosen on val, for every entrant among the same three.
+# * *Learning rates* are the recipe's. No entrant has one of its own: `lr_times` would set it, and a search on val has not been made.
 #
 # * *Captions* are read by a bidirectional GRU from scratch (SLAN: a small BERT from scratch).
 # * *Images* are the region features, or the cells, of one frozen network (SLAN: that network's maps; on scenes it has learned from captions, as its
