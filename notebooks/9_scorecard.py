@@ -123,7 +123,8 @@ Markdown(besides)
 # ## Every table
 
 # %%
-tables = [path for name in datasets for path in sorted((root() / p.figures).glob(f"*.{name}.{label}.md"))]
+found = [path for name in datasets for path in sorted((root() / p.figures).glob(f"*.{name}.{label}.md"))]
+tables = [path for path in found if path.name.split(".")[0] in grids.names()]
 for path in tables:
     grid, name = path.name.split(".")[:2]
     title = f"{grids.grid(grid).method.upper()}: {grids.grid(grid).title} ({name}, grid `{grid}`)"
@@ -131,6 +132,10 @@ for path in tables:
     display(Markdown(f"### {title}\n\n{sections[title]}"))
 if not tables:
     print(f"No table yet: make grid GRID=mvam_views writes {p.figures}/mvam_views.<dataset>.{label}.md")
+for path in [path for path in found if path.name.startswith("readings.")]:  # of 8_readings
+    title = f"READINGS: what another value changes ({path.name.split('.')[1]})"
+    sections[title] = path.read_text(encoding="utf-8").strip()
+    display(Markdown(f"### {title}\n\n{sections[title]}"))
 for path in sorted((root() / p.figures).glob("*_cost.md")):
     title = f"{path.stem.split('_')[0].upper()}: parameters and operations, counted"
     sections[title] = path.read_text(encoding="utf-8").strip()
