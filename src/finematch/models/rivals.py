@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from finematch.encoders import Tokens
 from finematch.evaluation.cross_attention import SLOPE, text_to_image
-from finematch.models.hslm import SelfAttentionPooling
 from finematch.training import to_device
 
 TILE = 4096  # pairs of a word and an image that SAF scores at a time where no gradient is needed
@@ -258,12 +257,32 @@ class SCAN(Rival):
         return (self.weights(i, t) * t.mask[..., None])[..., -image["features"].shape[1] :]  # without [IMG]
 
 
+class GlobalVector(nn.Module):
+    """SGRAF's global representation (3.1), which HSLM's 3.5 takes over: the mean asks, the parts answer, their weighted
+    sum is made unit.
+
+        w = softmax_n(v . (tanh(W_l x_n) * tanh(W_g mean x)))
+
+    Without the public code's dropout, and without its batch norm over a fixed number of regions.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.local, self.query = nn.Linear(width, width), nn.Linear(width, width)
+        self.vote = nn.Linear(width, 1, bias=False)  # a softmax takes no notice of a bias
+
+    def forward(self, parts: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b d"]:
+        mean = (parts * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        answer = self.vote(torch.tanh(self.local(parts)) * torch.tanh(self.query(mean))[:, None])[..., 0]
+        weights = answer.masked_fill(~mask, float("-inf")).softmax(-1)
+        return F.normalize(torch.einsum("bn,bnd->bd", weights, parts), dim=-1)
+
+
 class SAF(SCAN):
     """Similarity attention filtration: a similarity vector for each word and one for the whole, weighted and summed.
 
         a_l = sum_n w_ln v_n, made unit                                   as SCAN
-        s_l = W_l |a_l - t_l|^2 / |.|,  s_0 = W_g |v^ - t^|^2 / |.|       Eq. 2 to 5; v^, t^ of HSLM's
-                                                            `SelfAttentionPooling`, which SGRAF's 3.1 is the source of
+        s_l = W_l |a_l - t_l|^2 / |.|,  s_0 = W_g |v^ - t^|^2 / |.|       Eq. 2 to 5; v^, t^ of `GlobalVector`
         b_m = sigmoid(BN(w . s_m)) / sum of the same                      Eq. 10
         S   = FC(sum_m b_m s_m, made unit)                                Eq. 11; the logit
 
@@ -281,7 +300,7 @@ class SAF(SCAN):
             raise ValueError(
                 f"regions have {width} columns, words {text.width}: SAF compares them one by one"
             )
-        self.image_vector, self.text_vector = SelfAttentionPooling(width), SelfAttentionPooling(width)
+        self.image_vector, self.text_vector = GlobalVector(width), GlobalVector(width)
         self.compare_local = nn.Linear(width, sim, bias=False)
         self.compare_global = nn.Linear(width, sim, bias=False)
         self.gate, self.norm = nn.Linear(sim, 1), nn.BatchNorm1d(1)
