@@ -2,9 +2,9 @@
 
 A step is forward, backward and the optimiser's, with reading its batch, on one core, at the entrant's own batch, on the
 first images of the set (time does not depend on how many there are), over the same drawn batches for all, for captions
-differ in length. An entrant that changes its objective during
-training (HSLM, SCAN and SAF begin with a contrast; SLAN's encoders are trained without its locator first) is measured
-in both parts, which are weighted as in a run. Entrants are measured in turn, several rounds, and the median counts.
+differ in length. An entrant that changes its objective during training (HSLM, SCAN and SAF begin with a contrast;
+SLAN's encoders are trained without its locator first) is measured in both parts, which are weighted as in a run.
+Entrants are measured in turn, several rounds, and the median counts.
 The clock is the process's own: other work on the machine does not count, but for the caches that it takes.
 
     python benchmarks/arena_step.py                                                        scenes
@@ -90,7 +90,7 @@ def parts(dataset: str, given: dict, data_root: str, cache: str) -> list[tuple[f
 
 
 def seconds(loop: Loop, batches: list[list[int]], least: float) -> float:
-    """CPU seconds of a step, the mean over all batches as often as the seconds ask for, after one that does not count."""
+    """CPU seconds of a step: mean over all batches, repeated for that long at least, after one that does not count."""
     loop.step(loop.data.__getitems__(batches[0]), True, "benchmark")
     started, calls = time.process_time(), 0
     while not calls or time.process_time() - started < least:

@@ -227,7 +227,8 @@ def train(entrant: Entrant, folder: Path, *, identity: str, precision: str) -> d
     data = Rounds(entrant.inputs.splits["train"].pairs(), steps(s))
     how, select = plan(entrant, precision), entrant.inputs.select
     if not isinstance(model, SLAN):
-        return fit(model, data, how, folder, identity=identity, select=select, evaluate=lambda m: ranked_rounds(entrant))
+        return fit(model, data, how, folder, identity=identity, select=select,
+                   evaluate=lambda m: ranked_rounds(entrant))  # fmt: skip
     spent, first = dict.fromkeys(("seconds", "cpu_seconds", "steps"), 0), first_rounds(s, entrant.own)
     check = lambda m: by_vectors(m, val, pictures=s.val_pictures)  # noqa: E731
     if first:

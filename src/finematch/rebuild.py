@@ -376,10 +376,8 @@ def map_towers(s, shape: Shape | Inputs) -> tuple[nn.Module, nn.Module]:
     At scale `paper` an image network is trained, a ResNet-50 unless named, with random weights ("all random
     initialized") unless `s` names some.
     """
-    from finematch.models.slan.towers import (
-        CachedStages,
-        pixel_stages,
-    )  # torchvision: as long to import as torch
+    # not at the top: torchvision takes as long to import as torch
+    from finematch.models.slan.towers import CachedStages, pixel_stages
 
     if s.scale == "paper":
         image = pixel_stages(s.vision, weights=s.vision_weights, stages=s.stages)

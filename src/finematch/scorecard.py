@@ -255,7 +255,8 @@ def total(frame: pd.DataFrame) -> str:
     counts = ", ".join(
         f"{(of['verdict'] == verdict).sum()} *{verdict}* ({mark})" for verdict, mark in MARKS.items()
     )
-    return f"Each comparison on a metric that a paper prints, once: {counts}. {tables.chance_note(int(of['lower'].notna().sum()))}"
+    chance = tables.chance_note(int(of["lower"].notna().sum()))
+    return f"Each comparison on a metric that a paper prints, once: {counts}. {chance}"
 
 
 def drawn(paper: str, frame: pd.DataFrame) -> pd.DataFrame:

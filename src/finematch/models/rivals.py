@@ -3,7 +3,8 @@
 MVAM compares itself with PVSE, HSLM with SCAN and SGRAF (SAF is the half of SGRAF without a graph). They are here to be
 compared with at equal means (`finematch.arena`): towers, objective, optimiser and batch are given by the recipe of the
 method that a rival stands beside. What else is a rival's own (PVSE's two further losses, for one) stays its own; HSLM's
-graph and word self-attention stay HSLM's. Published models, which are larger and trained for longer, are not what this is.
+graph and word self-attention stay HSLM's. Published models, which are larger and trained for longer, are not what this
+is.
 
 * PVSE: Song and Soleymani, Polysemous Visual-Semantic Embedding for Cross-Modal Retrieval (CVPR 2019).
 * SCAN: Lee et al., Stacked Cross Attention for Image-Text Matching (ECCV 2018), text to image.
@@ -355,8 +356,7 @@ class SAF(SCAN):
         if self.training:
             nodes = [self.nodes(image, *parts(of)) for of in groups]
             gates = [self.gate(each)[..., 0] for each in nodes]
-            normed = self.norm(torch.cat([gate.flatten() for gate in gates])[:, None])[:, 0]
-            normed = normed.split([gate.numel() for gate in gates])
+            normed = self.normed(torch.cat([gate.flatten() for gate in gates])).split([gate.numel() for gate in gates])
             found = [self.filtered(each, new.view_as(old), None)
                      for each, new, old in zip(nodes, normed, gates, strict=True)]  # fmt: skip
             return torch.cat(found, 1)[:, columns]
