@@ -68,7 +68,7 @@ def bert(tmp_path_factory) -> Path:
 SETTINGS = {
     "method": "mvam", "dataset": "scenes", "data_root": "data", "cache": "cache", "scale": "tiny", "smoke": False,
     "report": "test", "backbone": "grid", "text": "gru", "width": 16, "depth": 1, "input_dropout": 0.0, "vision": "",
-    "vision_weights": "", "text_weights": "", "clip_weights": "", "proposals": "auto", "regions": 36,
+    "vision_weights": "", "text_weights": "", "clip_weights": "", "proposals": "auto", "regions": 36, "places": True,
 }  # fmt: skip
 
 
