@@ -38,14 +38,14 @@ print(f"{len(main)} of {readings.planned()} readings have run with at least two 
 # ## The effects, by size
 #
 # An effect is the metric of the other value less that of the default, in percent of the default's mean (which is taken as exact); the line is the 95 % interval over seeds (Student's t, paired where both rows share seeds and data).
-# A point to the right says that the other value is better. It is filled where the interval does not contain zero. The metric is rsum (MVAM, HSLM, SLAN), or mAP of object discovery (FELGA).
+# A point to the right says that the other value is better. It is filled where the interval does not contain zero. The axis is linear from -5 to +5 % and logarithmic beyond. The metric is rsum (MVAM, HSLM, SLAN), or mAP of object discovery (FELGA).
 
 # %%
 if len(main):
     shown = main.assign(label=main["id"] + " " + main["switch"] + " = " + main["other"].astype(str), group=main["method"].str.upper(),
                         effect=main["percent"], lower=main["percent lower"], upper=main["percent upper"])  # fmt: skip
     with F.style():
-        figure = forest(shown, xlabel="effect of the other value, % of the default's metric")
+        figure = forest(shown, linear=5.0, xlabel="effect of the other value, % of the default's metric")
         F.save(figure, stem.with_name(f"{stem.name}.svg"))
     display(figure)
 

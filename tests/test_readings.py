@@ -128,6 +128,18 @@ def test_a_forest_has_a_line_an_effect_the_first_at_the_top():
     plt.close(figure)
 
 
+def test_a_forest_shows_a_small_effect_beside_a_large_one():
+    frame = pd.DataFrame({"label": ["big", "small"], "group": ["A", "B"], "effect": [-60.0, 1.0],
+                          "lower": [-65.0, 0.5], "upper": [-55.0, 3.0]})  # fmt: skip
+    with figures.style():
+        figure = forest(frame, xlabel="effect", linear=5.0)
+    (ax,) = figure.axes
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["−50", "−20", "−10", "−5", "−2", "0", "+2"]
+    place = [ax.transAxes.inverted().transform(ax.transData.transform((x, 1)))[0] for x in (-65, -55, 0.5, 3)]
+    assert place[3] - place[2] > 2 * (place[1] - place[0]) > 0
+    plt.close(figure)
+
+
 def test_the_page_of_readings_shows_the_effects(book, tmp_path):
     frame = readings.effects("scenes", "tiny", folder=book, runs=book / "runs").assign(metric="rsum")
     frame.to_csv(tmp_path / "readings.scenes.tiny.csv", index=False)
