@@ -65,7 +65,7 @@ Markdown(table)
 # These sentences are made from the table.
 
 # %%
-advice = readings.advice(main)
+advice = readings.advice(main, effects)
 Markdown(advice)
 
 # %% [markdown]

@@ -105,12 +105,16 @@ def test_the_advice_names_what_costs_what_gains_and_how_many_are_open():
         "method": ["mvam", "slan", "hslm"], "switch": ["a", "b", "c"], "other": ["x", "y", "z"],
         "id": ["M1", "S1", "H1"], "percent": [-20.0, 8.0, 1.0], "lower": [-3.0, 1.0, -1.0], "upper": [-1.0, 2.0, 3.0],
     })  # fmt: skip
-    said = readings.advice(frame)
+    frame["metric"] = "rsum"
+    other = frame.assign(metric="r1", lower=[2.0, 2.0, 2.0], upper=3.0, percent=[30.0, 30.0, 40.0])
+    said = readings.advice(frame, pd.concat([frame, other]))
     assert "costs something, by an interval over seeds: MVAM's `a=x` (M1, -20 %)." in said
     assert "a candidate for your data: SLAN's `b=y` (S1, +8 %)." in said
     assert "For the other 1 readings" in said
+    assert "another metric differs by an interval: HSLM's `c=z` (H1, r1 +40 %)." in said
+    assert "differs by an interval: none." in readings.advice(frame, frame)
     assert "zero out of about 0.2 of these 3 intervals" in said  # 5 % of three
-    assert "over seeds: none." in readings.advice(frame[1:])
+    assert "over seeds: none." in readings.advice(frame[1:], frame)
 
 
 def test_a_forest_has_a_line_an_effect_the_first_at_the_top():

@@ -1817,7 +1817,8 @@ came_out("slan")
 #   (exercise 6). Why they grew is a guess of ours: matching asks whether a sentence is true of an image, and the whole
 #   image answers that best.
 # * Levels that look over the whole map (`extent="map"`) can take a region off the thing that it lies on. Levels that
-#   look about the region (`extent="region"`) leave it there (section 6). Which of the two retrieves better was not run.
+#   look about the region (`extent="region"`) leave it there (section 6), and find more phrases. Which of the two
+#   retrieves better is undecided ([8_readings](../8_readings.ipynb)).
 
 # %% [markdown] tags=["solution"] jupyter={"source_hidden": true}
 # ## Ten questions

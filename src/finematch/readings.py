@@ -124,27 +124,33 @@ def printed(frame: pd.DataFrame) -> pd.DataFrame:
     })  # fmt: skip
 
 
-def advice(frame: pd.DataFrame) -> str:
-    """Which other values lower the metric, which raise it, which make no difference that shows, and how many intervals
-    would leave zero out by chance alone.
+def advice(main: pd.DataFrame, effects: pd.DataFrame) -> str:
+    """Which other values lower the main metric, which raise it, which show no difference in it, which of these
+    differ in another metric, and how many intervals would leave zero out by chance alone.
 
     Args:
-        frame: from `by_size`.
+        main: from `by_size`. effects: all effects, from `effects`.
     """
 
-    def named(of: pd.DataFrame) -> str:
+    def named(of: pd.DataFrame, *, metric: bool = False) -> str:
         each = [
-            f"{one['method'].upper()}'s `{one['switch']}={one['other']}` ({one['id']}, {one['percent']:+.0f} %)"
+            f"{one['method'].upper()}'s `{one['switch']}={one['other']}` ({one['id']}, "
+            f"{one['metric'] + ' ' if metric else ''}{one['percent']:+.0f} %)"
             for one in of.to_dict("records")
         ]
         return ", ".join(each) or "none"
 
-    worse, better = frame[frame["upper"] < 0], frame[frame["lower"] > 0]
-    unclear = len(frame) - len(worse) - len(better)
+    worse, better = main[main["upper"] < 0], main[main["lower"] > 0]
+    unclear = main[(main["upper"] >= 0) & (main["lower"] <= 0)]
+    key = ["method", "switch", "other"]
+    beside = effects.merge(unclear[[*key, "metric"]], on=key, suffixes=("", " main"))
+    beside = beside[beside["metric"] != beside["metric main"]]
+    beside = beside[(beside["upper"] < 0) | (beside["lower"] > 0)].sort_values("percent", key=abs, ascending=False)
     return (
         f"Keep the default where the other value costs something, by an interval over seeds: {named(worse)}. "
         f"The other value is better here, and a candidate for your data: {named(better)}. "
-        f"For the other {unclear} readings the interval contains zero: choose what is simpler, and say which. "
-        f"If no choice made a difference, chance alone would leave zero out of about {len(frame) * (1 - LEVEL):.1f} of "
-        f"these {len(frame)} intervals."
+        f"For the other {len(unclear)} readings the interval contains zero; of these, another metric differs by an "
+        f"interval: {named(beside, metric=True)}. Where neither does, choose what is simpler, and say which. "
+        f"If no choice made a difference, chance alone would leave zero out of about {len(main) * (1 - LEVEL):.1f} of "
+        f"these {len(main)} intervals."
     )
