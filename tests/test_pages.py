@@ -28,7 +28,11 @@ CONFIGS = [
 def kept(tmp_path):
     """A copy of docs/, of the claims and of the measured readings that git keeps."""
     listed = subprocess.run(["git", "ls-files", "-z", "figures"], cwd=ROOT, capture_output=True, text=True)
-    names = [name for name in listed.stdout.split("\0") if name.endswith((".claims.csv", "readings.scenes.tiny.csv"))]
+    names = [
+        name
+        for name in listed.stdout.split("\0")
+        if name.endswith((".claims.csv", "readings.scenes.tiny.csv"))
+    ]
     if listed.returncode or not names:
         pytest.skip("not a git checkout")
     shutil.copytree(DOCS, tmp_path / "docs")

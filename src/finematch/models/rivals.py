@@ -333,7 +333,10 @@ class SAF(SCAN):
         return torch.cat([whole[:, :, None], local], 2)
 
     def filtered(
-        self, nodes: Float[Tensor, "g c m s"], gate: Float[Tensor, "g c m"], counted: Bool[Tensor, "g c m"] | None
+        self,
+        nodes: Float[Tensor, "g c m s"],
+        gate: Float[Tensor, "g c m"],
+        counted: Bool[Tensor, "g c m"] | None,
     ) -> Float[Tensor, "g c"]:
         """Logits, of nodes and their gates after the batch norm; without `counted` all nodes are real."""
         share = torch.sigmoid(gate) if counted is None else torch.sigmoid(gate) * counted
@@ -356,7 +359,9 @@ class SAF(SCAN):
         if self.training:
             nodes = [self.nodes(image, *parts(of)) for of in groups]
             gates = [self.gate(each)[..., 0] for each in nodes]
-            normed = self.normed(torch.cat([gate.flatten() for gate in gates])).split([gate.numel() for gate in gates])
+            normed = self.normed(torch.cat([gate.flatten() for gate in gates])).split(
+                [gate.numel() for gate in gates]
+            )
             found = [self.filtered(each, new.view_as(old), None)
                      for each, new, old in zip(nodes, normed, gates, strict=True)]  # fmt: skip
             return torch.cat(found, 1)[:, columns]
@@ -364,7 +369,9 @@ class SAF(SCAN):
         for of in groups:
             size = max(1, TILE // (int(lengths[of[0]]) * len(of)))
             tiles = (self.nodes(image[k : k + size], *parts(of)) for k in range(0, len(image.states), size))
-            found.append(torch.cat([self.filtered(each, self.normed(self.gate(each)[..., 0]), None) for each in tiles]))
+            found.append(
+                torch.cat([self.filtered(each, self.normed(self.gate(each)[..., 0]), None) for each in tiles])
+            )
         return torch.cat(found, 1)[:, columns]
 
     def normed(self, gate: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -374,4 +381,6 @@ class SAF(SCAN):
     def pairs(self, image: Fragments, text: Fragments) -> Float[Tensor, " p"]:
         real = text.mask[:, None]
         nodes = self.nodes(image, text.states[:, None], real, text.vector[:, None])
-        return self.filtered(nodes, self.normed(self.gate(nodes)[..., 0]), F.pad(real, (1, 0), value=True))[:, 0]
+        return self.filtered(nodes, self.normed(self.gate(nodes)[..., 0]), F.pad(real, (1, 0), value=True))[
+            :, 0
+        ]
