@@ -142,12 +142,9 @@ def advice(main: pd.DataFrame, effects: pd.DataFrame) -> str:
 
     worse, better = main[main["upper"] < 0], main[main["lower"] > 0]
     unclear = main[(main["upper"] >= 0) & (main["lower"] <= 0)]
-    key = ["method", "switch", "other"]
-    beside = effects.merge(unclear[[*key, "metric"]], on=key, suffixes=("", " main"))
-    beside = beside[beside["metric"] != beside["metric main"]]
-    beside = beside[(beside["upper"] < 0) | (beside["lower"] > 0)].sort_values(
-        "percent", key=abs, ascending=False
-    )
+    decided = effects[(effects["upper"] < 0) | (effects["lower"] > 0)]
+    beside = decided.merge(unclear[["method", "switch", "other"]])
+    beside = beside.sort_values("percent", key=abs, ascending=False)
     return (
         f"Keep the default where the other value costs something, by an interval over seeds: {named(worse)}. "
         f"The other value is better here, and a candidate for your data: {named(better)}. "

@@ -359,9 +359,8 @@ class SAF(SCAN):
         if self.training:
             nodes = [self.nodes(image, *parts(of)) for of in groups]
             gates = [self.gate(each)[..., 0] for each in nodes]
-            normed = self.normed(torch.cat([gate.flatten() for gate in gates])).split(
-                [gate.numel() for gate in gates]
-            )
+            normed = self.normed(torch.cat([gate.flatten() for gate in gates]))
+            normed = normed.split([gate.numel() for gate in gates])
             found = [self.filtered(each, new.view_as(old), None)
                      for each, new, old in zip(nodes, normed, gates, strict=True)]  # fmt: skip
             return torch.cat(found, 1)[:, columns]
@@ -369,9 +368,8 @@ class SAF(SCAN):
         for of in groups:
             size = max(1, TILE // (int(lengths[of[0]]) * len(of)))
             tiles = (self.nodes(image[k : k + size], *parts(of)) for k in range(0, len(image.states), size))
-            found.append(
-                torch.cat([self.filtered(each, self.normed(self.gate(each)[..., 0]), None) for each in tiles])
-            )
+            rows = [self.filtered(each, self.normed(self.gate(each)[..., 0]), None) for each in tiles]
+            found.append(torch.cat(rows))
         return torch.cat(found, 1)[:, columns]
 
     def normed(self, gate: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -381,6 +379,5 @@ class SAF(SCAN):
     def pairs(self, image: Fragments, text: Fragments) -> Float[Tensor, " p"]:
         real = text.mask[:, None]
         nodes = self.nodes(image, text.states[:, None], real, text.vector[:, None])
-        return self.filtered(nodes, self.normed(self.gate(nodes)[..., 0]), F.pad(real, (1, 0), value=True))[
-            :, 0
-        ]
+        gate, counted = self.normed(self.gate(nodes)[..., 0]), F.pad(real, (1, 0), value=True)
+        return self.filtered(nodes, gate, counted)[:, 0]
