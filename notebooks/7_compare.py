@@ -3,10 +3,10 @@
 #
 # **Papers** MVAM, HSLM and SLAN, with a plain two-stream model, PVSE, SCAN and SAF (of SGRAF) beside them; FELGA where its task allows. Each paper compares its
 # method with numbers that other papers print: other features, other text encoders, other training. Here all of them see the same images and captions,
-# and train for as many steps as fit into the same minutes on one core. Features and text encoder are the same for all but SLAN. The page asks three questions: who ranks best, who finds phrases in images, and what a query costs.
+# and train for as many steps as fit into the same minutes on one core. The features are the same for all but SLAN; the text encoder is a GRU of each recipe's widths (HSLM has layers of its own before it). The page asks three questions: who ranks best, who finds phrases in images, and what a query costs.
 #
 # **Cost** under two minutes; it reads the metrics of finished runs. `make grid GRID=arena_main` makes the runs (10 entrants, three seeds, 5 minutes of training each
-# on scenes) and ends with this page; `make grid GRID=arena_detected DATASET=flickr8k PROPOSALS=<file>` runs the same entrants over a detector's boxes. Rows that have not been run stay empty.
+# on scenes) and ends with this page; `make grid GRID=arena_detected DATASET=flickr8k PROPOSALS=<file>` runs the same entrants over a detector's boxes, but for SLAN over its own proposals. Rows that have not been run stay empty.
 #
 # **Expected** the tables of [RESULTS.md](../RESULTS.md) with "ARENA" in their titles, once the grid has run. All entrants are small and trained from
 # scratch: their order is what can be compared with a paper, not their level. Models that come with published weights (BLIP, MDETR, GLIP) are not among them,
@@ -59,7 +59,7 @@ print(f"{table.title}.\n{T.about(table, runs)}")
 # | learns from | images with captions | images with captions | images with texts, and what a frozen vision-language model says of their parts | images with captions; boxes for some tasks |
 # | loss | contrast, views that differ | hinge on the hardest negatives | contrast of fragments with pseudo-labels, and of whole images | contrast, matching, and more by version |
 # | encoded once for all queries | image and caption | neither score, but regions and words | fragments and keywords | image; the best are matched again with the sentence |
-# | judged by | retrieval | retrieval | object discovery, description assignment | retrieval and seven downstream tasks |
+# | judged by | retrieval | retrieval | object discovery, description assignment | retrieval and six other tasks |
 #
 # FELGA is no entrant of what follows: its task has no captions to rank. Its row stands where phrases are found.
 
@@ -144,8 +144,8 @@ for reading, of in verdicts.groupby("reading", sort=False):
 #
 # For phrases with annotated boxes, which no matcher sees in training: how often the region with most weight has its centre in a true box (pointing), and how
 # often it overlaps one by half (R@1 at IoU 0.5). Beside it stand a random region (chance), the image's centre, and the upper bound that the regions allow.
-# The plain two-stream model and HSLM's global alignment have no weights on regions. MVAM's and PVSE's attention does not know the other side: what stands here is how much of a
-# word and of a region the same views have. FELGA's row comes from its own runs, over boxes of its own: its vision-language model has learned before, so its minutes are not equal.
+# The plain two-stream model and HSLM's global alignment have no weights on regions. In MVAM and PVSE the attention on the image does not see the caption: their number
+# counts how often the views that look at a word also look at its region. FELGA's row comes from its own runs, over boxes of its own: its vision-language model has learned before, so its minutes are not equal.
 
 
 # %%

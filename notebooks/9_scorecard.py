@@ -53,8 +53,8 @@ def shown(text: str) -> Markdown:
 # ## Every table at a glance
 #
 # A line per table of a paper and per grid that measures it; the grids below a table ask more of it. A mark per claim and metric that the paper prints,
-# in the order of the claims below: ✓ *holds*, ✗ *contradicted*, ? *undecided*, · *not run*; = one run stands for both readings. *by chance* is how
-# many of the judged verdicts would be ✓, and as many ✗, if no difference were real. Tables 1 to 7 of SLAN's arXiv version repeat those of the ICCV
+# in the order of the claims below: ✓ *holds*, ✗ *contradicted*, ? *undecided*, · *not run*; = one run stands for both readings. *by chance*:
+# if no difference were real, so many of the judged verdicts would be ✓ by luck, and as many ✗. Tables 1 to 7 of SLAN's arXiv version repeat those of the ICCV
 # version under other numbers, but for cells whose notes say so.
 
 # %%
@@ -144,7 +144,7 @@ for path in sorted((root() / p.figures).glob("*_cost.md")):
 # %% [markdown]
 # ## The verdicts, counted
 #
-# Every claim of every grid, on all of the metrics that the grid judges, is counted under both readings of the papers: `default` is ours, chosen on val, `literal` the paper's text. A cell is "default / literal". Where no row
+# Every claim of every grid, on all of the metrics that the grid judges, is counted under both readings of the papers: `default` is ours, chosen on val (a part of SLAN's with test numbers of seed 0 in view), `literal` the paper's text. A cell is "default / literal". Where no row
 # of a grid differs between them, one run stands for both. Each comparison counts once, also where several grids ask for it. A two-sided 95 % interval on
 # the difference decides; with three seeds the test is weak, so that *undecided* is no evidence against a claim. *not run* counts rows without a run and
 # rows with a single seed, which has no spread.

@@ -9,9 +9,20 @@ from torch import nn
 
 from finematch.arena import Contrast, ContrastThenHinge
 from finematch.encoders import GRUTower, Tokens, TokenTransformer
+from finematch.losses import contrastive
 from finematch.models import rivals
-from finematch.models.hslm import hinge
-from finematch.models.rivals import PVSE, SAF, SCAN, Fragments, Instances, PolysemousEmbedding, word_attention
+from finematch.models.configs import HSLMConfig
+from finematch.models.hslm import RegionEncoder, hinge
+from finematch.models.rivals import (
+    PVSE,
+    SAF,
+    SCAN,
+    Fragments,
+    Instances,
+    LinearTower,
+    PolysemousEmbedding,
+    word_attention,
+)
 
 RIVALS = {"pvse": PVSE, "scan": SCAN, "saf": SAF}
 each_rival = pytest.mark.parametrize("name", RIVALS)
@@ -284,7 +295,7 @@ def test_words_attend_to_real_regions_alone_and_padding_to_nothing():
 # ------------------------------------------------------------------------- learning
 def trained(name, objective):
     torch.manual_seed(0)
-    vision = TokenTransformer(10, width=16, depth=0, boxes=False, token=name == "pvse")
+    vision = TokenTransformer(10, width=16, depth=0) if name == "pvse" else LinearTower(10, width=16)
     text = GRUTower(30, embed=16, width=16, dropout=0.0)
     more = {"pvse": {"dim": 16}, "saf": {"sim": 8}}.get(name, {})
     return RIVALS[name](vision, text, objective, **more)
@@ -301,6 +312,36 @@ def batch(pairs=8):
     }
     text = {"input_ids": ids * mask, "mask": mask, "special": torch.zeros_like(mask)}
     return {"image": image, "text": text, "image_id": torch.arange(pairs)}
+
+
+def test_the_contrast_of_a_rival_is_that_of_mvam():
+    model, ids = made("pvse"), torch.tensor([4, 4, 7])  # two captions of one image
+    image, text = model.encode_image(**IMAGES), model.encode_text(**states(2, 6, 4, seed=1))
+    table = model.scores(image, text)
+    found = model.objective(model, image, text, ids[:, None] == ids[None, :])["loss"]
+    by_hand = 0
+    for lines in (table, table.T):
+        logits = lines * model.objective.scale()
+        by_hand += sum(logits[i].logsumexp(0) - logits[i, i] for i in range(3)) / 3
+    torch.testing.assert_close(found, by_hand / 2)
+    model.float()
+    one = Instances(F.normalize(torch.randn(3, 1, 5), dim=-1), None, None)
+    two = Instances(F.normalize(torch.randn(3, 1, 5), dim=-1), None, None)
+    mvam = contrastive(one.vectors[:, 0], two.vectors[:, 0], model.objective.scale())
+    torch.testing.assert_close(model.objective(model, one, two, torch.eye(3) > 0)["loss"], mvam)
+
+
+def test_regions_of_scan_and_saf_are_hslms_before_its_graph():
+    config = HSLMConfig(width=16, mgcn=False, input_dropout=0.5)
+    hslm, tower = RegionEncoder(10, config), LinearTower(10, width=16, input_dropout=0.5)
+    tower.project.load_state_dict(hslm.embed.state_dict())
+    features, mask = torch.rand(3, 4, 10), torch.ones(3, 4, dtype=torch.bool)
+    for mode in (True, False):  # with channels dropped, and without
+        hslm.train(mode), tower.train(mode)
+        torch.manual_seed(5)
+        theirs = hslm(features, mask)
+        torch.manual_seed(5)
+        torch.testing.assert_close(F.normalize(tower(features, mask).states, dim=-1), theirs)
 
 
 @each_rival
@@ -355,8 +396,8 @@ def loss_of(objective, table, same, together=True):
     return objective(Table(table, together), index, index, same)["loss"]
 
 
-def test_captions_of_one_image_are_no_negatives():
-    for objective in (Contrast(), ContrastThenHinge(start_steps=0), ContrastThenHinge(start_steps=9)):
+def test_captions_of_one_image_are_no_negatives_of_hslms_objective():
+    for objective in (ContrastThenHinge(start_steps=0), ContrastThenHinge(start_steps=9)):
         same = torch.eye(4, dtype=torch.bool)
         same[0, 1] = same[1, 0] = True
         scores = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))

@@ -1663,7 +1663,7 @@ check("felga.gains", gains["assignment 2017"].to_dict())
 # sparse ones in most cases, and that the global term helps. The table shows what this workbook measured on scenes. A
 # line is one claim, and a cell has its verdict ([*holds*, *contradicted* or *undecided*](../../docs/glossary.md)),
 # the difference in the grid's first metric, its 95 % interval and the number of [seeds](../../docs/glossary.md).
-# *default* are the readings that work best here; *literal* are the paper's words. The last column links to the whole
+# *default* are the readings that were chosen on val; *literal* are the paper's words. The last column links to the whole
 # table with both tasks.
 
 # %%

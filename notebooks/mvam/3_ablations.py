@@ -84,7 +84,7 @@ Markdown(T.by_reading(found, digits=1, otherwise="no run here has annotated phra
 # %% [markdown]
 # ## The claims, judged
 #
-# Each claim is judged under both readings of the paper, side by side: `default` is what works, `literal` the paper's text (`reading` of `2_train`;
+# Each claim is judged under both readings of the paper, side by side: `default` is ours, `literal` the paper's text (`reading` of `2_train`;
 # where no row of a grid differs between them, one run stands for both). The line below the table runs what is missing.
 #
 # Each claim compares two rows over seeds by Student's t interval on the difference (two-sided, 95 %): paired where both rows share seeds, data and the

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from finematch import rebuild
 from finematch.config import Settings
 from finematch.data.record import Record
 from finematch.data.splits import Split
-from finematch.encoders import GRUTower, TokenTransformer
+from finematch.encoders import GRUTower
 from finematch.evaluation.embedding import embed
 from finematch.evaluation.grounding import GroundedPhrase
 from finematch.evaluation.phrases import attended_phrases, located_phrases
@@ -33,7 +34,7 @@ from finematch.losses import LogitScale, wide
 from finematch.models.configs import HSLMConfig, MVAMConfig
 from finematch.models.hslm import HSLM, hardest, hinge_of_hardest, score, softmax_loss, tile_scores
 from finematch.models.mvam import MVAM
-from finematch.models.rivals import PVSE, SAF, SCAN, Rival
+from finematch.models.rivals import PVSE, SAF, SCAN, LinearTower, Rival
 from finematch.models.slan.objective import SLAN, Unimodal, pair_scorer
 from finematch.rehearsal import clocked
 from finematch.training import Plan, Rounds, accelerator, fit, seed_everything, to_device
@@ -54,14 +55,17 @@ Cost = dict[str, float]
 
 # ------------------------------------------------------------------------------------------- objectives of the rivals
 class Contrast(nn.Module):
-    """MVAM's: the contrast in the batch with a learnable temperature (`hslm.softmax_loss`, of any score)."""
+    """MVAM's (Eq. 5-6), of any score: the contrast in the batch with a learnable temperature. As there, a pair of the
+    batch has one positive, and another caption of the same image is a negative (M11)."""
 
     def __init__(self, tau: float = 0.07):
         super().__init__()
         self.scale = LogitScale(tau)
 
     def forward(self, model: Rival, image, text, same: Bool[Tensor, "b b"]) -> dict[str, Tensor]:
-        return {"loss": softmax_loss(self.scale() * wide(model.scores(image, text)), same)}
+        table = self.scale() * wide(model.scores(image, text))
+        target = torch.arange(len(table), device=table.device)
+        return {"loss": (F.cross_entropy(table, target) + F.cross_entropy(table.T, target)) / 2}
 
 
 class ContrastThenHinge(nn.Module):
@@ -173,9 +177,7 @@ def open_entrant(s: Settings, base: Path) -> Entrant:
         if s.entrant.startswith("hslm"):
             model = HSLM(width, words, HSLMConfig.of(own), warmup_steps=start)
         else:
-            vision = TokenTransformer(
-                width, width=own.width, depth=0, input_dropout=own.input_dropout, token=False
-            )
+            vision = LinearTower(width, width=own.width, input_dropout=own.input_dropout)
             text = GRUTower(words, embed=own.embed, width=own.width, dropout=own.dropout)
             objective = ContrastThenHinge(
                 start, start_scale=own.start_scale, margin=own.margin, rivals=own.rivals

@@ -184,6 +184,22 @@ def discrepancy(x: Float[Tensor, "m d"], y: Float[Tensor, "m d"]) -> Float[Tenso
 
 
 # ------------------------------------------------------------------------------------------- SCAN and SAF
+class LinearTower(nn.Module):
+    """The image side of SCAN and SAF, and of HSLM before its graph (`hslm.RegionEncoder`): one linear layer. The model
+    makes its vectors unit. In training an image loses a share of the channels, as there (H27)."""
+
+    def __init__(self, input_dim: int, *, width: int, input_dropout: float = 0.0):
+        super().__init__()
+        self.width, self.input_dropout = width, input_dropout
+        self.project = nn.Linear(input_dim, width)
+
+    def forward(self, features: Float[Tensor, "b n e"], mask: Bool[Tensor, "b n"]) -> Tokens:
+        if self.training and self.input_dropout > 0:
+            features = features * F.dropout(torch.ones_like(features[:, :1]), self.input_dropout)
+        states = self.project(features)
+        return Tokens(states, mask, torch.zeros_like(mask), states[:, 0])  # whose pooled state nothing reads
+
+
 class Fragments(NamedTuple):
     """Regions or words as unit vectors, which are real, and (SAF) one vector of all; real words come first."""
 
