@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from finematch.boxes import iou, multi_scale_grid
 from finematch.data.entities import load_entities
 from finematch.evaluation.correspondence import on_span, pieces
-from finematch.evaluation.grounding import READINGS, GroundedPhrase, grounding, phrase_scores
+from finematch.evaluation.grounding import GroundedPhrase, grounding, phrase_scores
 from finematch.runs import write_metrics
 from finematch.scenes.generator import TOKENIZER
 from finematch.text import word_level
@@ -420,11 +419,6 @@ def test_scores_of_a_phrase():
         phrase_scores(words, [4])
     with pytest.raises(ValueError, match="of a caption of 4"):
         phrase_scores(words, [-1])
-
-
-def test_readings_are_arguments_whose_values_are_known():
-    ((_, argument, values, _),) = READINGS
-    assert inspect.signature(phrase_scores).parameters[argument].default == values.split(" | ")[0]
 
 
 # ------------------------------------------------------------------------------ records of the embedded set

@@ -27,6 +27,7 @@ from finematch.models.slan.detection import (
     open_filter,
     phrase_items,
     prompts,
+    repeated,
 )
 from finematch.models.slan.locator import SelfLocator
 from finematch.models.slan.objective import SLAN
@@ -383,6 +384,16 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
         train(tmp_path / "broken", stop=1)
     again = train(tmp_path / "broken")
     assert all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+def test_a_box_that_several_phrases_name_is_one_object():
+    a, b = [0.1, 0.1, 0.5, 0.5], [0.2, 0.2, 0.6, 0.6]
+    boxes, real = torch.tensor([[a, b, a, a, b], [a, a, b, b, b]]), torch.ones(2, 5, dtype=torch.bool)
+    real[1, 0] = False  # padding has no copies
+    assert repeated(boxes, real).tolist() == [
+        [False, False, True, True, True],
+        [False, False, False, True, True],
+    ]
 
 
 def test_collate_pads_texts_and_labels():

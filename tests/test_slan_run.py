@@ -173,16 +173,38 @@ def test_encoders_are_trained_once_for_all_runs_of_a_seed(inputs, cache, capsys)
     assert validation(other, inputs.splits["val"]) == validation(model, inputs.splits["val"])
     assert len(list(folder.glob("slan_encoders-*[0-9a-f]"))) == 1
 
+    alone = slan_begun(s.replace(cache=str(cache / "alone")), inputs, cache, echo=print)
+    assert "epoch 1/1" in capsys.readouterr().out
+    assert same(alone.encoders, model.encoders), "whichever run fills the cache, the encoders are the same"
+    assert torch.equal(torch.rand(3), after)
+
     slan_begun(s.replace(seed=1), inputs, cache)  # another seed, its own
     assert len(list(folder.glob("slan_encoders-*[0-9a-f]"))) == 2
 
 
+@pytest.mark.parametrize(
+    "changes", [{"tau": 0.3}, {"learnable_tau": False}, {"itc_weight": 0.0}, {"embed": 16}]
+)
+def test_encoders_that_begin_otherwise_are_not_shared(inputs, cache, changes):
+    folder = cache / "otherwise"
+    s = given(encoder_epochs=1, cache=str(folder))
+    slan_begun(s, inputs, cache)
+    before = len(list(folder.glob("slan_encoders-*[0-9a-f]")))
+    found = slan_begun(s.replace(**changes), inputs, cache)
+    assert len(list(folder.glob("slan_encoders-*[0-9a-f]"))) == before + 1
+    if "learnable_tau" in changes:
+        assert float(found.temperature.tau) == pytest.approx(s.tau)
+
+
+def test_momentum_encoders_follow_from_the_trained_ones(inputs, cache):
+    model = slan_begun(given(encoder_epochs=1, queue=64, cache=str(cache / "momentum")), inputs, cache)
+    assert same(model.momentum.copies["encoders"], model.encoders)
+
+
 def test_encoders_belong_to_their_captions_and_maps(inputs):
-    s = given()
-    key = slan_key(s, inputs)
+    key = slan_key(inputs)
     assert set(key["data"]) == set(key["maps"]) == {"train", "val", "test"}
-    assert slan_key(s.replace(width=32), inputs) != key
-    assert slan_key(s.replace(top=3), inputs) == key
+    assert key["words"]
 
 
 def test_without_epochs_the_encoders_stay_as_they_are(inputs, cache):

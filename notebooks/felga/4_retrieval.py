@@ -109,6 +109,8 @@ if of_run["features"] != "fenet":
     raise ValueError(
         f"{p.run} is a baseline without FENet (features={of_run['features']}): give a trained run"
     )
+if of_run["text"] == "captions":
+    raise ValueError(f"{p.run} has a text for each caption (text=captions); this page shows runs with one for each image")
 if p.data_root:
     of_run["data_root"] = p.data_root
 model, data = run.model, run.data

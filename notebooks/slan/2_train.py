@@ -154,7 +154,7 @@ from finematch.evaluation.phrases import annotated_phrases, located_phrases
 from finematch.evaluation.reranking import reranked_retrieval
 from finematch.evaluation.retrieval import retrieval
 from finematch.features import inputs
-from finematch.files import file_digest
+from finematch.files import digest, file_digest
 from finematch.models.configs import SLANConfig
 from finematch.models.slan.detector import train_detector
 from finematch.models.slan.locator import SelfLocator, locator_config
@@ -325,7 +325,7 @@ run.folder
 # %%
 schedule["precision"] = run.precision
 if s.encoder_epochs and not s.pretrained:
-    key = {"shape": [s.width, s.text_depth, s.text_heads, s.embed], "maps": inputs.origin(images),
+    key = {"words": digest(tokenizer.get_vocab()), "maps": inputs.origin(images),
            "data": {name: digests(part) for name, part in records.items()}}  # fmt: skip
     if shards:  # these are trained on
         key["shards"] = made_of["shards"]

@@ -68,6 +68,7 @@ from finematch.features.inputs import (
 from finematch.features.proposals import Proposals, extract_proposals, given
 from finematch.features.small_clip import open_small_clip
 from finematch.features.tasks import task_tokenizer
+from finematch.files import digest
 from finematch.models.configs import (
     AnsweringConfig,
     CaptioningConfig,
@@ -194,7 +195,7 @@ def slan_localizer(s, pretrained) -> nn.Module:
 
     model = _start(s, pretrained)
     if s.task == "grounding" and s.grounding_top:
-        open_filter(model.locator, s.grounding_top, 0.0)
+        open_filter(model.locator, s.grounding_top, model.locator.filter.threshold)
     return Localizer(model, LocalizationConfig.of(s), task=s.task).to(accelerator())
 
 
@@ -457,16 +458,16 @@ def slan_begun(s, inputs: Inputs, base: Path, *, echo=None) -> SLAN:
         model.load_pretrained(base / s.pretrained)
     elif s.encoder_epochs:
         train_encoders(
-            model, inputs.splits["train"].pairs(), slan_plan(s, epochs=s.encoder_epochs), cache, slan_key(s, inputs),
+            model, inputs.splits["train"].pairs(), slan_plan(s, epochs=s.encoder_epochs), cache, slan_key(inputs),
             evaluate=lambda m: validation(m, inputs.splits["val"]), select=inputs.select, echo=echo,
         )  # fmt: skip
     return model
 
 
-def slan_key(s, inputs: Inputs) -> dict:
-    """What trained encoders depend on beside their plan: their shape, the captions, the maps."""
+def slan_key(inputs: Inputs) -> dict:
+    """What trained encoders depend on beside their plan and the weights at the start: words, captions, maps."""
     return {
-        "shape": [s.width, s.text_depth, s.text_heads, s.embed],
+        "words": digest(inputs.tokenizer.get_vocab()),
         "data": {name: digests(split.records) for name, split in inputs.splits.items()},
         "maps": origin({name: split.images for name, split in inputs.splits.items()}),
     }

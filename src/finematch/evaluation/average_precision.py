@@ -48,11 +48,7 @@ from finematch.data.coco import SYNONYMS
 from finematch.data.record import Record, is_entity
 from finematch.evaluation.retrieval import full_precision
 
-READINGS = [
-    # (register, argument, values with the default first, what the paper says)
-    ("F22", "relevance", "category | lexical | instance", "'relevant sentences containing the ... labels'"),
-    ("4.3", "crowd", "True | False", "does not say whether COCO's crowd boxes make a picture relevant"),
-]
+# F22: "relevant sentences containing the ... labels"; all three are measured, and "category" is the tables' column
 RELEVANCE = {
     "category": "a text is relevant if its picture has an object of the box's class",
     "lexical": "a text is relevant if it names the box's class",
@@ -127,7 +123,7 @@ def lexical_relevance(
     """Which texts name which class: its name, a synonym, or a plural of these, as whole words, in any case.
 
     Of names inside one another the longest counts alone: "hot dog" is no dog, "teddy bear" no bear. A hyphen
-    between the words of a name is read as a space.
+    and a space between the words of a name are the same.
 
     Raises:
         ValueError: a category listed twice.
@@ -135,7 +131,8 @@ def lexical_relevance(
     classes_of: dict[str, set[int]] = {}
     for name, k in _index(categories).items():
         for singular in (name, *synonyms.get(name, ())):
-            for term in (singular.lower(), plural(singular.lower())):
+            spaced = " ".join(re.split(r"[\s-]+", singular.lower()))
+            for term in (spaced, plural(spaced)):
                 classes_of.setdefault(term, set()).add(k)
     # an alternation takes the first that fits, so the longest come first
     terms = (re.escape(term).replace(r"\ ", r"[\s-]+") for term in sorted(classes_of, key=len, reverse=True))

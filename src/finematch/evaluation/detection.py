@@ -37,7 +37,8 @@ REMEDY = "Give a list of {image_id, category_id, bbox: [x, y, width, height], sc
 
 
 def coco_truth(records: Sequence[Record], categories: Mapping[str, int]) -> dict:
-    """The true boxes of records as COCO's annotations.
+    """The true boxes of records as COCO's annotations. Their area is that of the box; COCO's own files have the
+    object's, which is smaller, so that AP by size (`ap_small` and its like) is not theirs.
 
     Args:
         categories: id of each class name, as in the dataset's own file.
@@ -126,13 +127,13 @@ def uniform_class_rows(
 
 
 def write_results(path: str | Path, rows: list[dict]) -> None:
-    """The predictions as a file in COCO's results format, coordinates rounded to a hundredth of a pixel.
+    """The predictions as a file in COCO's results format: coordinates to a hundredth of a pixel, scores to six digits.
 
     COCO numbers its images, so an image id that is a number in text is written as one.
     """
     kept = [
         {"image_id": result_id(row["image_id"]), "category_id": row["category_id"],
-         "bbox": [round(v, 2) for v in row["bbox"]], "score": round(row["score"], 5)} for row in rows
+         "bbox": [round(v, 2) for v in row["bbox"]], "score": float(f"{row['score']:.6g}")} for row in rows
     ]  # fmt: skip
     write_text(path, json.dumps(kept, allow_nan=False))
 

@@ -39,10 +39,6 @@ from torch import Tensor
 
 from finematch.data.record import Box
 
-READINGS = [
-    # (register, argument, values with the default first, what the paper says)
-    ("S36", "reduce", "max | mean", "does not say how the words of a phrase become one score; MDETR: max"),
-]
 KS = (1, 5, 10)
 THRESHOLD = 0.5
 BLOCK = 4096  # phrases scored at once

@@ -46,8 +46,8 @@ class AttributeNet(nn.Module):
 class BoxLabels:
     """Pictures with boxes and attribute labels as training batches; boxes are padded, `real` says which exist.
 
-    Training boxes are jittered by up to an eighth of their side (from the picture's own seed and the boxes, so
-    that it is the same in every epoch and every run): proposals will not be as tight as labels.
+    Training boxes are jittered by up to an eighth of their side, for proposals will not be as tight as labels. The
+    jitter is one draw for the whole set, the same in every epoch and every run on the same records.
     """
 
     def __init__(

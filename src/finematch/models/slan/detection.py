@@ -306,7 +306,8 @@ class Localizer(nn.Module):
         proposal = torch.zeros_like(box)
         if any(p.requires_grad for p in self.locator.proposals.parameters()):
             maps = self.locator.decoder(features)
-            proposal = sum(proposal_loss(self.locator.proposals, self.rules, maps, boxes, real))
+            once = real & ~repeated(boxes, real)  # a box that several phrases name is one object
+            proposal = sum(proposal_loss(self.locator.proposals, self.rules, maps, boxes, once))
         c = self.config
         total = c.align_weight * align + c.box_weight * box + c.proposal_weight * proposal
         return {"loss": total, "align_loss": align, "box_loss": box, "proposal_loss": proposal}
@@ -329,6 +330,12 @@ class Localizer(nn.Module):
             parts.append((at.boxes[-1], scores, torch.tensor(text.labels, device=device)))
         return [best_boxes([(boxes[i], scores[i], labels) for boxes, scores, labels in parts],
                            suppress=self.config.suppress) for i in range(len(pictures.boxes))]  # fmt: skip
+
+
+def repeated(boxes: Float[Tensor, "b k 4"], real: Bool[Tensor, "b k"]) -> Bool[Tensor, "b k"]:
+    """Which boxes are copies of an earlier one of their image."""
+    same = (boxes[:, :, None] == boxes[:, None]).all(-1) & real[:, None]
+    return same.tril(-1).any(-1)
 
 
 def label_scores(

@@ -314,11 +314,11 @@ def train_detector(
     train, val = (BoxedImages(images[split], records[split]) for split in ("train", "val"))
     c = config
     shape = {"pyramid": c.pyramid, "levels": c.decoder_levels, "source": c.source, "anchor": c.anchor,
-             "anchor_offset": c.anchor_offset}  # fmt: skip
+             "anchor_offset": c.anchor_offset, "scales": c.scales}  # fmt: skip
     if c.proposals == "queries":
         shape |= {"queries": [c.count, c.query_depth, c.query_heads], "smallest": c.smallest}
     if encoder is not None:
-        shape |= {"scales": c.scales, "encoder": array_digest(*encoder.state_dict().values())}
+        shape |= {"encoder": array_digest(*encoder.state_dict().values())}
     first = encoder or CachedStages(images["train"].channels)
     key = json.loads(json.dumps({"shape": shape, "plan": asdict(plan), "data": [train.made_of, val.made_of]},
                                 default=str))  # fmt: skip

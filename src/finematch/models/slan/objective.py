@@ -158,6 +158,12 @@ class Encoders(nn.Module):
         self.project_image = nn.Linear(width, embed) if embed else nn.Identity()
         self.project_text = nn.Linear(width, embed) if embed else nn.Identity()
 
+    def draw_projections(self) -> None:
+        """Draw both projections again."""
+        for layer in (self.project_image, self.project_text):
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+
     def image(self, pixels: Tensor | list[Tensor] | Boxed, locator: nn.Module | None = None) -> Picture:
         """Pictures; what only a locator can prepare is None without one."""
         pixels, given = pixels if isinstance(pixels, Boxed) else (pixels, None)
@@ -435,6 +441,13 @@ class SLAN(Pretrained, nn.Module):
         return region_word(levels, valid, caption.words, counted, image_id, self.word_temperature())
 
     # -------------------------------------------------------------------------- fine-tuning
+    def restart_momentum(self) -> None:
+        """After other weights were loaded: the momentum encoders become the encoders, the queues are empty."""
+        if self.momentum is not None:
+            self.momentum.reset(self._followed())
+        if self.queue is not None:
+            self.queue.clear()
+
     def load_pretrained(self, path: str | Path) -> list[str]:
         """Begin with the weights of a pretrained run (its `best.safetensors`), other data and another objective.
 
@@ -468,10 +481,7 @@ class SLAN(Pretrained, nn.Module):
         self.load_state_dict(state, strict=False)
         if taken and any(k.startswith(kept) for k in self.state_dict()):
             self.locator.keep(self.encoders.towers.image_encoder)
-        if self.momentum is not None:
-            self.momentum.reset(self._followed())
-        if self.queue is not None:
-            self.queue.clear()
+        self.restart_momentum()
         return sorted({k.partition(".")[0] for k in (*missing, *extra)})
 
 
