@@ -127,7 +127,7 @@ found = [path for name in datasets for path in sorted((root() / p.figures).glob(
 tables = [path for path in found if path.name.split(".")[0] in grids.names()]
 for path in tables:
     grid, name = path.name.split(".")[:2]
-    title = f"{grids.grid(grid).method.upper()}: {grids.grid(grid).title} ({name}, grid `{grid}`)"
+    title = f"{grids.grid(grid, name).method.upper()}: {grids.grid(grid, name).title} ({name}, grid `{grid}`)"
     sections[title] = path.read_text(encoding="utf-8").strip()
     display(Markdown(f"### {title}\n\n{sections[title]}"))
 if not tables:
@@ -165,7 +165,8 @@ Markdown(verdicts)
 # What was decided on each grid's main metric, with the interval of the difference.
 
 # %%
-first = [metric in grids.grid(grid).headline[:1] for grid, metric in zip(claims["grid"], claims["metric"], strict=True)]
+headline = {(grid, name): grids.grid(grid, name).headline[:1] for grid, name in claims[["grid", "dataset"]].drop_duplicates().itertuples(index=False)}
+first = [metric in headline[grid, name] for grid, name, metric in zip(claims["grid"], claims["dataset"], claims["metric"], strict=True)]
 main = claims[pd.Series(first, index=claims.index, dtype=bool)]
 decided = "\n".join(T.headlines(main))
 Markdown(decided)
@@ -237,10 +238,11 @@ def runs_of(name: str) -> pd.DataFrame:
 def note_on(runs: pd.DataFrame) -> str:
     """Protocols, commits and cost of runs."""
     protocols = "".join(f"\n* {protocol}" for protocol in runs["run_protocol"].unique())
-    legacy = runs["run_status"].str.startswith("legacy").sum()
-    return (f"{len(runs)} runs, {legacy} of them legacy (their metrics files do not say which data and features they used). Commits "
+    old = runs.loc[runs["run_status"].str.startswith("legacy"), "run_status"].str.removeprefix("legacy: ").value_counts()
+    legacy = "".join(f"\n* {count} of them legacy: {why}" for why, count in old.items())
+    return (f"{len(runs)} runs. Commits "
             f"{', '.join(sorted(c[:9] for c in runs['run_commit'].unique()))}; {runs['run_seconds'].sum() / 60:.0f} minutes of training on "
-            f"{'; '.join(runs['run_device'].unique())}. Protocols:\n{protocols}")  # fmt: skip
+            f"{'; '.join(runs['run_device'].unique())}.\n{legacy}\n\nProtocols:\n{protocols}")  # fmt: skip
 
 
 for name in datasets:

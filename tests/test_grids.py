@@ -13,7 +13,7 @@ from notebook_text import ROOT, build
 from finematch import tables
 from finematch.__main__ import main
 from finematch.config import Settings
-from finematch.files import DataError
+from finematch.files import DataError, run_reference
 from finematch.grids import earlier, grid, label, metrics_files, mismatches, names, readings, shared, stale
 from finematch.grids import settings as grid_settings
 from finematch.runs import write_metrics
@@ -575,8 +575,76 @@ def test_what_builds_on_a_stale_run_is_stale(book, monkeypatch):
     linked = "papermill_runs/mvam/scenes.tiny.one.s0/encoder"
     second = fake_run(book, "two", 0, 1.0, views=8, text_weights=linked)
     assert stale(grid("mvam_mine"), "scenes", "tiny") == []
+    write_grid(
+        book,
+        "mvam_next",
+        f"name,views,text_weights\nthree,8,{'{run:one}'}/encoder\n",
+        builds_on='"mvam_mine"',
+    )
+    third = fake_run(book, "three", 0, 1.0, views=8, text_weights=linked)
+    assert stale(grid("mvam_next"), "scenes", "tiny") == []
     first.write_text(first.read_text().replace('"views": 16', '"views": 4'))
     assert stale(grid("mvam_mine"), "scenes", "tiny") == [first, second]
+    assert stale(grid("mvam_next"), "scenes", "tiny") == [third]
+
+
+def test_what_builds_on_a_run_that_was_made_again_is_stale_and_legacy(book, monkeypatch):
+    monkeypatch.chdir(book)
+    write_grid(book, "mvam_mine", "name,views\none,16\n")
+    write_grid(book, "mvam_next", "name,views,text_weights\ntwo,8,{run:one}\n", builds_on='"mvam_mine"')
+    first = fake_run(book, "one", 0, 1.0, views=16)
+    where = "papermill_runs/mvam/scenes.tiny.one.s0"
+    second = fake_run(book, "two", 0, 1.0, views=8, text_weights=where)
+    content = json.loads(second.read_text())
+    settings = Settings("mvam", content["parameters"]).as_dict()
+    content["parameters"] |= settings
+    settings |= {"text_weights": run_reference(json.loads(first.read_text()))}
+    content["identity"] = {
+        "method": "mvam",
+        "numerics": 1,
+        "data": {},
+        "features": {},
+        "settings": settings,
+    }
+    second.write_text(json.dumps(content))
+    assert stale(grid("mvam_next"), "scenes", "tiny") == []
+    [frame] = tables.runs_of(grid("mvam_next"), "scenes", "tiny").values()
+    assert list(frame["run_status"]) == [
+        "legacy: the run that it builds on is legacy"
+    ]  # for it has no identity
+    first.write_text(
+        json.dumps(json.loads(first.read_text()) | {"weights": {"best.safetensors": "of another day"}})
+    )
+    assert stale(grid("mvam_mine"), "scenes", "tiny") == []
+    assert stale(grid("mvam_next"), "scenes", "tiny") == [second]
+    [frame] = tables.runs_of(grid("mvam_next"), "scenes", "tiny").values()
+    assert list(frame["run_status"]) == ["legacy: its text_weights was made again since"]
+
+
+def test_seeds_of_a_row_differ_in_nothing_else(book, monkeypatch):
+    monkeypatch.chdir(book)
+    write_grid(book, "mvam_mine", "name,views\none,16\n")
+
+    def run(seed, numerics=1, **parameters):
+        file = fake_run(book, "one", seed, 1.0, views=16)
+        content = json.loads(file.read_text())
+        settings = Settings("mvam", content["parameters"]).as_dict() | parameters
+        identity = {"method": "mvam", "numerics": numerics, "settings": settings, "data": {}, "features": {}}
+        file.write_text(json.dumps(content | {"parameters": settings, "identity": identity}))
+        return file
+
+    run(0, precision="no")
+    run(1, precision="no")
+    assert len(tables.runs_of(grid("mvam_mine"), "scenes", "tiny")["both"]) == 2
+    other = run(2, precision="bf16")
+    with pytest.raises(
+        DataError, match=r"one\.s2.*than the row's seed 0: precision is 'bf16', not 'no'"
+    ):
+        tables.runs_of(grid("mvam_mine"), "scenes", "tiny")
+    shutil.rmtree(other.parent)
+    run(2, numerics=7, precision="no")
+    with pytest.raises(DataError, match="other arithmetic than the row's seed 0: 7 in place of 1"):
+        tables.runs_of(grid("mvam_mine"), "scenes", "tiny")
 
 
 def test_a_run_of_the_other_reading_has_a_name_of_its_own():
@@ -724,7 +792,7 @@ def test_a_claim_may_name_its_metrics_by_a_pattern(book):
         grid("mvam_mine", folder=book / "grids")
 
 
-@pytest.mark.parametrize("dataset", ["scenes", "coco2014"])
+@pytest.mark.parametrize("dataset", ["scenes", "flickr8k", "flickr30k", "coco_karpathy", "coco2014"])
 @pytest.mark.parametrize("name", names(ROOT / "grids"))
 def test_claims_are_the_papers_own_order(name, dataset):
     """In each column that a claim names and the paper prints for both rows, the better row has the higher number."""

@@ -1,8 +1,8 @@
 """Do the same settings still give the same numbers? A few training steps of a tiny model of each method.
 
 The loss terms of `numerics.json` come from `python tests/test_numerics.py`. Where they change, so do the numbers of
-runs that are trained anew, and a checkpoint of before must not be resumed. The optimiser is plain gradient descent: Adam
-makes a full step of a gradient that is nothing but rounding, and so other numbers on another kind of CPU.
+runs that are trained anew, and a checkpoint of before must not be resumed. The optimiser is plain gradient descent:
+Adam makes a full step of a gradient that is nothing but rounding, and so other numbers on another kind of CPU.
 """
 
 import json

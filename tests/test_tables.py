@@ -17,13 +17,17 @@ from finematch.files import DataError
 from finematch.grids import Claim, Grid
 from finematch.runs import FIELDS, git_commit, measured, write_metrics
 from finematch.tables import (
+    HOLDS,
+    NOT_RUN,
     RECIPES,
     also,
     beside_readings,
     chance_note,
     headlines,
     judge,
+    oddities,
     page,
+    printed,
     published,
     read_recipes,
     replace_block,
@@ -431,6 +435,38 @@ BOTH = {
     "default": by_row(one=[40.0, 41.0], two=[50.0, 51.5]),
     "literal": by_row(one=[45.0, 46.0], two=[30.0, 31.5], three=[1.0, 2.0]),
 }
+
+
+def test_rows_of_different_defaults_or_arithmetic_are_not_compared():
+    one, two = by_row(one=[40.0, 41.0]), by_row(two=[50.0, 51.5])
+    grid = replace(VIEWS, claims=VIEWS.claims[:1])
+
+    def line(better, worse=one):
+        return verdicts(grid, {"default": pd.concat([worse, better])}).iloc[0]
+
+    assert line(two)["verdict"] == HOLDS
+    for changed, why in (
+        ({"run_earlier": "extent"}, "one of the rows was made with earlier defaults"),
+        (
+            {"run_status": "legacy: its arithmetic is version 1, now 2"},
+            "an earlier version of the arithmetic",
+        ),
+    ):
+        found = line(two.assign(**changed))
+        assert (found["verdict"], found["n_a"], found["n_b"]) == (NOT_RUN, 2, 2)
+        assert why in found["note"]
+        assert line(two.assign(**changed), one.assign(**changed))["verdict"] == HOLDS  # both alike
+    assert (
+        line(two.assign(run_status="legacy: it does not say which data and features it used"))["verdict"]
+        == HOLDS
+    )
+
+
+def test_published_cells_are_those_of_the_grids_columns():
+    for name in ("slan_captioning", "slan_vqa", "slan_nlvr2"):  # Table 3 has retrieval, too
+        one = grids.grid(name)
+        assert set(printed(one)["column"]) <= set(one.columns), name
+        assert not any("average R@1" in said for said in oddities(one)), name
 
 
 def test_a_table_has_published_default_and_literal_side_by_side():

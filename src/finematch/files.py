@@ -204,6 +204,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def run_reference(content: Mapping[str, Any]) -> str:
+    """How another run's identity names a finished run, of the content of its metrics file: what made it (`identity`),
+    and what it became (`weights`)."""
+    return f"run:{digest([content.get('identity', {}), content.get('weights', {})])}"
+
+
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes, or of the names and bytes of all files in a folder; see `file_digests`."""
     path = Path(path)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finematch.config import PRESETS, READINGS, ParameterError, Settings, own_reading, root
-from finematch.files import DataError
+from finematch.files import DataError, run_reference
 
 RESERVED = ("seed", "out", "dataset", "scale", "data_root", "smoke", "resume")  # the command line sets these
 LINK = re.compile(r"\{run:([a-z0-9-]+)\}")
@@ -508,15 +508,40 @@ def stale(
     smoke: bool = False,
     runs: str | Path | None = None,
 ) -> list[Path]:
-    """Metrics files whose parameters are not their row's, and those of rows that build on such a run."""
-    files = metrics_files(grid, dataset, scale, reading, smoke=smoke, runs=runs)
-    bad = {file for file in files if mismatches(grid, file)}
-    rows_and_seeds = {_parts(file)[2:] for file in bad}
-    for file in files:
+    """Metrics files whose parameters are not their row's, those of rows that build on such a run (here, or of the grid
+    that this one builds on), and those whose run was made again since they read it."""
+
+    def changed(table: Grid, file: Path) -> bool:
         row, seed = _parts(file)[2:]
-        if any((linked, seed) in rows_and_seeds for linked in _links(grid.rows[row])):
-            bad.add(file)
-    return [file for file in files if file in bad]
+        if mismatches(table, file) or made_again(file):
+            return True
+        for link in _links(table.rows[row]):
+            name = run_name(table.of(link), link, dataset, scale, reading, smoke=smoke)
+            other = file.parent.with_name(f"{name}.s{seed}") / "metrics.json"
+            if other.is_file() and changed(table.of(link), other):
+                return True
+        return False
+
+    files = metrics_files(grid, dataset, scale, reading, smoke=smoke, runs=runs)
+    return [file for file in files if changed(grid, file)]
+
+
+def made_again(file: Path) -> list[str]:
+    """The parameters of a run that name another one (a folder beside it), where that is not the run which it read."""
+    settings = json.loads(Path(file).read_text(encoding="utf-8")).get("identity", {}).get("settings", {})
+    return [name for name, content in built_on(file).items() if run_reference(content) != settings[name]]
+
+
+def built_on(file: Path) -> dict[str, dict]:
+    """The metrics files, read, of the runs beside this one that its parameters name, by parameter."""
+    content = json.loads(Path(file).read_text(encoding="utf-8"))
+    found = {}
+    for name, value in content.get("identity", {}).get("settings", {}).items():
+        if str(value).startswith("run:"):
+            other = Path(file).parent.with_name(Path(str(content["parameters"][name])).name) / "metrics.json"
+            if other.is_file():
+                found[name] = json.loads(other.read_text(encoding="utf-8"))
+    return found
 
 
 def _parts(file: str | Path) -> tuple[str, str, str, str]:

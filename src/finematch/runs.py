@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 
 from finematch.config import Settings, declared, numerics, root
-from finematch.files import DataError, digest, file_digest, write_json
+from finematch.files import DataError, digest, file_digest, run_reference, write_json
 from finematch.hold import hold
 
 FIELDS = ("parameters", "metrics", "protocol", "seconds", "peak_memory_bytes", "device", "versions", "commit")
@@ -258,8 +258,7 @@ def identity_of(method: str, s, *, data: Mapping, features: Mapping | str = "") 
     for name, value in s.paths().items():
         path = root() / str(value)
         if name in settings and (path / "metrics.json").is_file():  # a run: what made it, and what it became
-            run = _read_metrics(path / "metrics.json")
-            settings[name] = f"run:{digest([run.get('identity', {}), run.get('weights', {})])}"
+            settings[name] = run_reference(_read_metrics(path / "metrics.json"))
         elif name in settings and path.exists():
             settings[name] = f"sha256:{file_digest(path)}"
     return _plain(

@@ -19,8 +19,18 @@ from scipy import stats
 
 from finematch.config import OUTSIDE_IDENTITY, READINGS, ParameterError, declared
 from finematch.files import DataError, write_text
-from finematch.grids import Claim, Grid, command, earlier, metrics_files, mismatches, readings
-from finematch.runs import LABELS, measured
+from finematch.grids import (
+    Claim,
+    Grid,
+    built_on,
+    command,
+    earlier,
+    made_again,
+    metrics_files,
+    mismatches,
+    readings,
+)
+from finematch.runs import LABELS, measured, status_of
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 
@@ -267,11 +277,13 @@ def runs_of(
 
     A frame has `measured`'s columns and `row`, `run_conditions`, `run_data`, and may be empty. `run_conditions` holds
     all parameters that can change a number but the seed, `run_data` the digests of the data where the metrics file has
-    them, `run_earlier` the settings whose defaults have changed since (`grids.earlier`).
+    them, `run_earlier` the settings whose defaults have changed since (`grids.earlier`). `run_status` is `legacy`, too,
+    where a run that this one read was made again (`grids.made_again`) or is legacy itself.
 
     Raises:
         DataError: a metrics file whose parameters are not those of its row (the row was edited after the
-            run): `make grid` runs such a row again, `python -m finematch stale` lists them.
+            run), or seeds of a row whose settings differ: `make grid` runs such a row again, `python -m finematch
+            stale` lists the first kind.
     """
     found = {}
     for reading in readings(grid, dataset, scale):
@@ -280,10 +292,36 @@ def runs_of(
             if wrong := mismatches(grid, file):
                 raise DataError(file, "parameters", f"are not those of its row: {'; '.join(wrong)}",
                                 f"Run the row again ({command(grid, dataset, scale, reading)})")  # fmt: skip
-        found[reading] = _with_rows(files).assign(
-            run_earlier=[", ".join(earlier(grid, file)) for file in files]
-        )
+        frame = _with_rows(files).assign(run_earlier=[", ".join(earlier(grid, file)) for file in files])
+        _check_seeds(frame, command(grid, dataset, scale, reading))
+        for i, file in enumerate(files):
+            if names := made_again(file):
+                frame.loc[i, "run_status"] = f"legacy: its {', '.join(names)} was made again since"
+            elif any(status_of(content).startswith("legacy") for content in built_on(file).values()):
+                frame.loc[i, "run_status"] = "legacy: the run that it builds on is legacy"
+        found[reading] = frame
     return found
+
+
+def _check_seeds(runs: pd.DataFrame, line: str) -> None:
+    """Seeds of a row differ in nothing else: not in their settings, nor in the arithmetic. Runs of before these were
+    recorded are left out."""
+    for row, of in runs[runs["run_numerics"] > 0].groupby("row") if len(runs) else ():
+        for column, what in (("run_conditions", "settings"), ("run_numerics", "arithmetic")):
+            if column in of and of[column].nunique() > 1:
+                first, other = of[column].iloc[0], of.loc[of[column] != of[column].iloc[0]].iloc[0]
+                raise DataError(other["run_file"], f"row {row}", f"has other {what} than the row's seed "
+                                f"{of['seed'].iloc[0]}: {_difference(first, other[column])}",
+                                f"Run all seeds of the row in one way ({line} FORCE=1)")  # fmt: skip
+
+
+def _difference(one: Any, other: Any) -> str:
+    """What differs between two conditions, as JSON, or two numbers."""
+    if not isinstance(one, str):
+        return f"{other} in place of {one}"
+    one, other = json.loads(one), json.loads(other)
+    names = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+    return ", ".join(f"{name} is {other.get(name)!r}, not {one.get(name)!r}" for name in names)
 
 
 def _with_rows(files: Sequence[Path]) -> pd.DataFrame:
@@ -292,12 +330,24 @@ def _with_rows(files: Sequence[Path]) -> pd.DataFrame:
         return pd.DataFrame(columns=["row", "seed"])
     frame["row"] = [file.parent.name.rsplit(".", 2)[1] for file in files]
     contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    frame["run_conditions"] = [
-        json.dumps({k: v for k, v in one["parameters"].items() if k not in OUTSIDE}, sort_keys=True)
-        for one in contents
-    ]
+    frame["run_conditions"] = [json.dumps(_conditions(one), sort_keys=True) for one in contents]
+    frame["run_numerics"] = [one.get("identity", {}).get("numerics", 0) for one in contents]
     frame["run_data"] = [json.dumps(one.get("identity", {}).get("data"), sort_keys=True) for one in contents]
     return frame
+
+
+def _conditions(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a run that can change a number, but the seed: a file by its content where that is known, a run
+    that this one builds on by its folder without the seed."""
+    settings, found = content.get("identity", {}).get("settings", {}), {}
+    for name, value in content["parameters"].items():
+        if name in OUTSIDE:
+            continue
+        if isinstance(value, str) and value:
+            of_run = re.fullmatch(r"(.*)\.s\d+((?:/.*)?)", value)
+            value = of_run[1] + of_run[2] if of_run else settings.get(name, value)
+        found[name] = value
+    return found
 
 
 def about(grid: Grid, runs: Mapping[str, pd.DataFrame]) -> str:
@@ -316,11 +366,8 @@ def _about(grid: Grid, runs: pd.DataFrame) -> str:
     lines = [f"{len(runs)} runs, {runs['run_seconds'].sum() / 60:.0f} minutes of training in all."]
     lines += [f"Protocol: {protocol}." for protocol in runs["run_protocol"].unique()]
     lines.append(f"Commits: {', '.join(sorted({str(c)[:9] for c in runs['run_commit']}))}.")
-    if legacy := int(runs["run_status"].astype(str).str.startswith("legacy").sum()):
-        lines.append(
-            f"{legacy} of them are legacy: their metrics files lack the digests of data and weights that a run "
-            "records today. Their parameters are those of their rows."
-        )
+    for status, of in runs[runs["run_status"].str.startswith("legacy")].groupby("run_status"):
+        lines.append(f"{len(of)} of them are {status}.")
     for names, of in runs[runs["run_earlier"] != ""].groupby("run_earlier"):
         lines.append(f"{len(of)} of them were made with earlier defaults of {names}: today's give others.")
     counts = runs.groupby("row").size().reindex(list(grid.rows), fill_value=0)
@@ -346,7 +393,8 @@ def printed(grid: Grid) -> pd.DataFrame:
         named = part["row"] if isinstance(grid.prefix, str) else prefix + part["row"]
         parts.append(part.assign(row=named, column=part["column"].str.removeprefix(prefix)))
     frame = pd.concat(parts)
-    return frame[frame["row"].isin(grid.names.values())].reset_index(drop=True)
+    ours = frame["row"].isin(grid.names.values()) & frame["column"].isin(grid.columns)
+    return frame[ours].reset_index(drop=True)
 
 
 def beside(grid: Grid, runs: pd.DataFrame) -> pd.DataFrame:
@@ -511,6 +559,8 @@ def _verdicts(grid: Grid, runs: pd.DataFrame) -> list[dict]:
         ):  # a switch whose reading both rows share
             line = NOTHING | {"verdict": UNDECIDED, "n_a": len(better), "n_b": len(worse),
                               "note": "under this reading the two rows have the same settings"}  # fmt: skip
+        elif len(better) and len(worse) and (other := _other_code(better, worse)):
+            line = NOTHING | {"n_a": len(better), "n_b": len(worse), "note": other}
         else:
             line = judge(better, worse, claim.metric)
             line["note"] = line["note"].replace("the first", claim.better).replace("the second", claim.worse)
@@ -520,6 +570,16 @@ def _verdicts(grid: Grid, runs: pd.DataFrame) -> list[dict]:
             line["printed"] = round(float(pair[0] - pair[1]), 2)
         lines.append({"claim": claim.text, "metric": claim.metric} | line)
     return lines + _level_verdicts(grid, runs)
+
+
+def _other_code(better: pd.DataFrame, worse: pd.DataFrame) -> str:
+    """Why two rows cannot be compared though both have run: one was made with other defaults, or by another version of
+    the arithmetic, than the other. "" where they can be."""
+    defaults = [set(of["run_earlier"]) for of in (better, worse)]
+    old = [set(of["run_status"].str.startswith("legacy: its arithmetic")) for of in (better, worse)]
+    if defaults[0] != defaults[1]:
+        return "one of the rows was made with earlier defaults"
+    return "one of the rows was made by an earlier version of the arithmetic" if old[0] != old[1] else ""
 
 
 def _within(runs: pd.DataFrame, claim: Claim) -> dict:
