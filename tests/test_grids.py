@@ -637,9 +637,7 @@ def test_seeds_of_a_row_differ_in_nothing_else(book, monkeypatch):
     run(1, precision="no")
     assert len(tables.runs_of(grid("mvam_mine"), "scenes", "tiny")["both"]) == 2
     other = run(2, precision="bf16")
-    with pytest.raises(
-        DataError, match=r"one\.s2.*than the row's seed 0: precision is 'bf16', not 'no'"
-    ):
+    with pytest.raises(DataError, match=r"one\.s2.*than the row's seed 0: precision is 'bf16', not 'no'"):
         tables.runs_of(grid("mvam_mine"), "scenes", "tiny")
     shutil.rmtree(other.parent)
     run(2, numerics=7, precision="no")

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from finematch import rebuild
 from finematch.config import Settings
 from finematch.encoders import GRUTower, Tokens, TokenTransformer
+from finematch.losses import contrastive
 from finematch.models.configs import MVAMConfig
 from finematch.models.mvam import (
     MVAM,
@@ -285,6 +287,43 @@ def test_batch_size_and_order_never_change_a_vector():
     torch.testing.assert_close(flipped.flip(0), pictures, rtol=1e-4, atol=1e-6)
 
 
+def test_the_contrast_is_computed_in_single_precision_under_autocast():
+    image, text = (F.normalize(noise, dim=-1) for noise in torch.randn(2, 6, 8))
+    plain = contrastive(image, text, 50.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert contrastive(image, text, 50.0) == plain
+
+
+def two_processes(rank, folder):
+    """Half of the items in each of two gloo processes: the mean of their losses and gradients."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    found = []
+    for reduce in ("mean", "sum"):
+        views = drawn_views()
+        loss = diversity(views.softmax(-1)[4 * rank : 4 * rank + 4], reduce=reduce)
+        loss.backward()
+        both = torch.cat([loss.detach()[None], views.grad.flatten()])
+        dist.all_reduce(both)
+        found.append(both / 2)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def drawn_views():
+    return torch.randn(8, 3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+def test_two_processes_have_the_diversity_of_one(tmp_path):
+    torch.multiprocessing.spawn(two_processes, args=(str(tmp_path),), nprocs=2)
+    for k, reduce in enumerate(("mean", "sum")):
+        views = drawn_views()
+        loss = diversity(views.softmax(-1), reduce=reduce)
+        loss.backward()
+        expected = torch.cat([loss.detach()[None], views.grad.flatten()])
+        for rank in (0, 1):
+            torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt")[k], expected)
+
+
 def test_same_picture_positives_switch():
     x = batch()
     on, off = model(same_picture_positives=True), model()
@@ -340,7 +379,7 @@ def test_settings_of_the_presets():
     assert Settings("mvam", {"smoke": True}).batch_size == 32
     assert Settings("mvam", {"smoke": True, "batch_size": 8}).batch_size == 8
     clip = {"backbone": "clip", "text": "clip"}
-    assert (Settings("mvam", clip).lr, paper.replace(**clip).lr) == (1e-3, 1e-5)
+    assert (Settings("mvam", clip).lr, paper.replace(**clip).lr) == (1e-3, 5e-6)
     given = clip | {"clip_weights": "a/folder"}
     assert (Settings("mvam", given).lr, paper.replace(**given).lr) == (2e-4, 5e-6)
     assert (Settings("mvam", given).stage1_lr, paper.replace(**given, lr=0.5).lr) == (1e-3, 0.5)

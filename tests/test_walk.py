@@ -32,13 +32,13 @@ def test_a_run_is_walked_once_for_all_its_grids_after_what_it_builds_on():
     names = [(row.method, row.name, row.dataset) for row in found]
     for place, row in enumerate(found):
         assert all(names.index((row.method, link, row.dataset)) < place for link in row.links)
-    assert [row.name for row in rows(["mvam_backbones"], "clip-mvam")] == ["clip-cls", "clip-mvam"]
+    assert [row.name for row in rows(["slan_retrieval"], "fine-tuned-0")] == ["pretrain-0", "fine-tuned-0"]
 
 
 def test_only_what_makes_a_run_small_is_set(tmp_path):
-    (first, second) = rows(["mvam_backbones"], "clip-mvam")
-    given = parameters(second, tmp_path / "mvam" / "coco_karpathy.paper.clip-mvam.s0", tmp_path, {})
-    assert given["clip_weights"] == f"{tmp_path}/mvam/coco_karpathy.paper.clip-cls.s0/encoder"
+    (first, second) = rows(["slan_retrieval"], "fine-tuned-0")
+    given = parameters(second, tmp_path / "slan" / "flickr30k.paper.fine-tuned-0.s0", tmp_path, {})
+    assert given["pretrained"] == f"{tmp_path}/slan/flickr30k.paper.pretrain-0.s0/best.safetensors"
     free = {
         "scale",
         "dataset",
@@ -108,13 +108,13 @@ def test_what_a_row_builds_on_is_walked_again_where_its_weights_are_gone(tmp_pat
         "shrink": SHRINK,
         "echo": lambda *words, **_: begun.append(words[0].split()[2:3]),
     }
-    walk(["mvam_backbones"], "clip-cls", **told)
-    assert not list(tmp_path.glob("mvam/*/**/*.safetensors"))
+    walk(["slan_retrieval"], "pretrain-0", **told)
+    assert not list(tmp_path.glob("slan/*/**/*.safetensors"))
     begun.clear()
-    found = walk(["mvam_backbones"], "clip-attention", **told)
-    assert begun[::2] == [["clip-cls"], ["clip-attention"]]
+    found = walk(["slan_retrieval"], "fine-tuned-0", **told)
+    assert begun[::2] == [["pretrain-0"], ["fine-tuned-0"]]
     assert [result["did"] for result in found] == ["step", "step"]
-    assert not list(tmp_path.glob("mvam/*/**/*.safetensors"))
+    assert not list(tmp_path.glob("slan/*/**/*.safetensors"))
 
 
 def test_a_row_that_fails_says_how_and_is_walked_again(tmp_path):

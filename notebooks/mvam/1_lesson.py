@@ -77,7 +77,7 @@ _ = figures.style()
 # | $K$ | n k | keys: projected states | `project` of [`ViewAttention`](../../src/finematch/models/mvam.py#L61) | [5](#views) |
 # | $A$ | m n | attention of the views on the tokens | [`ViewAttention.attend`](../../src/finematch/models/mvam.py#L129) | [5](#views) |
 # | $r^u$ | k | answer of view $u$ | [`ViewAttention`](../../src/finematch/models/mvam.py#L61) | [5](#views) |
-# | $w_u$ | a number | how much view $u$ counts in the score | [`MVAM.unit`](../../src/finematch/models/mvam.py#L225) | [8](#score) |
+# | $w_u$ | a number | how much view $u$ counts in the score | [`MVAM.unit`](../../src/finematch/models/mvam.py#L226) | [8](#score) |
 # | $L_{div}$ | a number | diversity loss | [`diversity`](../../src/finematch/models/mvam.py#L139) | [9](#diversity) |
 # | $\lambda$ | a number | weight of the diversity loss | `diversity_weight` of [`MVAMConfig`](../../src/finematch/models/configs.py#L15) | [10](#lambda) |
 
@@ -160,7 +160,7 @@ lesson.draw_answers(mean, answer)
 #
 # ## 2. The model in one diagram (3.1 to 3.4)
 #
-# We send a tiny batch through a tiny [`MVAM`](../../src/finematch/models/mvam.py#L194) and write down the shape of
+# We send a tiny batch through a tiny [`MVAM`](../../src/finematch/models/mvam.py#L195) and write down the shape of
 # what each part returns. All sizes differ, so a size tells its axis: 2 pairs (`b`), 5 regions (`r`) of 9 numbers
 # (`e`), 6 tokens of an image (`n`), 7 tokens of a caption (`l`), states of 8 numbers (`d`), 4 views (`m`), vectors of
 # 40 numbers (`D`).
@@ -522,7 +522,7 @@ lesson.draw_split(16, 1024)
 # * $w_u$, a number, is the weight of view $u$. A view with long answers counts more. The sum of the weights is the
 #   cosine of two lists, the lengths of all answers of each side. So it is at most 1.
 # * $\|\cdot\|$ is the length of a vector. The code scales vectors to length 1 in
-#   [`MVAM.unit`](../../src/finematch/models/mvam.py#L225).
+#   [`MVAM.unit`](../../src/finematch/models/mvam.py#L226).
 #
 # By hand, two views of width 2: the image has the answers $(3,0)$ and $(0,1)$, the caption $(1,0)$ and $(0,-2)$. The
 # first answers agree (cosine 1), the second ones disagree (cosine −1). The lengths of $R_v$ and $R_t$ are $\sqrt{10}$
@@ -762,7 +762,7 @@ check("mvam.floor", lambda views, tokens: max(views - tokens, 0))
 #
 # * $L_{div}^{v}$ and $L_{div}^{t}$, numbers, are Eq. 10 (or 11) for the images and for the captions of a batch.
 # * $\lambda$, a number, is the weight of the diversity loss (`diversity_weight`).
-# * $L$, a number, is what the training minimises. [`MVAM.forward`](../../src/finematch/models/mvam.py#L241) returns
+# * $L$, a number, is what the training minimises. [`MVAM.forward`](../../src/finematch/models/mvam.py#L242) returns
 #   it with its terms.
 
 # %%
@@ -941,7 +941,7 @@ assert (control.loc["MVAM-FRCNN"] > control.loc["Base-FRCNN-ensemble"]).all()  #
 
 # %% [markdown]
 # Each member of the ensemble gives a unit vector of its own, so the cosine of the whole
-# ([`ensemble`](../../src/finematch/models/mvam.py#L263)) is the mean of the members' cosines. No member knows the
+# ([`ensemble`](../../src/finematch/models/mvam.py#L264)) is the mean of the members' cosines. No member knows the
 # others while it trains. Only their seeds make them differ. In MVAM one loss sees the sum, so a view can leave to
 # another view what that one does better. And an ensemble needs one pair of towers for *each* member: here sixteen
 # tiny members have more than four times as many weights as one tiny model with sixteen views.

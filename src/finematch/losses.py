@@ -128,7 +128,10 @@ def contrastive(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction is {reduction!r}; use 'mean' or 'sum'")
-    logits = scale * gather(image).float() @ gather(text).float().T  # B B
+    with torch.autocast(
+        image.device.type, enabled=False
+    ):  # which would make products of single precision half again
+        logits = scale * wide(gather(image)) @ wide(gather(text)).T  # B B
     if image_id is None:
         target: Tensor = torch.arange(len(logits), device=logits.device)
     else:

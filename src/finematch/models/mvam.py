@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from finematch.encoders import Tokens
 from finematch.hub import Pretrained
-from finematch.losses import LogitScale, contrastive
+from finematch.losses import LogitScale, contrastive, world
 from finematch.models.configs import MVAMConfig
 
 
@@ -167,7 +167,8 @@ def diversity(
     excess = torch.einsum("bvn,bwn->bvw", attention, attention) - identity
     squared = excess.square().sum((1, 2))
     per_item = squared if power == 2 else squared.clamp(min=1e-12).sqrt()
-    return per_item.mean() if reduce == "mean" else per_item.sum()
+    # training in several processes averages their losses: the sum is over all items of the step
+    return per_item.mean() if reduce == "mean" else per_item.sum() * world()
 
 
 def view_statistics(

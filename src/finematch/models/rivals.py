@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from finematch.encoders import Tokens
 from finematch.evaluation.cross_attention import SLOPE, text_to_image
+from finematch.losses import wide
 from finematch.training import to_device
 
 TILE = 4096  # pairs of a word and an image that SAF scores at a time where no gradient is needed
@@ -149,7 +150,9 @@ class PVSE(Rival):
 
     def scores(self, image: Instances, text: Instances) -> Float[Tensor, "b c"]:
         rows, columns = image.vectors.flatten(0, 1), text.vectors.flatten(0, 1)  # one product for all
-        each = (rows @ columns.T).unflatten(0, (len(image.vectors), -1)).unflatten(2, (len(text.vectors), -1))
+        with torch.autocast(rows.device.type, enabled=False):
+            products = wide(rows) @ wide(columns).T
+        each = products.unflatten(0, (len(image.vectors), -1)).unflatten(2, (len(text.vectors), -1))
         return each.amax((1, 3))
 
     def more(self, image: Instances, text: Instances) -> dict[str, tuple[float, Tensor]]:
