@@ -335,13 +335,13 @@ def test_regions_of_scan_and_saf_are_hslms_before_its_graph():
     config = HSLMConfig(width=16, mgcn=False, input_dropout=0.5)
     hslm, tower = RegionEncoder(10, config), LinearTower(10, width=16, input_dropout=0.5)
     tower.project.load_state_dict(hslm.embed.state_dict())
-    features, mask = torch.rand(3, 4, 10), torch.ones(3, 4, dtype=torch.bool)
+    features, mask, places = torch.rand(3, 4, 10), torch.ones(3, 4, dtype=torch.bool), torch.rand(3, 4, 5)
     for mode in (True, False):  # with channels dropped, and without
         hslm.train(mode), tower.train(mode)
         torch.manual_seed(5)
         theirs = hslm(features, mask)
         torch.manual_seed(5)
-        torch.testing.assert_close(F.normalize(tower(features, mask).states, dim=-1), theirs)
+        torch.testing.assert_close(F.normalize(tower(features, mask, places).states, dim=-1), theirs)
 
 
 @each_rival

@@ -12,6 +12,7 @@
 # | `felga_blip2` | 3 | the same rows on BLIP-2 |
 # | `felga_alignment` | 4 | local alignment, global alignment, both |
 # | `felga_global` | 5 | each kind of labels, without and with global alignment |
+# | `felga_readings` | none | other readings, one at a time; [8_readings](../8_readings.ipynb) draws them |
 #
 # Rows without training do not depend on the seed: their standard deviation is zero, and several seeds of them are one number. The paper says "mAP"
 # and prints no random order; ours is the last line of the table.

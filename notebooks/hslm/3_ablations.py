@@ -10,6 +10,8 @@
 # | `hslm_modules` | 4 | the twelve combinations of graph, self-attention, cross attention, global and local alignment |
 # | `hslm_depth` | none (4.2: "the best experimental results were obtained when the number of layers l of MGCN was set to 4") | layers of the graph, 0 to 6, and 8 |
 # | `hslm_main` | 1, 2 or 3 by dataset | the whole model; row 1 of Table 4 is our baseline beside it |
+# | `hslm_photos` | none | rows of Table 4 on real photos, over cells and over a detector's boxes |
+# | `hslm_readings` | none | other readings, one at a time; [8_readings](../8_readings.ipynb) draws them |
 #
 # **Cost** seconds. `make grid GRID=hslm_modules` makes the runs and ends with this page. Rows that have not been run stay empty. `docs/adding_a_table.md`
 # explains grids; this page works for any grid of the method.

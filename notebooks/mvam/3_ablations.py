@@ -12,6 +12,8 @@
 # | `mvam_diversity` | 5 | the diversity loss: none, square root, base |
 # | `mvam_photos` | none | real photos, frozen MobileNetV2 cells: pooling and text encoder (a frozen MiniLM, or a GRU from scratch) |
 # | `mvam_lambda` | none | our question: how much diversity loss do encoders tolerate that are trained from scratch? |
+# | `mvam_clip` | none | a small CLIP from scratch, with which the CLIP rows of `mvam_backbones` begin on scenes; with 16 views from scratch beside it |
+# | `mvam_readings` | none | other readings, one at a time; [8_readings](../8_readings.ipynb) draws them |
 #
 # **Cost** seconds. `make grid GRID=mvam_views` makes the runs and ends with this page. Rows that have not been run stay empty. `docs/adding_a_table.md`
 # explains grids; this page works for any grid of the method.

@@ -153,11 +153,11 @@ assert (
 )  # L + 1 = 4 levels of boxes: the proposals, and one after each adaptor
 
 # %% [markdown]
-# **This is not the default model.** The page follows the print at three places where our defaults leave it. Most
-# results of section 19 were made before the defaults changed. All other readings are the defaults, unless the text says
-# otherwise.
+# **This is not the default model.** The page follows the print at three places where our defaults leave it. The
+# results on retrieval from scratch in section 19 were made before the defaults changed. All other readings are the
+# defaults, unless the text says otherwise.
 #
-# | | what it decides | this page | a run of `2_train` | most results of section 19 |
+# | | what it decides | this page | a run of `2_train` | Tables 6 and 7 in section 19 |
 # |---|---|---|---|---|
 # | `extent` | how wide a level looks (section 6) | `map` | `region` | `map` |
 # | `steer` | which words move regions (sections 6, 15) | `fused` | `unimodal` | `fused` |
@@ -1409,7 +1409,7 @@ assert close(terms["loss"].detach(), sum(expected.values()), 1e-3)
 # The toy shows that the gradient of Eq. 4 alone, through RoI pooling, can teach boxes to go where the words are. It
 # proves nothing about photographs. The data, the loop of AdamW and the measures are in
 # [the toy's module](../../src/finematch/lessons/slan_toy.py); the losses are here.
-# The claims below were checked at ten seeds with the page's numbers of steps. With other numbers the page shows what
+# The claims below were checked at several seeds with the page's numbers of steps. With other numbers the page shows what
 # comes out, and asserts nothing of it.
 
 
@@ -1789,11 +1789,12 @@ look("slan", example.image, example.captions[0])
 # The paper claims that proposals which are trained beat a detector's frozen ones, that each region adaptor adds to
 # retrieval (Table 6), that a filter which keeps few regions helps (Table 7), and that the last boxes lie on what the
 # words name (its Figures 5 and 6). The table has the claims of the paper and further ones of ours, as the runs of this
-# repository judge them on `scenes`: the default readings, and the literal ones where they were run. A number is the
-# difference of two rows with its 95 % interval: in rsum for retrieval (the sum of R@1, R@5 and R@10 both ways), in AP
-# for detection, in R@1 for videos. "Undecided" means that the interval contains zero; few seeds make wide intervals.
-# **Most runs of the column `default` had earlier defaults**: no region-word contrast, and neighbourhoods of the map's
-# size. The column `status` of each linked table says which settings have changed since.
+# repository judge them on `scenes` (the literal readings were not run). A number is the difference of two rows with its
+# 95 % interval: in rsum for retrieval (the sum of R@1, R@5 and R@10 both ways), in CIDEr for captions, in AP for
+# detection, in accuracy for questions and image pairs, in R@1 for grounding and videos. "Undecided" means that the
+# interval contains zero; few seeds make wide intervals. **The lines of Tables 6 and 7 and on epochs had earlier
+# defaults**: no region-word contrast, and neighbourhoods of the map's size. The column `status` of each linked table
+# says which settings have changed since.
 
 # %%
 came_out("slan")

@@ -17,6 +17,11 @@
 # | `slan_retrieval` | 2 (arXiv 1), on COCO 3 | zero-shot and fine-tuned, with 3 adaptors and without. On scenes the pretraining has no image with one of eight combinations of shape and colour, and each test image has one in a caption |
 # | `slan_backbones` | 4, on COCO 3 | the image encoder: ResNet, ViT-Base, -Large, -Huge; on scenes small members of the same families |
 # | `slan_photos` | none | photos (Flickr8k): no self-locator, and three adaptors; the same over the boxes of a detector |
+# | `slan_detr`, `slan_detr_features` | arXiv 9, 10 | the same questions with DETR's queries as proposals |
+# | `slan_captioning`, `slan_vqa`, `slan_nlvr2` | 3 | a task after fine-tuning, from random weights, and pretrained without and with a locator |
+# | `slan_detection`, `slan_grounding` | 4 | the same for boxes |
+# | `slan_video` | 5 | the same for videos, zero-shot |
+# | `slan_readings` | none | other readings, one at a time; [8_readings](../8_readings.ipynb) draws them |
 #
 # Table 6 is trained on the downstream set alone, with a ViT-B; Table 8 has 85.1 / 68.9 on COCO where Table 6 has 72.1 / 58.3, with a ResNet-50 after
 # pretraining on 14M images. Ours are not pretrained either, so Table 6 is the one to compare with. Table 8 stands at the end of this page: its

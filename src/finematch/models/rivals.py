@@ -196,7 +196,10 @@ class LinearTower(nn.Module):
         self.width, self.input_dropout = width, input_dropout
         self.project = nn.Linear(input_dim, width)
 
-    def forward(self, features: Float[Tensor, "b n e"], mask: Bool[Tensor, "b n"]) -> Tokens:
+    def forward(
+        self, features: Float[Tensor, "b n e"], mask: Bool[Tensor, "b n"], places: Tensor | None = None
+    ) -> Tokens:
+        """Where regions lie (`places`, which batches of boxes have) is not read, as in HSLM."""
         if self.training and self.input_dropout > 0:
             features = features * F.dropout(torch.ones_like(features[:, :1]), self.input_dropout)
         states = self.project(features)
