@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import pytest
@@ -13,6 +14,8 @@ from finematch.data.coco import load_coco
 from finematch.data.record import Object, Record
 from finematch.evaluation import average_precision as module
 from finematch.evaluation.average_precision import (
+    READINGS,
+    RELEVANCE,
     SYNONYMS,
     assignment_protocol,
     average_precision,
@@ -516,6 +519,13 @@ def test_description_assignment_of_records():
         description_assignment(boxes[:2], keywords, None, RECORDS, names)
     with pytest.raises(ValueError, match="2 keywords for 3 records"):
         description_assignment(boxes, keywords[:2], None, RECORDS, names)
+
+
+def test_readings_are_arguments_whose_values_are_known():
+    for _, argument, values, _ in READINGS:
+        default = inspect.signature(description_assignment).parameters[argument].default
+        assert str(default) == values.split(" | ")[0]
+    assert READINGS[0][2].split(" | ") == list(RELEVANCE)
 
 
 def test_an_oracle_and_a_random_scorer_on_the_embedded_set(scenes, tmp_path):

@@ -51,7 +51,9 @@ def test_tables_in_figures_are_those_of_the_metrics():
         assert path.read_text(encoding="utf-8") == tables.page(grid, dataset, scale, runs) + "\n", path.name
         claims = path.with_suffix(".claims.csv")  # of which README, findings and lessons are made
         if claims.exists() or len(tables.verdicts(grid, runs)):
-            assert claims.read_text(encoding="utf-8") == tables.verdicts(grid, runs).to_csv(index=False), claims.name
+            assert claims.read_text(encoding="utf-8") == tables.verdicts(grid, runs).to_csv(index=False), (
+                claims.name
+            )
 
 
 def test_recipes_name_what_exists_and_results_show_them():

@@ -48,7 +48,11 @@ from finematch.data.coco import SYNONYMS
 from finematch.data.record import Record, is_entity
 from finematch.evaluation.retrieval import full_precision
 
-# F22: "relevant sentences containing the ... labels"; all three are measured, and "category" is the tables' column
+READINGS = [
+    # (register, argument, values with the default first, what the paper says)
+    ("F22", "relevance", "category | lexical | instance", "'relevant sentences containing the ... labels'"),
+    ("4.3", "crowd", "True | False", "does not say whether COCO's crowd boxes make a picture relevant"),
+]
 RELEVANCE = {
     "category": "a text is relevant if its picture has an object of the box's class",
     "lexical": "a text is relevant if it names the box's class",
