@@ -74,8 +74,8 @@ if s.threads:
 # | `pvse` | [`PVSE`](../../src/finematch/models/rivals.py#L119) with two embeddings an item, of which the best pair counts | MVAM's | in four dot products |
 # | `mvam-1` | MVAM with one view (the paper's +Attn) | MVAM's | in a dot product |
 # | `mvam` | MVAM with 16 views | MVAM's | in a dot product |
-# | `scan` | [`SCAN`](../../src/finematch/models/rivals.py#L244): words attend to regions | HSLM's | word by word |
-# | `saf` | [`SAF`](../../src/finematch/models/rivals.py#L301): the same attention, and similarity vectors that are weighted and summed | HSLM's | word by word |
+# | `scan` | [`SCAN`](../../src/finematch/models/rivals.py#L247): words attend to regions | HSLM's | word by word |
+# | `saf` | [`SAF`](../../src/finematch/models/rivals.py#L304): the same attention, and similarity vectors that are weighted and summed | HSLM's | word by word |
 # | `hslm-global` | row 1 of HSLM's Table 4: one vector each, no graph and no attention | HSLM's | in a similarity vector |
 # | `hslm` | row 12: the whole model | HSLM's | word by word |
 # | `slan` | SLAN with 3 adaptors, which makes its own regions; with `detector` the boxes of a detector, which stays as it is | SLAN's | in a dot product, the best again by a matching head |

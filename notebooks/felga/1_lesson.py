@@ -1329,7 +1329,7 @@ assert close(scored["map"], 52.7, 0.05)
 assert (scored["queries"], scored["skipped"], scored["ties"]) == (3, 1, 3)
 
 # %% [markdown]
-# The library's function is [`object_discovery`](../../src/finematch/evaluation/average_precision.py#L166). Here is
+# The library's function is [`object_discovery`](../../src/finematch/evaluation/average_precision.py#L170). Here is
 # the definition in two functions: `ranked` puts equal scores in the worst order, and `ap` takes the mean of the
 # precisions. The picture shows the three rankings. A relevant image is dark, with its precision.
 
@@ -1357,7 +1357,7 @@ assert close([100 * ap(orders[c], relevant_to[c]) for c in relevant_to], [scored
 # $$E[AP] = \frac1n\Big(H_n + (n - H_n)\,\frac{R - 1}{n - 1}\Big), \qquad H_n = 1 + \tfrac12 + \dots + \tfrac1n$$
 #
 # $n$ is the size of the gallery and $H_n$ a harmonic number; the function is
-# [`expected_random`](../../src/finematch/evaluation/average_precision.py#L379). Here $H_5 = 137/60$, which gives
+# [`expected_random`](../../src/finematch/evaluation/average_precision.py#L383). Here $H_5 = 137/60$, which gives
 # 0.728 for cat, 0.457 for dog and 0.5925 for person. Their mean is 0.5925, too. So a mAP says nothing without its random
 # baseline, and every table of this workbook has it. For a large gallery the baseline is near $R/n$. The cell walks
 # through all 120 orders.
