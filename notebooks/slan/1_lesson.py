@@ -126,7 +126,7 @@ assert 0 < int(hit.sum()) < len(hit) / 2
 # $L$, reads $G_i$, $E^G_i$, $E^T_i$ and the map $F_i$, and makes $G_{i+1}$, $E^G_{i+1}$ and $E^T_{i+1}$.
 #
 # The cell sends $b = 6$ random images and sentences of $n = 11$ tokens through a small model,
-# [`SLAN`](../../src/finematch/models/slan/objective.py#L217), and records the shape of what each part returns. All
+# [`SLAN`](../../src/finematch/models/slan/objective.py#L222), and records the shape of what each part returns. All
 # sizes differ, so that each has its own letter (`letters`). The labels of the diagram are what was recorded. An adaptor
 # returns boxes and words; boxes stay "b t 4", words stay "b n D".
 

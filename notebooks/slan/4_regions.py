@@ -72,7 +72,7 @@ from finematch.evaluation.grounding import GroundedPhrase
 from finematch.evaluation.retrieval import retrieval
 from finematch.runs import open_run, write_metrics
 from finematch.tables import to_markdown
-from finematch.models.slan.objective import SLAN, Boxed, pair_scorer, pixels_or_maps
+from finematch.models.slan.objective import SLAN, pair_scorer, seen_and_given
 from finematch.rebuild import slan_begun, slan_plan
 from finematch.text import tokenise
 from finematch.training import (
@@ -705,8 +705,7 @@ if here:
 @torch.no_grad()
 def proposed(rows: list[int]) -> tuple[Tensor, Tensor]:
     """All proposals "b q 4" of pictures, in fractions, and which are real."""
-    seen = pixels_or_maps(**to_device(split.images.batch(rows), device))
-    pixels, given = seen if isinstance(seen, Boxed) else (seen, None)
+    pixels, given = seen_and_given(to_device(split.images.batch(rows), device))
     features = model.encoders.towers.vision(pixels)
     found = model.locator.propose(features, model.locator.decoder(features), pixels, given)
     return found.boxes.cpu(), found.valid.cpu()

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -63,9 +62,8 @@ class Contrast(nn.Module):
         self.scale = LogitScale(tau)
 
     def forward(self, model: Rival, image, text, same: Bool[Tensor, "b b"]) -> dict[str, Tensor]:
-        table = self.scale() * wide(model.scores(image, text))
-        target = torch.arange(len(table), device=table.device)
-        return {"loss": (F.cross_entropy(table, target) + F.cross_entropy(table.T, target)) / 2}
+        only_itself = torch.eye(len(same), dtype=torch.bool, device=same.device)
+        return {"loss": softmax_loss(self.scale() * wide(model.scores(image, text)), only_itself)}
 
 
 class ContrastThenHinge(nn.Module):

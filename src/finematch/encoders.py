@@ -134,7 +134,7 @@ class TokenTransformer(nn.Module):
 
     Args:
         input_dim: width of the incoming vectors.
-        width, depth, heads, dropout: of the Transformer; `depth=0` leaves the projected vectors as they are.
+        width, depth, heads, dropout: of the Transformer; `depth=0` leaves the layer norms around the projection.
         input_dropout: share of the incoming channels that an item loses, the same for all its vectors. A small
             set of frozen features is learnt by heart in an epoch or two without it.
         boxes: whether box positions are added.

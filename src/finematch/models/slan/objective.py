@@ -194,12 +194,17 @@ def pixels_or_maps(
     return seen if given is None else Boxed(seen, given)
 
 
+def seen_and_given(image: dict[str, Tensor]) -> tuple[Tensor | list[Tensor], Tensor | None]:
+    """What towers take of images as batches have them, and the proposals that were found elsewhere; None without."""
+    seen = pixels_or_maps(**image)
+    return seen if isinstance(seen, Boxed) else (seen, None)
+
+
 def prepare_images(
     towers: nn.Module, locator: nn.Module, image: dict[str, Tensor]
 ) -> tuple[Any, list[Tensor]]:
     """What the locator prepares of images as batches have them, and the towers' maps."""
-    seen = pixels_or_maps(**image)
-    pixels, given = seen if isinstance(seen, Boxed) else (seen, None)
+    pixels, given = seen_and_given(image)
     maps = towers.vision(pixels)
     return locator.prepare(maps, pixels, given), maps
 
