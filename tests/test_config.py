@@ -200,8 +200,7 @@ def test_root_is_the_nearest_workbook(tmp_path):
 
 def test_importing_config_imports_nothing_heavy():
     code = (
-        "import sys, time; start = time.perf_counter(); import finematch.config;"
-        "assert time.perf_counter() - start < 0.5;"
+        "import sys; import finematch.config;"
         "heavy = {'torch', 'numpy', 'pandas', 'transformers', 'timm', 'PIL'} & set(sys.modules);"
         "assert not heavy, heavy"
     )
