@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from tabulate import tabulate
 
-from finematch import arena
+from finematch import arena, entrants
 from finematch.config import PRESETS, Settings, root
 from finematch.files import write_json, write_text
 from finematch.models.slan.objective import SLAN, Unimodal
@@ -44,11 +44,11 @@ BEGIN, END = "# measured: benchmarks/arena_step.py\n", "# end of what was measur
 def variants(dataset: str, proposals: str) -> dict[str, dict]:
     """What is measured on a set, by name: settings of the arena."""
     detector = {"entrant": "slan", "detector": "boxes"}
-    found = {name: {"entrant": name} for name in arena.BESIDE} | {"slan, detector": detector}
+    found = {name: {"entrant": name} for name in entrants.BESIDE} | {"slan, detector": detector}
     if dataset != "scenes":
         del found["slan, detector"]  # a detector is trained on COCO there, a set of its own
     if proposals:
-        for name in arena.BESIDE:
+        for name in entrants.BESIDE:
             boxes = (
                 {"detector": proposals} if name == "slan" else {"backbone": "regions", "proposals": proposals}
             )
@@ -63,7 +63,7 @@ def parts(dataset: str, given: dict, data_root: str, cache: str) -> list[tuple[f
     """The parts of an entrant's training: share of the steps, loop, rows of each batch."""
     s = Settings("arena", given | {"dataset": dataset, "data_root": data_root, "cache": cache})
     small = Settings("arena", {**s.as_dict(), "smoke": True})
-    entrant, own = arena.open_entrant(small, root()), arena.own_settings(s)
+    entrant, own = arena.open_entrant(small, root()), entrants.own_settings(s)
     model, data = entrant.model, entrant.inputs.splits["train"].pairs()
     how = arena.plan(entrant, "no")
     draw = torch.Generator().manual_seed(0)
@@ -126,7 +126,8 @@ def block(measured: dict[str, dict[str, float]]) -> str:
             entrant, _, how = name.partition(", ")
             also = {"": "", "detector": 'detector = "boxes"\n'}.get(how)
             if also is None:
-                also = 'detector = "?*"\n' if entrant == "slan" else 'backbone = "regions"\n'
+                # SLAN's: a file, or a grid's {PROPOSALS}; not the word `boxes`
+                also = 'detector = "*[.{]*"\n' if entrant == "slan" else 'backbone = "regions"\n'
             lines.append(f'[[when]]\ndataset = "{dataset}"\nentrant = "{entrant}"\n{also}'
                          f"set = {{ seconds_a_step = {value!r} }}\n")  # fmt: skip
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 #
 # **Papers** MVAM, HSLM and SLAN, with a plain two-stream model, PVSE, SCAN and SAF (of SGRAF) beside them; FELGA where its task allows. Each paper compares its
 # method with numbers that other papers print: other features, other text encoders, other training. Here all of them see the same images and captions,
-# and train for as many steps as fit into the same minutes on one core. The features are the same for all but SLAN; the text encoder is a GRU of each recipe's widths (HSLM has layers of its own before it). The page asks three questions: who ranks best, who finds phrases in images, and what a query costs.
+# and train for as many steps as fit into the same minutes on one core. The features are those of one frozen network for all but SLAN; the text encoder is a GRU of each recipe's widths (HSLM has layers of its own before it), of SLAN a small BERT. The page asks three questions: who ranks best, who finds phrases in images, and what a query costs.
 #
 # **Cost** under two minutes; it reads the metrics of finished runs. `make grid GRID=arena_main` makes the runs (10 entrants, three seeds, 5 minutes of training each
 # on scenes) and ends with this page; `make grid GRID=arena_detected DATASET=flickr8k PROPOSALS=<file>` runs the same entrants over a detector's boxes, but for SLAN over its own proposals. Rows that have not been run stay empty.
@@ -105,7 +105,7 @@ def paid(of: pd.DataFrame) -> pd.DataFrame:
     """What the entrants cost, a column each, means over seeds; empty where there is no cheaper way."""
     columns = {"parameters_m": "parameters (M)", "steps": "steps", "pairs_seen": "pairs seen",
                "training_cpu_seconds": "steps of training (CPU s)", "training_seconds": "training with val (s)",
-               "training_mib": "peak memory (MiB)", "us_pair": "a pair (µs)",
+               "training_mib": "peak memory, data and training (MiB)", "us_pair": "a pair (µs)",
                "ms_query_1000": "query, 1,000 images (ms)", "ms_query_5000": "query, 5,000 images (ms)"}  # fmt: skip
     for way, ends in (("short_", "re-ranked"), ("itc_", "contrast alone")):
         columns |= {f"{way}ms_query_1000": f"1,000, {ends} (ms)", f"{way}ms_query_5000": f"5,000, {ends} (ms)",

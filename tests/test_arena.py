@@ -9,13 +9,14 @@ import torch
 import training_target as target
 from notebook_text import ROOT
 
-from finematch import arena, grids
+from finematch import arena, config, entrants, grids
 from finematch.config import PRESETS, Settings, declared
 from finematch.evaluation.retrieval import retrieval_from_scores
 from finematch.models.hslm import HSLM
 from finematch.models.mvam import MVAM
 from finematch.models.rivals import PVSE, SAF, SCAN
 from finematch.models.slan.objective import SLAN
+from finematch.runs import identity_of, status_of, versions_of
 from finematch.training import EpochBatches, Plan, Rounds, fit
 
 KINDS = {"two-stream": MVAM, "pvse": PVSE, "mvam-1": MVAM, "mvam": MVAM, "scan": SCAN, "saf": SAF,
@@ -138,22 +139,73 @@ def test_a_run_in_rounds_that_was_killed_ends_as_an_unbroken_one(tmp_path):
 @each_entrant
 def test_an_entrant_has_the_recipe_of_its_method(name):
     s = settings(entrant=name)
-    own = arena.own_settings(s)
-    assert own.method == arena.BESIDE[name]
+    own = entrants.own_settings(s)
+    assert own.method == entrants.BESIDE[name]
     assert own.reading == "default"
-    assert arena.own_settings(settings(entrant=name, reading="literal")).reading == "literal"
+    assert entrants.own_settings(settings(entrant=name, reading="literal")).reading == "literal"
     for reading in ("default", "literal"):
-        assert arena.own_settings(settings(entrant=name, scale="paper", reading=reading)).reading == reading
+        assert (
+            entrants.own_settings(settings(entrant=name, scale="paper", reading=reading)).reading == reading
+        )
     plain = Settings(own.method, {})
     changed = {key: value for key, value in own.as_dict().items() if plain.as_dict()[key] != value}
     of_mvam = {"places"} if own.method == "mvam" else set()  # HSLM's regions have none
-    assert set(changed) <= {"text", "precision"} | of_mvam | set(arena.OWN.get(name, ()))
+    assert set(changed) <= {"text", "precision"} | of_mvam | set(entrants.OWN.get(name, ()))
     assert s.batch_size == own.batch_size == plain.batch_size
 
 
 @each_entrant
+def test_a_run_holds_the_presets_of_its_method(name, monkeypatch):
+    """What the arena's page does not name belongs to the run all the same: a preset that is edited makes other runs."""
+    s = settings(entrant=name)
+    method = entrants.BESIDE[name]
+
+    def identity(**made):
+        return identity_of("arena", s, data={}, recipe=entrants.own_settings(s), **made)
+
+    was = identity()
+    assert (was["recipe"]["method"], was["recipe"]["numerics"]) == (method, Settings(method, {}).numerics)
+    assert not was["recipe"]["settings"].keys() & was["settings"].keys()
+    content = {"parameters": s.as_dict(), "identity": was, "commit": "unknown"}
+    assert grids._recipe_changed(content) == []
+    assert versions_of(content) == [(s.numerics, s.numerics), (was["recipe"]["numerics"],) * 2]
+    without = {key: value for key, value in was.items() if key != "recipe"}
+    assert "does not say the presets" in status_of(content | {"identity": without})
+    preset = config._file(method)
+    tiny = {**preset["settings"]["lr"], "tiny": 0.123}
+    edited = {**preset, "numerics": preset["numerics"] + 3, "settings": {**preset["settings"], "lr": tiny}}
+    monkeypatch.setattr(
+        config, "_file", lambda asked, real=config._file: edited if asked == method else real(asked)
+    )
+    config.declared.cache_clear()
+    assert grids._recipe_changed(content) == [
+        f"{method}'s lr was {was['recipe']['settings']['lr']!r}, is 0.123"
+    ]
+    assert "its arithmetic is version" in status_of(content)
+    assert identity() != was
+    monkeypatch.undo()
+    config.declared.cache_clear()
+    assert identity() == was
+
+
+def test_what_a_detector_has_learned_belongs_to_the_run(tmp_path):
+    s, found = settings(entrant="slan", detector="boxes"), []
+    for text in ("one", "one", "two"):
+        (tmp_path / "weights").write_text(text)
+        found.append(identity_of("arena", s, data={}, made={"detector": tmp_path / "weights"}))
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_row_that_no_reading_changes_is_one_run_for_both():
+    """Of MVAM's recipe no switch has a literal value: its entrants are the same runs under both readings."""
+    grid = grids.grid("arena_main")
+    same = {row for row in grid.rows if grids.shared(grid, row, "scenes", "tiny")}
+    assert same == {"two-stream", "pvse", "mvam-1", "mvam"}
+
+
+@each_entrant
 def test_a_factor_of_the_learning_rate_reaches_the_plan(name):
-    once, twice = (arena.own_settings(settings(entrant=name, lr_times=times)) for times in (1.0, 2.0))
+    once, twice = (entrants.own_settings(settings(entrant=name, lr_times=times)) for times in (1.0, 2.0))
     assert twice.lr == pytest.approx(2 * once.lr)
     assert {key for key, value in twice.as_dict().items() if once.as_dict()[key] != value} == {"lr"}
 
@@ -161,9 +213,9 @@ def test_a_factor_of_the_learning_rate_reaches_the_plan(name):
 def test_slans_rounds_of_contrast_are_a_share_of_all():
     for share, expected in ((0.8, 4), (0.4, 2), (0.0, 0), (1.0, 4)):
         s = settings(entrant="slan", contrast_share=share, rounds=5)
-        assert arena.first_rounds(s, arena.own_settings(s)) == expected
+        assert arena.first_rounds(s, entrants.own_settings(s)) == expected
     s = settings(entrant="slan", scale="paper", rounds=20)
-    assert arena.first_rounds(s, arena.own_settings(s)) == 0  # the paper's recipe has no such start
+    assert arena.first_rounds(s, entrants.own_settings(s)) == 0  # the paper's recipe has no such start
 
 
 def test_slan_over_a_detector_has_the_settings_of_its_reference_rows():
@@ -174,7 +226,7 @@ def test_slan_over_a_detector_has_the_settings_of_its_reference_rows():
         ("boxes.json", photos, "detected-3", "flickr8k"),
     ):
         wanted = grids.settings(table, row, scale="tiny", dataset=dataset).as_dict()
-        own = arena.own_settings(settings(entrant="slan", detector=detector, dataset=dataset)).as_dict()
+        own = entrants.own_settings(settings(entrant="slan", detector=detector, dataset=dataset)).as_dict()
         assert {name for name in own if own[name] != wanted[name]} <= {
             "precision",
             "detector",
@@ -183,7 +235,7 @@ def test_slan_over_a_detector_has_the_settings_of_its_reference_rows():
 
 
 def test_every_entrant_is_a_choice_and_stands_in_a_grid():
-    assert set(declared("arena")["entrant"].choices) == set(arena.BESIDE) == set(KINDS)
+    assert set(declared("arena")["entrant"].choices) == set(entrants.BESIDE) == set(KINDS)
     for name in ("arena_main", "arena_detected"):
         assert {cells["entrant"] for cells in grids.grid(name).rows.values()} == set(KINDS)
 

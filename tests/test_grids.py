@@ -625,11 +625,12 @@ def test_seeds_of_a_row_differ_in_nothing_else(book, monkeypatch):
     monkeypatch.chdir(book)
     write_grid(book, "mvam_mine", "name,views\none,16\n")
 
-    def run(seed, numerics=1, **parameters):
+    def run(seed, numerics=1, data=None, features=None, made=None, **parameters):
         file = fake_run(book, "one", seed, 1.0, views=16)
         content = json.loads(file.read_text())
         settings = Settings("mvam", content["parameters"]).as_dict() | parameters
-        identity = {"method": "mvam", "numerics": numerics, "settings": settings, "data": {}, "features": {}}
+        identity = {"method": "mvam", "numerics": numerics, "settings": settings, "data": data or {},
+                    "features": features or {}} | ({"made": made} if made else {})  # fmt: skip
         file.write_text(json.dumps(content | {"parameters": settings, "identity": identity}))
         return file
 
@@ -643,6 +644,15 @@ def test_seeds_of_a_row_differ_in_nothing_else(book, monkeypatch):
     run(2, numerics=7, precision="no")
     with pytest.raises(DataError, match="other arithmetic than the row's seed 0: 7 in place of 1"):
         tables.runs_of(grid("mvam_mine"), "scenes", "tiny")
+    for what, other in (
+        ("data", {"data": {"train": {"captions": "1"}}}),
+        ("features", {"features": {"train": [{"weights": "1"}]}}),
+        ("settings", {"made": {"detector": "sha256:1"}}),
+    ):
+        shutil.rmtree(tmp := book / "papermill_runs" / "mvam" / "scenes.tiny.one.s2")
+        assert tmp == run(2, precision="no", **other).parent
+        with pytest.raises(DataError, match=f"other {what} than the row's seed 0"):
+            tables.runs_of(grid("mvam_mine"), "scenes", "tiny")
 
 
 def test_a_run_of_the_other_reading_has_a_name_of_its_own():

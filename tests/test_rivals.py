@@ -250,6 +250,10 @@ def test_pairs_tiles_and_training_give_the_same_scores(name, monkeypatch):
     whole = model.scores(image, text)
     i, j = torch.tensor([0, 2, 1, 2]), torch.tensor([1, 3, 0, 2])
     torch.testing.assert_close(model.pairs(image[i], text[j]), whole[i, j], rtol=0, atol=1e-9)
+    ready = model.prepare(image)  # as a gallery is, once for all queries
+    assert (ready.gram is None) == (name == "saf")
+    torch.testing.assert_close(model.scores(ready, text), whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.scores(ready[[2, 0]], text), whole[[2, 0]], rtol=0, atol=1e-12)
     monkeypatch.setattr(rivals, "TILE", 1)
     torch.testing.assert_close(model.scores(image, text), whole, rtol=0, atol=1e-12)
     if name == "saf":  # all pairs at once, with the batch norm of eval mode
@@ -265,8 +269,8 @@ def test_the_batch_norm_of_saf_has_the_statistics_of_the_real_nodes_alone():
     model.norm.momentum = 1.0
     model.scores(image, text)
     gates = []
-    for regions, there, vector in zip(*image, strict=True):
-        for words, real, caption in zip(*text, strict=True):
+    for regions, there, vector in zip(image.states, image.mask, image.vector, strict=True):
+        for words, real, caption in zip(text.states, text.mask, text.vector, strict=True):
             weights = attention(regions[there], words[real])
             near = F.normalize(weights @ regions[there], dim=-1)
             nodes = [

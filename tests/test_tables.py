@@ -25,6 +25,7 @@ from finematch.tables import (
     chance_note,
     headlines,
     judge,
+    networks_of,
     oddities,
     page,
     printed,
@@ -425,7 +426,7 @@ def by_row(**values):
     """Runs of a reading, as `runs_of` gives them."""
     frame = runs(**values).rename(columns={"method": "row"})
     return (
-        frame.assign(run_status="current", run_earlier="", run_labels="")
+        frame.assign(run_status="current", run_earlier="", run_labels="", run_behind="[]", run_networks="{}")
         if len(frame)
         else pd.DataFrame(columns=["row", "seed"])
     )
@@ -447,19 +448,47 @@ def test_rows_of_different_defaults_or_arithmetic_are_not_compared():
     assert line(two)["verdict"] == HOLDS
     for changed, why in (
         ({"run_earlier": "extent"}, "one of the rows was made with earlier defaults"),
+        # whatever else its status says: only one of several reasons stands there
         (
-            {"run_status": "legacy: its arithmetic is version 1, now 2"},
-            "an earlier version of the arithmetic",
+            {"run_behind": "[1]", "run_status": "legacy: its shortlist was made again since"},
+            "an earlier version",
         ),
+        ({"run_behind": "[2]"}, "an earlier version of the arithmetic"),
     ):
         found = line(two.assign(**changed))
         assert (found["verdict"], found["n_a"], found["n_b"]) == (NOT_RUN, 2, 2)
         assert why in found["note"]
         assert line(two.assign(**changed), one.assign(**changed))["verdict"] == HOLDS  # both alike
+    assert line(two.assign(run_behind="[1]"), one.assign(run_behind="[2]"))["verdict"] == NOT_RUN
     assert (
         line(two.assign(run_status="legacy: it does not say which data and features it used"))["verdict"]
         == HOLDS
     )
+
+
+def test_rows_over_two_trainings_of_one_frozen_network_are_not_compared():
+    """A network that is trained again on another machine is another network: its features are others."""
+    network = {"backbone": "resnet18", "size": 64, "trained_on": "captions"}
+    first, second, other = (
+        json.dumps(networks_of({"features": {"train": [{"weights": weights, "kind": "cells"} | network]}}))
+        for weights, network in (("a", network), ("b", network), ("c", network | {"size": 224}))
+    )
+    one, two = by_row(one=[40.0, 41.0]), by_row(two=[50.0, 51.5])
+    grid = replace(VIEWS, claims=VIEWS.claims[:1])
+
+    def verdict(left, right):
+        frame = pd.concat([one.assign(run_networks=left), two.assign(run_networks=right)])
+        return verdicts(grid, {"default": frame}).iloc[0]
+
+    assert verdict(first, first)["verdict"] == verdict(first, other)["verdict"] == HOLDS
+    refused = verdict(first, second)
+    assert refused["verdict"] == NOT_RUN
+    assert "two trainings of one frozen network" in refused["note"]
+    detectors = [json.dumps(networks_of({"made": {"detector": digest}})) for digest in "xy"]
+    assert verdict(*detectors)["verdict"] == NOT_RUN
+    # a network is named by what it was trained from, whatever the weights of that are
+    nested = networks_of({"features": [{"weights": "d", "backbone": {"weights": "a", "size": 64}}]})
+    assert nested == {'{"backbone": {"size": 64}}': "d", '{"size": 64}': "a"}
 
 
 def test_published_cells_are_those_of_the_grids_columns():

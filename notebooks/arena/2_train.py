@@ -70,12 +70,12 @@ if s.threads:
 #
 # | entrant | what it is | recipe | image and caption meet |
 # |---|---|---|---|
-# | `two-stream` | the mean of the regions, the mean of the words, a linear layer and tanh on each | MVAM's | in a dot product |
-# | `pvse` | [`PVSE`](../../src/finematch/models/rivals.py#L119) with two embeddings an item, of which the best pair counts | MVAM's | in four dot products |
+# | `two-stream` | MVAM's towers (on scenes with its Transformer layer over the regions); the mean of the regions, the mean of the words, a linear layer and tanh on each | MVAM's | in a dot product |
+# | `pvse` | [`PVSE`](../../src/finematch/models/rivals.py#L123) with two embeddings an item, of which the best pair counts | MVAM's | in four dot products |
 # | `mvam-1` | MVAM with one view (the paper's +Attn) | MVAM's | in a dot product |
 # | `mvam` | MVAM with 16 views | MVAM's | in a dot product |
-# | `scan` | [`SCAN`](../../src/finematch/models/rivals.py#L247): words attend to regions | HSLM's | word by word |
-# | `saf` | [`SAF`](../../src/finematch/models/rivals.py#L304): the same attention, and similarity vectors that are weighted and summed | HSLM's | word by word |
+# | `scan` | [`SCAN`](../../src/finematch/models/rivals.py#L253): words attend to regions | HSLM's | word by word |
+# | `saf` | [`SAF`](../../src/finematch/models/rivals.py#L315): the same attention, and similarity vectors that are weighted and summed | HSLM's | word by word |
 # | `hslm-global` | row 1 of HSLM's Table 4: one vector each, no graph and no attention | HSLM's | in a similarity vector |
 # | `hslm` | row 12: the whole model | HSLM's | word by word |
 # | `slan` | SLAN with 3 adaptors, which makes its own regions; with `detector` the boxes of a detector, which stays as it is | SLAN's | in a dot product, the best again by a matching head |
@@ -89,7 +89,7 @@ if s.threads:
 # * *Learning rates* are the recipe's. No entrant has one of its own: `lr_times` would set it, and a search on val has not been made.
 #
 # * *Captions* are read by a bidirectional GRU from scratch (SLAN: a small BERT from scratch).
-# * *Images* are the region features, or the cells, of one frozen network (SLAN: that network's maps; on scenes it has learned from captions, as its
+# * *Images* are the region features, or the cells, of one frozen network (SLAN: maps of a network; on photos the same one, on scenes one that has learned from captions, as its
 #   locator is to find boxes by itself, while the regions' network has learned from boxes and attributes).
 # * *FELGA is not trained here.* It starts from a frozen vision-language model, which has learned to match images and captions already, and learns which keyword
 #   of a text belongs to which region; images are ranked by a class name, not by a caption. What it shares with the others, phrases found in images, stands beside
@@ -109,7 +109,7 @@ pd.DataFrame(
 # ## The budget
 #
 # A run that a clock stops cannot be made again bit for bit, and a busy machine would give it fewer steps. So the minutes are counted in steps:
-# `seconds_a_step` was measured once, for every entrant alternately on one quiet core (`benchmarks/arena_step.py`), and the number of steps is
+# `seconds_a_step` was measured once, for every entrant alternately on one quiet core of one machine (`benchmarks/arena_step.py`), and the number of steps is
 # `budget_minutes` over it. Ranking val between the rounds is not part of the budget; all entrants are ranked on the same images of val. What the steps took in the end is in
 # the metrics (`training_cpu_seconds`): a busy machine has slower cores.
 
@@ -121,14 +121,15 @@ print(f"{parameters(model) / 1e6:.2f} M parameters; {s.budget_minutes:g} minutes
 # %% [markdown]
 # ## The run
 #
-# A run is its settings, its data and its features together. A folder that holds another run is refused.
+# A run is its settings, the presets of its method, its data and its features together. A folder that holds another run is refused.
 
 # %%
 annotated = annotated_phrases(s.dataset, entrant.inputs.data_root, reported, entrant.test.records)
 records = {name: part.records for name, part in splits.items()} | {"annotated": annotated}
 run = begin(
     "arena", s, data={name: digests(part) for name, part in records.items()},
-    features=origin({name: part.images for name, part in splits.items()}), out=s.out, resume=s.resume,
+    features=origin({name: part.images for name, part in splits.items()}), recipe=entrant.own, made=entrant.made(root()),
+    out=s.out, resume=s.resume,
 )  # fmt: skip
 run.folder
 

@@ -305,14 +305,15 @@ print(f"{parameters / 1e6:.2f} M parameters to train, {steps_per_epoch} steps an
 # %% [markdown]
 # ## The run
 #
-# A run is its settings, its data and its features together: their digest is its identity, and its folder carries a part of it. A folder that
+# A run is its settings, its data, its features and what a detector has learned for it: their digest is its identity, and its folder carries a part of it. A folder that
 # holds a run with other settings, data or features is refused. The annotated phrases belong to the data: the boxes are measured on them.
 
 # %%
 annotated = annotated_phrases(s.dataset, data_root, reported, records[reported])
 made_of = {name: digests(part) for name, part in (records | {"annotated": annotated}).items()}
 made_of["shards"] = {name: file_digest(where / "index.json") for name, where in shards.items()}
-run = begin("slan", s, data=made_of, features=inputs.origin(images), out=s.out, resume=s.resume)
+made = {"detector": weights} if s.detector == "boxes" else {}
+run = begin("slan", s, data=made_of, features=inputs.origin(images), made=made, out=s.out, resume=s.resume)
 run.folder
 
 # %% [markdown]

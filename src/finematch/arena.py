@@ -24,6 +24,7 @@ from finematch.config import Settings
 from finematch.data.record import Record
 from finematch.data.splits import Split
 from finematch.encoders import GRUTower
+from finematch.entrants import own_settings
 from finematch.evaluation.embedding import embed
 from finematch.evaluation.grounding import GroundedPhrase
 from finematch.evaluation.phrases import attended_phrases, located_phrases
@@ -38,16 +39,6 @@ from finematch.models.slan.objective import SLAN, Unimodal, pair_scorer
 from finematch.rehearsal import clocked
 from finematch.training import Plan, Rounds, accelerator, fit, seed_everything, to_device
 
-# the method whose recipe an entrant has
-BESIDE = {"two-stream": "mvam", "pvse": "mvam", "mvam-1": "mvam", "mvam": "mvam", "scan": "hslm",
-          "saf": "hslm", "hslm-global": "hslm", "hslm": "hslm", "slan": "slan"}  # fmt: skip
-# an entrant's own settings of that method, beside those that all share
-OWN = {
-    "two-stream": {"pooling": "mean"},
-    "mvam-1": {"pooling": "attention", "views": 1, "diversity": "none"},
-    # row 1 of HSLM's Table 4
-    "hslm-global": {"mgcn": False, "self_attn": False, "cross_attn": False, "glob": True, "loc": False},
-}
 SIZES = (1000, 5000)  # images of the galleries that a query is timed on
 Cost = dict[str, float]
 
@@ -112,34 +103,16 @@ class Entrant:
     def test(self) -> Split:
         return self.inputs.splits[self.inputs.reported]
 
+    def made(self, base: Path) -> dict[str, Path]:
+        """What the detector of `detector=boxes` has learned, whose weights belong to the run's identity."""
+        if self.s.detector != "boxes":
+            return {}
+        return {"detector": rebuild.slan_detector(self.own, self.inputs, base / self.s.cache)}
+
     @property
     def pairwise(self) -> bool:
         """Whether image and caption meet before the last step, so that a shortlist pays."""
         return isinstance(self.model, (SCAN, HSLM))
-
-
-def own_settings(s: Settings) -> Settings:
-    """The presets of the method that an entrant has its recipe of, with what the arena sets."""
-    shared = ("dataset", "data_root", "scale", "seed", "smoke", "report", "cache", "batch_size",
-              "precision")  # fmt: skip
-    given = {name: getattr(s, name) for name in shared} | {"reading": s.recipe}
-    regions = {"regions": s.regions, "proposals": s.proposals}
-    of_method = {
-        "mvam": regions | {"backbone": s.backbone, "text": "gru", "places": False},  # nobody else has places
-        "hslm": regions,
-        "slan": detected(s.detector),
-    }
-    method = BESIDE[s.entrant]
-    made = Settings(method, given | of_method[method] | OWN.get(s.entrant, {}))
-    return made if s.lr_times == 1 else made.replace(lr=made.lr * s.lr_times)
-
-
-def detected(detector: str) -> dict:
-    """SLAN's settings over a detector: it stays as it is, and its proposals pass non-maximum suppression, as in the row
-    `detector-frozen` of the grid `slan_boxes`. A file of boxes (.json) holds what has passed it already."""
-    if not detector:
-        return {}
-    return {"detector": detector} | ({} if detector.endswith(".json") else {"frozen": True, "nms": 0.7})
 
 
 def steps(s: Settings) -> int:
@@ -330,7 +303,9 @@ def reranked(entrant: Entrant, shortlist: nn.Module, **options) -> dict:
 
 def prepared(model: nn.Module, image):
     """Encoded images with all that an entrant computes of them once, before it meets a caption."""
-    return model.pairs.prepare(image) if isinstance(model, HSLM) else image
+    if isinstance(model, HSLM):
+        return model.pairs.prepare(image)
+    return model.prepare(image) if isinstance(model, Rival) else image
 
 
 def of_pairs(model: HSLM | SCAN, image, text, rows: Tensor, columns: Tensor) -> Float[Tensor, " p"]:

@@ -19,8 +19,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from finematch.config import PRESETS, READINGS, ParameterError, Settings, own_reading, root
+from finematch.config import PRESETS, READINGS, ParameterError, Settings, declared, own_reading, root
+from finematch.entrants import own_settings
 from finematch.files import DataError, run_reference
+from finematch.runs import recipe_of
 
 RESERVED = ("seed", "out", "dataset", "scale", "data_root", "smoke", "resume")  # the command line sets these
 LINK = re.compile(r"\{run:([a-z0-9-]+)\}")
@@ -362,14 +364,22 @@ def shared(grid: Grid, row: str, dataset: str, scale: str) -> bool:
     try:
         for name in (row, *_links(grid.of(row).cells(row, scale))):
             default, literal = (
-                settings(grid.of(name), name, reading=reading, dataset=dataset, scale=scale).identity()
+                _but_reading(settings(grid.of(name), name, reading=reading, dataset=dataset, scale=scale))
                 for reading in READINGS
             )
-            if default | {"reading": "literal"} != literal:
+            if default != literal:
                 return False
     except ParameterError:  # no presets of such a method
         return False
     return True
+
+
+def _but_reading(s: Settings) -> dict[str, Any]:
+    """What the numbers of a run depend on, without the names of the readings that made it."""
+    found = {name: value for name, value in s.identity().items() if name not in ("reading", "recipe")}
+    if s.method == "arena":
+        found["recipe"] = _but_reading(own_settings(s))
+    return found
 
 
 def readings(grid: Grid, dataset: str, scale: str) -> tuple[str, ...]:
@@ -463,7 +473,18 @@ def mismatches(grid: Grid, file: Path) -> list[str]:
         if cell == BOXES and parameters.get(key) not in (None, *words):
             wanted.pop(key, None)
     return [f"{key} is {parameters.get(key)!r}, the row says {value!r}" for key, value in wanted.items()
-            if not _same(parameters.get(key), value)]  # fmt: skip
+            if not _same(parameters.get(key), value)] + _recipe_changed(content)  # fmt: skip
+
+
+def _recipe_changed(content: Mapping[str, Any]) -> list[str]:
+    """What an entrant of the arena had from its method's presets and has otherwise today."""
+    if not (was := content.get("identity", {}).get("recipe")):
+        return []
+    s = Settings("arena", {name: content["parameters"].get(name) for name in declared("arena")})
+    now = recipe_of(s, own_settings(s))
+    names = was["settings"].keys() | now["settings"].keys()
+    return [f"{now['method']}'s {name} was {was['settings'].get(name)!r}, is {now['settings'].get(name)!r}"
+            for name in sorted(names) if not _same(was["settings"].get(name), now["settings"].get(name))]  # fmt: skip
 
 
 def earlier(grid: Grid, file: Path) -> list[str]:

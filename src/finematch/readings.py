@@ -13,10 +13,10 @@ import pandas as pd
 from finematch import grids
 from finematch.config import declared
 from finematch.files import DataError
-from finematch.tables import LEVEL, judge, runs_of
+from finematch.tables import LEVEL, judge, not_comparable, runs_of
 
 COLUMNS = ["method", "id", "switch", "default", "other", "row", "metric", "of default", "effect", "lower", "upper",
-           "percent", "percent lower", "percent upper", "test", "seeds", "minutes"]  # fmt: skip
+           "percent", "percent lower", "percent upper", "test", "seeds", "minutes", "status"]  # fmt: skip
 
 
 def names(folder: str | Path | None = None) -> list[str]:
@@ -47,7 +47,8 @@ def effects(
     """A line for each alternative and each of its grid's main metrics, of those that have run: `COLUMNS`.
 
     `effect` has the interval of `tables.judge`, also in percent of the default's mean; where there is none (a single
-    seed), it is left out. `minutes` are of training, of the alternative's runs in all.
+    seed), or the two rows cannot be compared (`tables.not_comparable`), it is left out. `minutes` are of training, of
+    the alternative's runs in all. `status` is that of the older of the two rows.
 
     Args:
         folder: of the grids. runs: the folder of all methods' runs.
@@ -66,6 +67,11 @@ def effects(
             switch, value = switch_of(grid, row)
             found = frame[frame["row"] == row]
             of_first = frame[(frame["row"] == first) & frame["seed"].isin(found["seed"])]
+            old = any(
+                not status.startswith("current") for of in (found, of_first) for status in of["run_status"]
+            )
+            if len(found) and len(of_first) and not_comparable(found, of_first):
+                continue
             for metric in grid.headline if len(found) else ():
                 verdict = judge(found[found["seed"].isin(of_first["seed"])], of_first, metric)
                 if verdict["lower"] is None:
@@ -78,7 +84,7 @@ def effects(
                     "default": _plain(getattr(default, switch)), "other": value, "row": row, "metric": metric,
                     "of default": mean, "effect": verdict["difference"], "lower": verdict["lower"],
                     "upper": verdict["upper"], **shares, "test": verdict["test"], "seeds": verdict["n_a"],
-                    "minutes": found["run_seconds"].sum() / 60,
+                    "minutes": found["run_seconds"].sum() / 60, "status": "legacy" if old else "current",
                 })  # fmt: skip
     return pd.DataFrame(lines, columns=COLUMNS)
 
@@ -121,6 +127,7 @@ def printed(frame: pd.DataFrame) -> pd.DataFrame:
         "other": frame["other"], "metric": frame["metric"], "of default": frame["of default"],
         "other less default": [f"{one:+.1f}" for one in frame["effect"]], "95 % interval": interval,
         "test": frame["test"], "seeds": frame["seeds"], "minutes": frame["minutes"].round().astype(int),
+        "status": frame["status"],
     })  # fmt: skip
 
 

@@ -187,8 +187,8 @@ class Run:
 
 # ------------------------------------------------------------------------------------------- begin
 def begin(
-    method: str, s, *, data: Mapping, features: Mapping | str = "", out: str | Path | None = None,
-    resume: str | None = None,
+    method: str, s, *, data: Mapping, features: Mapping | str = "", recipe=None, made: Mapping[str, Path] | None = None,
+    out: str | Path | None = None, resume: str | None = None,
 ) -> Run:  # fmt: skip
     """Find a run's folder, take hold of it, and refuse what another run has left there.
 
@@ -196,6 +196,8 @@ def begin(
         s: the page's settings (`config.settings`).
         data: digests of the data, of any nesting (`data.digests` of each split).
         features: digest, or key, of the frozen features that are read.
+        recipe: settings of the method that the run trains, where the page is not the method's own (the arena).
+        made: files that the page made for the run, by the setting whose word asks for them (`detector=boxes`).
         out: the folder, relative to the workbook; without one `papermill_runs/<method>/<dataset>.<scale>.<digest>`,
             where a run with other settings has another folder.
         resume: "" goes on with a run of the same identity and refuses another's; "fresh" starts over; "replace" goes on
@@ -209,7 +211,8 @@ def begin(
     resume = resume or ""
     if resume not in RESUME:
         raise ValueError(f"resume is {resume!r}; use one of {RESUME}")
-    run = _in_precision(method, s, data, features, out, resume)
+    identity = identity_of(method, s, data=data, features=features, recipe=recipe, made=made)
+    run = _in_precision(method, s, identity, out, resume)
     held = hold(run.folder)
     held.release()  # of a cell that was stopped in this process
     held.take()
@@ -224,11 +227,11 @@ def begin(
     return run
 
 
-def _in_precision(method: str, s, data, features, out, resume: str) -> Run:
+def _in_precision(method: str, s, identity: dict, out, resume: str) -> Run:
     """The run with its precision: where that is `auto`, the one in which it began, or else that of the device here."""
     from finematch.training import accelerator, precision_on
 
-    identity, parameters = identity_of(method, s, data=data, features=features), dict(s.as_dict())
+    parameters = dict(s.as_dict())
 
     def run_in(**precision: str) -> Run:
         settings = identity["settings"] | precision
@@ -252,18 +255,36 @@ def _in_precision(method: str, s, data, features, out, resume: str) -> Run:
     return run
 
 
-def identity_of(method: str, s, *, data: Mapping, features: Mapping | str = "") -> dict:
+def identity_of(
+    method: str, s, *, data: Mapping, features: Mapping | str = "", recipe=None, made: Mapping[str, Path] | None = None
+) -> dict:  # fmt: skip
     """All that the numbers of a run depend on, as plain values; files by their content."""
+    found = {"method": method, "numerics": s.numerics, "settings": _by_content(s), "data": data,
+             "features": features}  # fmt: skip
+    if recipe is not None:
+        found["recipe"] = recipe_of(s, recipe)
+    if made:
+        found["made"] = {name: f"sha256:{file_digest(path)}" for name, path in made.items()}
+    return _plain(found)
+
+
+def recipe_of(s, recipe) -> dict:
+    """What a run has from the presets of the method that it trains: all that its own settings do not name."""
+    own = s.identity()
+    settings = {name: value for name, value in _by_content(recipe).items() if name not in own}
+    return _plain({"method": recipe.method, "numerics": recipe.numerics, "settings": settings})
+
+
+def _by_content(s) -> dict:
+    """Settings that can change a number; files by their content, and runs by what made them and what they became."""
     settings = dict(s.identity())
     for name, value in s.paths().items():
         path = root() / str(value)
-        if name in settings and (path / "metrics.json").is_file():  # a run: what made it, and what it became
+        if name in settings and (path / "metrics.json").is_file():
             settings[name] = run_reference(_read_metrics(path / "metrics.json"))
         elif name in settings and path.exists():
             settings[name] = f"sha256:{file_digest(path)}"
-    return _plain(
-        {"method": method, "numerics": s.numerics, "settings": settings, "data": data, "features": features}
-    )
+    return settings
 
 
 # What a table has to say beside a run's numbers, by label.
@@ -475,12 +496,26 @@ def status_of(content: Mapping) -> str:
         return "legacy: it does not say which data and features it used"
     if (known := _commits()) and commit != "unknown" and commit not in known:
         return f"legacy: its commit {commit[:8]} is in no history here"
-    if (now := numerics(identity["method"], content["parameters"])) != identity["numerics"]:
-        return f"legacy: its arithmetic is version {identity['numerics']}, now {now}"
+    if identity["method"] == "arena" and "recipe" not in identity:
+        return "legacy: it does not say the presets of the method that it trained"
+    for was, now in versions_of(content):
+        if was != now:
+            return f"legacy: its arithmetic is version {was}, now {now}"
     p = content["parameters"]
     if p["dataset"] == "scenes" and not p["smoke"] and (parts := _unknown_scenes(identity["data"])):
         return f"legacy: its scenes are not those that are drawn now: {', '.join(parts)}"
     return "current"
+
+
+def versions_of(content: Mapping) -> list[tuple[int, int]]:
+    """The version of the arithmetic that a run was made with and today's: of its page, and of its recipe."""
+    identity, parameters = content.get("identity") or {}, content["parameters"]
+    found = (
+        [(identity["numerics"], numerics(identity["method"], parameters))] if "numerics" in identity else []
+    )
+    if recipe := identity.get("recipe"):
+        found.append((recipe["numerics"], numerics(recipe["method"], parameters | recipe["settings"])))
+    return found
 
 
 def _unknown_scenes(data: Mapping) -> list[str]:

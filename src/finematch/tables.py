@@ -30,7 +30,7 @@ from finematch.grids import (
     mismatches,
     readings,
 )
-from finematch.runs import LABELS, measured, status_of
+from finematch.runs import LABELS, measured, status_of, versions_of
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 
@@ -303,11 +303,16 @@ def runs_of(
     return found
 
 
+# what all seeds of a row have in common, and what it is called where they have not
+SHARED_BY_SEEDS = {"run_conditions": "settings", "run_numerics": "arithmetic", "run_data": "data",
+                   "run_features": "features"}  # fmt: skip
+
+
 def _check_seeds(runs: pd.DataFrame, line: str) -> None:
-    """Seeds of a row differ in nothing else: not in their settings, nor in the arithmetic. Runs of before these were
-    recorded are left out."""
+    """Seeds of a row differ in nothing else: not in their settings, their arithmetic, their data or their features.
+    Runs of before these were recorded are left out."""
     for row, of in runs[runs["run_numerics"] > 0].groupby("row") if len(runs) else ():
-        for column, what in (("run_conditions", "settings"), ("run_numerics", "arithmetic")):
+        for column, what in SHARED_BY_SEEDS.items():
             if column in of and of[column].nunique() > 1:
                 first, other = of[column].iloc[0], of.loc[of[column] != of[column].iloc[0]].iloc[0]
                 raise DataError(other["run_file"], f"row {row}", f"has other {what} than the row's seed "
@@ -333,13 +338,54 @@ def _with_rows(files: Sequence[Path]) -> pd.DataFrame:
     frame["run_conditions"] = [json.dumps(_conditions(one), sort_keys=True) for one in contents]
     frame["run_numerics"] = [one.get("identity", {}).get("numerics", 0) for one in contents]
     frame["run_data"] = [json.dumps(one.get("identity", {}).get("data"), sort_keys=True) for one in contents]
+    frame["run_features"] = [
+        json.dumps(one.get("identity", {}).get("features"), sort_keys=True) for one in contents
+    ]
+    frame["run_networks"] = [
+        json.dumps(networks_of(one.get("identity", {})), sort_keys=True) for one in contents
+    ]
+    frame["run_behind"] = [
+        json.dumps([now - was for was, now in versions_of(one) if now != was]) for one in contents
+    ]
     return frame
+
+
+def networks_of(identity: Mapping[str, Any]) -> dict[str, str]:
+    """The frozen networks of a run's features, and what a detector learned for it: the digest of the weights of each,
+    by what it says of itself. Two trainings of one network have one name here and two digests."""
+    found = {f"made: {name}": value for name, value in identity.get("made", {}).items()}
+
+    def walk(part: Any) -> None:
+        if isinstance(part, Mapping):
+            if isinstance(part.get("weights"), str):
+                said = {
+                    name: part[name] for name in ("backbone", "model", "size", "trained_on") if name in part
+                }
+                found[json.dumps(_without_weights(said), sort_keys=True)] = part["weights"]
+            for value in part.values():
+                walk(value)
+        elif isinstance(part, (list, tuple)):
+            for value in part:
+                walk(value)
+
+    walk(identity.get("features"))
+    return found
+
+
+def _without_weights(part: Any) -> Any:
+    if isinstance(part, Mapping):
+        return {name: _without_weights(value) for name, value in part.items() if name != "weights"}
+    return part
 
 
 def _conditions(content: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of a run that can change a number, but the seed: a file by its content where that is known, a run
-    that this one builds on by its folder without the seed."""
-    settings, found = content.get("identity", {}).get("settings", {}), {}
+    that this one builds on by its folder without the seed. With what its recipe and its detector are."""
+    identity = content.get("identity", {})
+    settings, found = (
+        identity.get("settings", {}),
+        {name: identity[name] for name in ("recipe", "made") if name in identity},
+    )
     for name, value in content["parameters"].items():
         if name in OUTSIDE:
             continue
@@ -559,7 +605,7 @@ def _verdicts(grid: Grid, runs: pd.DataFrame) -> list[dict]:
         ):  # a switch whose reading both rows share
             line = NOTHING | {"verdict": UNDECIDED, "n_a": len(better), "n_b": len(worse),
                               "note": "under this reading the two rows have the same settings"}  # fmt: skip
-        elif len(better) and len(worse) and (other := _other_code(better, worse)):
+        elif len(better) and len(worse) and (other := not_comparable(better, worse)):
             line = NOTHING | {"n_a": len(better), "n_b": len(worse), "note": other}
         else:
             line = judge(better, worse, claim.metric)
@@ -572,14 +618,19 @@ def _verdicts(grid: Grid, runs: pd.DataFrame) -> list[dict]:
     return lines + _level_verdicts(grid, runs)
 
 
-def _other_code(better: pd.DataFrame, worse: pd.DataFrame) -> str:
-    """Why two rows cannot be compared though both have run: one was made with other defaults, or by another version of
-    the arithmetic, than the other. "" where they can be."""
-    defaults = [set(of["run_earlier"]) for of in (better, worse)]
-    old = [set(of["run_status"].str.startswith("legacy: its arithmetic")) for of in (better, worse)]
+def not_comparable(better: pd.DataFrame, worse: pd.DataFrame) -> str:
+    """Why two rows cannot be compared though both have run: one was made with other defaults, by another version of
+    the arithmetic, or over another training of the same frozen network, than the other. "" where they can be."""
+    defaults, behind = ([set(of[name]) for of in (better, worse)] for name in ("run_earlier", "run_behind"))
     if defaults[0] != defaults[1]:
         return "one of the rows was made with earlier defaults"
-    return "one of the rows was made by an earlier version of the arithmetic" if old[0] != old[1] else ""
+    if behind[0] != behind[1]:
+        return "one of the rows was made by an earlier version of the arithmetic"
+    one, other = ({name: digest for of in rows["run_networks"] for name, digest in json.loads(of).items()}
+                  for rows in (better, worse))  # fmt: skip
+    if any(one[name] != other[name] for name in one.keys() & other.keys()):
+        return "the rows read the features of two trainings of one frozen network"
+    return ""
 
 
 def _within(runs: pd.DataFrame, claim: Claim) -> dict:

@@ -29,6 +29,7 @@ def text_to_image(
     sharpness: float = 6.0,
     tile: int = TILE,
     there: Bool[Tensor, "b n"] | None = None,
+    gram: Float[Tensor, "b n n"] | None = None,
 ) -> Float[Tensor, "b c"]:
     """The score of every image with every caption: how well each word is explained by the regions it attends to.
 
@@ -44,6 +45,7 @@ def text_to_image(
         mask: the real words of each caption, which come first.
         tile: pairs of a word and an image in memory at a time.
         there: the real regions of each image; all of them, if it is not given.
+        gram: dot products of each image's regions, which are unit vectors then: a gallery is prepared once.
 
     Raises:
         ValueError: For another pooling, or a caption without words.
@@ -53,8 +55,10 @@ def text_to_image(
     lengths = mask.sum(1)
     if len(lengths) and not lengths.min():
         raise ValueError(f"caption {int(lengths.argmin())} has no words")
-    regions, words = F.normalize(regions, dim=-1), F.normalize(words, dim=-1)
-    gram = regions @ regions.mT
+    words = F.normalize(words, dim=-1)
+    if gram is None:
+        regions = F.normalize(regions, dim=-1)
+        gram = regions @ regions.mT
     scores = regions.new_empty(len(regions), len(words))
     absent = None if there is None or there.all() else ~there
     for length in lengths.unique().tolist():

@@ -54,6 +54,10 @@ class Rival(nn.Module):
         """The score as a hinge with a margin compares it: itself, where it is made of cosines."""
         return scores
 
+    def prepare(self, image):
+        """Encoded images with all that is computed of them once, before they meet a caption."""
+        return image
+
     def more(self, image, text) -> dict[str, tuple[float, Tensor]]:
         """Further terms of the rival's own loss by name: weight and value."""
         return {}
@@ -207,11 +211,13 @@ class LinearTower(nn.Module):
 
 
 class Fragments(NamedTuple):
-    """Regions or words as unit vectors, which are real, and (SAF) one vector of all; real words come first."""
+    """Regions or words as unit vectors, which are real, and (SAF) one vector of all; real words come first. `prepare`
+    adds the dot products of an image's regions."""
 
     states: Float[Tensor, "b n d"]
     mask: Bool[Tensor, "b n"]
     vector: Float[Tensor, "b d"] | None = None
+    gram: Float[Tensor, "b n n"] | None = None
 
     def __getitem__(self, index) -> Fragments:
         return Fragments(*(None if part is None else part[index] for part in self))
@@ -263,7 +269,12 @@ class SCAN(Rival):
 
     def scores(self, image: Fragments, text: Fragments) -> Float[Tensor, "b c"]:
         tile = 16 * TILE if torch.is_grad_enabled() else TILE  # a few large tiles make a short graph
-        return text_to_image(image.states, text.states, text.mask, there=image.mask, tile=tile)
+        return text_to_image(
+            image.states, text.states, text.mask, there=image.mask, tile=tile, gram=image.gram
+        )
+
+    def prepare(self, image: Fragments) -> Fragments:
+        return image._replace(gram=image.states @ image.states.mT)
 
     def pairs(self, image: Fragments, text: Fragments) -> Float[Tensor, " p"]:
         """Scores pair by pair."""
@@ -330,12 +341,15 @@ class SAF(SCAN):
         self.score = nn.Linear(sim, 1)
 
     def encode_image(self, **image) -> Fragments:
-        regions, mask, _ = super().encode_image(**image)
+        regions, mask, *_ = super().encode_image(**image)
         return Fragments(regions, mask, self.image_vector(regions, mask))
 
     def encode_text(self, **text) -> Fragments:
-        words, mask, _ = super().encode_text(**text)
+        words, mask, *_ = super().encode_text(**text)
         return Fragments(words, mask, self.text_vector(words, mask))
+
+    def prepare(self, image: Fragments) -> Fragments:
+        return image  # its attention needs no dot products of regions
 
     def bounded(self, scores: Tensor) -> Tensor:
         return torch.sigmoid(scores)
