@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
@@ -168,3 +169,28 @@ def test_a_grid_of_readings_is_run_under_the_scales_own_alone(book):
     assert grids.readings(grid, "scenes", "tiny") == ("default",)
     assert grids.readings(grid, "scenes", "paper") == ("literal",)
     assert grids.readings(grids.grid("hslm_modules"), "scenes", "tiny") == ("default", "literal")
+
+
+def test_rows_of_another_arithmetic_have_no_effect_and_old_ones_say_so(book, monkeypatch):
+    def found():
+        return readings.effects("scenes", "tiny", folder=book, runs=book / "runs")
+
+    real, last = readings.runs_of, {}
+
+    def changed(*args, **options):
+        frames = real(*args, **options)
+        return {name: frame.assign(**{key: np.where(frame["row"] == last["row"], value, frame[key])
+                                      for key, value in last["set"].items()})
+                if len(frame) else frame for name, frame in frames.items()}  # fmt: skip
+
+    whole = found()
+    row = whole["row"].iloc[0]
+    monkeypatch.setattr(readings, "runs_of", changed)
+    last |= {"row": row, "set": {"run_behind": "[1]"}}
+    assert row not in set(found()["row"])
+    assert len(found()) == len(whole) - (whole["row"] == row).sum()
+    last |= {"set": {"run_status": "legacy: why"}}
+    assert found().loc[found()["row"] == row, "status"].unique().tolist() == ["legacy"]
+    last |= {"set": {"run_status": "current"}}
+    assert "legacy" in set(found()["status"])  # the row that it is compared with
+    assert readings.printed(found())["status"].isin(["current", "legacy"]).all()

@@ -67,12 +67,10 @@ def effects(
             switch, value = switch_of(grid, row)
             found = frame[frame["row"] == row]
             of_first = frame[(frame["row"] == first) & frame["seed"].isin(found["seed"])]
-            old = any(
-                not status.startswith("current") for of in (found, of_first) for status in of["run_status"]
-            )
-            if len(found) and len(of_first) and not_comparable(found, of_first):
+            if not len(found) or not len(of_first) or not_comparable(found, of_first):
                 continue
-            for metric in grid.headline if len(found) else ():
+            current = all(status == "current" for of in (found, of_first) for status in of["run_status"])
+            for metric in grid.headline:
                 verdict = judge(found[found["seed"].isin(of_first["seed"])], of_first, metric)
                 if verdict["lower"] is None:
                     continue
@@ -84,7 +82,7 @@ def effects(
                     "default": _plain(getattr(default, switch)), "other": value, "row": row, "metric": metric,
                     "of default": mean, "effect": verdict["difference"], "lower": verdict["lower"],
                     "upper": verdict["upper"], **shares, "test": verdict["test"], "seeds": verdict["n_a"],
-                    "minutes": found["run_seconds"].sum() / 60, "status": "legacy" if old else "current",
+                    "minutes": found["run_seconds"].sum() / 60, "status": "current" if current else "legacy",
                 })  # fmt: skip
     return pd.DataFrame(lines, columns=COLUMNS)
 
