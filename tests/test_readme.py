@@ -111,7 +111,7 @@ def test_every_page_of_the_map_exists():
 
 def test_the_snippet_runs(tmp_path, monkeypatch, capsys):
     """On a smoke run in place of the newest one, and on its few scenes."""
-    given = {"smoke": "True", "out": tmp_path / "run", "cache": tmp_path / "cache"}
+    given = {"smoke": True, "out": tmp_path / "run", "cache": tmp_path / "cache"}
     run_notebook("mvam/2_train", tmp_path / "page", given)
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.S)
     snippet = snippet.replace('open_run("latest", method="mvam")', f"open_run({str(tmp_path / 'run')!r})")

@@ -20,7 +20,7 @@ def runs(values, dataset="scenes", device="AMD EPYC, 1 threads"):
             {"row": row, "seed": seed, "dataset": dataset, "i2t_r1": value, "t2i_r1": value, "rsum": 6 * value,
              "run_file": f"/x/papermill_runs/mvam/{dataset}.tiny.{row}.s{seed}/metrics.json", "run_seconds": 90.0,
              "run_device": device, "run_commit": "abcdef0123", "run_conditions": row, "run_earlier": "",
-             "run_status": "current"}
+             "run_status": "current", "run_behind": "[]", "run_networks": "{}"}
             for row, of in values.items()
             for seed, value in enumerate(of)
         ]
