@@ -9,7 +9,7 @@ import torch
 import training_target as target
 from notebook_text import ROOT
 
-from finematch import arena, config, entrants, grids
+from finematch import arena, config, entrants, grids, tables
 from finematch.config import PRESETS, Settings, declared
 from finematch.evaluation.retrieval import retrieval_from_scores
 from finematch.models.hslm import HSLM
@@ -169,6 +169,10 @@ def test_a_run_holds_the_presets_of_its_method(name, monkeypatch):
     content = {"parameters": s.as_dict(), "identity": was, "commit": "unknown"}
     assert grids._recipe_changed(content) == []
     assert versions_of(content) == [(s.numerics, s.numerics), (was["recipe"]["numerics"],) * 2]
+    moved = content | {
+        "identity": was | {"recipe": was["recipe"] | {"numerics": 99}}
+    }  # seeds of a row share it
+    assert tables._conditions(moved) != tables._conditions(content)
     without = {key: value for key, value in was.items() if key != "recipe"}
     assert "does not say the presets" in status_of(content | {"identity": without})
     preset = config._file(method)

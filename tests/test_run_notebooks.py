@@ -354,9 +354,9 @@ def test_slan_pretrains_in_two_processes(tmp_path, pretraining):
     assert not any(".cells.net.head." in name for name in state)  # no classifier
 
 
-@pytest.mark.parametrize("method", ["mvam", "hslm", "felga"])
+@pytest.mark.parametrize("method", ["mvam", "hslm", "felga", "slan"])
 def test_any_method_trains_in_two_processes(tmp_path, folder, method):
-    """As many steps, and of the whole batch: only the first process evaluates and writes. SLAN does above."""
+    """As many steps, and of the whole batch: only the first process evaluates and writes."""
     name = f"{method}/2_train"
     executed(name, folder)  # by one process, and what both need is in the cache then
     ran(name, tmp_path / "both", processes=2, smoke=True, cache=folder / "cache", threads=1)

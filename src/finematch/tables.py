@@ -380,12 +380,11 @@ def _without_weights(part: Any) -> Any:
 
 def _conditions(content: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of a run that can change a number, but the seed: a file by its content where that is known, a run
-    that this one builds on by its folder without the seed. With what its recipe and its detector are."""
+    that this one builds on by its folder without the seed. With what its recipe and its detector are, under names that
+    no parameter has."""
     identity = content.get("identity", {})
-    settings, found = (
-        identity.get("settings", {}),
-        {name: identity[name] for name in ("recipe", "made") if name in identity},
-    )
+    settings = identity.get("settings", {})
+    found = {f"identity.{name}": identity[name] for name in ("recipe", "made") if name in identity}
     for name, value in content["parameters"].items():
         if name in OUTSIDE:
             continue
