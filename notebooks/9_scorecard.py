@@ -158,7 +158,7 @@ for path in (path.with_suffix(".claims.csv") for path in tables):
 columns = ["grid", "method", "dataset", "reading", "claim", "metric", "better", "worse", "verdict", "lower"]
 claims = pd.concat(every, ignore_index=True) if every else pd.DataFrame(columns=columns)
 claims = claims.drop_duplicates(["method", "dataset", "reading", "better", "worse", "metric"], ignore_index=True)
-verdicts = f"{T.to_markdown(T.verdict_counts(claims))}\n\n{T.chance_note(int(claims['lower'].notna().sum()))}"
+verdicts = f"{T.to_markdown(T.verdict_counts(claims))}\n\n{T.chance_note(T.judged(claims))}"
 Markdown(verdicts)
 
 # %% [markdown]

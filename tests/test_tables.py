@@ -25,6 +25,7 @@ from finematch.tables import (
     chance_note,
     headlines,
     judge,
+    judged,
     networks_of,
     oddities,
     page,
@@ -464,6 +465,14 @@ def test_rows_of_different_defaults_or_arithmetic_are_not_compared():
         line(two.assign(run_status="legacy: it does not say which data and features it used"))["verdict"]
         == HOLDS
     )
+
+
+def test_a_comparison_of_the_same_runs_under_both_readings_counts_once():
+    default = by_row(one=[40.0, 41.0], two=[50.0, 51.5])
+    grid = replace(VIEWS, claims=VIEWS.claims[:1])
+    assert judged(verdicts(grid, {"default": default, "literal": default})) == 1
+    other = by_row(one=[40.0, 41.0], two=[50.0, 51.0])
+    assert judged(verdicts(grid, {"default": default, "literal": other})) == 2
 
 
 def test_rows_over_two_trainings_of_one_frozen_network_are_not_compared():

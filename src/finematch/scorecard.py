@@ -255,7 +255,7 @@ def total(frame: pd.DataFrame) -> str:
     counts = ", ".join(
         f"{(of['verdict'] == verdict).sum()} *{verdict}* ({mark})" for verdict, mark in MARKS.items()
     )
-    chance = tables.chance_note(int(of["lower"].notna().sum()))
+    chance = tables.chance_note(tables.judged(of))
     return f"Each comparison on a metric that a paper prints, once: {counts}. {chance}"
 
 

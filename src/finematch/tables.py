@@ -688,6 +688,12 @@ def _level_verdicts(grid: Grid, runs: pd.DataFrame) -> list[dict]:
     return lines
 
 
+def judged(claims: pd.DataFrame) -> int:
+    """How many comparisons have an interval; one of the same runs under both readings counts once."""
+    columns = ("method", "grid", "dataset", "claim", "metric", "difference", "lower", "upper")
+    return len(claims[claims["lower"].notna()].drop_duplicates([name for name in columns if name in claims]))
+
+
 def chance_note(judged: int) -> str:
     """How many of `judged` verdicts chance alone would give."""
     a_side = judged * (1 - LEVEL) / 2
@@ -722,8 +728,8 @@ def verdict_table(frame: pd.DataFrame) -> str:
     if len(noted):
         shown["note"] = noted.groupby(keys)["note"].agg(lambda notes: "; ".join(dict.fromkeys(notes)))
         shown["note"] = shown["note"].fillna("")
-    judged = int(frame["lower"].notna().sum())
-    return to_markdown(shown.reset_index()) + (f"\n\n{chance_note(judged)}" if judged else "")
+    count = judged(frame)
+    return to_markdown(shown.reset_index()) + (f"\n\n{chance_note(count)}" if count else "")
 
 
 def said(claim: Mapping[str, Any]) -> str:
