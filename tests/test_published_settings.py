@@ -125,9 +125,9 @@ def test_a_page_reads_every_setting_that_it_declares(method):
         cell.source for cell in cells(NOTEBOOKS / method / "2_train.py")[2:] if cell.cell_type == "code"
     )
     nodes = [*ast.walk(ast.parse(code))]
-    if method == "arena":  # its page hands the settings over
-        module = Path(finematch.__path__[0], "arena.py").read_text(encoding="utf-8")
-        nodes += ast.walk(ast.parse(module))
+    for module in ("arena", "entrants") if method == "arena" else ():  # its page hands the settings over
+        text = Path(finematch.__path__[0], f"{module}.py").read_text(encoding="utf-8")
+        nodes += ast.walk(ast.parse(text))
     attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
     read = {node.attr for node in attributes if ast.unparse(node.value) in ("s", "entrant.s")}
     read |= {node.value for node in nodes if isinstance(node, ast.Constant)}

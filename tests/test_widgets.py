@@ -42,6 +42,11 @@ def changes(panel, control, value) -> list[bool]:
     return [one != other for one, other in zip(before, shown(panel), strict=True)]
 
 
+def another(control, value: int, instead: int) -> int:
+    """A value that the control does not show: what a page opens with is what counts most in its run."""
+    return instead if control.value == value else value
+
+
 def upload(page, name: str, content: bytes) -> None:
     """As the browser sends a file."""
     page.upload.value = ({"name": name, "type": "image/png", "size": len(content), "content": memoryview(content),
@@ -60,20 +65,21 @@ def test_views(page_of):
     assert is_png(panel.picture.value)
     assert is_png(panel.overview.value)
     assert panel.view.max == panel.run.model.views
-    assert changes(panel, panel.view, 2) == [True, False, False, False]
-    assert panel.of_text.value == 2  # the same view
+    view = another(panel.view, 2, 1)
+    assert changes(panel, panel.view, view) == [True, False, False, False]
+    assert panel.of_text.value == view  # the same view
     assert panel.of_text.disabled
     panel.paired.value = False
     assert not panel.of_text.disabled
-    assert changes(panel, panel.of_text, 1)[0]
-    assert panel.view.value == 2
+    assert changes(panel, panel.of_text, another(panel.of_text, 1, 2))[0]
+    assert panel.view.value == view
 
 
 def test_words(page_of):
     (panel,) = page_of("hslm").panels
     assert is_png(panel.overview.value)
     assert list(panel.word.options) == [(word, n) for n, word in enumerate(panel.found.words)]
-    assert changes(panel, panel.word, 2) == [True, False, False, False]
+    assert changes(panel, panel.word, another(panel.word, 2, 1)) == [True, False, False, False]
 
 
 def test_keywords_and_proposals(page_of):
@@ -83,7 +89,7 @@ def test_keywords_and_proposals(page_of):
     assert changes(panel, panel.region, 2) == [True, False, False, True]
     assert "proposal 2" in panel.text.value
     if len(panel.found.tokens) > 1:
-        assert changes(panel, panel.keyword, 1) == [True, False, False, False]
+        assert changes(panel, panel.keyword, another(panel.keyword, 1, 0)) == [True, False, False, False]
 
 
 def test_levels_and_the_filter(page_of):
