@@ -135,7 +135,7 @@ Markdown("\n\n".join([T.verdict_table(verdicts), *missing]))
 # %%
 for reading, of in verdicts.groupby("reading", sort=False):
     if of["lower"].notna().any():
-        figure = draw.intervals(of, data=T.seeds_of(p.dataset, runs[reading]))
+        figure = draw.intervals(of, data=T.seeds_of(p.dataset, runs[reading], reading))
         draw.save(figure, f"{stems[reading]}.claims.svg")
         display(Markdown(f"Reading {reading}:"), figure)
 
@@ -228,7 +228,7 @@ def pareto(frame: pd.DataFrame, data: str) -> plt.Figure:
 
 for reading, runs_shown in runs.items():
     if len(runs_shown):
-        figure = pareto(points(runs_shown), T.seeds_of(p.dataset, runs_shown))
+        figure = pareto(points(runs_shown), T.seeds_of(p.dataset, runs_shown, reading))
         draw.save(figure, f"{stems[reading]}.svg")
         display(Markdown(f"Reading {reading}:"), figure)
 if not len(runs["default"]):  # `make grid` waits for the picture

@@ -14,7 +14,7 @@ from finematch import grids
 from finematch.config import PRESETS, Config, declared
 from finematch.files import DataError
 from finematch.models import configs
-from finematch.pages import rewrite
+from finematch.pages import came_out, rewrite
 
 DOCS = ROOT / "docs"
 CONFIGS = [
@@ -87,6 +87,11 @@ def test_what_came_out_is_read_from_the_claims(kept):
         "The command is `make grid GRID=mvam_views SCALE=paper DATASET=coco_karpathy DATA_ROOT=<folder>`."
         in page
     )
+
+
+def test_the_command_of_a_grid_of_ours_is_at_our_scale_and_names_the_boxes(tmp_path):
+    line = "`make grid GRID=arena_detected DATASET=flickr8k DATA_ROOT=<folder> PROPOSALS=<file>`"
+    assert f"The command is {line}." in came_out("arena_detected", None, tmp_path)
 
 
 @pytest.mark.parametrize(

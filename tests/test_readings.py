@@ -147,12 +147,15 @@ def test_a_forest_shows_a_small_effect_beside_a_large_one():
 
 def test_the_page_of_readings_shows_the_effects(book, tmp_path):
     frame = readings.effects("scenes", "tiny", folder=book, runs=book / "runs").assign(metric="rsum")
-    frame.to_csv(tmp_path / "readings.scenes.tiny.csv", index=False)
+    frame.assign(status="current").to_csv(tmp_path / "readings.scenes.tiny.csv", index=False)
     page = pages.readings("mvam", tmp_path).set_index("argument")["effect on scenes"]
     assert page["`scoring`"] == "`scaled`: +10.3 % (+7.5 to +13.2)"
     assert page["`projection`"] == "–"
     assert "effect on scenes" not in pages.readings("hslm", tmp_path)
     assert "effect on scenes" not in pages.readings("mvam", tmp_path / "nowhere")
+    frame.assign(status="legacy").to_csv(tmp_path / "readings.scenes.tiny.csv", index=False)
+    page = pages.readings("mvam", tmp_path).set_index("argument")["effect on scenes"]
+    assert page["`scoring`"] == "`scaled`: +10.3 % (+7.5 to +13.2, legacy)"
 
 
 def test_runs_of_earlier_defaults_do_not_count(book, monkeypatch):

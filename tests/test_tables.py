@@ -681,6 +681,13 @@ def test_a_claim_beside_a_metric_that_no_run_has_is_refused():
     assert tables._within(runs.assign(shuffled_t2i_r1=[1.0, 2.0]), claim)["verdict"] in tables.VERDICTS
 
 
+def test_a_picture_names_its_data_its_seeds_and_the_literal_reading():
+    of = pd.DataFrame({"row": ["one", "one", "two"]})
+    assert tables.seeds_of("scenes", of) == tables.seeds_of("scenes", of, "both") == "scenes, 1 to 2 seeds"
+    assert tables.seeds_of("scenes", of, "literal") == "scenes, literal, 1 to 2 seeds"
+    assert tables.seeds_of("scenes", of[:0], "literal") == "scenes, literal, not run"
+
+
 def test_a_task_on_photos_names_what_was_measured(tmp_path):
     """Its runs are of flickr8k, which trained them; AP is of COCO."""
     for dataset, said in (("flickr8k", "COCO val2017, a slice"), ("scenes", "scenes")):

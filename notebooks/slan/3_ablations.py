@@ -82,7 +82,7 @@ for reading, of in runs.items():
     if len(of) or stems[reading] == stem:
         beside = T.beside(table, of)
         with F.style():
-            figure = F.beside(beside[beside["row"] != "a random order"], table.plot, **T.drawn(table, of, p.dataset))
+            figure = F.beside(beside[beside["row"] != "a random order"], table.plot, **T.drawn(table, of, p.dataset, reading))
             F.save(figure, f"{stems[reading]}.svg")
         display(Markdown(f"Reading {reading}:"), figure)
 
@@ -106,7 +106,7 @@ for reading, of in found.items():
     of_row = of[of["row"] == table.names[table.levels]] if table.levels and len(of) else of[:0]
     if len(of_row):
         with F.style():
-            figure = F.levels(of_row, data=T.seeds_of(table.measured_on or p.dataset, runs[reading]))
+            figure = F.levels(of_row, data=T.seeds_of(table.measured_on or p.dataset, runs[reading], reading))
             F.save(figure, f"{stems[reading]}.grounding.svg")
         display(figure)
 
@@ -130,7 +130,7 @@ Markdown("\n\n".join([T.verdict_table(verdicts), *missing]))
 for reading, of in verdicts.groupby("reading", sort=False):
     if of["lower"].notna().any():
         with F.style():
-            figure = F.intervals(of, data=T.seeds_of(table.measured_on or p.dataset, runs[reading]))
+            figure = F.intervals(of, data=T.seeds_of(table.measured_on or p.dataset, runs[reading], reading))
             F.save(figure, f"{stems[reading]}.claims.svg")
         display(Markdown(f"Reading {reading}:"), figure)
 

@@ -400,9 +400,10 @@ def run_name(
 
 
 def command(grid: Grid, dataset: str, scale: str, reading: str = "") -> str:
-    """The line that runs a grid under a reading."""
+    """The line that runs a grid under a reading; it names a file of boxes where rows read one."""
     given = {"SCALE": scale if scale != "tiny" else "", "DATASET": dataset if dataset != "scenes" else "",
              "DATA_ROOT": "<folder>" if dataset != "scenes" else "",
+             "PROPOSALS": "<file>" if grid.boxes else "",
              "READING": reading if reading not in ("", "both", own_reading(scale)) else ""}  # fmt: skip
     return " ".join(
         ["make grid", f"GRID={grid.name}", *(f"{key}={value}" for key, value in given.items() if value)]

@@ -111,7 +111,8 @@ def _plain(value: Any) -> str:
 def came_out(name: str, claims: list[str] | None, figures: Path) -> str:
     """A table with a line per claim, data set and main metric: the paper's difference, the verdict under each reading.
 
-    Of a grid that has not run at all, its claims and the command that runs it.
+    Of a grid that has not run at all, its claims and the command that runs it: as the paper did, or a grid of ours at
+    our scale.
     """
     grid = grids.grid(name)
     files = sorted(
@@ -125,7 +126,7 @@ def came_out(name: str, claims: list[str] | None, figures: Path) -> str:
             root() / "grids" / f"{name}.toml", unknown[0], "is no claim there", "Take one of its texts"
         )
     if not files:
-        line = grids.command(grid, grid.dataset, "paper")
+        line = grids.command(grid, grid.dataset, "paper" if grid.paper else "tiny")
         return f"*Not run here*: {'; '.join(claims)}. The command is `{line}`."
     lines = []
     for claim in claims:

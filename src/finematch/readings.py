@@ -92,11 +92,14 @@ def _plain(value: object) -> str:
 
 
 def in_words(frame: pd.DataFrame) -> dict[tuple[str, str], str]:
-    """By method and switch: each other value, its effect on the method's first metric in percent, and the interval."""
+    """By method and switch: each other value, its effect on the method's first metric in percent, and the interval.
+
+    An effect of runs that are not current is marked `legacy`.
+    """
     found: dict[tuple[str, str], list[str]] = {}
     for one in by_size(frame).to_dict("records"):
         interval = f"{one['percent lower']:+.1f} to {one['percent upper']:+.1f}"
-        said = f"`{one['other']}`: {one['percent']:+.1f} % ({interval})"
+        said = f"`{one['other']}`: {one['percent']:+.1f} % ({interval}{', legacy' * (one['status'] != 'current')})"
         found.setdefault((one["method"], one["switch"]), []).append(said)
     return {key: "; ".join(said) for key, said in found.items()}
 

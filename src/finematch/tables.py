@@ -901,15 +901,20 @@ def write(grid: Grid, dataset: str, scale: str, runs: Mapping[str, pd.DataFrame]
             write_text(f"{stem}{ending}.csv", frame.to_csv(index=False))
 
 
-def seeds_of(dataset: str, runs: pd.DataFrame) -> str:
-    """What measured numbers are of, for titles: "scenes, 3 seeds"; "1 to 3" where rows have run under so many."""
+def seeds_of(dataset: str, runs: pd.DataFrame, reading: str = "default") -> str:
+    """What measured numbers are of, for titles: "scenes, 3 seeds"; "1 to 3" where rows have run under so many.
+
+    The literal reading is named: "scenes, literal, 3 seeds".
+    """
+    if reading == "literal":
+        dataset = f"{dataset}, literal"
     if runs.empty:
         return f"{dataset}, not run"
     few, many = (int(count) for count in runs.groupby("row").size().agg(["min", "max"]))
     return f"{dataset}, {few if few == many else f'{few} to {many}'} seed{'s' * (many > 1)}"
 
 
-def drawn(grid: Grid, runs: pd.DataFrame, dataset: str) -> dict[str, Any]:
+def drawn(grid: Grid, runs: pd.DataFrame, dataset: str, reading: str = "default") -> dict[str, Any]:
     """What `figures.beside` draws of a grid beyond its table: its data, seeds, strokes, a random order, labels.
 
     Strokes are the first measured-only column whose title begins with the drawn column's name.
@@ -926,7 +931,10 @@ def drawn(grid: Grid, runs: pd.DataFrame, dataset: str) -> dict[str, Any]:
         if title and len(more):
             dashes[column] = (title.partition(", ")[2], more.set_index("row")[title].reindex(rows).tolist())
     lines = {column: float(runs[metric].mean()) for column, metric in grid.chance.items() if len(runs)}
-    data = (f"{grid.data}, published".removeprefix(", "), seeds_of(grid.measured_on or dataset, runs))
+    data = (
+        f"{grid.data}, published".removeprefix(", "),
+        seeds_of(grid.measured_on or dataset, runs, reading),
+    )
     return {
         "data": data,
         "runs": seeds,
