@@ -174,13 +174,13 @@ Markdown(decided)
 # %% [markdown]
 # ## What is not run, and the line that runs it
 #
-# One line per grid and reading; at the paper's scale for grids of which nothing has run here, because their weights or data could not be had.
+# One line per grid and reading; a table of a paper of which nothing has run here is started at the paper's scale.
 
 # %%
 left = []
 for grid in map(grids.grid, grids.names()):
     on = [name for name in datasets if f"{grid.name}.{name}.{label}.md" in {path.name for path in tables}]
-    for name, at in [(name, p.scale) for name in on] or [(grid.dataset, "paper")]:
+    for name, at in [(name, p.scale) for name in on] or [(grid.dataset, grids.unrun_scale(grid))]:
         for reading in grids.readings(grid, name, at):
             of = claims[(claims["grid"] == grid.name) & (claims["dataset"] == name) & (claims["reading"] == reading)] if on else []
             missing = int((of["verdict"] == T.NOT_RUN).sum()) if on else len(grid.claims)

@@ -410,6 +410,11 @@ def command(grid: Grid, dataset: str, scale: str, reading: str = "") -> str:
     )
 
 
+def unrun_scale(grid: Grid) -> str:
+    """The scale that a grid without any run is started at: the paper's; ours where it is no table of a paper."""
+    return "paper" if grid.paper else "tiny"
+
+
 def metrics_files(
     grid: Grid,
     dataset: str,

@@ -126,7 +126,7 @@ def came_out(name: str, claims: list[str] | None, figures: Path) -> str:
             root() / "grids" / f"{name}.toml", unknown[0], "is no claim there", "Take one of its texts"
         )
     if not files:
-        line = grids.command(grid, grid.dataset, "paper" if grid.paper else "tiny")
+        line = grids.command(grid, grid.dataset, grids.unrun_scale(grid))
         return f"*Not run here*: {'; '.join(claims)}. The command is `{line}`."
     lines = []
     for claim in claims:
