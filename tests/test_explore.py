@@ -291,14 +291,18 @@ def test_levels_hold_what_the_locator_found_and_what_moved_it(run_of):
     run, model = run_of("slan")
     seen, sentence, found = two(run)
     with torch.no_grad():
-        located = model.locate(seen.encoded, model.encode_text(**seen.texts([sentence])))
+        caption = model.encode_text(**seen.texts([sentence]))
+        located = model.locate(seen.encoded, caption)
     real, size = located.valid[0], torch.tensor([*seen.image.size] * 2)
+    words = model.locator.counted(caption.mask, caption.special)[0]
+    assert words.sum() == words.numel() - 2  # [CLS] and [SEP], whose cosine is set to 0, are not found
     assert len(found.levels) == len(located.boxes) == len(model.locator.adaptors) + 1
     assert found.saliency == pytest.approx(located.scores[0][real].numpy())
     for i, level in enumerate(found.levels):
         np.testing.assert_allclose(level.boxes, (located.boxes[i, 0][real] * size).numpy(), atol=1e-4)
-        np.testing.assert_allclose(level.scores, located.cosine[i, 0][real].amax(1).numpy(), atol=1e-6)
-        assert (level.words == located.cosine[i, 0][real].argmax(1).numpy()).all()
+        fit = located.cosine[i, 0][real].masked_fill(~words, -torch.inf)
+        np.testing.assert_allclose(level.scores, fit.amax(1).numpy(), atol=1e-6)
+        assert (level.words == fit.argmax(1).numpy()).all()
     assert found.levels[-1].cells is None
     for adaptor, level, then in zip(model.locator.adaptors, found.levels, found.levels[1:], strict=False):
         extent = level.cells[:, -1, 2:] - level.cells[:, 0, :2]  # of the whole neighbourhood, in pixels

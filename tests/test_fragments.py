@@ -838,6 +838,15 @@ def test_a_disk_that_is_full_or_closed_is_said_at_once(records, grid, tmp_path, 
 KEYWORDS = [[("dog", 0.9), ("red", 0.5)], [], [("ball", 0.7), ("dog", 0.2), ("man", 0.1)], [("red", 0.3)]]
 
 
+def test_which_keywords_a_text_has_is_part_of_its_features(tmp_path):
+    """The same words dealt out otherwise are other data, though each word's features are the same."""
+    one, same, other = (
+        G.text_fragments(lists, Toy(), tmp_path, "train", dtype="float32", echo=None).meta
+        for lists in ([["dog", "red"], ["cat"]], [["dog", "red"], ["cat"]], [["cat"], ["dog", "red"]])
+    )
+    assert one == same != other
+
+
 def test_text_fragments_are_their_keywords_embedded_once(tmp_path, vlp, monkeypatch):
     monkeypatch.setitem(G.BLOCK, "texts", 2)
     model = Toy()

@@ -507,7 +507,7 @@ def test_a_table_refuses_metrics_of_other_parameters_and_stale_names_them(book, 
     good = fake_run(book, "two", 0, 1.0, views=8, text="gru")
     fake_run(book, "one", 0, 1.0, views=16, text="bert")
     mine = grid("mvam_mine")
-    assert len(tables.runs_of(mine, "scenes", "tiny")["both"]) == 2
+    assert len(tables.runs_of(mine, "scenes", "tiny")["default"]) == 2
     assert main(["stale", "mvam_mine"]) == 0
     assert capsys.readouterr().out == ""
     bad = fake_run(book, "one", 1, 1.0, views=32)
@@ -608,7 +608,7 @@ def test_what_builds_on_a_run_that_was_made_again_is_stale_and_legacy(book, monk
     }
     second.write_text(json.dumps(content))
     assert stale(grid("mvam_next"), "scenes", "tiny") == []
-    [frame] = tables.runs_of(grid("mvam_next"), "scenes", "tiny").values()
+    frame = tables.runs_of(grid("mvam_next"), "scenes", "tiny")["default"]
     assert list(frame["run_status"]) == [
         "legacy: the run that it builds on is legacy"
     ]  # for it has no identity
@@ -617,7 +617,7 @@ def test_what_builds_on_a_run_that_was_made_again_is_stale_and_legacy(book, monk
     )
     assert stale(grid("mvam_mine"), "scenes", "tiny") == []
     assert stale(grid("mvam_next"), "scenes", "tiny") == [second]
-    [frame] = tables.runs_of(grid("mvam_next"), "scenes", "tiny").values()
+    frame = tables.runs_of(grid("mvam_next"), "scenes", "tiny")["default"]
     assert list(frame["run_status"]) == ["legacy: its text_weights was made again since"]
 
 
@@ -636,7 +636,7 @@ def test_seeds_of_a_row_differ_in_nothing_else(book, monkeypatch):
 
     run(0, precision="no")
     run(1, precision="no")
-    assert len(tables.runs_of(grid("mvam_mine"), "scenes", "tiny")["both"]) == 2
+    assert len(tables.runs_of(grid("mvam_mine"), "scenes", "tiny")["default"]) == 2
     other = run(2, precision="bf16")
     with pytest.raises(DataError, match=r"one\.s2.*than the row's seed 0: precision is 'bf16', not 'no'"):
         tables.runs_of(grid("mvam_mine"), "scenes", "tiny")

@@ -357,12 +357,18 @@ def test_every_reading_trains(argument, value):
 
 
 def test_the_literal_reading_is_the_text_where_it_says_anything():
-    """The formulas are lost: no reading of the text that can be executed differs from the defaults."""
+    """The formulas are lost: no reading of them that can be executed differs from the defaults. Lambda is printed."""
     assert MVAMConfig.literal() == {
         "projection": "split", "scoring": "dot", "include_special": True, "diversity_power": 2,
         "diversity_reduce": "mean", "reduction": "mean", "normalise": "after", "tau": 0.07,
-        "same_picture_positives": False,
+        "same_picture_positives": False, "diversity_weight": 10.0,
     }  # fmt: skip
+    for dataset, own in (("scenes", 0.0), ("flickr8k", 0.3)):
+        default, literal = (
+            Settings("mvam", {"dataset": dataset, "reading": reading}) for reading in ("default", "literal")
+        )
+        assert (default.diversity_weight, default.input_dropout) == (0.01, own)
+        assert (literal.diversity_weight, literal.input_dropout) == (10.0, 0.0)
 
 
 def test_settings_take_zero_as_zero():

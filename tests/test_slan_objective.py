@@ -520,6 +520,33 @@ def test_the_contrast_of_fused_tokens_in_loops(same_picture, reduction):
     torch.testing.assert_close(model(batch)["itc"], total / (2 if reduction == "mean" else 1))
 
 
+def test_negatives_are_drawn_by_what_the_contrast_compares(monkeypatch):
+    """S24: with fused tokens no loss trains the unimodal vectors, so that they can draw no hard negatives."""
+    seen = []
+
+    def drawn(similarity, image_id):
+        seen.append(similarity)
+        return hard_negatives(similarity, image_id)
+
+    monkeypatch.setattr("finematch.models.slan.objective.hard_negatives", drawn)
+    for contrast in ("fused", "unimodal"):
+        model, batch = tiny(contrast=contrast, queue=0).eval(), pairs(4, ids=[0, 1, 0, 2])
+        model(batch)
+        picture, caption = model.encode_image(**batch["image"]), model.encode_text(**batch["text"])
+        table = picture.vector @ caption.vector.T / 0.07
+        if contrast == "fused":
+            for i in range(4):
+                for j in range(4):
+                    at = model.locate(picture[[i]], caption[[j]])
+                    image, text = (
+                        model.encoders.project_image(at.picture),
+                        model.encoders.project_text(at.text),
+                    )
+                    table[i, j] = F.cosine_similarity(image, text)[0] / 0.07
+        torch.testing.assert_close(seen.pop(), table.detach(), rtol=1e-4, atol=1e-4)
+    assert not seen
+
+
 def test_the_contrast_of_fused_tokens_knows_no_queue():
     for wrong in ({"queue": 12}, {"queue": 0, "distil": 0.4}, {"queue": 0, "weights": {"itm": 0}}):
         with pytest.raises(ValueError, match="contrast='fused' compares"):

@@ -13,6 +13,7 @@ import torch
 from finematch.data.record import Clip, ImagePair, Question
 from finematch.data.video import frame_numbers
 from finematch.encoders import BertTower, small_bert
+from finematch.evaluation.vqa import accuracy, normalise
 from finematch.models.configs import AnsweringConfig, LocatorConfig, SLANConfig, VideoConfig
 from finematch.models.slan.locator import SelfLocator
 from finematch.models.slan.nlvr2 import ImagePairs, PairClassifier
@@ -26,7 +27,7 @@ from finematch.models.slan.video import (
     rows_of,
     video_pair_scorer,
 )
-from finematch.models.slan.vqa import Answerer, AskedImages, answer_list, answer_shares
+from finematch.models.slan.vqa import Answerer, AskedImages, answer_list, answer_shares, spellings
 from finematch.scenes.tasks import TOKENIZER
 from finematch.text import tokenise, word_level
 from finematch.training import Plan, fit
@@ -121,7 +122,7 @@ def test_new_words_come_after_those_that_the_tower_knows():
 
 # --- questions ------------------------------------------------------------------------------------------------------
 def test_answers_count_by_the_people_who_gave_them():
-    shares = answer_shares(answered(answers=["Red"] * 5 + ["the red"] * 2 + ["blue", "a", "two"]))
+    shares = answer_shares(answered(answers=["the red"] * 2 + ["red"] * 5 + ["blue", "a", "two"]))
     assert shares == {"red": 0.7, "blue": 0.1, "2": 0.1}  # "a" is nothing
     questions = [
         answered(),
@@ -131,6 +132,25 @@ def test_answers_count_by_the_people_who_gave_them():
     ]
     assert answer_list(questions) == ["blue", "red"]
     assert answer_list(questions, 1) == ["blue"]
+
+
+def test_an_answer_on_which_all_agree_can_be_won():
+    """Where all people agree the evaluator compares letter by letter; where they do not, both sides are normalised."""
+    agreed = [
+        answered(answers=[one] * 10)
+        for one in ("t-shirt", "none", "the end", "coca-cola", "t-shirt", "t shirt")
+    ]
+    listed, spelling = answer_list(agreed), spellings(agreed)
+    assert listed == ["t-shirt", "none", "the end", "coca-cola"]
+    for question in agreed[:4]:
+        assert max(accuracy(answer, question.answers) for answer in listed) == 1
+        assert accuracy(normalise(question.answers[0]), question.answers) == 0
+        assert answer_shares(question, spelling) == {question.answers[0]: 1.0}
+    assert answer_shares(agreed[5], spelling) == {"t-shirt": 1.0}
+    assert accuracy("t-shirt", ["t shirt"] * 9 + ["shirt"]) == 1
+    source = Painted()
+    data = AskedImages(source, asked(source), range(8), WORDS, spelling={"red": "no"})
+    assert WORDS.batch_decode(data[0]["answers"]["input_ids"], skip_special_tokens=True) == ["no", "white"]
 
 
 def test_batches_of_questions():

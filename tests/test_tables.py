@@ -467,6 +467,49 @@ def test_rows_of_different_defaults_or_arithmetic_are_not_compared():
     )
 
 
+def test_a_verdict_from_runs_of_earlier_defaults_says_so():
+    """They are of neither reading, whichever column they stand in."""
+    old = by_row(one=[40.0, 41.0], two=[50.0, 51.5]).assign(run_earlier="steer, extent")
+    grid = replace(VIEWS, claims=VIEWS.claims[:1])
+    line = verdicts(grid, {"default": old}).iloc[0]
+    assert line["earlier"] == "extent, steer"
+    assert tables.said(line.to_dict()).endswith("2 seeds, earlier defaults")
+    assert (
+        "earlier defaults)"
+        in tables.headlines(pd.DataFrame([line]).assign(method="mvam", dataset="scenes"))[0]
+    )
+    now = verdicts(grid, {"default": old.assign(run_earlier="")}).iloc[0]
+    assert (now["earlier"], tables.said(now.to_dict())[-7:]) == ("", "2 seeds")
+    within = replace(grid, claims=(Claim("1 view beats chance", "one", "one", "i2t_r1", baseline="chance"),))
+    assert verdicts(within, {"default": old.assign(chance=1.0)}).iloc[0]["earlier"] == "extent, steer"
+    assert tables.seeds_of("scenes", old) == "scenes, 2 seeds, earlier defaults"
+    half = old.assign(run_earlier=old["run_earlier"].where(old["row"] == "one", ""))
+    assert tables.seeds_of("scenes", half) == "scenes, 2 seeds, some of earlier defaults"
+
+
+def test_what_a_row_did_not_measure_is_blank_in_that_row_alone():
+    """FELGA's untrained rows have no "after"; one seed without a number takes the number from its row."""
+    of = by_row(one=[0.0, 0.0], two=[0.0, 0.0]).assign(
+        grounding_pointing_before=[50.0, 50.0, 50.0, 50.0],
+        grounding_pointing_after=[np.nan, np.nan, 60.0, 62.0],
+        grounding_r1_after=[np.nan, np.nan, 30.0, np.nan],
+    )
+    found = tables.grounding(of).set_index("row")
+    assert found["pointing"].isna().tolist() == [True, False]
+    assert found.loc["two", "pointing"] == 61
+    assert found["pointing, before"].tolist() == [50, 50]
+    assert "R@1" not in found or found["R@1"].isna().all()
+
+
+def test_a_metric_that_a_grid_names_as_its_headline_is_shown():
+    """Ties count against the model, and keywords tie where whole texts do not: the neutral number stands beside."""
+    grid = grids.grid("felga_variants")
+    shown = tables.main_metrics(
+        grid, ["assignment_map", "assignment_expected", "assignment_lexical_expected"]
+    )
+    assert shown == ["assignment_map", "assignment_expected"]
+
+
 def test_a_comparison_of_the_same_runs_under_both_readings_counts_once():
     default = by_row(one=[40.0, 41.0], two=[50.0, 51.5])
     grid = replace(VIEWS, claims=VIEWS.claims[:1])

@@ -1494,8 +1494,8 @@ lesson.draw_winners(trials)
 # * **Trained with nouns** more than half of the boxes are won by a noun, and assignment rises far. Discovery is
 #   higher than with all keywords.
 #
-# [2_train](2_train.ipynb) measures the same with the features of a small CLIP, which are less tidy. The paper does
-# not speak of the kind of a keyword, so `train_keywords=all` is its text. The library departs from it with the
+# [2_train](2_train.ipynb) measures the same with the features of a small CLIP, which are less tidy. There training
+# with all keywords raises discovery, and assignment falls (section 17). The paper does not speak of the kind of a keyword, so `train_keywords=all` is its text. The library departs from it with the
 # default `nouns`; `reading=literal` takes all.
 
 # %%
@@ -1563,8 +1563,9 @@ assert not usual or few < many
 # ## 16. Every reading, and the rows of Tables 1 to 5
 #
 # Where the paper leaves a choice, the choice is an argument of the model or of the metric. The first table is made
-# from [`FELGAConfig`](../../src/finematch/models/configs.py#L161), the second from the metric.
-# [2_train](2_train.ipynb) takes all of them as parameters. Some choices fall before training: which CLIP (F14), which
+# from [`FELGAConfig`](../../src/finematch/models/configs.py#L164), the second from the metric.
+# [2_train](2_train.ipynb) takes those of the first table as parameters, and reports all readings of relevance (F22)
+# side by side. Some choices fall before training: which CLIP (F14), which
 # vectors of BLIP and BLIP-2 (F15, F16), how a box is cut (F17), which boxes (F18), which keywords (F19, F25), what a
 # text is (F20) and the prompt (F21). [The readings](../../docs/readings.md) have those that are parameters of a page.
 # F6 (means in place of sums), F7, F8 and F11 are no switches; sections 8, 11 and 12 speak of them.

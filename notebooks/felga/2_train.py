@@ -33,7 +33,7 @@ labels: str = None  # pseudo-labels (Eq. 3, 4, 6): dense | dynamic | sparse; def
 alignment: str = None  # losses: local (Eq. 10), global (Eq. 12) or both (Eq. 13); default both
 label_features: str = None  # features that Eq. 4-6 compare: frozen | online; default frozen (F9)
 fenet: str = None  # one FENet for both modalities, or one each: shared | separate; default shared (F12)
-input_scale: str = None  # length of the vectors that FENet takes: rms | unit | raw; default rms (F13)
+input_scale: str = None  # length of the vectors that FENet takes: rms | unit; default rms (F13)
 activation: str = None  # place of ReLU and dropout in FENet: between | every; default between (F13)
 loss: str = None  # over what Eq. 10 and 12 sum: anchor | batch | pair; default anchor; literal batch (F1)
 literal_scale: bool = None  # keep the outer sums of Eq. 10 and 12, for batch alone; default False (F1)
@@ -55,7 +55,7 @@ train_keywords: str = None  # keywords that FENet learns from: nouns | all; defa
 keyword_model: str = ""  # model of KeyBERT: hub name or folder; empty: the packaged MiniLM
 regions: int = None  # proposals per image; default 10
 words: int = None  # keywords per text; default 10
-crop_score: str = "max"  # how the scores of BLIP-2's vectors of a crop are joined: max | mean (F16)
+crop_score: str = "max"  # BLIP-2's vectors of a crop: the best of them scores, or their mean: max | mean (F16)
 hidden_dim: int = None  # hidden width of FENet; tiny 256, photos 1024, paper 4096
 out_dim: int = None  # width of the embeddings; tiny 128, photos 256, paper 512
 dropout: float = None  # dropout in FENet; default 0.2
@@ -233,6 +233,8 @@ facts
 # %%
 made = {"train_regions": train_regions, "train_keywords": train_keywords, "regions": gallery.regions, "keywords": gallery.keywords,
         "boxes": gallery.boxes, "classes": gallery.classes}  # fmt: skip
+if annotated is not None:
+    made |= {"annotated_regions": annotated.regions, "annotated_phrases": annotated.phrases}
 parts = {"train": sets.train, "gallery": sets.gallery, "annotated": sets.annotated}
 run = begin(
     "felga", s, data={name: digests(records) for name, records in parts.items()},

@@ -1203,7 +1203,7 @@ assert p.scale != "paper" or steps["library"].filter(like="17").item() > 0.6 * f
 # ## 10. Every reading, in one table
 #
 # Where the paper leaves a choice, the choice is an argument of
-# [`HSLMConfig`](../../src/finematch/models/configs.py#L83). The first value is the default. [`2_train`](2_train.ipynb) takes
+# [`HSLMConfig`](../../src/finematch/models/configs.py#L85). The first value is the default. [`2_train`](2_train.ipynb) takes
 # all of them as parameters.
 
 # %%
@@ -1232,7 +1232,8 @@ with torch.no_grad():
 #
 # The ablation of the paper takes modules away. Each row is an [`HSLM`](../../src/finematch/models/hslm.py#L545) with five
 # booleans. The cell counts the parameters of all twelve at the preset's size, without allocating them. At scale `paper`
-# it takes a vocabulary of 8,481 words and features of width 2,048, as for Flickr30k. Rsum is the sum of six
+# it takes a vocabulary of 8,481 words and features of width 2,048, as for Flickr30k. `2_train` reads WordPieces there,
+# 30,522 of them, and so its models have 6.6 M parameters more. Rsum is the sum of six
 # [recalls](../../docs/glossary.md): the percentage of images, and of captions, whose right answer is among the first 1, 5
 # and 10.
 

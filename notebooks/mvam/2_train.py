@@ -38,7 +38,7 @@ view_dim: int = None  # width of a view where projection is shared; default 64
 scoring: str = None  # score of a code and a token (Eq. 7): dot | scaled | tanh; default dot (M2)
 include_special: bool = None  # views may attend to [IMG], [CLS] and [SEP]; default True (M3)
 diversity: str = None  # diversity loss (Eq. 10, Eq. 11): base | none | sqrt; default base
-diversity_weight: float = None  # weight lambda of the diversity loss; tiny 0.01, photos 0.01, paper 10
+diversity_weight: float = None  # weight lambda of the diversity loss; tiny 0.01, photos 0.01, paper 10 (-)
 diversity_power: int = None  # power of the norm of Eq. 10-11: 2 | 1; default 2 (M4)
 diversity_reduce: str = None  # reduction of the diversity loss over the batch: mean | sum; default mean (M4)
 normalise: str = None  # where vectors are scaled to unit length: after | per_view; default after (M6)
@@ -55,7 +55,7 @@ regions: int = None  # proposals per image; tiny 20, photos 36, paper 36
 width: int = None  # width of the Transformers trained from scratch; tiny 128, photos 256, paper 768
 depth: int = None  # layers of the Transformers trained from scratch; tiny 1, photos 0, paper 12
 places: bool = True  # the image Transformer is told where regions lie (M18)
-input_dropout: float = None  # dropout of channels of frozen features; tiny 0, photos 0.3, paper 0
+input_dropout: float = None  # dropout of channels of frozen features; tiny 0, photos 0.3, paper 0 (-)
 epochs: int = None  # passes over the training pairs; tiny 4, photos 5, paper 20
 batch_size: int = None  # pairs per step; tiny 128, photos 128, paper 1024
 lr: float = None  # learning rate (stage 2); tiny 0.001, photos 0.001, paper 0.0001
@@ -208,7 +208,8 @@ run.folder
 #
 # > "For MVAM-CLIP, we train it in 2 stages: firstly training view codes with the fixed CLIP model [...], and secondly fine-tuning all parameters"
 #
-# With a pretrained CLIP (given, or at scale paper the published one), stage 1 trains the codes and, necessarily, the projection before them (reading M8). The paper does not print the optimiser and its
+# With a pretrained CLIP (given, or at scale paper the published one), stage 1 of MVAM trains the codes and, necessarily, the projection before them and the temperature (reading M8).
+# +Attn and [CLS] are the paper's Base-CLIP, which has one rate: they are trained in one stage. The paper does not print the optimiser and its
 # rates (M9): ours is AdamW, and a gradient longer than 1 is cut to that length.
 
 
@@ -223,7 +224,7 @@ def train(m: MVAM, where, member: int) -> dict:
     rest = {"identity": run.digest, "select": selection(records), "tracker": s.tracker,
             "evaluate": lambda of: validation(of, splits["val"])}  # fmt: skip
     pretrained = s.backbone == "clip" and isinstance(source, str)  # a name, not the shape of one from scratch
-    if not pretrained or s.pooling in ("cls", "mean"):
+    if not pretrained or s.pooling != "mvam":
         return fit(m, data, plan(s.lr, s.epochs, member), where, **rest)
     first = max(1, s.epochs // 2)
     codes = fit(m, data, plan(s.stage1_lr, first, member), where / "stage1",

@@ -30,7 +30,7 @@
 #
 # | symbol | shape | meaning | in the code | section |
 # |---|---|---|---|---|
-# | $D$, $L$ | numbers | width of a token, number of levels | `width`, `levels` of [`LocatorConfig`](../../src/finematch/models/configs.py#L211) | <a href="#model">2</a> |
+# | $D$, $L$ | numbers | width of a token, number of levels | `width`, `levels` of [`LocatorConfig`](../../src/finematch/models/configs.py#L214) | <a href="#model">2</a> |
 # | $V$ | b c h w | the image encoder's last map | [`Towers.vision`](../../src/finematch/models/slan/towers.py#L162) | <a href="#model">2</a> |
 # | $F_i$ | b u h w | the map of level i | [`VisionDecoder`](../../src/finematch/models/slan/towers.py#L189) | <a href="#model">2</a> |
 # | $E^T_i$ | b n D | embeddings of the tokens at level i | `words` of [`Located`](../../src/finematch/models/slan/locator.py#L111): $E^T_{L+1}$ | <a href="#model">2</a> |
@@ -153,11 +153,11 @@ assert (
 )  # L + 1 = 4 levels of boxes: the proposals, and one after each adaptor
 
 # %% [markdown]
-# **This is not the default model.** The page follows the print at three places where our defaults leave it. The
-# results on retrieval from scratch in section 19 were made before the defaults changed. All other readings are the
-# defaults, unless the text says otherwise.
+# **This is not the default model.** The page follows the print at three places where our defaults leave it.
+# Some of the runs behind section 19, those of Table 7 above all, were made before the defaults changed. All other
+# readings are the defaults, unless the text says otherwise.
 #
-# | | what it decides | this page | a run of `2_train` | Tables 6 and 7 in section 19 |
+# | | what it decides | this page | a run of `2_train` | older runs in section 19 |
 # |---|---|---|---|---|
 # | `extent` | how wide a level looks (section 6) | `map` | `region` | `map` |
 # | `steer` | which words move regions (sections 6, 15) | `fused` | `unimodal` | `fused` |
@@ -171,8 +171,8 @@ assert (usually.extent, usually.steer, configs.SLANConfig().region_word) == ("re
 # %% [markdown]
 # What comes before the adaptors belongs to the image alone. What is in the adaptors belongs to a *pair* of image and
 # sentence. The library computes the first part once
-# ([`SelfLocator.prepare`](../../src/finematch/models/slan/locator.py#L255)) and the second part for each sentence that an
-# image is asked about ([`SelfLocator.locate`](../../src/finematch/models/slan/locator.py#L308)). To rank 1,000 images
+# ([`SelfLocator.prepare`](../../src/finematch/models/slan/locator.py#L256)) and the second part for each sentence that an
+# image is asked about ([`SelfLocator.locate`](../../src/finematch/models/slan/locator.py#L309)). To rank 1,000 images
 # against 5,000 captions with adaptors would take five million passes; section 11 has what is done about it.
 #
 # The next cell sends the example of section 1 through the model: one image, two sentences. Before the adaptors both
@@ -1669,14 +1669,14 @@ check("slan.lonely", loss)
 #
 # Where the paper leaves a choice, the choice is an argument. The tables have its values, ours (`default`), and what
 # the paper says, taken by its words (`literal`), where that is another. `2_train` takes them all as parameters. First
-# those of the model, [`LocatorConfig`](../../src/finematch/models/configs.py#L211):
+# those of the model, [`LocatorConfig`](../../src/finematch/models/configs.py#L214):
 
 # %%
 columns = ["reading", "argument", "values", "default", "literal", "the paper"]
 show(pd.DataFrame(configs.LocatorConfig.readings(), columns=columns).set_index("reading"))
 
 # %% [markdown]
-# Then those of the objective, [`SLANConfig`](../../src/finematch/models/configs.py#L386):
+# Then those of the objective, [`SLANConfig`](../../src/finematch/models/configs.py#L389):
 
 # %%
 show(pd.DataFrame(configs.SLANConfig.readings(), columns=columns).set_index("reading"), digits=3)
@@ -1792,9 +1792,9 @@ look("slan", example.image, example.captions[0])
 # repository judge them on `scenes` (the literal readings were not run). A number is the difference of two rows with its
 # 95 % interval: in rsum for retrieval (the sum of R@1, R@5 and R@10 both ways), in CIDEr for captions, in AP for
 # detection, in accuracy for questions and image pairs, in R@1 for grounding and videos. "Undecided" means that the
-# interval contains zero; few seeds make wide intervals. **The lines of Tables 6 and 7 and on epochs had earlier
-# defaults**: no region-word contrast, and neighbourhoods of the map's size. The column `status` of each linked table
-# says which settings have changed since.
+# interval contains zero; few seeds make wide intervals. **The lines of Table 7 and those on six epochs had earlier
+# defaults**: no region-word contrast, and neighbourhoods of the map's size. Where a linked table has a column `status`,
+# it says which settings have changed since; a table without one has runs of today alone.
 
 # %%
 came_out("slan")
@@ -1813,7 +1813,7 @@ came_out("slan")
 #   shrink and drift. Held fixed, regions still go to the thing; proposals shrink where $p$ is below 1, and grow above.
 # * Matching alone can teach boxes to move to what is named, in a toy. It does not teach them how large to be.
 # * The cosine that steers a region has no loss of its own in the paper. The region-word contrast is one.
-# * On `scenes`, under the earlier defaults, proposals from scratch *grew* until they were the whole image. No loss
+# * On `scenes` proposals from scratch *grew* until they were the whole image. No loss
 #   holds their size, so it can go either way. Where they are the whole image, Eq. 3 is zero, if $p$ is not below 1
 #   (exercise 6). Why they grew is a guess of ours: matching asks whether a sentence is true of an image, and the whole
 #   image answers that best.

@@ -7,13 +7,13 @@
 # | scale | data | cost of one run |
 # |---|---|---|
 # | `smoke` | 160 pictures | seconds; the numbers mean nothing |
-# | `tiny`, scenes | 4,000 images of 64 px, maps of a frozen network trained on the captions | training 257 to 272 s on one thread (3 adaptors of `slan_adaptors`, `score_norm=minmax`; with today's defaults over a detector 321 to 581 s), after 5 minutes for what all runs share |
+# | `tiny`, scenes | 4,000 images of 64 px, maps of a frozen network trained on the captions | training 5 to 11 minutes on one thread (3 adaptors, from scratch or over a detector), after 5 minutes for what all runs share |
 # | `tiny`, flickr8k | 6,000 photos, maps of a frozen MobileNetV2 | training 1,868 s on one thread (3 adaptors of `slan_photos`, one seed), after the encoders |
 # | `paper` | COCO or Flickr30k, or shards of several caption sets for pretraining; ResNet-50 or a ViT, BERT, batch 640 to 1,280 | GPUs (the paper does not say how many) |
 #
 # **Expected** on scenes, test: the R@1 of [RESULTS.md](../../RESULTS.md), section "SLAN: Proposals and number of adaptors", row "trainable, 3". That
-# row sets `score_norm=minmax`; the page's default, `max`, had the same sum of recalls in one run on val, over a frozen detector (`benchmarks/recipes.csv`). Both directions are far above chance, and neither beats a bag of words that is given the true labels (`0_start_here` measures that baseline). Those runs were made without the region-word
-# contrast (S41), which is on by default now; without it the boxes do not converge to the objects that the caption mentions, and with it they do so over a detector's proposals alone. This is measured level by level below. The run writes `metrics.json` last: that file, not this page, is the
+# row sets `score_norm=minmax`; the page's default, `max`, had the same sum of recalls in one run on val, over a frozen detector (`benchmarks/recipes.csv`). Both directions are far above chance, and neither beats a bag of words that is given the true labels (`0_start_here` measures that baseline). Proposals from scratch
+# do not converge to the objects that the caption mentions, also with the region-word contrast (S41), which is on by default; over a detector's proposals words find their boxes with it. This is measured level by level below. The run writes `metrics.json` last: that file, not this page, is the
 # proof that it succeeded.
 #
 # A number in brackets behind a parameter, such as (S17), is the number of a reading, listed in `1_lesson`: a place where the paper can be read in several
@@ -85,7 +85,7 @@ roi: str = None  # implementation of RoI pooling: align | table; default align (
 samples: int = None  # sampling points of RoIAlign per side; tiny 4, photos 6, paper 14
 queue: int = None  # pairs in the contrast's queues; 0: the batch alone; tiny 0, photos 0, paper 65536 (S21)
 contrast: str = None  # tokens of the contrast: unimodal | fused; default unimodal (S20)
-embed: int = None  # width of the contrast's vectors; 0: the tokens'; tiny 64, photos 128, paper 256 (S37)
+embed: int = None  # width of the contrast's vectors; 0: the tokens'; tiny 64, photos 128, paper 256; literal 0 (S37)
 momentum: float = None  # decay of the momentum encoders; 0: none; default 0.995 (S21)
 same_picture: bool = None  # captions of one image are all positives; default True; literal False (S21)
 learnable_tau: bool = None  # the temperature is trained; default True

@@ -534,8 +534,8 @@ print(verdict(shown))
 
 # %% [markdown]
 # **Do levels refine?** Left and middle: of each level's own best region, whether it points and how it overlaps, trained and untrained, beside the chance of that level's regions and the middle of the picture.
-# Right: the scores. "Higher similarity scores after three levels" is to be read with care: level 0 compares regions of the encoder's map with words that have not met them, later
-# levels regions of the decoder's with words that have (Eq. 1), so the scores of levels are of different spaces; and whoever picks the best of ten after the last level
+# Right: the scores. "Higher similarity scores after three levels" is to be read with care: level 0 compares regions of the encoder's map, later levels regions of
+# the decoder's (and where `steer=fused`, with words that have met them, Eq. 1), so the scores of levels are of different spaces; and whoever picks the best of ten after the last level
 # picks what is high *there*. So the mean over all regions stands beside the best.
 
 # %%
@@ -792,10 +792,11 @@ if scenes:
     meanings = [meaning for truth in truths for meaning in truth["captions"]]
     assert [meaning["text"] for meaning in meanings] == split.captions
 first = {i: int(np.flatnonzero(split.image_of == i)[0]) for i in chosen}
-methods = ["contrast", f"best {s.rerank} re-ranked"] if s.itm_weight else ["contrast"]
+methods = ["contrast", "all re-ranked" if s.contrast == "fused" else f"best {s.rerank} re-ranked"] if s.itm_weight else ["contrast"]
 figure, axes = plt.subplots(len(methods) * len(chosen), p.top + 2, figsize=(1.2 * (p.top + 3), 1.6 * len(methods) * len(chosen)),
                             width_ratios=[1.9] + [1] * (p.top + 1), squeeze=False)  # fmt: skip
-ranks, rerank = {method: [] for method in methods}, min(s.rerank, len(split.records))
+ranks = {method: [] for method in methods}
+rerank = len(split.records) if s.contrast == "fused" else min(s.rerank, len(split.records))  # contrast=fused trains no vectors
 for n, i in enumerate(chosen):
     k = first[i]
     cosine = image @ text[k]

@@ -11,7 +11,7 @@
 # | `tiny`, flickr8k | COCO's boxes (`task=detection`) or Flickr8k's annotated phrases (`task=grounding`); minutes |
 # | `paper` | GPUs; the paper says neither how long nor at which rate it is fine-tuned |
 #
-# **Expected** Zero-shot, nobody has told the model where anything is: its boxes are poor, and so is its AP. The paper's 47 to 50 AP without a single labelled box cannot
+# **Expected** Zero-shot, nobody has told the model where anything is, unless the pretrained run reads a detector's proposals (scenes' rows do): its boxes are poor, and so is its AP. The paper's 47 to 50 AP without a single labelled box cannot
 # be checked. Fine-tuned on boxes, the head must beat itself with the images shuffled and the baselines that look at no text, or at no image. All of it is printed as measured.
 
 # %% tags=["parameters"]
@@ -32,8 +32,8 @@ start: str = "pretrained"  # first weights: that run's, or random ones of its sh
 label_score: str = None  # a class's score of a region, from those of its words: mean | max; default mean (S35)
 phrase_score: str = None  # a phrase's score of a region, from those of its words: max | mean; default max (S36)
 align: str = None  # words that a region is compared with: steering | fused; default steering (S35)
-top: int = None  # regions that the filter keeps for detection, T; 0 keeps all; default 100 (S35)
-threshold: float = None  # lowest score that the filter keeps for detection, h; default 0 (S35)
+top: int = None  # regions that the filter keeps for detection, T; 0 keeps all; default 100; literal 10 (S35)
+threshold: float = None  # lowest score that the filter keeps for detection, h; default 0; literal 0.5 (S35)
 grounding_top: int = 0  # regions kept for grounding, T; 0: as the pretrained run (S36)
 suppress: float = None  # IoU of non-maximum suppression of a class's boxes; 0: none; default 0.5 (S35)
 engine: str = "pycocotools"  # what computes COCO's AP: pycocotools | faster-coco-eval
@@ -70,6 +70,7 @@ from matplotlib import pyplot as plt
 from finematch import figures as draw
 from finematch.boxes import grid_boxes, iou
 from finematch.data import digests
+from finematch.data.names import in_common
 from finematch.evaluation.detection import (
     coco_truth, detection, frequency_rows, result_rows, uniform_class_rows, write_results,
 )  # fmt: skip
@@ -130,6 +131,8 @@ if s.task == "detection":
     truth = coco_truth(labelled[reported], ids)
     boxes = sum(len(record.objects) for record in records)
     print(f"{len(names)} classes in {len(texts)} prompts; train: {len(records)} images, {boxes} boxes; {reported}: {len(labelled[reported])} images")
+    seen = in_common(labelled[reported], data.splits["train"].records) if "train" in data.splits else 0
+    print(f"{seen} of the {len(labelled[reported])} images of {reported} are among those that the pretrained run learned from, with their captions")
 else:
     reported = s.report if s.report in data.splits else "val"
     split = data.splits[reported]
@@ -146,7 +149,7 @@ else:
 # %%
 made_of = dict(pretrained.identity.get("data", {}))
 made_of |= {f"labels {name}": digests(part) for name, part in labelled.items()}
-if s.task == "detection" and not s.dataset.startswith("scenes"):  # images that the pretrained run has not seen
+if s.task == "detection" and not s.dataset.startswith("scenes"):  # COCO's own images, not the pretrained run's
     made_of["label maps"] = {name: digest(key) for name, key in origin({name: part[0] for name, part in parts.items()}).items()}
 run = begin("slan_localization", with_run(s, pretrained), data=made_of, features=pretrained.identity.get("features", ""), out=s.out, resume=s.resume)
 run.folder

@@ -4,8 +4,8 @@
 # **Paper** *SLAN: Self-Locator Aided Network for Vision-Language Understanding* (ICCV 2023; version 1, with an
 # appendix, on arXiv in 2022), section 4.2.3 and the VQAv2 columns of Table 3.
 #
-# > "Visual Question Answering (VQA) requires the model to predict an answer from an image-question pair. We follow [23]
-# > and treat VQA as an open-ended question-generation task."
+# > "Visual Question Answering (VQA) requires the model to predict an answer from an image and a question. We
+# > follow [23] and treat VQA as an open-ended question-generation task."
 #
 # | on | cost |
 # |---|---|
@@ -63,7 +63,7 @@ from finematch import figures as draw
 from finematch.data import task_digests
 from finematch.evaluation.vqa import accuracy, normalise, vqa_results, write_vqa
 from finematch.features.tasks import task_entries, task_images, task_tokenizer
-from finematch.models.slan.vqa import AskedImages, answer_list, answer_shares
+from finematch.models.slan.vqa import AskedImages, answer_list, answer_shares, spellings
 from finematch.rebuild import pretrained_run, seen_as, slan_answerer, with_run
 from finematch.runs import begin
 from finematch.shortcuts import vqa_shortcuts
@@ -99,8 +99,9 @@ splits = list(dict.fromkeys(("train", "val", reported)))
 questions = task_entries("vqa", s.dataset, base.data.data_root, splits, smoke=s.smoke)
 
 images, rows = task_images(questions, seen_as(s, base))
-asked = {name: AskedImages(images[name], part, [row for (row,) in rows[name]], tokenizer) for name, part in questions.items()}
-listed = answer_list(questions["train"], s.answers)
+listed, spelling = answer_list(questions["train"], s.answers), spellings(questions["train"])
+asked = {name: AskedImages(images[name], part, [row for (row,) in rows[name]], tokenizer, spelling=spelling)
+         for name, part in questions.items()}  # fmt: skip
 test = questions[reported]
 made_of = base.identity.get("data", {}) | {f"questions {name}": task_digests(part) for name, part in questions.items()}
 run = begin("slan_vqa", with_run(s, base), data=made_of, features=base.identity.get("features", ""),
@@ -127,7 +128,7 @@ show(pd.DataFrame({"people": counts, "score": by_hand}).rename_axis("answer"))
 #
 # The question is the text of the self-locator, so it steers the regions. A causal decoder reads what the locator gives,
 # {E^T_{L+1}, E^G_{L+1}} (words and regions of the last level), and writes the answer. It begins with the weights of the text
-# tower. The loss is BLIP's: -log p of each answer, times the share of people who gave it.
+# tower. The loss is -log p of each answer, times the share of people who gave it, as in BLIP.
 #
 # The paper does not say how an answer is chosen (S32). By default all answers of a list are ranked by their likelihood
 # (`choose=rank`); `generate` writes freely.
@@ -145,7 +146,7 @@ with torch.no_grad():
     likely = answerer.likelihood(states[owner], valid[owner], ids, mask)
     loss = answerer(one)["loss"]
 example = questions["train"][0]
-table = pd.Series(answer_shares(example)).to_frame("share of people").assign(**{"-log p": (-likely).tolist()}).rename_axis("answer")
+table = pd.Series(answer_shares(example, spelling)).to_frame("share of people").assign(**{"-log p": (-likely).tolist()}).rename_axis("answer")
 assert torch.isclose(loss, torch.tensor((table["share of people"] * table["-log p"]).sum(), dtype=loss.dtype, device=device), atol=1e-4)
 print(f"{example.text} Loss {loss:.2f}")
 show(table, 2)

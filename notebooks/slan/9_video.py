@@ -96,6 +96,7 @@ def show(frame: pd.DataFrame, digits: int = 1) -> None:
 # %%
 base = pretrained_run(s)
 of_run, reported, m = base.settings, s.report, s.frames
+fused = of_run.contrast == "fused"  # then no loss has trained the vectors, and matching ranks every pair
 splits = ("train", "val", reported) if s.epochs else (reported,)
 clips = task_entries("video", s.dataset, base.data.data_root, list(dict.fromkeys(splits)), smoke=s.smoke)
 
@@ -162,7 +163,8 @@ def evaluated(pairs: ClipPairs) -> dict[str, dict]:
     found = {"ours": contrast, "contrast": contrast}
     if model.head is not None:
         scorer = video_pair_scorer(model, pairs.clips, pairs.texts.batch, m)
-        found["ours"] = reranked_video_retrieval(whole, texts, of, scorer, k=s.rerank, progress=s.scale == "paper", **said)
+        k = max(len(whole), len(texts)) if fused else s.rerank
+        found["ours"] = reranked_video_retrieval(whole, texts, of, scorer, k=k, score=of_run.rank_score, progress=s.scale == "paper", **said)
     return found | {"shuffled": video_retrieval(whole @ texts.T, shuffled), "one_frame": video_retrieval(middle @ texts.T, of)}
 
 

@@ -362,21 +362,25 @@ def _slan(
         contrast = caption.vector @ picture.vector[0]
         scores = contrast if model.head is None else model.judge(located)
     size = np.tile(seen.image.size, 2).astype(np.float32)
+    counted = model.locator.counted(caption.mask, caption.special).cpu().numpy()
     found = []
     for k, sentence in enumerate(sentences):
         tokens, levels, looks = _tokens(seen.run.data.tokenizer, sentence), [], []
-        real = located.valid[k].cpu().numpy()
+        real, words = located.valid[k].cpu().numpy(), counted[k, : len(tokens)]
         for i, (boxes, cosine) in enumerate(zip(located.boxes[:, k], located.cosine[:, k], strict=True)):
             boxes, fit = (
                 boxes.float().cpu().numpy()[real] * size,
                 cosine.float().cpu().numpy()[real, : len(tokens)],
             )
             around = [part[k].cpu().numpy()[real] for part in cells[i]] if i < len(cells) else None
+            best = (
+                np.where(words, fit, -np.inf) if words.any() else fit
+            )  # the cosine of what is no word is set to 0
             levels.append(
-                Level(boxes, fit.max(1), fit.argmax(1), None if around is None else around[0] * size,
+                Level(boxes, best.max(1), best.argmax(1), None if around is None else around[0] * size,
                       None if around is None else around[1])
             )  # fmt: skip
-            looks.append(Look(f"level {i}", boxes, fit.max(1), fit.max(0)))
+            looks.append(Look(f"level {i}", boxes, best.max(1), fit.max(0)))
         found.append(
             Levels(sentence, float(scores[k]), tokens, looks, levels=levels, top=top, threshold=threshold,
                    saliency=located.scores[k].cpu().numpy()[real], contrast=float(contrast[k]))

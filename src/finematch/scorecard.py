@@ -85,7 +85,7 @@ def lines(grid: grids.Grid, dataset: str, scale: str, runs: Mapping[str, pd.Data
             main = tables.main_metrics(grid, list(asked))
             for metric in [metric for metric in main if metric in column] or main[-1:]:
                 claim, line = asked[metric], judged.get((reading, text, metric), tables.NOTHING)
-                shown = {key: line[key] for key in ("verdict", "difference", "lower", "upper")}
+                shown = {key: line[key] for key in ("verdict", "difference", "lower", "upper", "earlier")}
                 for side, row in (("a", claim.better), ("b", claim.worse)):
                     within = side == "b" and claim.baseline
                     shown |= _side(side, of[of["row"] == row], claim.baseline if within else metric)
@@ -164,6 +164,7 @@ def cell(line: Line) -> str:
         return MARKS[NOT_RUN]
     judged = f" {line['difference']:+.2f}" if pd.notna(line["difference"]) else ""
     judged += f" ({line['lower']:+.2f} to {line['upper']:+.2f})" if pd.notna(line["lower"]) else ""
+    judged += ", earlier defaults" if line["earlier"] else ""
     return f"{MARKS[line['verdict']]}{judged}: {number(line, 'a')} against {number(line, 'b')}"
 
 

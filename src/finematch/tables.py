@@ -194,7 +194,7 @@ LEVEL = 0.95  # of the two-sided interval
 ORDER = ("dataset", "scale", "smoke", "data", "epochs", "encoder_epochs", "batch_size", "report", "shards")
 # A verdict where no run is.
 NOTHING = {"verdict": NOT_RUN, "difference": None, "lower": None, "upper": None, "test": None, "n_a": 0, "n_b": 0,
-           "note": ""}  # fmt: skip
+           "note": "", "earlier": ""}  # fmt: skip
 # Runs that differ in nothing else are one condition.
 OUTSIDE = ("seed", *OUTSIDE_IDENTITY)
 
@@ -219,6 +219,7 @@ def judge(
     Returns:
         `verdict`, `difference` (A minus B; B minus A where lower is better), `lower`, `upper` (the interval),
         `test` ("paired" or "Welch"), `n_a`, `n_b`, `note` (why nothing was judged); None where undefined.
+        `earlier`: settings of the runs whose defaults have changed since, so that the line is of neither reading.
 
     Raises:
         ValueError: a seed twice in one frame, a run without the metric, or frames that hold one condition:
@@ -557,9 +558,19 @@ def grounding(runs: pd.DataFrame, names: Mapping[str, str] | None = None) -> pd.
         return pd.DataFrame()
     frame = pd.DataFrame(lines)
     titles = [title + late for title in GROUNDING.values() for late in ("", ", before")]
-    titles = [title for title in titles if title in frame and frame[title].notna().all()
+    titles = [title for title in titles if title in frame
               and not (title.endswith("before") and title.split(",")[1:] != [" before"])]  # fmt: skip
-    found = summary(frame, ["row", "level"], titles)
+    parts = []
+    for _, of in frame.groupby(
+        ["row", "level"], sort=False
+    ):  # what one seed of a row lacks is left out of the row
+        whole = [title for title in titles if of[title].notna().all()]
+        parts.append(summary(of, ["row", "level"], whole))
+    titles = [title for title in titles if any(title in part for part in parts)]
+    order = ["row", "level", *titles, *(f"{title} sd" for title in titles), "n"]
+    found = pd.concat([part.dropna(axis=1, how="all") for part in parts], ignore_index=True).reindex(
+        columns=order
+    )
     counts = frame.groupby(["row", "level"], sort=False).agg({"few": "min", "many": "max"}).to_numpy()
     if counts.any():  # older files, and FELGA's, do not say how many
         found.insert(2, "boxes", ["" if not b else f"{a}" if a == b else f"{a} to {b}" for a, b in counts])
@@ -590,7 +601,8 @@ def _verdicts(grid: Grid, runs: pd.DataFrame) -> list[dict]:
     lines = []
     for claim in grid.claims:
         if claim.baseline:
-            lines.append(_within(runs[runs["row"] == claim.better], claim))
+            of_row = runs[runs["row"] == claim.better]
+            lines.append(_within(of_row, claim) | {"earlier": _earlier(of_row)})
             continue
         better, worse = (runs[runs["row"] == row] for row in (claim.better, claim.worse))
         if {claim.better, claim.worse} <= set(grid.untrained):  # one number each, however many seeds were run
@@ -609,12 +621,20 @@ def _verdicts(grid: Grid, runs: pd.DataFrame) -> list[dict]:
         else:
             line = judge(better, worse, claim.metric)
             line["note"] = line["note"].replace("the first", claim.better).replace("the second", claim.worse)
-        line |= {"better": claim.better, "worse": claim.worse}
+        line |= {
+            "better": claim.better,
+            "worse": claim.worse,
+            "earlier": _earlier(pd.concat([better, worse])),
+        }
         for column in (column for column, metric in grid.columns.items() if metric == claim.metric):
             pair = [cells.get((grid.names[row], column), np.nan) for row in (claim.better, claim.worse)]
             line["printed"] = round(float(pair[0] - pair[1]), 2)
         lines.append({"claim": claim.text, "metric": claim.metric} | line)
     return lines + _level_verdicts(grid, runs)
+
+
+def _earlier(runs: pd.DataFrame) -> str:
+    return ", ".join(sorted({name for of in runs.get("run_earlier", ()) for name in of.split(", ") if name}))
 
 
 def not_comparable(better: pd.DataFrame, worse: pd.DataFrame) -> str:
@@ -684,6 +704,7 @@ def _level_verdicts(grid: Grid, runs: pd.DataFrame) -> list[dict]:
                 "worse": f"{grid.levels} {worse}",
             }
             line["note"] = line["note"].split(" and the second")[0].replace("the first", grid.levels)
+            line["earlier"] = _earlier(runs)
             lines.append({"claim": f"{grid.levels}: {text}", "metric": f"grounding_{metric}"} | line)
     return lines
 
@@ -733,17 +754,20 @@ def verdict_table(frame: pd.DataFrame) -> str:
 
 
 def said(claim: Mapping[str, Any]) -> str:
-    """The verdict of one line of a claims file, with the interval and the seeds where it has them."""
+    """The verdict of one line of a claims file, with the interval and the seeds where it has them; and that the runs
+    were made with earlier defaults, where they were."""
     if pd.isna(claim["lower"]):
         return str(claim["verdict"])
     difference, lower, upper = (float(claim[name]) for name in ("difference", "lower", "upper"))
     seeds = "" if claim["n_a"] == claim["n_b"] else f" and {claim['n_b']}"
-    return f"**{claim['verdict']}**: {difference:+.1f} ({lower:+.1f} to {upper:+.1f}), {claim['n_a']}{seeds} seeds"
+    found = f"**{claim['verdict']}**: {difference:+.1f} ({lower:+.1f} to {upper:+.1f}), {claim['n_a']}{seeds} seeds"
+    return found + (", earlier defaults" if claim["earlier"] else "")
 
 
 def main_metrics(grid: Grid, judged: Sequence[str]) -> list[str]:
     """The grid's main metrics among those judged, after the first that the paper prints if it prints none of them."""
-    printed, judged = set(grid.columns.values()), [name for name in judged if not name.endswith("_expected")]
+    printed = set(grid.columns.values())
+    judged = [name for name in judged if name in grid.headline or not name.endswith("_expected")]
     main = [metric for metric in grid.headline if metric in judged] or judged[:1]
     return main if printed.intersection(main) else [name for name in judged if name in printed][:1] + main
 
@@ -776,7 +800,8 @@ def headlines(claims: pd.DataFrame) -> list[str]:
 def _headline(claims: pd.DataFrame) -> str:
     said = []
     for verdict in (HOLDS, CONTRADICTED):
-        found = [f"{c['claim']} ({c['difference']:+.1f}, {c['lower']:+.1f} to {c['upper']:+.1f})"
+        found = [f"{c['claim']} ({c['difference']:+.1f}, {c['lower']:+.1f} to {c['upper']:+.1f}"
+                 f"{', earlier defaults' if c['earlier'] else ''})"
                  for c in claims[claims["verdict"] == verdict].to_dict("records")]  # fmt: skip
         said += [f"*{verdict}*: {'; '.join(found)}"] if found else []
     rest = claims["verdict"].value_counts()
@@ -904,14 +929,16 @@ def write(grid: Grid, dataset: str, scale: str, runs: Mapping[str, pd.DataFrame]
 def seeds_of(dataset: str, runs: pd.DataFrame, reading: str = "default") -> str:
     """What measured numbers are of, for titles: "scenes, 3 seeds"; "1 to 3" where rows have run under so many.
 
-    The literal reading is named: "scenes, literal, 3 seeds".
+    The literal reading is named: "scenes, literal, 3 seeds"; and where rows were made with "earlier defaults", that.
     """
     if reading == "literal":
         dataset = f"{dataset}, literal"
     if runs.empty:
         return f"{dataset}, not run"
     few, many = (int(count) for count in runs.groupby("row").size().agg(["min", "max"]))
-    return f"{dataset}, {few if few == many else f'{few} to {many}'} seed{'s' * (many > 1)}"
+    old = [bool(_earlier(of)) for _, of in runs.groupby("row")]
+    of_then = "" if not any(old) else ", earlier defaults" if all(old) else ", some of earlier defaults"
+    return f"{dataset}, {few if few == many else f'{few} to {many}'} seed{'s' * (many > 1)}{of_then}"
 
 
 def drawn(grid: Grid, runs: pd.DataFrame, dataset: str, reading: str = "default") -> dict[str, Any]:

@@ -7,10 +7,11 @@ names and sizes, so that bytes say nothing; COCO's image id and Flickr's photo i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from finematch.data.checks import read_json, reading
+from finematch.data.record import Record
 
 FLICKR_URL = re.compile(r"flickr\.com/(?:.*/)?(\d+)_[0-9a-f]+")
 
@@ -46,6 +47,12 @@ def held_out_names(path: str | Path) -> set[str]:
     with reading(path, "the list `images`"):
         entries = [entry for entry in data["images"] if entry.get("split", "val") in ("val", "test")]
         return {name for entry in entries for name in known_names(entry, str(data.get("dataset", "")))}
+
+
+def in_common(records: Iterable[Record], others: Iterable[Record]) -> int:
+    """How many of the records' images are among the others' by an id that both sides state (`Record.known_as`)."""
+    names = {name for record in others for name in record.known_as}
+    return sum(not names.isdisjoint(record.known_as) for record in records)
 
 
 def result_id(image_id: str) -> int | str:

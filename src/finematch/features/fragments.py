@@ -448,7 +448,7 @@ def text_fragments(
     rows = cached_rows(cache, "texts", key, np.arange(len(distinct) + 1),
                        lambda items: model.embed_texts([distinct[i] for i in items]), names=distinct, dtype=dtype,
                        echo=_progress(echo, split, len(distinct), "texts"))  # fmt: skip
-    return Fragments(rows, index, mask, distinct, key)
+    return Fragments(rows, index, mask, distinct, key | {"lists": digest(words)})
 
 
 def whole_texts(

@@ -39,7 +39,9 @@ class MVAMConfig(Config):
         help="views may attend to [IMG], [CLS] and [SEP]",
     )  # fmt: skip
     diversity: str = setting("base", {"base", "sqrt", "none"}, "diversity loss (Eq. 10, Eq. 11)")
-    diversity_weight: float = setting(10.0, (0, 1e6), "weight lambda of the diversity loss")
+    diversity_weight: float = setting(
+        10.0, (0, 1e6), "weight lambda of the diversity loss", register="-", literal=10.0,
+        says="10 (4.4); at our small scales, from scratch, that weight ends at chance")  # fmt: skip
     diversity_power: int = switch(
         "M4",
         2,
@@ -146,7 +148,8 @@ class HSLMConfig(Config):
     rivals: int = setting(
         0, (0, 65536), "hardest of so many random negatives; 0: of the batch", register="H26", literal=0,
         says="hard negatives in each mini-batch")
-    dropout: float = setting(0.0, (0, 0.95), "dropout of the word embeddings")
+    dropout: float = setting(
+        0.0, (0, 0.95), "dropout of the word embeddings", register="H27", literal=0.0, says="nothing about dropout")
     input_dropout: float = setting(
         0.0, (0, 0.95), "share of the region features' channels that an image loses in a step", register="H27",
         literal=0.0, says="nothing about dropout; few images with frozen features are soon learned by heart")
@@ -174,7 +177,7 @@ class FELGAConfig(Config):
     out_dim: int = setting(512, (1, 65536), "width of the embeddings")
     dropout: float = setting(0.2, (0, 0.95), "dropout in FENet")
     input_scale: str = switch(
-        "F13", "rms", "unit", "raw", says="does not say how long the vectors are that FENet takes",
+        "F13", "rms", "unit", says="does not say how long the vectors are that FENet takes",
         help="length of the vectors that FENet takes")
     activation: str = switch(
         "F13", "between", "every",
@@ -335,11 +338,11 @@ class LocalizationConfig(Config):
         "S35", "steering", "fused", says="'We adopt the output from the last layer of the' ends there",
         help="words that a region is compared with")
     top: int = setting(
-        100, (0, 1000), "regions that the filter keeps for detection, T; 0 keeps all", register="S35",
+        100, (0, 1000), "regions that the filter keeps for detection, T; 0 keeps all", register="S35", literal=10,
         says="T = 10 (Table 7), with which COCO's AP, which counts 100 boxes, is capped")
     threshold: float = setting(
         0.0, (0, 0.999), "lowest score that the filter keeps for detection, h", register="S35",
-        says="h = 0.5 (Table 7)")
+        literal=0.5, says="h = 0.5 (Table 7)")
     suppress: float = setting(
         0.5, (0, 0.99), "IoU of non-maximum suppression of a class's boxes; 0: none", register="S35",
         says="nothing about boxes that overlap; GLIP suppresses them")
@@ -366,7 +369,7 @@ class AnsweringConfig(Config):
     """Settings of `models.slan.vqa.Answerer` (SLAN 4.2.3, Table 3)."""
 
     choose: str = switch(
-        "S32", "rank", "generate", says="'open-ended' generation; BLIP ranks a list of answers",
+        "S32", "rank", "generate", says="'open-ended' generation, following BLIP, which ranks a list of answers",
         help="the answer: likeliest of a list, or written word by word")
     answers: int = setting(3128, (1, 100000), "answers in the list, the most frequent of train")
     candidates: int = setting(128, (1, 100000), "answers scored whole, those whose first word is likeliest")
@@ -405,8 +408,8 @@ class SLANConfig(Config):
         "S20", "unimodal", "fused", says="Eq. 5 compares T_v and T_t; Algorithm 1 ends with others",
         help="tokens of the contrast")
     embed: int = setting(
-        256, (0, 65536), "width of the contrast's vectors; 0: the tokens'", register="S37",
-        says="a dot product of D-d tokens; ALBEF projects them to 256")
+        256, (0, 65536), "width of the contrast's vectors; 0: the tokens'", register="S37", literal=0,
+        says="a dot product of D-d tokens; ALBEF projects them to 256 and makes them unit vectors, as we always do")
     queue: int = setting(
         65536, (0, 2**20), "pairs in the contrast's queues; 0: the batch alone", register="S21",
         says="'two queues', of no stated size")

@@ -176,7 +176,7 @@ def lifted(
         tau: temperature: d and `margin` are divided by it. 1 is the paper's.
         empty: an anchor without positives or without negatives is left out (`skip`), or counts with the summand
             that it has (`keep`). The mean is over the anchors that count; without any the loss is 0. `skip`
-            is the default because with sparse labels nearly all rows are empty: kept, they push every region
+            is the default because with sparse labels half of the rows and more are empty: kept, they push every region
             away from every keyword. `pair` leaves out positives without any negative.
         literal_scale: `batch` times the number of rows and of columns, as the outer sums have it.
 
@@ -220,7 +220,7 @@ class FELGA(Pretrained, nn.Module):
     (Eq. 13 without its second term, as lambda3 = 0) or `global` (without its first): Table 4. The similarities of Eq.
     4-6 (`label_features`) are those of the `frozen` features, which never change, or those of the current embeddings
     (`online`). FENet takes the frozen features at length one (`input_scale` `unit`), at length sqrt(d), so that the
-    mean square of an entry is one (`rms`), or as they are (`raw`). The form of the loss holds for both levels, see
+    mean square of an entry is one (`rms`). The form of the loss holds for both levels, see
     `lifted`; without `hinge` the margins lambda1 and lambda2 change the loss by a constant and no gradient at all. With
     `same_keyword_positives` or a global loss with `global_negatives="distinct"` batches need `keyword_id`, see
     `batch_labels`. The paper takes all other texts as negatives of Eq. 12; we leave out those that share a keyword with
@@ -271,8 +271,6 @@ class FELGA(Pretrained, nn.Module):
         return self.word_net(self._input(features))
 
     def _input(self, features: Tensor) -> Tensor:
-        if self.config.input_scale == "raw":
-            return features.float()
         unit = F.normalize(features.float(), dim=-1)
         return unit * features.shape[-1] ** 0.5 if self.config.input_scale == "rms" else unit
 

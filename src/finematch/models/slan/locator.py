@@ -121,7 +121,8 @@ class Located(NamedTuple):
         text: T_t, fused: `words` at position 0.
         reg_loss: Eq. 3 of each picture; 0 without levels.
         cosine: of each region with each word (Figures 5 and 6), for all levels: of E^G_1 before the first, then of the
-            region's embedding from F_i with the words of its level; 0 for what is no word.
+            region's embedding from F_i; with E^T_1, or with its level's words where `steer` is `fused`; 0 for what is
+            no word.
     """
 
     boxes: Float[Tensor, "l b t 4"]

@@ -375,10 +375,11 @@ class SLAN(Pretrained, nn.Module):
         if self.training:
             self.steps += 1
         terms = {}
+        fused = self._fused_table(picture, caption) if self.fused_contrast and self.weights["itc"] else None
         if self.weights["itc"]:
-            terms["itc"] = self._contrast(batch, picture, caption)
+            terms["itc"] = self._contrast(batch, picture, caption, fused)
         if self.weights["itm"]:
-            terms["itm"] = shared(self._matching(picture, caption, located, image_id))
+            terms["itm"] = shared(self._matching(picture, caption, located, image_id, fused))
         if self.weights["mlm"]:
             terms["mlm"] = shared(self._masked(picture, text))
         if self.weights["reg"]:  # Eq. 9: summed over regions, mean over pictures
@@ -387,10 +388,12 @@ class SLAN(Pretrained, nn.Module):
             terms["word"] = self._region_word(picture, caption, image_id)
         return {"loss": sum(self.weights[name] * value for name, value in terms.items()), **terms}
 
-    def _contrast(self, batch: dict, picture: Picture, caption: Caption) -> Tensor:
+    def _contrast(self, batch: dict, picture: Picture, caption: Caption, fused: Tensor | None) -> Tensor:
         image_id = batch["image_id"]
-        if self.fused_contrast:
-            return shared(self._contrast_of_fused(picture, caption, image_id))
+        if fused is not None:
+            return shared(
+                softmax_both_ways(fused, image_id, self.form["same_picture"], self.form["reduction"])
+            )
         if self.momentum is None:
             image, text = picture.vector, caption.vector
         else:
@@ -407,22 +410,28 @@ class SLAN(Pretrained, nn.Module):
             self.queue.enqueue(image, text, image_id)
         return shared(loss)
 
-    def _contrast_of_fused(self, picture: Picture, caption: Caption, image_id: Tensor) -> Tensor:
-        """Eq. 5-6 of the tokens after the locator (S20): sim(T_v, T_t) of a pair is known to that pair alone, so that
-        b x b pairs pass the locator, of this process's own batch; nothing could wait in a queue."""
-        b = len(image_id)
-        rows = torch.arange(b, device=image_id.device)
+    def _fused_table(self, picture: Picture, caption: Caption) -> Float[Tensor, "b b"]:
+        """What Eq. 5-6 compare where the contrast reads the tokens after the locator (S20): sim(T_v, T_t) of a pair is
+        known to that pair alone, so that b x b pairs pass the locator, of this process's own batch; nothing could wait
+        in a queue."""
+        b = len(picture.vector)
+        rows = torch.arange(b, device=picture.vector.device)
         i, j = rows.repeat_interleave(b), rows.repeat(b)
         at = self.locate(picture[i], caption[j])
         image = unit(self.encoders.project_image(at.picture))
         text = unit(self.encoders.project_text(at.text))
-        table = self.temperature() * (image * text).sum(1).view(b, b)
-        return softmax_both_ways(table, image_id, self.form["same_picture"], self.form["reduction"])
+        return self.temperature() * (image * text).sum(1).view(b, b)
 
-    def _matching(self, picture: Picture, caption: Caption, located: Located, image_id: Tensor) -> Tensor:
-        """One true pair to two hard ones, from this process's own batch (as ALBEF)."""
+    def _matching(
+        self, picture: Picture, caption: Caption, located: Located, image_id: Tensor, fused: Tensor | None
+    ) -> Tensor:
+        """One true pair to two hard ones, from this process's own batch (as ALBEF): drawn by the contrast's own
+        similarities, `fused` where it compares fused tokens."""
         with torch.no_grad(), torch.autocast(image_id.device.type, enabled=False):
-            similarity = self.temperature() * picture.vector @ caption.vector.T
+            if fused is None:
+                similarity = self.temperature() * picture.vector @ caption.vector.T
+            else:
+                similarity = fused.detach().float()
             if self.training and self.steps <= self.random_steps:
                 similarity = torch.zeros_like(similarity)
             texts, pictures = hard_negatives(similarity, image_id)

@@ -7,15 +7,17 @@ The question is the text of the self-locator, so that it steers the regions. A c
 locator gives, {E^T_{L+1}, E^G_{L+1}}, and writes the answer. The paper leaves open how an answer is chosen (S32): by
 default every answer of a list is scored by its log-likelihood (BLIP: the first `candidates` by their first word, then
 whole); `generate` writes freely, the likeliest word at each step. The decoder is that of captioning
-(`encoders.causal_decoder`). The loss is BLIP's: each answer of a question counts with the share of people who gave it.
+(`encoders.causal_decoder`). In the loss each answer of a question counts with the share of people who gave it, as in
+BLIP. Here answers of one normalised form count as one, and the loss has no label smoothing.
 
 Axes: `b` questions, `a` answers, `n` tokens, `s` states that the decoder reads, `v` words, `d` width.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,16 +39,30 @@ from finematch.models.slan.objective import SLAN, locate_pairs
 from finematch.text import Ragged, tokenise
 
 
-def answer_shares(question: Question) -> dict[str, float]:
-    """The answers of a question, normalised, with the share of people who gave each; empty ones are left out."""
+def spellings(questions: Iterable[Question]) -> dict[str, str]:
+    """By normalised form the spelling on which the people of most questions agree ("t shirt": "t-shirt"; the first of
+    equals). There the evaluator compares letters, so that the normalised form could not win; everywhere else it
+    normalises both sides."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for question in questions:
+        if len(set(question.answers)) == 1:
+            found[normalise(question.answers[0])][question.answers[0]] += 1
+    return {form: spelt.most_common(1)[0][0] for form, spelt in found.items() if form}
+
+
+def answer_shares(question: Question, spelling: Mapping[str, str] = MappingProxyType({})) -> dict[str, float]:
+    """The answers of a question with the share of people who gave each. Answers of one normalised form are one answer,
+    in its `spelling`, or else in that form; empty ones are left out."""
     found = Counter(filter(None, map(normalise, question.answers)))
-    return {answer: count / len(question.answers) for answer, count in found.items()}
+    return {spelling.get(form, form): count / len(question.answers) for form, count in found.items()}
 
 
 def answer_list(questions: Sequence[Question], most: int = 3128) -> list[str]:
-    """The answers to rank: the most frequent of the questions' most frequent answers (BLIP: 3,128)."""
+    """The answers to rank, in their `spellings`: the most frequent of the questions' most frequent answers (BLIP:
+    3,128)."""
     first = [max(shares, key=shares.get) for shares in map(answer_shares, questions) if shares]
-    return [answer for answer, _ in Counter(first).most_common(most)]
+    spelling = spellings(questions)
+    return [spelling.get(form, form) for form, _ in Counter(first).most_common(most)]
 
 
 class AskedImages(Dataset):
@@ -54,7 +70,7 @@ class AskedImages(Dataset):
 
     Args:
         images: a source whose row `row_of[i]` is the image of question i.
-        answers: of training, see `answer_shares`; of questions without any, batches have none either.
+        spelling: of the answers of train, see `spellings`. Of questions without answers, batches have none either.
     """
 
     def __init__(
@@ -64,11 +80,12 @@ class AskedImages(Dataset):
         row_of: Sequence[int],
         tokenizer: PreTrainedTokenizerBase,
         *,
+        spelling: Mapping[str, str] = MappingProxyType({}),
         max_length: int = 32,
     ):
         self.images, self.row_of = images, np.asarray(row_of)
         self.texts = tokenise([question.text for question in questions], tokenizer, max_length=max_length)
-        shares = [answer_shares(question) for question in questions]
+        shares = [answer_shares(question, spelling) for question in questions]
         self.start = np.cumsum([0, *map(len, shares)])
         self.share = torch.tensor([share for one in shares for share in one.values()])
         words = [answer for one in shares for answer in one]
