@@ -369,6 +369,8 @@ def test_the_literal_reading_is_the_text_where_it_says_anything():
         )
         assert (default.diversity_weight, default.input_dropout) == (0.01, own)
         assert (literal.diversity_weight, literal.input_dropout) == (10.0, 0.0)
+    without = [Settings("mvam", {"diversity": "none", "reading": one}) for one in ("default", "literal")]
+    assert {one.diversity_weight for one in without} == {0.01}  # of no loss: one run stands for both readings
 
 
 def test_settings_take_zero_as_zero():

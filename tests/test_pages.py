@@ -70,7 +70,7 @@ def test_every_page_with_readings_and_every_grid_has_its_part():
 def test_what_came_out_is_read_from_the_claims(kept):
     claims = kept / "figures" / "mvam_views.scenes.tiny.claims.csv"
     lines = claims.read_text(encoding="utf-8").splitlines()
-    number = next(n for n, line in enumerate(lines) if line.startswith("both,8 views beat 1,rsum,"))
+    number = next(n for n, line in enumerate(lines) if line.startswith("default,8 views beat 1,rsum,"))
     fields = lines[number].split(",")
     fields[3:7] = ["contradicted", "-2.0", "-3.0", "-1.0"]
     claims.write_text(

@@ -479,6 +479,9 @@ def test_a_verdict_from_runs_of_earlier_defaults_says_so():
         in tables.headlines(pd.DataFrame([line]).assign(method="mvam", dataset="scenes"))[0]
     )
     now = verdicts(grid, {"default": old.assign(run_earlier="")}).iloc[0]
+    assert tables.said(now.to_dict() | {"earlier": math.nan}) == tables.said(
+        now.to_dict()
+    )  # as read from a file
     assert (now["earlier"], tables.said(now.to_dict())[-7:]) == ("", "2 seeds")
     within = replace(grid, claims=(Claim("1 view beats chance", "one", "one", "i2t_r1", baseline="chance"),))
     assert verdicts(within, {"default": old.assign(chance=1.0)}).iloc[0]["earlier"] == "extent, steer"

@@ -106,7 +106,8 @@ for reading, of in found.items():
     of_row = of[of["row"] == table.names[table.levels]] if table.levels and len(of) else of[:0]
     if len(of_row):
         with F.style():
-            figure = F.levels(of_row, data=T.seeds_of(table.measured_on or p.dataset, runs[reading], reading))
+            own = runs[reading][runs[reading]["row"] == table.levels]
+            figure = F.levels(of_row, data=T.seeds_of(table.measured_on or p.dataset, own, reading))
             F.save(figure, f"{stems[reading]}.grounding.svg")
         display(figure)
 

@@ -8,8 +8,10 @@ from finematch.config import Settings
 BESIDE = {"two-stream": "mvam", "pvse": "mvam", "mvam-1": "mvam", "mvam": "mvam", "scan": "hslm",
           "saf": "hslm", "hslm-global": "hslm", "hslm": "hslm", "slan": "slan"}  # fmt: skip
 # an entrant's own settings of that method, beside those that all share
+NO_VIEWS = {"diversity_weight": 0.01}  # of a loss that they do not have: the same under both readings
 OWN = {
-    "two-stream": {"pooling": "mean"},
+    "two-stream": {"pooling": "mean"} | NO_VIEWS,
+    "pvse": NO_VIEWS,  # its own weights are those of `rivals.PVSE`
     "mvam-1": {"pooling": "attention", "views": 1, "diversity": "none"},
     # row 1 of HSLM's Table 4
     "hslm-global": {"mgcn": False, "self_attn": False, "cross_attn": False, "glob": True, "loc": False},

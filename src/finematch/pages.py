@@ -141,7 +141,7 @@ def came_out(name: str, claims: list[str] | None, figures: Path) -> str:
 
 
 def _line(grid: grids.Grid, metric: str, file: Path, of: pd.DataFrame) -> dict[str, str]:
-    column = {ours: theirs for theirs, ours in grid.columns.items()}.get(metric, metric)
+    column = {ours: title for title, ours in (*grid.also.items(), *grid.columns.items())}.get(metric, metric)
     found = {line["reading"]: said(line) for line in of.to_dict("records")}
     if "both" in found:
         found = dict(zip(READINGS, (found["both"], "the same"), strict=True))

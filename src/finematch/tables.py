@@ -761,7 +761,12 @@ def said(claim: Mapping[str, Any]) -> str:
     difference, lower, upper = (float(claim[name]) for name in ("difference", "lower", "upper"))
     seeds = "" if claim["n_a"] == claim["n_b"] else f" and {claim['n_b']}"
     found = f"**{claim['verdict']}**: {difference:+.1f} ({lower:+.1f} to {upper:+.1f}), {claim['n_a']}{seeds} seeds"
-    return found + (", earlier defaults" if claim["earlier"] else "")
+    return found + _of_then(claim)
+
+
+def _of_then(claim: Mapping[str, Any]) -> str:
+    """ ", earlier defaults" where a line of a claims file names some; an empty cell may have been read as NaN."""
+    return ", earlier defaults" if isinstance(claim["earlier"], str) and claim["earlier"] else ""
 
 
 def main_metrics(grid: Grid, judged: Sequence[str]) -> list[str]:
@@ -801,7 +806,7 @@ def _headline(claims: pd.DataFrame) -> str:
     said = []
     for verdict in (HOLDS, CONTRADICTED):
         found = [f"{c['claim']} ({c['difference']:+.1f}, {c['lower']:+.1f} to {c['upper']:+.1f}"
-                 f"{', earlier defaults' if c['earlier'] else ''})"
+                 f"{_of_then(c)})"
                  for c in claims[claims["verdict"] == verdict].to_dict("records")]  # fmt: skip
         said += [f"*{verdict}*: {'; '.join(found)}"] if found else []
     rest = claims["verdict"].value_counts()

@@ -408,8 +408,8 @@ class SLANConfig(Config):
         "S20", "unimodal", "fused", says="Eq. 5 compares T_v and T_t; Algorithm 1 ends with others",
         help="tokens of the contrast")
     embed: int = setting(
-        256, (0, 65536), "width of the contrast's vectors; 0: the tokens'", register="S37", literal=0,
-        says="a dot product of D-d tokens; ALBEF projects them to 256 and makes them unit vectors, as we always do")
+        256, (0, 65536), "width of the contrast's vectors; 0: the tokens'", register="S37",
+        says="a dot product of D-d tokens; ALBEF projects them to 256, and makes them unit vectors, as we always do")
     queue: int = setting(
         65536, (0, 2**20), "pairs in the contrast's queues; 0: the batch alone", register="S21",
         says="'two queues', of no stated size")
