@@ -197,6 +197,11 @@ def test_it_runs(name, folder):
             assert metrics["protocol"].startswith(
                 "scenes test: object discovery, 8 class names x 40 pictures"
             )
+            run = open_run(folder / name.replace("/", "-"))
+            assert run.data.sets.gallery
+            assert run.status == "current"  # the same data and features when it is opened again
+            run.identity["data"]["gallery"] = {}
+            assert run._changed(run.data).startswith("the data are others")
         else:
             assert metrics["metrics"]["images"] == 40
             assert metrics["protocol"].startswith("scenes test: 40 images x 200 captions")

@@ -139,13 +139,18 @@ class Run:
         from finematch.data import digests
         from finematch.features.inputs import origin
 
-        splits, was = getattr(data, "splits", {}), self.identity
-        if not was or not splits:
+        splits, sets, was = getattr(data, "splits", {}), getattr(data, "sets", None), self.identity
+        parts = {name: split.records for name, split in splits.items()}
+        if sets is not None:  # FELGA's, whose features `rebuild.open_gallery` compares by what made them
+            parts = {"train": sets.train, "gallery": sets.gallery, "annotated": sets.annotated}
+        if not was or not parts:
             return ""
-        now = {name: digests(split.records) for name, split in splits.items()}
+        now = {name: digests(records) for name, records in parts.items()}
         known = {name: was["data"].get(name) for name in now}
         if known != now:
             return f"the data are others: {differences(known, now)}"
+        if not splits:
+            return ""
         features = _plain(origin({name: split.images for name, split in splits.items()}))
         return (
             ""
