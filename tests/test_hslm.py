@@ -670,7 +670,7 @@ def test_the_literal_reading_is_the_papers_text():
         "self_attention": "word", "self_residual": False, "relation": "nodes", "graph_norm": "none",
         "normalise_graph": False, "cross": "attend", "gate_pool": "mean", "cross_scale": 1.0, "context_norm": False,
         "node_gate": "scalar", "node_weights": "raw", "loss_score": "logit", "include_special": True, "rivals": 0,
-        "start": "random", "input_dropout": 0.0,
+        "start": "random", "dropout": 0.0, "input_dropout": 0.0,
     }  # fmt: skip
     assert HSLMConfig.literal() == text  # relation: the printed one cannot be trained, see below
     tiny_run, paper = Settings("hslm", {"reading": "literal"}), Settings("hslm", {"scale": "paper"})
