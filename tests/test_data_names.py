@@ -6,7 +6,8 @@ import pytest
 from formats import coco, five, karpathy, karpathy_entry
 
 from finematch.data import DataError, load_coco, load_karpathy
-from finematch.data.names import held_out_names, known_names
+from finematch.data.names import held_out_names, in_common, known_names
+from finematch.data.record import Record
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,16 @@ from finematch.data.names import held_out_names, known_names
 )  # fmt: skip
 def test_names_by_format(entry, dataset, names):
     assert known_names(entry, dataset) == names
+
+
+def test_images_in_common_are_those_of_one_id():
+    """COCO's val2017 is part of what Karpathy's split trains on, under other file names. No id, no image in common."""
+    one, other = (
+        [Record(str(k), "val", (), None, known_as=names) for k, names in enumerate(known)]
+        for known in ([("coco:9", "flickr:7"), ("coco:8",), ()], [("coco:9",), (), ("flickr:8",)])
+    )
+    assert in_common(one, other) == in_common(other, one) == 1
+    assert in_common(one, one) == 2
 
 
 def test_records_carry_their_names(tmp_path):

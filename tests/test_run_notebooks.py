@@ -14,11 +14,11 @@ import torch
 from filelock import FileLock
 from notebook_text import NOTEBOOKS, ROOT, declaration
 from safetensors.torch import load_file
-from transformers import BertModel
+from transformers import BertModel, CLIPImageProcessor, CLIPModel
 
 from finematch.data import load
 from finematch.data.shards import write_shards
-from finematch.encoders import small_bert
+from finematch.encoders import small_bert, small_clip
 from finematch.runs import open_run
 from finematch.scenes.generator import TOKENIZER, generate
 from finematch.text import word_level, wordpiece
@@ -386,6 +386,25 @@ def ran(name, out, processes=1, **given) -> dict:
     """The metrics file of a notebook's run."""
     run_notebook(name, out, given | {"out": out}, processes)
     return json.loads((out / "metrics.json").read_text())
+
+
+def test_mvam_alone_trains_a_given_clip_in_two_stages(tmp_path):
+    """4.4: "For MVAM-CLIP, we train it in 2 stages". +Attn is the paper's Base-CLIP, which has one rate."""
+    tokenizer = word_level(TOKENIZER)
+    sizes = {
+        "eos": tokenizer.sep_token_id,
+        "bos": tokenizer.cls_token_id,
+        "size": 64,
+        "width": 16,
+        "depth": 1,
+    }
+    CLIPModel(small_clip(len(tokenizer), **sizes)).save_pretrained(tmp_path / "clip")
+    tokenizer.save_pretrained(tmp_path / "clip")
+    CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64).save_pretrained(tmp_path / "clip")
+    given = {"smoke": True, "backbone": "clip", "text": "clip", "clip_weights": str(tmp_path / "clip")}
+    for pooling, stages in (("attention", []), ("mvam", ["stage1", "stage2"])):
+        ran("mvam/2_train", tmp_path / pooling, **given, pooling=pooling, views=1 if not stages else 4)
+        assert sorted(path.name for path in (tmp_path / pooling).glob("stage*")) == stages
 
 
 def test_phrases_are_grounded_from_the_same_run_and_the_run_opens_again(folder):
