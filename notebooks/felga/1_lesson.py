@@ -1495,8 +1495,9 @@ lesson.draw_winners(trials)
 #   higher than with all keywords.
 #
 # [2_train](2_train.ipynb) measures the same with the features of a small CLIP, which are less tidy. There training
-# with all keywords raises discovery, and assignment falls (section 17). The paper does not speak of the kind of a keyword, so `train_keywords=all` is its text. The library departs from it with the
-# default `nouns`; `reading=literal` takes all.
+# with all keywords raises discovery, and assignment falls (section 17). The paper does not speak of the kind of a
+# keyword, so `train_keywords=all` is its text. The library departs from it with the default `nouns`; `reading=literal`
+# takes all.
 
 # %%
 frozen, with_all, with_nouns = trials.values()
@@ -1663,8 +1664,8 @@ check("felga.gains", gains["assignment 2017"].to_dict())
 # The paper claims that FELGA beats the frozen model in both tasks, that dynamic labels are better than dense or
 # sparse ones in most cases, and that the global term helps. The table shows what this workbook measured on scenes. A
 # line is one claim, and a cell has its verdict ([*holds*, *contradicted* or *undecided*](../../docs/glossary.md)),
-# the difference in the grid's first metric, its 95 % interval and the number of [seeds](../../docs/glossary.md).
-# *default* are the readings that were chosen on val; *literal* are the paper's words. The last column links to the whole
+# the difference, its 95 % interval and the number of [seeds](../../docs/glossary.md). The metric is that of object
+# discovery, or of description assignment where the claim is about that alone. *default* are the readings that were chosen on val; *literal* are the paper's words. The last column links to the whole
 # table with both tasks.
 
 # %%

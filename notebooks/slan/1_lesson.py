@@ -1791,7 +1791,7 @@ look("slan", example.image, example.captions[0])
 # words name (its Figures 5 and 6). The table has the claims of the paper and further ones of ours, as the runs of this
 # repository judge them on `scenes` (the literal readings were not run). A number is the difference of two rows with its
 # 95 % interval: in rsum for retrieval (the sum of R@1, R@5 and R@10 both ways), in CIDEr for captions, in AP for
-# detection, in accuracy for questions and image pairs, in R@1 for grounding and videos. "Undecided" means that the
+# detection, in accuracy for questions and image pairs, in R@1 for grounding and videos; the column `metric` names it. "Undecided" means that the
 # interval contains zero; few seeds make wide intervals. **The lines of Table 7 and those on six epochs had earlier
 # defaults**: no region-word contrast, and neighbourhoods of the map's size. Where a linked table has a column `status`,
 # it says which settings have changed since; a table without one has runs of today alone.

@@ -7,8 +7,10 @@ from finematch.config import Settings
 # the method whose recipe an entrant has
 BESIDE = {"two-stream": "mvam", "pvse": "mvam", "mvam-1": "mvam", "mvam": "mvam", "scan": "hslm",
           "saf": "hslm", "hslm-global": "hslm", "hslm": "hslm", "slan": "slan"}  # fmt: skip
+NO_VIEWS = {
+    "diversity_weight": 0.01
+}  # of a loss that is not computed: one value, one run under both readings
 # an entrant's own settings of that method, beside those that all share
-NO_VIEWS = {"diversity_weight": 0.01}  # of a loss that they do not have: the same under both readings
 OWN = {
     "two-stream": {"pooling": "mean"} | NO_VIEWS,
     "pvse": NO_VIEWS,  # its own weights are those of `rivals.PVSE`

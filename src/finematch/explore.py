@@ -373,9 +373,8 @@ def _slan(
                 cosine.float().cpu().numpy()[real, : len(tokens)],
             )
             around = [part[k].cpu().numpy()[real] for part in cells[i]] if i < len(cells) else None
-            best = (
-                np.where(words, fit, -np.inf) if words.any() else fit
-            )  # the cosine of what is no word is set to 0
+            # the cosine of what is no word is set to 0, which can be above those of all words
+            best = np.where(words, fit, -np.inf) if words.any() else fit
             levels.append(
                 Level(boxes, best.max(1), best.argmax(1), None if around is None else around[0] * size,
                       None if around is None else around[1])

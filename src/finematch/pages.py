@@ -20,7 +20,7 @@ from finematch import grids
 from finematch.config import READINGS, Declared, declared, root
 from finematch.files import DataError, write_text
 from finematch.readings import in_words
-from finematch.tables import NOT_RUN, main_metrics, said, to_markdown
+from finematch.tables import NOT_RUN, main_metrics, said, title_of, to_markdown
 
 PART = re.compile(r"(<!-- (readings|claims) (\w+)(?:: ([^\n]+?))? -->\n).*?(<!-- end -->)", re.S)
 
@@ -141,14 +141,13 @@ def came_out(name: str, claims: list[str] | None, figures: Path) -> str:
 
 
 def _line(grid: grids.Grid, metric: str, file: Path, of: pd.DataFrame) -> dict[str, str]:
-    column = {ours: title for title, ours in (*grid.also.items(), *grid.columns.items())}.get(metric, metric)
     found = {line["reading"]: said(line) for line in of.to_dict("records")}
     if "both" in found:
         found = dict(zip(READINGS, (found["both"], "the same"), strict=True))
     printed = [float(value) for value in of.get("printed", []) if value != ""]
     dataset = file.name.split(".")[1]
     return {
-        "metric": column,
+        "metric": title_of(grid, metric),
         "data": f"[{dataset}](../figures/{file.name.replace('.claims.csv', '.md')})",
         "the paper": f"{printed[0]:+.2f}" if printed else "",
     } | {reading: found.get(reading, NOT_RUN) for reading in READINGS}

@@ -164,7 +164,7 @@ def cell(line: Line) -> str:
         return MARKS[NOT_RUN]
     judged = f" {line['difference']:+.2f}" if pd.notna(line["difference"]) else ""
     judged += f" ({line['lower']:+.2f} to {line['upper']:+.2f})" if pd.notna(line["lower"]) else ""
-    judged += ", earlier defaults" if line["earlier"] else ""
+    judged += tables.of_then(line)
     return f"{MARKS[line['verdict']]}{judged}: {number(line, 'a')} against {number(line, 'b')}"
 
 

@@ -219,7 +219,6 @@ def judge(
     Returns:
         `verdict`, `difference` (A minus B; B minus A where lower is better), `lower`, `upper` (the interval),
         `test` ("paired" or "Welch"), `n_a`, `n_b`, `note` (why nothing was judged); None where undefined.
-        `earlier`: settings of the runs whose defaults have changed since, so that the line is of neither reading.
 
     Raises:
         ValueError: a seed twice in one frame, a run without the metric, or frames that hold one condition:
@@ -560,17 +559,14 @@ def grounding(runs: pd.DataFrame, names: Mapping[str, str] | None = None) -> pd.
     titles = [title + late for title in GROUNDING.values() for late in ("", ", before")]
     titles = [title for title in titles if title in frame
               and not (title.endswith("before") and title.split(",")[1:] != [" before"])]  # fmt: skip
-    parts = []
-    for _, of in frame.groupby(
-        ["row", "level"], sort=False
-    ):  # what one seed of a row lacks is left out of the row
-        whole = [title for title in titles if of[title].notna().all()]
-        parts.append(summary(of, ["row", "level"], whole))
+    # what one seed of a row lacks is left out of that row
+    parts = [
+        summary(of, ["row", "level"], [title for title in titles if of[title].notna().all()])
+        for _, of in frame.groupby(["row", "level"], sort=False)
+    ]
     titles = [title for title in titles if any(title in part for part in parts)]
     order = ["row", "level", *titles, *(f"{title} sd" for title in titles), "n"]
-    found = pd.concat([part.dropna(axis=1, how="all") for part in parts], ignore_index=True).reindex(
-        columns=order
-    )
+    found = pd.DataFrame([line for part in parts for line in part.to_dict("records")], columns=order)
     counts = frame.groupby(["row", "level"], sort=False).agg({"few": "min", "many": "max"}).to_numpy()
     if counts.any():  # older files, and FELGA's, do not say how many
         found.insert(2, "boxes", ["" if not b else f"{a}" if a == b else f"{a} to {b}" for a, b in counts])
@@ -583,7 +579,8 @@ def verdicts(grid: Grid, runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Every claim of the grid judged, one line per reading, claim and metric.
 
     Columns: `reading`, `claim`, `metric`, `verdict`, `difference`, `lower`, `upper`, `test`, `n_a`, `n_b`, `note`,
-    `better`, `worse` (rows), and `printed <column>`: the difference in the paper's own table, where it prints
+    `earlier` (settings of the runs whose defaults have changed since: such a line is of neither reading), `better`,
+    `worse` (rows), and `printed <column>`: the difference in the paper's own table, where it prints
     the metric. Claims about levels of boxes (`levels` in the toml) compare within each run.
     """
     every = {reading: _verdicts(grid, of) for reading, of in runs.items()}
@@ -761,12 +758,18 @@ def said(claim: Mapping[str, Any]) -> str:
     difference, lower, upper = (float(claim[name]) for name in ("difference", "lower", "upper"))
     seeds = "" if claim["n_a"] == claim["n_b"] else f" and {claim['n_b']}"
     found = f"**{claim['verdict']}**: {difference:+.1f} ({lower:+.1f} to {upper:+.1f}), {claim['n_a']}{seeds} seeds"
-    return found + _of_then(claim)
+    return found + of_then(claim)
 
 
-def _of_then(claim: Mapping[str, Any]) -> str:
-    """ ", earlier defaults" where a line of a claims file names some; an empty cell may have been read as NaN."""
+def of_then(claim: Mapping[str, Any] | pd.Series) -> str:
+    """What is said behind a verdict where its runs were made with earlier defaults. An empty cell of a claims file may
+    have been read as NaN."""
     return ", earlier defaults" if isinstance(claim["earlier"], str) and claim["earlier"] else ""
+
+
+def title_of(grid: Grid, metric: str) -> str:
+    """What the grid's tables call a metric: the paper's column, or that of what is measured beside; else its name."""
+    return {ours: title for title, ours in (*grid.also.items(), *grid.columns.items())}.get(metric, metric)
 
 
 def main_metrics(grid: Grid, judged: Sequence[str]) -> list[str]:
@@ -805,8 +808,7 @@ def headlines(claims: pd.DataFrame) -> list[str]:
 def _headline(claims: pd.DataFrame) -> str:
     said = []
     for verdict in (HOLDS, CONTRADICTED):
-        found = [f"{c['claim']} ({c['difference']:+.1f}, {c['lower']:+.1f} to {c['upper']:+.1f}"
-                 f"{_of_then(c)})"
+        found = [f"{c['claim']} ({c['difference']:+.1f}, {c['lower']:+.1f} to {c['upper']:+.1f}{of_then(c)})"
                  for c in claims[claims["verdict"] == verdict].to_dict("records")]  # fmt: skip
         said += [f"*{verdict}*: {'; '.join(found)}"] if found else []
     rest = claims["verdict"].value_counts()
@@ -942,8 +944,8 @@ def seeds_of(dataset: str, runs: pd.DataFrame, reading: str = "default") -> str:
         return f"{dataset}, not run"
     few, many = (int(count) for count in runs.groupby("row").size().agg(["min", "max"]))
     old = [bool(_earlier(of)) for _, of in runs.groupby("row")]
-    of_then = "" if not any(old) else ", earlier defaults" if all(old) else ", some of earlier defaults"
-    return f"{dataset}, {few if few == many else f'{few} to {many}'} seed{'s' * (many > 1)}{of_then}"
+    when = "" if not any(old) else ", earlier defaults" if all(old) else ", some of earlier defaults"
+    return f"{dataset}, {few if few == many else f'{few} to {many}'} seed{'s' * (many > 1)}{when}"
 
 
 def drawn(grid: Grid, runs: pd.DataFrame, dataset: str, reading: str = "default") -> dict[str, Any]:

@@ -26,8 +26,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import nbformat
-
 from finematch import grids
 from finematch.config import declared, root
 from finematch.files import DataError, digest, write_json
@@ -282,8 +280,8 @@ def _done(where: Path) -> dict[str, Any]:
     ]
     if bad := [line for line in logs if not math.isfinite(line["loss"])]:
         return {"did": "failed", "error": f"the loss is {bad[0]['loss']}"}
-    page = nbformat.read(where / "run.ipynb", as_version=4)
-    printed = json.dumps([cell["outputs"] for cell in page.cells if cell["cell_type"] == "code"])
+    page = json.loads((where / "run.ipynb").read_text(encoding="utf-8"))
+    printed = json.dumps([cell.get("outputs") for cell in page["cells"]])  # not the words of the page
     counts = re.findall(r"([\d.]+) M parameters", printed)
     shapes = [_shapes(file) for file in sorted(where.rglob("best.safetensors"))[:1]]
     return {

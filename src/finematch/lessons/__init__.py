@@ -24,7 +24,7 @@ from finematch import figures
 from finematch.config import root
 from finematch.files import DataError
 from finematch.grids import grid
-from finematch.tables import READINGS, main_metrics, said, to_markdown
+from finematch.tables import READINGS, main_metrics, said, title_of, to_markdown
 
 
 def close(a: Any, b: Any, tolerance: float = 1e-4) -> bool:
@@ -131,8 +131,8 @@ def _statement(where: Callable | type, text: str) -> tuple[str, str]:
 def came_out(method: str, dataset: str = "scenes") -> Markdown:
     """The claims of a method's papers, as the published tables judge them: a line a claim, both readings side by side.
 
-    A line has the difference of the two rows in the grid's first metric (or, where the claim is not about it, in the
-    claim's), its interval, and the seeds of the two rows.
+    A line has the metric (the grid's first, or where the claim is not about it the claim's own), the difference of the
+    two rows, its interval, and the seeds of the two rows.
     """
     lines = []
     for file in sorted((root() / "figures").glob(f"{method}_*.{dataset}.*.claims.csv")):
@@ -141,14 +141,14 @@ def came_out(method: str, dataset: str = "scenes") -> Markdown:
         claims = pd.read_csv(file, keep_default_na=False, na_values={"lower": [""]})
         for claim, of in claims.groupby("claim", sort=False):
             measured = list(dict.fromkeys(of["metric"]))
-            metric = next(
-                (name for name in one.headline[:1] if name in measured), main_metrics(one, measured)[0]
-            )
+            metric = one.headline[0] if one.headline[0] in measured else main_metrics(one, measured)[0]
             of = of[of["metric"] == metric]
             found = {name: said(c) for c in of.to_dict("records")
                     for name in (READINGS if c["reading"] == "both" else (c["reading"],))}  # fmt: skip
             lines.append(
-                {"claim": claim, **{name: found.get(name, "not run") for name in READINGS}, "table": link}
+                {"claim": claim, "metric": title_of(one, metric)}
+                | {name: found.get(name, "not run") for name in READINGS}
+                | {"table": link}
             )
     if not lines:
         return Markdown(
