@@ -37,39 +37,39 @@ p = parameters(
 #
 # A page runs by itself. Where it needs what another page makes, it makes that first, or says which page to run.
 # *Run* is the time that the page takes on two cores: measured while `make workbook` ran the pages, two at a time
-# (`benchmarks/workbook.json`); with `*`: what its first cell says. Reading takes longer: a lesson with its
-# exercises fills an afternoon.
+# (`benchmarks/workbook.json`); with `*`, where it runs as a smoke run there: what its first cell says. Reading takes
+# longer: a lesson with its exercises fills an afternoon.
 #
 # | page | aim | read or run before | run |
 # |:--|:--|:--|:--|
 # | [0_start_here](0_start_here.ipynb) | the idea on one example, and this map | nothing | 1 min |
-# | [1_data](1_data.ipynb) | the data sets, the record, where region features come from | this page | 7 min |
+# | [1_data](1_data.ipynb) | the data sets, the record, where region features come from | this page | 6 min |
 # | [mvam/1_lesson](mvam/1_lesson.ipynb) | several views instead of one vector | this page | 1 min |
-# | [mvam/2_train](mvam/2_train.ipynb) | train MVAM: one row of the paper's tables | its lesson | 8 min |
+# | [mvam/2_train](mvam/2_train.ipynb) | train MVAM: one row of the paper's tables | its lesson | 2 min |
 # | [mvam/3_ablations](mvam/3_ablations.ipynb) | the paper's tables beside ours, each claim judged | its lesson | 1 min |
 # | [mvam/4_attention](mvam/4_attention.ipynb) | where the views of a trained run attend | a run of `mvam/2_train` | 1 min |
 # | [hslm/1_lesson](hslm/1_lesson.ipynb) | graph, self-attention, cross attention, two alignments | this page | 1 min |
-# | [hslm/2_train](hslm/2_train.ipynb) | train HSLM | its lesson | 9 min |
+# | [hslm/2_train](hslm/2_train.ipynb) | train HSLM | its lesson | 5 min |
 # | [hslm/3_ablations](hslm/3_ablations.ipynb) | HSLM's tables beside ours | its lesson | 1 min |
-# | [hslm/4_attention](hslm/4_attention.ipynb) | which regions the words of a trained run find | a run of `hslm/2_train` | 2 min |
-# | [felga/0_vlp](felga/0_vlp.ipynb) | a small CLIP, the frozen model that FELGA starts from | this page | 4 min |
+# | [hslm/4_attention](hslm/4_attention.ipynb) | which regions the words of a trained run find | a run of `hslm/2_train` | 1 min |
+# | [felga/0_vlp](felga/0_vlp.ipynb) | a small CLIP, the frozen model that FELGA starts from | this page | 3 min |
 # | [felga/1_lesson](felga/1_lesson.ipynb) | pseudo-labels for regions and keywords | this page | 1 min |
-# | [felga/2_train](felga/2_train.ipynb) | train FELGA | its lesson | 13 min |
+# | [felga/2_train](felga/2_train.ipynb) | train FELGA | its lesson | 7 min |
 # | [felga/3_ablations](felga/3_ablations.ipynb) | FELGA's tables beside ours | its lesson | 1 min |
 # | [felga/4_retrieval](felga/4_retrieval.ipynb) | what a word finds, and what a box is told | a run of `felga/2_train` | 1 min |
 # | [slan/1_lesson](slan/1_lesson.ipynb) | boxes that move to what the words name | this page | 1 min |
-# | [slan/2_train](slan/2_train.ipynb) | train SLAN, for retrieval | its lesson | 16 min |
+# | [slan/2_train](slan/2_train.ipynb) | train SLAN, for retrieval | its lesson | 12 min |
 # | [slan/3_ablations](slan/3_ablations.ipynb) | SLAN's tables beside ours | its lesson | 1 min |
-# | [slan/4_regions](slan/4_regions.ipynb) | the boxes of a trained run, level by level | a run of `slan/2_train` | 7 min |
+# | [slan/4_regions](slan/4_regions.ipynb) | the boxes of a trained run, level by level | a run of `slan/2_train` | 5 min |
 # | [slan/5_captioning](slan/5_captioning.ipynb) | write captions, with the region behind each word | a run of `slan/2_train` | minutes * |
 # | [slan/6_localization](slan/6_localization.ipynb) | find objects and phrases | a run of `slan/2_train` | 5 min * |
 # | [slan/7_vqa](slan/7_vqa.ipynb) | answer questions about an image | a run of `slan/2_train` | 5 to 17 min * |
 # | [slan/8_nlvr2](slan/8_nlvr2.ipynb) | judge a sentence about two images | a run of `slan/2_train` | 8 to 11 min * |
 # | [slan/9_video](slan/9_video.ipynb) | find the video of a sentence | a run of `slan/2_train` | 1 min * |
-# | [6_explore](6_explore.ipynb) | your own image and sentence, live | a lesson | 1 min * |
-# | [arena/2_train](arena/2_train.ipynb) | train a method or a rival for the same minutes as all others | the lessons of MVAM and HSLM | 8 min * |
-# | [7_compare](7_compare.ipynb) | the methods and their rivals at equal minutes | `arena/2_train` | 2 min * |
-# | [8_readings](8_readings.ipynb) | what each reading of a paper changes | nothing | seconds * |
+# | [6_explore](6_explore.ipynb) | your own image and sentence, live | a lesson | 1 min |
+# | [arena/2_train](arena/2_train.ipynb) | train a method or a rival for the same minutes as all others | the lessons of MVAM and HSLM | 6 min |
+# | [7_compare](7_compare.ipynb) | the methods and their rivals at equal minutes | `arena/2_train` | 1 min |
+# | [8_readings](8_readings.ipynb) | what each reading of a paper changes | nothing | 1 min |
 # | [9_scorecard](9_scorecard.ipynb) | every table and every claim of all methods | nothing | 1 min |
 #
 # Pages to read: [the glossary](../docs/glossary.md), [what the papers do not say](../docs/readings.md),
